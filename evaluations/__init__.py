@@ -1,0 +1,1 @@
+"""Score samples of any generative model with the field's numbers; imports nothing of guided_diffusion."""

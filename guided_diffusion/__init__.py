@@ -1,0 +1,1 @@
+"""Guided diffusion: train, guide, sample and score image diffusion models."""

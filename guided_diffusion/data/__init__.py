@@ -1,0 +1,1 @@
+"""Disk to batches."""

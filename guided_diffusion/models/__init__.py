@@ -1,0 +1,1 @@
+"""The networks: own weights, know (x, time, y), know nothing of diffusion."""

@@ -1,0 +1,1 @@
+"""The world outside: processes, files, logs, random streams."""
