@@ -1,0 +1,123 @@
+"""Arrows between rooms point one way. Imports are read from the source, those inside functions too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "guided_diffusion"
+DOORS = {
+    "dist_util", "fp16_util", "gaussian_diffusion", "image_datasets", "logger", "losses",
+    "nn", "resample", "respace", "script_util", "train_util", "unet",
+}  # fmt: skip
+ROOMS = {"config", "presets", "build", "diffusion", "models", "data", "training", "sampling", "runtime", "cli"}
+ALLOWED: dict[str, set[str]] = {
+    "diffusion": set(),
+    "models": set(),
+    "runtime": set(),
+    "config": set(),
+    "presets": {"config"},
+    "data": {"runtime"},
+    "training": {"runtime"},
+    "sampling": {"runtime"},
+    "build": {"config", "presets", "models", "diffusion", "data", "training", "runtime"},
+    "cli": ROOMS,
+    "__init__": ROOMS,
+    "__main__": {"cli"},
+}
+FORBIDDEN_IN_DIFFUSION = {"os", "sys", "logging", "random", "mpi4py", "blobfile", "tqdm", "argparse"}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute dotted names of everything `path` imports, wherever in the file."""
+    package = ("guided_diffusion", *path.relative_to(PACKAGE).parts[:-1])
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, node.module)) if node.module else ".".join(base)
+            found.update(f"{stem}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "import_module":
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                found.add("guided_diffusion" + first.value if first.value.startswith(".") else first.value)
+    return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    rooms = set()
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "guided_diffusion" and len(parts) > 1:
+            rooms.add(parts[1])
+    return rooms
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    if room in DOORS:
+        return  # a door may open on anything
+    imported = rooms_imported(path) & (ROOMS | DOORS)
+    assert not imported & DOORS, f"{room} imports the doors {sorted(imported & DOORS)}; nothing in a room may"
+    wrong = imported - ALLOWED[room] - {room}
+    assert not wrong, f"{room} must not import {sorted(wrong)}"
+
+
+def test_every_source_has_a_room() -> None:
+    assert {room_of(p) for p in SOURCES} <= ROOMS | DOORS | {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "diffusion").glob("*.py")), ids=lambda p: p.name)
+def test_mathematics_has_no_input_or_output(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported_modules(path)}
+    assert not roots & FORBIDDEN_IN_DIFFUSION
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_hold_no_global_state(path: Path) -> None:
+    if room_of(path) in DOORS:
+        return
+    lines = [n.lineno for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Global)]
+    assert not lines, f"`global` on lines {lines}"
+
+
+def test_evaluations_import_nothing_of_ours() -> None:
+    for path in sorted((ROOT / "evaluations").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [n for n in names if n.split(".")[0] == "guided_diffusion"], path
+
+
+def test_scripts_import_only_the_command_line() -> None:
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("guided_diffusion"):
+                assert (node.module or "").startswith("guided_diffusion.cli"), path
+
+
+def test_the_reader_of_imports_sees_lazy_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test: an arrow hidden in a function, or spelled through import_module, is found."""
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    (tmp_path / "models").mkdir()
+    source = tmp_path / "models" / "bad.py"
+    source.write_text("def f():\n    from ..diffusion.process import Process\n    return Process\n")
+    assert rooms_imported(source) == {"diffusion"}
+    source.write_text("import importlib\n\ndef f():\n    return importlib.import_module('.training.ema')\n")
+    assert rooms_imported(source) == {"training"}
+    source.write_text("def f():\n    from .. import gaussian_diffusion\n    return gaussian_diffusion\n")
+    assert rooms_imported(source) == {"gaussian_diffusion"}
