@@ -13,17 +13,30 @@ DOORS = {
     "dist_util", "fp16_util", "gaussian_diffusion", "image_datasets", "logger", "losses",
     "nn", "resample", "respace", "script_util", "train_util", "unet",
 }  # fmt: skip
-ROOMS = {"config", "presets", "build", "diffusion", "models", "data", "training", "sampling", "runtime", "cli"}
+ROOMS = {
+    "config",
+    "presets",
+    "recognise",
+    "build",
+    "diffusion",
+    "models",
+    "data",
+    "training",
+    "sampling",
+    "runtime",
+    "cli",
+}
 ALLOWED: dict[str, set[str]] = {
     "diffusion": set(),
     "models": set(),
     "runtime": set(),
     "config": set(),
     "presets": {"config"},
+    "recognise": set(),
     "data": {"runtime"},
     "training": {"runtime"},
     "sampling": {"runtime"},
-    "build": {"config", "presets", "models", "diffusion", "data", "training", "runtime"},
+    "build": {"config", "presets", "recognise", "models", "diffusion", "data", "training", "runtime"},
     "cli": ROOMS,
     "__init__": ROOMS,
     "__main__": {"cli"},
