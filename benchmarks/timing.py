@@ -1,8 +1,8 @@
 """Measure two things against each other: interleaved rounds, medians and quartiles of the per-round ratios.
 
-A shared machine is noisy, so absolute times mean little; what is reported is always a ratio of two things that took turns in one process.
-On the CPU the clock is process CPU time with one thread (waiting threads of a loaded machine do not count); on a GPU it is wall time between
-two synchronisations.
+A shared machine is noisy, so absolute times mean little; what is reported is always a ratio of two things that took
+turns in one process. On the CPU the clock is process CPU time with one thread (waiting threads of a loaded machine do
+not count); on a GPU it is wall time between two synchronisations.
 """
 
 from __future__ import annotations

@@ -212,10 +212,11 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
         pool, classes = "spatial", shapes["out.2.weight"][0]
     else:
         raise NotThisFamily("no output head of this family's four classifier pools in the file")
-    candidates = []
-    for depth in range(1, blocks):
-        if blocks % (depth + 1) == 0 and _depth_fits(shapes, depth, blocks, convolutions):
-            candidates.append(depth)
+    candidates = [
+        depth
+        for depth in range(1, blocks)
+        if blocks % (depth + 1) == 0 and _depth_fits(shapes, depth, blocks, convolutions)
+    ]
     if not candidates:
         raise NotThisFamily(f"{blocks} input blocks do not form the regular levels of this family")
     depth = candidates[0]
