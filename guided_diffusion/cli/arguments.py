@@ -1,0 +1,160 @@
+"""Flags: a parser made from configs, and the dict-based helpers the 2021 scripts used. Loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ..config import flatten
+
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+class UsageError(ValueError):
+    """A flag that does not exist or has an impossible value; the message is for the user."""
+
+
+class Parsed(NamedTuple):
+    """What the user asked for."""
+
+    flags: dict[str, Any]  # every flag: typed, else from --config, else the default
+    typed: dict[str, Any]  # only those on the command line or in --config
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def str2bool(v: str | bool) -> bool:
+    """Read a boolean as the 2021 scripts did: yes true t y 1, no false f n 0, in any case."""
+    if isinstance(v, bool):
+        return v
+    if v.lower() in _TRUE:
+        return True
+    if v.lower() in _FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; say one of {' '.join(_TRUE + _FALSE)}")
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add one `--key` per entry, of the type of its default; None reads as text, booleans through `str2bool`."""
+    for key, default in default_dict.items():
+        read: Any = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        parser.add_argument(f"--{key}", default=default, type=read)
+
+
+def args_to_dict(args: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The attributes `keys` of parsed arguments (or any object) as a dict."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def parse(
+    argv: Sequence[str] | None,
+    configs: Sequence[type],
+    *,
+    program: str,
+    description: str,
+    extra: Mapping[str, tuple[Any, str]] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Parsed:
+    """Read flags that belong to the dataclasses `configs` and to `extra` (name -> (default, help)).
+
+    `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over
+    the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
+    """
+    known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
+    parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("--config", metavar="FILE", help="JSON file with values for the flags below")
+    for name, (default, help, choices) in known.items():
+        told = f"{help}" + (f" [{', '.join(str(c) or 'empty' for c in choices)}]" if choices else "")
+        told = (told + f" (default {default!r})").replace("%", "%%")
+        read: Any = str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(
+            f"--{name}", type=read, default=argparse.SUPPRESS, help=told, metavar=read.__name__.removeprefix("str2")
+        )
+    arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv))
+    if unknown:
+        raise UsageError(_unknown(unknown[0], known))
+    typed = {key: value for key, value in vars(arguments).items() if key != "config"}
+    if arguments.config:
+        typed = {**_from_file(arguments.config, known), **typed}
+    for name, value in typed.items():
+        choices = known[name][2]
+        if choices and value not in choices:
+            raise UsageError(
+                f"--{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{_near(value, choices)}"
+            )
+    return Parsed({**{name: entry[0] for name, entry in known.items()}, **typed}, typed)
+
+
+# Flags of every command that starts processes.
+COMMON: dict[str, tuple[Any, str]] = {
+    "device": ("auto", "auto, cpu or cuda"),
+    "debug": (False, "show where an error came from"),
+}
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=120)
+
+
+_Entry = tuple[Any, str, tuple[Any, ...] | None]
+
+
+def _table(
+    configs: Sequence[type], extra: Mapping[str, tuple[Any, str]], defaults: Mapping[str, Any]
+) -> dict[str, _Entry]:
+    known: dict[str, _Entry] = {}
+    for config in configs:
+        for f in fields(config):
+            if f.name not in known:
+                known[f.name] = (defaults.get(f.name, f.default), f.metadata.get("help", ""), f.metadata.get("choices"))
+    known.update({name: (defaults.get(name, default), help, None) for name, (default, help) in extra.items()})
+    return known
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """--save-interval=5 -> --save_interval=5; values stay as they are."""
+    fixed = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        fixed.append(("--" + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value)
+    return fixed
+
+
+def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config {path}: there is no such file") from None
+    except ValueError as error:
+        raise UsageError(f"--config {path} is no JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} must hold an object of flags or sections, not a {type(values).__name__}")
+    flat = flatten(values)
+    for name in flat:
+        if name not in known:
+            raise UsageError(f"--config {path}: {_unknown('--' + name, known)}")
+    return flat
+
+
+def _unknown(word: str, known: Mapping[str, _Entry]) -> str:
+    name = word.partition("=")[0]
+    if not name.startswith("--"):
+        return f"{word!r} is neither a flag nor the value of one; flags are spelled --name value"
+    return f"there is no flag {name}{_near(name[2:], known, '--')}"
+
+
+def _near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
+    found = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{found[0]}?)" if found else ""
