@@ -1,0 +1,238 @@
+"""The fifteen models released in July 2021, as data: where they are, what they are, how to sample and what to expect.
+
+Figures are FID, sFID, precision, recall of 50,000 samples, from Tables 5, 6 and 14 of Dhariwal & Nichol (2021),
+https://arxiv.org/abs/2105.05233.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from .config import NETWORKS, DiffusionConfig, Network
+
+BASE_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+
+
+class Scores(NamedTuple):
+    """Published quality of 50,000 samples."""
+
+    fid: float
+    sfid: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published way of sampling: `scale` 0 is unguided; `respacing` as in --timestep_respacing."""
+
+    respacing: str
+    scale: float
+    expected: Scores | None
+    use_ddim: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One released file. `flags` are those of 2021, spelled out where they differ from the defaults."""
+
+    name: str
+    kind: str
+    flags: Mapping[str, Any]
+    classifier: str = ""
+    recipes: tuple[Recipe, ...] = ()
+    title: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.pt"
+
+    @property
+    def url(self) -> str:
+        return BASE_URL + self.file
+
+    @property
+    def model(self) -> Network:
+        """The network's configuration."""
+        return NETWORKS[self.kind].from_flags(self.flags)
+
+    @property
+    def diffusion(self) -> DiffusionConfig:
+        """The noise process the network was trained on. A classifier's is that of the generators of its size."""
+        return DiffusionConfig.from_flags(self.flags)
+
+
+_COMMON = {
+    "diffusion_steps": 1000,
+    "learn_sigma": True,
+    "noise_schedule": "linear",
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+    "attention_resolutions": "32,16,8",
+    "num_res_blocks": 2,
+    "num_classes": 1000,
+}
+_BIG = {**_COMMON, "num_channels": 256, "num_head_channels": 64, "use_fp16": True}
+
+
+def _preset(name: str, kind: str, title: str, flags: dict[str, Any], classifier: str = "", *recipes: Recipe) -> Preset:
+    return Preset(name, kind, MappingProxyType(flags), classifier, recipes, title)
+
+
+def _imagenet(size: int, **flags: Any) -> dict[str, Any]:
+    return {**_BIG, "image_size": size, "class_cond": True, **flags}
+
+
+def _lsun(what: str, *recipes: Recipe, dropout: float = 0.1) -> Preset:
+    flags = {**_BIG, "image_size": 256, "class_cond": False, "dropout": dropout, "num_classes": 0}
+    without = "" if dropout else ", no dropout"
+    return _preset(f"lsun_{what}", "diffusion", f"LSUN {what.partition('_')[0]} 256{without}", flags, "", *recipes)
+
+
+def _classifier(size: int, depth: int = 2) -> Preset:
+    flags = {
+        "image_size": size,
+        "classifier_depth": depth,
+        "classifier_width": 128,
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+        "num_classes": 1000,
+        "learn_sigma": True,
+        "diffusion_steps": 1000,
+        "noise_schedule": "cosine" if size == 64 else "linear",
+    }
+    return _preset(f"{size}x{size}_classifier", "classifier", f"ImageNet {size} classifier", flags)
+
+
+_TWO_STAGE = "of the whole stack: samples of the base model, then 250 steps of upsampling"
+
+_ALL = (
+    _preset(
+        "64x64_diffusion",
+        "diffusion",
+        "ImageNet 64",
+        _imagenet(
+            64,
+            dropout=0.1,
+            noise_schedule="cosine",
+            num_channels=192,
+            num_res_blocks=3,
+            use_new_attention_order=True,
+        ),
+        "64x64_classifier",
+        Recipe("250", 0.0, Scores(2.07, 4.29, 0.74, 0.63)),
+        Recipe("250", 1.0, None, note="guidance makes this size worse in FID"),
+    ),
+    _preset(
+        "128x128_diffusion",
+        "diffusion",
+        "ImageNet 128",
+        _imagenet(128, num_heads=4, num_head_channels=-1),
+        "128x128_classifier",
+        Recipe("250", 0.5, Scores(2.97, 5.09, 0.78, 0.59)),
+        Recipe("250", 0.0, Scores(5.91, 5.09, 0.70, 0.65)),
+        Recipe("ddim25", 1.25, Scores(5.98, 7.04, 0.78, 0.51), use_ddim=True),
+    ),
+    _preset(
+        "256x256_diffusion",
+        "diffusion",
+        "ImageNet 256",
+        _imagenet(256),
+        "256x256_classifier",
+        Recipe("250", 1.0, Scores(4.59, 5.25, 0.82, 0.52)),
+        Recipe("250", 0.0, Scores(10.94, 6.02, 0.69, 0.63)),
+        Recipe("ddim25", 2.5, Scores(5.44, 5.32, 0.81, 0.49), use_ddim=True),
+    ),
+    _preset(
+        "256x256_diffusion_uncond",
+        "diffusion",
+        "ImageNet 256, not told the class",
+        _imagenet(256, class_cond=False, num_classes=0),
+        "256x256_classifier",
+        Recipe("250", 10.0, Scores(12.00, 10.40, 0.76, 0.44)),
+        Recipe("250", 0.0, Scores(26.21, 6.35, 0.61, 0.63)),
+    ),
+    _preset(
+        "512x512_diffusion",
+        "diffusion",
+        "ImageNet 512",
+        _imagenet(512, use_fp16=False),
+        "512x512_classifier",
+        Recipe("250", 4.0, Scores(7.72, 6.57, 0.87, 0.42)),
+        Recipe("250", 0.0, Scores(23.24, 10.19, 0.73, 0.60)),
+        Recipe("ddim25", 9.0, Scores(8.41, 9.67, 0.83, 0.47), use_ddim=True),
+    ),
+    _preset(
+        "64_256_upsampler",
+        "super_resolution",
+        "ImageNet 64 to 256",
+        {
+            **_COMMON,
+            "large_size": 256,
+            "small_size": 64,
+            "class_cond": True,
+            "num_channels": 192,
+            "num_heads": 4,
+            "use_fp16": True,
+        },
+        "",
+        Recipe("250", 0.0, Scores(3.94, 6.14, 0.83, 0.53), note=f"{_TWO_STAGE}; base guided"),
+        Recipe("250", 0.0, Scores(7.49, 5.13, 0.72, 0.63), note=f"{_TWO_STAGE}; base unguided"),
+    ),
+    _preset(
+        "128_512_upsampler",
+        "super_resolution",
+        "ImageNet 128 to 512",
+        {
+            **_COMMON,
+            "attention_resolutions": "32,16",
+            "large_size": 512,
+            "small_size": 128,
+            "class_cond": True,
+            "num_channels": 192,
+            "num_head_channels": 64,
+            "use_fp16": True,
+        },
+        "",
+        Recipe("250", 0.0, Scores(3.85, 5.86, 0.84, 0.53), note=f"{_TWO_STAGE}; base guided, by another classifier"),
+        Recipe("250", 0.0, Scores(9.96, 5.62, 0.75, 0.64), note=f"{_TWO_STAGE}; base unguided"),
+    ),
+    _lsun(
+        "bedroom",
+        Recipe("", 0.0, Scores(1.90, 5.59, 0.66, 0.51)),
+        Recipe("90,60,60,20,20", 0.0, Scores(2.02, 6.12, 0.67, 0.50)),
+        Recipe("250", 0.0, Scores(2.31, 6.12, 0.65, 0.50)),
+    ),
+    _lsun(
+        "cat",
+        Recipe("", 0.0, Scores(5.57, 6.69, 0.63, 0.52)),
+        Recipe("90,60,60,20,20", 0.0, Scores(5.94, 7.43, 0.62, 0.52)),
+        Recipe("250", 0.0, Scores(7.03, 8.24, 0.60, 0.53)),
+    ),
+    _lsun(
+        "horse",
+        Recipe("", 0.0, Scores(2.57, 6.81, 0.71, 0.55)),
+        Recipe("90,60,60,20,20", 0.0, Scores(2.83, 7.08, 0.69, 0.56)),
+        Recipe("250", 0.0, Scores(3.45, 7.55, 0.68, 0.56)),
+    ),
+    _lsun("horse_nodropout", Recipe("", 0.0, Scores(2.95, 5.94, 0.69, 0.55)), dropout=0.0),
+    _classifier(64, depth=4),
+    _classifier(128),
+    _classifier(256),
+    _classifier(512),
+)
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+
+
+def get(name: str) -> Preset:
+    """The preset of a name or file name; ValueError lists the names."""
+    found = PRESETS.get(name.removesuffix(".pt"))
+    if found is None:
+        raise ValueError(f"no released model is called {name!r}; there are {', '.join(PRESETS)}")
+    return found
