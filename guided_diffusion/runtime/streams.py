@@ -63,5 +63,7 @@ class Streams:
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal numbers of `x`'s shape and dtype; row `k` comes from stream `k`. A sampler's `noise=` argument."""
         if x.shape[0] != len(self):
-            raise ValueError(f"a batch of {x.shape[0]} asked for noise from {len(self)} streams; make one stream per example")
+            raise ValueError(
+                f"a batch of {x.shape[0]} asked for noise from {len(self)} streams; make one stream per example"
+            )
         return self.normal(x.shape[1:], x.dtype)

@@ -1,0 +1,137 @@
+"""One process's failure becomes everybody's, within seconds and with its reason printed.
+
+A collective whose partner has died may wait for ever: over NCCL nothing notices, and `mpiexec` does not kill for a plain non-zero exit.
+So a dying rank leaves a note in the store that the processes met through, and a small thread in every rank reads it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+POLL_S = 0.5
+GRACE_S = 30.0  # between the first and the second of two alarms, so that they do not talk at once
+DEATH_NOTE = "guided_diffusion/death"
+
+
+@dataclass
+class Context:
+    """What this rank is doing now: the changeable part of a `World`, for error messages and the watching thread."""
+
+    rank: int = 0
+    size: int = 1
+    step: int | None = None
+    operation: str | None = None
+    since: float = 0.0
+    patience_s: float = 600.0
+    pending: list[tuple[str, float, Any]] = field(default_factory=list)  # NCCL works that the host has not waited for
+    store: Any = None
+    watch: Watch | None = None
+    owns_group: bool = False
+
+    def where(self) -> str:
+        """`rank 1 of 4, step 1200`."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"rank {self.rank} of {self.size}{step}"
+
+    def overdue(self) -> tuple[str, float] | None:
+        """The operation that has been waiting for longer than `patience_s`, and for how long (seconds)."""
+        now = time.monotonic()
+        self.pending[:] = [entry for entry in self.pending if not entry[2].is_completed()]
+        waits = [(name, now - since) for name, since, _ in self.pending]
+        if self.operation is not None:
+            waits.append((self.operation, now - self.since))
+        late = [wait for wait in waits if wait[1] > self.patience_s]
+        return max(late, key=lambda wait: wait[1]) if late else None
+
+
+class Watch(threading.Thread):
+    """Ends this process when another rank has left a note, or when an operation here is long overdue."""
+
+    def __init__(self, context: Context, store: Any) -> None:
+        super().__init__(name="guided-diffusion-watch", daemon=True)
+        self._context, self._store = context, store
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            try:
+                note = self._store.get(DEATH_NOTE).decode() if self._store.check([DEATH_NOTE]) else None
+            except RuntimeError:  # the store's host has left; if it died, our next collective says so
+                return
+            if note is not None and not note.startswith(f"{self._context.rank}\n"):
+                # The collective that waits for the dead rank usually fails in the main thread too; leave it the word for a moment.
+                if self._stopped.wait(2 * POLL_S):
+                    return
+                who = note.partition("\n")[2]
+                leave(f"[{self._context.where()}] ends because {who}\n")
+            late = self._context.overdue()
+            if late is not None:
+                operation, waited = late
+                print(timeout_message(self._context, operation, waited), file=sys.stderr)
+                faulthandler.dump_traceback(all_threads=True)
+                post_note(self._context, f"{self._context.where()} waited {waited:.0f} s for {operation}")
+                leave("")
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if threading.current_thread() is not self:
+            self.join(timeout=5 * POLL_S)
+
+
+def timeout_message(context: Context, operation: str, waited: float) -> str:
+    """The words for a collective that some rank never joined."""
+    return (
+        f"[{context.where()}] {operation} got no answer for {waited:.0f} s. Some rank is not there: look at the other ranks' output for "
+        "a traceback or for another step or operation. If every rank waits here, the network is at fault: try NCCL_P2P_DISABLE=1, "
+        "NCCL_DEBUG=INFO, or name the interface in NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME."
+    )
+
+
+def post_note(context: Context, reason: str) -> None:
+    """Leave the reason of this rank's death for the others; the first note stays."""
+    if context.store is None:
+        return
+    try:
+        context.store.compare_set(DEATH_NOTE, "", f"{context.rank}\n{reason}")
+    except RuntimeError:
+        return  # the store's host is gone: the others know already
+    time.sleep(2 * POLL_S)  # this process may host the store: let the others read
+
+
+def leave(message: str, code: int = 1) -> NoReturn:
+    """Say `message` on stderr and end at once: interpreter clean-up after a lost rank can hang or abort in gloo, NCCL and MPI."""
+    sys.stderr.write(message)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def die(context: Context, error: BaseException) -> NoReturn:
+    """Print `error`'s traceback, each line marked with the rank, tell the others and end with a non-zero code."""
+    text = "".join(traceback.format_exception(error))
+    mark = f"[{context.where()}] "
+    sys.stderr.write("".join(mark + line for line in text.splitlines(keepends=True)))
+    sys.stderr.flush()
+    post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
+    leave("", 130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+@contextmanager
+def guarded(context: Context, quiet_codes: tuple[int, ...] = (0,)) -> Iterator[None]:
+    """Run the body; with several ranks, an exception ends the whole job (`die`). A `SystemExit` with a quiet code passes."""
+    try:
+        yield
+    except BaseException as error:
+        quiet = isinstance(error, SystemExit) and (error.code is None or error.code in quiet_codes)
+        if context.size == 1 or quiet:
+            raise
+        die(context, error)

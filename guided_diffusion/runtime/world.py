@@ -1,0 +1,419 @@
+"""Who am I among the processes, which device is mine, and how do we talk.
+
+One process is no group at all: nothing is initialised and every collective is a no-op. Several processes (torchrun, srun, mpiexec) meet
+once, check that no two share a GPU, and from then on speak through torch.distributed only: NCCL on CUDA, gloo elsewhere.
+Every collective is entered by all ranks or by none; never write one under `if world.is_main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import launchers, watch
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 600.0
+REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
+_BUCKET_BYTES = 64 << 20
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed or timed out; the message names rank, operation and step."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. `World()` is the world of one process on the CPU."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str | None = None
+    launcher: str = "alone"
+    context: watch.Context = field(default_factory=watch.Context, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the one that writes files and speaks."""
+        return self.rank == 0
+
+    def at_step(self, step: int) -> None:
+        """Tell error messages where the run is."""
+        self.context.step = step
+
+    @contextmanager
+    def operation(self, name: str) -> Iterator[None]:
+        """Name what the body waits for; a failure inside is raised as `CollectiveError` with rank, step and `name`."""
+        context, start = self.context, time.monotonic()
+        outer = (context.operation, context.since)
+        context.operation, context.since = name, start
+        try:
+            yield
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            waited = time.monotonic() - start
+            if "imed out" in str(error) or "imeout" in str(error):
+                text = watch.timeout_message(context, name, waited)
+            else:
+                text = (
+                    f"[{context.where()}] {name} failed after {waited:.1f} s: another rank has probably ended. {error}"
+                )
+            raise CollectiveError(text) from error
+        finally:
+            context.operation, context.since = outer
+
+    def guard(self, quiet_codes: tuple[int, ...] = (0, REQUEUE_EXIT_CODE)) -> Any:
+        """Context manager: an exception in the body is printed with its rank and ends the whole job within seconds."""
+        return watch.guarded(self.context, quiet_codes)
+
+    def barrier(self, name: str = "barrier") -> None:
+        """Wait until every rank is here. An all-reduce that is read on the host, so that it really waits on CUDA too."""
+        if self.size > 1:
+            with self.operation(name):
+                flag = torch.zeros(1, device=self.device)
+                dist.all_reduce(flag)
+                flag.item()
+
+    def broadcast_(self, tensors: Iterable[Tensor], src: int = 0, name: str = "broadcast") -> None:
+        """Overwrite `tensors` (same shapes and dtypes on all ranks) with rank `src`'s values, in a few large messages."""
+        if self.size == 1:
+            return
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor.detach())
+        for dtype, members in groups.items():
+            for bucket in _buckets(members):
+                flat = torch.cat([t.reshape(-1) for t in bucket]).to(self.device)
+                wire = flat.view(torch.uint8) if dtype == torch.bool else flat
+                with self.operation(name):
+                    self._run(dist.broadcast, wire, src=src)
+                for t, piece in zip(bucket, flat.split([t.numel() for t in bucket])):
+                    t.copy_(piece.view_as(t))
+
+    def all_reduce_sum_(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
+        """Replace `tensor` by its sum over the ranks, in place; returns it. Stays asynchronous to the host on CUDA."""
+        if self.size > 1:
+            wire = tensor.detach().to(self.device).contiguous()
+            with self.operation(name):
+                self._run(dist.all_reduce, wire)
+            if wire.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(wire)
+        return tensor
+
+    def all_gather_cat(self, tensor: Tensor, name: str = "all_gather") -> Tensor:
+        """All ranks' tensors joined along dim 0 in rank order. Their first dimensions may differ, also be 0; the others may not."""
+        if self.size == 1:
+            return tensor
+        kind, device = tensor.dtype, tensor.device
+        mine = tensor.detach().to(self.device).contiguous()
+        if kind == torch.bool:
+            mine = mine.to(torch.uint8)
+        counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = mine.shape[0]
+        with self.operation(f"{name} (lengths)"):
+            self._run(dist.all_reduce, counts)
+            lengths = counts.tolist()
+        longest = max(lengths)
+        if longest == 0:
+            return tensor
+        padded = mine.new_zeros((longest, *mine.shape[1:]))
+        padded[: mine.shape[0]] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with self.operation(name):
+            dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths)]).to(device=device, dtype=kind)
+
+    def broadcast_object(self, value: T, src: int = 0, name: str = "broadcast_object") -> T:
+        """Rank `src`'s picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with self.operation(name):
+            dist.broadcast_object_list(box, src=src, device=self.device)
+        return box[0]
+
+    def all_gather_object(self, value: T, name: str = "all_gather_object") -> list[T]:
+        """Every rank's picklable `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        with self.operation(name):
+            dist.all_gather_object(box, value)
+        return box
+
+    def any_true(self, flag: bool, name: str = "any_true") -> bool:
+        """True on every rank if `flag` is true on any: one number travels."""
+        if self.size == 1:
+            return bool(flag)
+        count = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        with self.operation(name):
+            self._run(dist.all_reduce, count)
+            return bool(count.item() > 0)
+
+    def _run(self, collective: Callable[..., Any], tensor: Tensor, **options: Any) -> None:
+        """Start `collective`, note it for the watch, and wait (on CUDA only the stream waits)."""
+        work = collective(tensor, async_op=True, **options)
+        if self.device.type == "cuda":
+            name = self.context.operation or "collective"
+            self.context.pending.append((name, time.monotonic(), work))
+        work.wait()
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        if size >= _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def start(
+    device: str | torch.device = "auto",
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    environ: Mapping[str, str] | None = None,
+    announce: Callable[[str], None] | None = print,
+    group_of_one: bool = False,
+    watching: bool = True,
+) -> World:
+    """Find out who we are and join the other processes.
+
+    `device`: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", or one device such as "cuda:1" for one process.
+    `timeout_s`: how long a rank waits in a collective before it ends with an error that names it.
+    `announce`: called by rank 0 with a table of rank, host, device and memory; None keeps silent.
+    `group_of_one`: make a process group even for one process, for code that calls torch.distributed itself.
+    A process group that exists already is used as it is, and `stop` leaves it alone.
+    """
+    environ = os.environ if environ is None else environ
+    if dist.is_available() and dist.is_initialized():
+        return _adopt(device, environ)
+    place = launchers.discover(environ)
+    if place.size == 1:
+        chosen = choose_device(device, 0, 1)
+        context = watch.Context()
+        backend = None
+        if group_of_one:
+            backend = _backend(chosen)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            context.owns_group = True
+        world = World(device=chosen, backend=backend, launcher=place.launcher, context=context)
+        if announce is not None:
+            announce(_table([_describe(world)]))
+        return world
+    store = _meet(place, environ, timeout_s)
+    hosts = _exchange(store, "hosts", place, platform.node())
+    same_host = [r for r, host in enumerate(hosts) if host == hosts[place.rank]]
+    local_rank = same_host.index(place.rank) if place.local_rank is None else place.local_rank
+    local_size = len(same_host) if place.local_size is None else place.local_size
+    chosen = choose_device(device, local_rank, local_size)
+    context = watch.Context(rank=place.rank, size=place.size, store=store, owns_group=True)
+    backend = _backend(chosen)
+    world = World(place.rank, place.size, local_rank, local_size, chosen, backend, place.launcher, context)
+    rows = _exchange(store, "devices", place, _describe(world))
+    check_devices(rows)
+    # gloo raises its own timeout in the main thread; NCCL would abort the process without our words, so there the watch comes first.
+    nccl = backend == "nccl"
+    context.patience_s = timeout_s if nccl else timeout_s + watch.GRACE_S
+    limit = timedelta(seconds=timeout_s + watch.GRACE_S if nccl else timeout_s)
+    device_id = chosen if nccl else None
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=limit, device_id=device_id
+    )
+    if watching:
+        context.watch = watch.Watch(context, store.clone())
+        context.watch.start()
+    if announce is not None and world.is_main:
+        announce(_table(rows))
+    return world
+
+
+def stop(world: World) -> None:
+    """Wait for the other ranks and take the process group down. Call it on every rank that ends well.
+
+    gloo threads that outlive the interpreter can abort the process, so a group must not be left to the exit.
+    """
+    if not world.context.owns_group or not dist.is_initialized():
+        return
+    try:
+        if world.context.watch is not None:
+            world.context.watch.stop()
+        world.barrier("last barrier before the end")
+    finally:
+        dist.destroy_process_group()
+        world.context.owns_group = False
+        world.context.store = None
+
+
+@contextmanager
+def session(device: str | torch.device = "auto", **options: Any) -> Iterator[World]:
+    """`start`, guard the body, `stop`. The whole life of a command: `with session() as world: ...`."""
+    world = start(device, **options)
+    with world.guard():
+        try:
+            yield world
+        except SystemExit as leaving:
+            if leaving.code in (None, 0, REQUEUE_EXIT_CODE):
+                stop(world)
+            raise
+        stop(world)
+
+
+def choose_device(device: str | torch.device, local_rank: int, local_size: int) -> torch.device:
+    """The device of one process among `local_size` on its host.
+
+    With as many visible GPUs as processes, process k takes GPU k; with one visible GPU (clusters that bind one to each task) it takes
+    that one, and `check_devices` finds out whether others did too.
+    """
+    wanted = str(device)
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.partition(":")[0] != "cuda":
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA device "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); use device=cpu or auto"
+        )
+    chosen = torch.device(wanted)
+    if chosen.index is None:
+        count = torch.cuda.device_count()
+        if local_rank >= count > 1:
+            raise ValueError(
+                f"process {local_rank} of {local_size} on {platform.node()} has no GPU: {count} are visible "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); start {count} processes per host, or make more visible"
+            )
+        chosen = torch.device("cuda", local_rank if count > 1 else 0)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def check_devices(rows: list[dict[str, str]]) -> None:
+    """ValueError when two ranks hold one GPU. `rows`: one per rank with "rank", "host", "device", "identity"."""
+    holders: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if not row["identity"]:
+            continue
+        other = holders.setdefault(row["host"] + row["identity"], row)
+        if other is not row:
+            raise ValueError(
+                f"ranks {other['rank']} and {row['rank']} on host {row['host']} would share one GPU ({row['device']}). Start one "
+                "process per GPU and give each its own: `torchrun --nproc-per-node=<GPUs>`, or "
+                "`srun --ntasks-per-node=<GPUs> --gpus-per-task=1`; or use device=cpu"
+            )
+
+
+def _adopt(device: str | torch.device, environ: Mapping[str, str]) -> World:
+    """The world of a process group that somebody else has made."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    place = launchers.discover(environ)
+    local_rank = place.local_rank if place.size == size and place.local_rank is not None else rank
+    local_size = place.local_size if place.size == size and place.local_size is not None else size
+    chosen = choose_device(device, local_rank, local_size)
+    context = watch.Context(rank=rank, size=size)
+    return World(rank, size, local_rank, local_size, chosen, dist.get_backend(), place.launcher, context)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+
+
+def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) -> Any:
+    """The store through which all processes of the job find each other."""
+    limit = timedelta(seconds=timeout_s)
+    try:
+        if place.launcher == "torchrun":
+            return next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+        if known := launchers.known_address(place, environ):
+            return _tcp_store(known[0], known[1], place, limit)
+        if launchers.one_host(place):
+            return _meet_through_file(place, environ, timeout_s)
+        comm = launchers.mpi_communicator()
+        if comm is None or comm.Get_size() != place.size:
+            raise ValueError(launchers.several_hosts_message(place))
+        store = _tcp_store(platform.node(), 0, place, limit) if place.rank == 0 else None
+        host, port = comm.bcast((platform.node(), store.port) if store is not None else None)
+        return _tcp_store(host, port, place, limit) if store is None else store
+    except (RuntimeError, TimeoutError) as error:
+        raise CollectiveError(
+            f"[rank {place.rank} of {place.size}] could not meet the other processes: {error}"
+        ) from error
+
+
+def _meet_through_file(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) -> Any:
+    """One host: rank 0 opens any free port and writes its number where the others look."""
+    path, limit = launchers.meeting_file(environ), timedelta(seconds=timeout_s)
+    if place.rank == 0:
+        store = _tcp_store("127.0.0.1", 0, place, limit)
+        launchers.publish(path, store.port)
+        store.add("arrived", 1)
+        end = time.monotonic() + timeout_s
+        while store.add("arrived", 0) < place.size and time.monotonic() < end:
+            time.sleep(0.02)
+        path.unlink(missing_ok=True)
+        return store
+    store = _tcp_store("127.0.0.1", launchers.read_published(path, timeout_s), place, limit)
+    store.add("arrived", 1)
+    return store
+
+
+def _tcp_store(host: str, port: int, place: launchers.Place, limit: timedelta) -> Any:
+    # torch's Windows builds come without libuv
+    options = {"use_libuv": False} if os.name == "nt" else {}
+    return dist.TCPStore(host, port, place.size, place.rank == 0, timeout=limit, wait_for_workers=False, **options)
+
+
+def _exchange(store: Any, key: str, place: launchers.Place, value: Any) -> list[Any]:
+    """Every rank's JSON-able `value`, in rank order, before there is a process group."""
+    store.set(f"guided_diffusion/{key}/{place.rank}", json.dumps(value))
+    if place.rank == 0:
+        every = [json.loads(store.get(f"guided_diffusion/{key}/{rank}")) for rank in range(place.size)]
+        store.set(f"guided_diffusion/{key}", json.dumps(every))
+    return json.loads(store.get(f"guided_diffusion/{key}"))
+
+
+def _describe(world: World) -> dict[str, str]:
+    """One row of the start table. `identity` is the same for two processes exactly if they hold the same GPU; empty for the CPU."""
+    device, name, identity = world.device, platform.processor() or platform.machine(), ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+        identity = str(getattr(properties, "uuid", "")) or f"{os.environ.get('CUDA_VISIBLE_DEVICES')}/{device.index}"
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "rank": str(world.rank),
+        "host": platform.node(),
+        "device": f"{device} {name}".strip(),
+        "memory": f"{memory / 2**30:.1f} GiB" if memory else "?",
+        "backend": world.backend or "-",
+        "launcher": world.launcher,
+        "identity": identity,
+    }
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    columns = [name for name in rows[0] if name != "identity"]
+    lines = [columns, *([row[name] for name in columns] for row in rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
