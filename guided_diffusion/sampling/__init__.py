@@ -1,1 +1,1 @@
-"""Noise to files."""
+"""Noise -> files: images by seed, sharded over processes, resumable; npz and png."""

@@ -1,0 +1,256 @@
+"""Seeds -> images -> one npz. Image `i` depends on (seed, i) only: not on the batch size, the processes or interruptions.
+
+Finished images are kept as they come, in a folder of parts; a killed job, started again with any number of processes, makes only what is
+missing. The npz is put together at the end, one part at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime import storage
+from ..runtime.streams import LABELS, SAMPLE, Streams, key_of
+from ..runtime.world import World
+from . import writers
+
+PARTS, RECEIPT = "parts", "sampling.json"
+_PART = re.compile(r"^images_(\d+)_(\d+)\.npy$")
+
+# (noise [B, C, H, W], source of further noise, conditions of the network) -> images in [-1, 1], [B, C, H, W]
+Sample = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
+
+
+class Interrupted(Exception):
+    """Asked to stop; everything finished is on disk, and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class LabelPlan:
+    """Which class image `i` gets: a pure function of (seed, i).
+
+    classes   the class numbers to choose from; empty = no labels at all
+    balanced  deal the classes out in turn instead of drawing them
+    """
+
+    classes: tuple[int, ...] = ()
+    balanced: bool = False
+    seed: int = 0
+
+    def of(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Labels of the images `ids`, int64 `[len(ids)]`, or None."""
+        if not self.classes:
+            return None
+        n = len(self.classes)
+        places = (i % n if self.balanced else key_of(self.seed, LABELS, i) % n for i in ids)
+        return np.array([self.classes[p] for p in places], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make and where.
+
+    shape       channels, height, width
+    out         folder; the npz, the picture and the receipt come here
+    receipt     what made the images (flags, weights, versions): written beside them, compared when a job goes on
+    to_uint8    images in [-1, 1] `[B, C, H, W]` -> uint8 `[B, H, W, C]`
+    conditions  further inputs of the network by image number, such as low-resolution images
+    """
+
+    out: str
+    num_samples: int
+    shape: tuple[int, int, int]
+    batch_size: int
+    to_uint8: Callable[[Tensor], Tensor]
+    seed: int = 0
+    labels: LabelPlan = field(default_factory=LabelPlan)
+    receipt: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
+    grid: int = 64
+    class_names: Sequence[str] = ()
+
+    @property
+    def npz(self) -> str:
+        channels, height, width = self.shape
+        return storage.join(self.out, writers.npz_name(self.num_samples, height, width, channels))
+
+
+def generate(
+    sample: Sample,
+    job: Job,
+    *,
+    world: World | None = None,
+    tell: Callable[[str], None] = print,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> str:
+    """Make `job.num_samples` images and return the path of their npz (`arr_0` uint8 `[N, H, W, C]`, `arr_1` labels).
+
+    Called on every rank. Raises Interrupted after the batch in which `should_stop` became true on any rank, and
+    ValueError if the folder holds part of a job with other settings.
+    """
+    world = world or World()
+    todo = world.broadcast_object(_prepare(job, tell) if world.is_main else None, name="what is left to sample")
+    assert todo is not None
+    if isinstance(todo, str):
+        raise ValueError(todo)
+    batches = [todo[k : k + job.batch_size] for k in range(0, len(todo), job.batch_size)]
+    bar = _Progress(job.num_samples - len(todo), job.num_samples, shown=progress and world.is_main)
+    for first in range(0, len(batches), world.size):
+        round_ = batches[first : first + world.size]
+        if world.rank < len(round_):
+            make_batch(sample, job, round_[world.rank], world.device)
+        bar.advance(sum(map(len, round_)))
+        if world.any_true(should_stop(), name="stop sampling?") and first + world.size < len(batches):
+            bar.close()
+            raise Interrupted(
+                f"{bar.done} of {job.num_samples} images are in {job.out}; the same command goes on from there"
+            )
+    bar.close()
+    world.barrier("all images are made")
+    if world.is_main:
+        _assemble(job, tell)
+    world.barrier("the npz is written")
+    return job.npz
+
+
+def make_batch(sample: Sample, job: Job, ids: Sequence[int], device: torch.device) -> None:
+    """Make the images `ids` and write them. A short batch is filled up, so that shapes never change between batches."""
+    padded = [*ids, *[ids[-1]] * (job.batch_size - len(ids))]
+    streams = Streams(job.seed, SAMPLE, ids=padded, device=device)
+    labels = job.labels.of(padded)
+    conditions = job.conditions(padded) if job.conditions else {}
+    if labels is not None:
+        conditions["y"] = torch.from_numpy(labels)
+    conditions = {name: value.to(device) for name, value in conditions.items()}
+    images = sample(streams.normal(job.shape), streams.randn_like, conditions)
+    pixels = job.to_uint8(images)[: len(ids)].cpu().numpy()
+    for first, last in _runs(ids):
+        name = f"images_{ids[first]:08d}_{ids[last]:08d}.npy"
+        writers.write_part(storage.join(job.out, PARTS, name), pixels[first : last + 1])
+
+
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of consecutive numbers, as (first place, last place)."""
+    starts = [k for k in range(len(ids)) if k == 0 or ids[k] != ids[k - 1] + 1]
+    return list(zip(starts, [*[k - 1 for k in starts[1:]], len(ids) - 1]))
+
+
+def _parts(job: Job) -> list[tuple[int, int, str]]:
+    """Finished stretches, sorted: first image, last image, path."""
+    folder = storage.join(job.out, PARTS)
+    if not storage.isdir(folder):
+        return []
+    found = ((m, name) for name in storage.listdir(folder) if (m := _PART.match(name)))
+    return sorted((int(m[1]), int(m[2]), storage.join(folder, name)) for m, name in found)
+
+
+def _prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str:
+    """The images still to make, or a complaint. On the main rank."""
+    storage.makedirs(storage.join(job.out, PARTS))
+    path, receipt, parts = storage.join(job.out, RECEIPT), _fingerprint(job), _parts(job)
+    if parts and storage.exists(path):
+        before = json.loads(storage.read_bytes(path))["settings"]
+        differing = [
+            f"{k} was {before.get(k)!r} and is {receipt.get(k)!r}"
+            for k in sorted({*before, *receipt})
+            if before.get(k) != receipt.get(k)
+        ]
+        if differing:
+            return (
+                f"{job.out} holds {len(parts)} parts of a job with other settings: {'; '.join(differing)}. "
+                f"Give another folder, or remove {storage.join(job.out, PARTS)}"
+            )
+    _write_receipt(job, {})
+    done = np.zeros(job.num_samples, dtype=bool)
+    for first, last, _ in parts:
+        done[first : last + 1] = True
+    if done.any():
+        tell(f"{int(done.sum())} of {job.num_samples} images are there already; going on with the rest")
+    return np.flatnonzero(~done).tolist()
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """What an image depends on: not the number of images, nor the batch size."""
+    settings = {
+        **job.receipt,
+        "seed": job.seed,
+        "shape": list(job.shape),
+        "classes": list(job.labels.classes),
+        "balanced": job.labels.balanced,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
+    from platform import python_version
+
+    told = {
+        "format": 1,
+        "num_samples": job.num_samples,
+        "settings": _fingerprint(job),
+        "class_names": list(job.class_names),
+        "uint8": "((x + 1) * 127.5).clamp(0, 255), truncated",
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": python_version()},
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **more,
+    }
+    storage.write_text_atomic(storage.join(job.out, RECEIPT), json.dumps(told, indent=1) + "\n")
+
+
+def _assemble(job: Job, tell: Callable[[str], None]) -> None:
+    parts = [part for part in _parts(job) if part[0] < job.num_samples]
+    channels, height, width = job.shape
+    labels = job.labels.of(range(job.num_samples))
+
+    # Parts never overlap: each was made of images that no part had. The last may reach beyond a smaller num_samples.
+    pixels = (writers.read_part(path)[: job.num_samples - first] for first, _, path in parts)
+    writers.write_npz(job.npz, pixels, (job.num_samples, height, width, channels), labels)
+    told = job.npz
+    if job.grid:
+        count, head = min(job.grid, job.num_samples), []
+        for first, _, path in parts:
+            if first < count:
+                head.append(writers.read_part(path)[: count - first])
+        captions = None if labels is None else [_name(int(label), job.class_names) for label in labels[:count]]
+        writers.write_grid(storage.join(job.out, "samples.png"), np.concatenate(head), captions)
+        told += f" and {storage.join(job.out, 'samples.png')}"
+    _write_receipt(job, {"file": job.npz, "bytes": storage.size(job.npz), "sha256": storage.sha256_of(job.npz)})
+    for _, _, path in _parts(job):
+        storage.remove(path)
+    tell(f"wrote {told}")
+
+
+def _name(label: int, names: Sequence[str]) -> str:
+    return names[label] if label < len(names) else str(label)
+
+
+class _Progress:
+    """A bar with images per second; nothing where tqdm is not installed."""
+
+    def __init__(self, done: int, total: int, *, shown: bool) -> None:
+        self.done = done
+        self._bar: Any = None
+        if shown:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, initial=done, unit="image", mininterval=1.0, dynamic_ncols=True)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

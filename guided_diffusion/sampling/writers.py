@@ -1,0 +1,97 @@
+"""Images to files: an npz that is never whole in memory, and an overview picture."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from ..runtime import storage
+
+# Small images are enlarged to about this many pixels in the overview, so that one sees something.
+_TILE = 64
+
+
+def npz_name(count: int, height: int, width: int, channels: int) -> str:
+    """`samples_50000x64x64x3.npz`, as in 2021."""
+    return f"samples_{count}x{height}x{width}x{channels}.npz"
+
+
+def write_npz(
+    path: str,
+    parts: Iterable[np.ndarray],
+    shape: Sequence[int],
+    labels: np.ndarray | None = None,
+    *,
+    dtype: Any = np.uint8,
+) -> None:
+    """Write `arr_0` (parts joined along the first axis, `shape` in all) and, where given, `arr_1` (labels, int64).
+
+    Reads one part at a time, so memory stays that of one part. The file appears complete or not at all. Raises
+    ValueError when the parts do not add up to `shape`.
+    """
+    with storage.atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            _header(member, tuple(shape), np.dtype(dtype))
+            found = 0
+            for part in parts:
+                if part.shape[1:] != tuple(shape[1:]) or part.dtype != np.dtype(dtype):
+                    raise ValueError(
+                        f"a part of {path} is {part.dtype} {part.shape}; wanted {np.dtype(dtype)} [*, {shape[1:]}]"
+                    )
+                member.write(np.ascontiguousarray(part).data)
+                found += part.shape[0]
+            if found != shape[0]:
+                raise ValueError(f"{path} got {found} images instead of {shape[0]}")
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
+
+
+def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
+
+
+def write_part(path: str, images: np.ndarray) -> None:
+    """One finished stretch of images as a plain npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(images), allow_pickle=False)
+    storage.write_bytes_atomic(path, buffer.getvalue())
+
+
+def read_part(path: str) -> np.ndarray:
+    """The inverse of `write_part`."""
+    found: np.ndarray = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+    return found
+
+
+def write_grid(
+    path: str, images: np.ndarray, captions: Sequence[str] | None = None, *, columns: int | None = None
+) -> None:
+    """Write images (uint8 `[N, H, W, C]`, C of 1 or 3, N > 0) side by side as one PNG, each with its caption below.
+
+    Images of other channel counts show their first one.
+    """
+    from PIL import Image, ImageDraw
+
+    count, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    factor = max(1, _TILE // max(height, width))
+    tile_height, tile_width = height * factor, width * factor
+    line = 12 if captions else 0
+    picture = Image.new("RGB", (columns * (tile_width + 2) + 2, rows * (tile_height + line + 2) + 2), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    for k, pixels in enumerate(images):
+        tile = Image.fromarray(pixels if channels == 3 else pixels[..., 0]).convert("RGB")
+        x, y = 2 + k % columns * (tile_width + 2), 2 + k // columns * (tile_height + line + 2)
+        picture.paste(tile.resize((tile_width, tile_height), Image.Resampling.NEAREST), (x, y))
+        if captions:
+            draw.text((x, y + tile_height), captions[k][: max(1, tile_width // 6)], fill=(0, 0, 0))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    storage.write_bytes_atomic(path, buffer.getvalue())
