@@ -1,0 +1,131 @@
+"""The meaning of a network's output: raw channels -> clean prediction and variance of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from .process import Process, Tables, x0_from_eps, x0_from_previous_x, x0_from_v
+
+Predicts = Literal["eps", "x0", "previous_x", "v"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+PREDICTS: tuple[Predicts, ...] = ("eps", "x0", "previous_x", "v")
+VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+class Net(Protocol):
+    """A network, or any callable: x `[B, C, ...]`, time `[B]`, named conditions -> `[B, C, ...]` or `[B, 2C, ...]`."""
+
+    def __call__(self, x: Tensor, time: Tensor, /, **cond: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What is believed at (x, i): the clean data, and log-variance of the step to i-1 (broadcasts to x).
+
+    `spread` is that log-variance, or a function that computes it: only samplers that draw from it pay for it.
+    """
+
+    x0: Tensor
+    spread: Tensor | Callable[[], Tensor]
+
+    @property
+    def log_variance(self) -> Tensor:
+        return self.spread if isinstance(self.spread, Tensor) else self.spread()
+
+
+class Denoiser(Protocol):
+    """x `[B, C, ...]`, step positions i `[B]` (integer or float) -> Denoised. What samplers call and guidance wraps."""
+
+    def __call__(self, x: Tensor, i: Tensor, /) -> Denoised: ...
+
+
+def make_denoiser(
+    net: Net,
+    process: Process,
+    cond: Mapping[str, Any] | None = None,
+    *,
+    predicts: Predicts = "eps",
+    variance: Variance = "learned_range",
+    clip: bool = True,
+    transform_x0: Callable[[Tensor], Tensor] | None = None,
+) -> Denoiser:
+    """Read `net` as a denoiser for one batch conditioned on `cond` (keyword arguments of the network).
+
+    `predicts` and `variance` say how it was trained. `clip` keeps x0 in [-1, 1]; `transform_x0` (say, dynamic thresholding) comes first.
+    """
+    check_reading(predicts, variance)
+    named = dict(cond or {})
+
+    def denoise(x: Tensor, i: Tensor) -> Denoised:
+        prediction, raw = split_variance(net(x, process.time_at(i), **named), x, variance)
+        x0 = x0_from_output(process, prediction, x, i, predicts)
+        return Denoised(bounded(x0, clip, transform_x0), partial(step_log_variance, process, raw, x, i, variance))
+
+    return denoise
+
+
+def check_reading(predicts: str, variance: str) -> None:
+    """ValueError unless both are known readings."""
+    if predicts not in PREDICTS:
+        raise ValueError(f"predicts={predicts!r} is not one of {', '.join(PREDICTS)}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance={variance!r} is not one of {', '.join(VARIANCES)}")
+
+
+def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
+    """Cut a network output into its prediction and, where the variance is learned, the equally wide channels that code it."""
+    channels, learned = x.shape[1], variance in ("learned", "learned_range")
+    if output.shape[1] != channels * (2 if learned else 1):
+        raise ValueError(
+            f"the network returned {output.shape[1]} channels for an input of {channels}; with variance={variance!r} "
+            f"it should return {channels * (2 if learned else 1)} (does learn_sigma match the weights?)"
+        )
+    if not learned:
+        return output, None
+    prediction, raw = output.split(channels, dim=1)
+    return prediction, raw
+
+
+def x0_from_output(tables: Tables, prediction: Tensor, x: Tensor, i: Tensor, predicts: Predicts) -> Tensor:
+    """The clean data that a network's prediction stands for."""
+    match predicts:
+        case "eps":
+            return x0_from_eps(tables, x, i, prediction)
+        case "x0":
+            return prediction
+        case "previous_x":
+            return x0_from_previous_x(tables, x, i, prediction)
+        case "v":
+            return x0_from_v(tables, x, i, prediction)
+
+
+def bounded(x0: Tensor, clip: bool, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A clean prediction after the caller's own `transform`, kept in the range of images where `clip`."""
+    if transform is not None:
+        x0 = transform(x0)
+    return x0.clamp(-1, 1) if clip else x0
+
+
+def step_log_variance(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, variance: Variance) -> Tensor:
+    """Log-variance of p(x_{i-1} | x_i); broadcasts to x.
+
+    "learned_range" puts the network's -1 .. 1 between the smallest and largest sensible variance (arXiv 2102.09672, eq. 15);
+    "learned" is the logarithm itself.
+    """
+    match variance:
+        case "fixed_small":
+            return tables.at("posterior_log_variance", i, x)
+        case "fixed_large":
+            return tables.at("fixed_large_log_variance", i, x)
+        case "learned":
+            assert raw is not None
+            return raw
+        case "learned_range":
+            assert raw is not None
+            share = (raw + 1) / 2
+            return share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)

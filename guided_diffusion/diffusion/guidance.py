@@ -1,0 +1,102 @@
+"""Guidance: Denoiser -> Denoiser. No sampler knows it is guided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoised, Denoiser, Net
+from .process import Process, Tables, eps_from_x0, x0_from_eps
+
+# (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as a classifier is told it.
+GradLogProb = Callable[[Tensor, Tensor], Tensor]
+
+
+def log_prob_gradient(net: Net, labels: Tensor) -> GradLogProb:
+    """The gradient of log p(labels | x) under a classifier `net(x, time) -> logits [B, classes]`; `labels` int64 `[B]`.
+
+    Works under `no_grad` and with frozen weights; the weights never receive a gradient.
+    """
+
+    def gradient(x: Tensor, time: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            log_probs = net(x, time).float().log_softmax(dim=-1)
+            chosen = log_probs.gather(-1, labels.view(-1, 1))
+            return torch.autograd.grad(chosen.sum(), x)[0]
+
+    return gradient
+
+
+def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:
+    """Guide the score: eps - sqrt(1 - alpha_bar) * scale * gradient (Dhariwal & Nichol 2021, algorithm 2). For DDIM and other solvers."""
+
+    def guided(x: Tensor, i: Tensor) -> Denoised:
+        plain = denoise(x, i)
+        gradient = grad_log_prob(x, process.time_at(i)) * scale
+        return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient), plain.spread)
+
+    return guided
+
+
+def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient: Tensor) -> Tensor:
+    """The clean prediction after the score has moved by `gradient` (Song et al. 2020, arXiv 2011.13456)."""
+    eps = eps_from_x0(tables, x, i, x0) - tables.at("sqrt_one_minus_alpha_bar", i, x) * gradient
+    return x0_from_eps(tables, x, i, eps)
+
+
+def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:
+    """Guide the mean of a step: mean + variance * scale * gradient (Dhariwal & Nichol 2021, algorithm 1). For ancestral sampling.
+
+    Carried by x0, which moves by what shifts the posterior mean so far; x0 may therefore leave [-1, 1].
+    """
+
+    def guided(x: Tensor, i: Tensor) -> Denoised:
+        plain = denoise(x, i)
+        gradient = grad_log_prob(x, process.time_at(i)) * scale
+        log_variance = plain.log_variance
+        shift = mean_shift(log_variance.exp(), gradient)
+        return Denoised(plain.x0 + shift / process.at("posterior_mean_x0", i, x), log_variance)
+
+    return guided
+
+
+def mean_shift(variance: Tensor, gradient: Tensor) -> Tensor:
+    """How far a gradient moves the mean of a normal step, to first order (Sohl-Dickstein et al. 2015)."""
+    return variance * gradient.float()
+
+
+def classifier_free(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
+    """From the unconditional prediction towards and past the conditional one; 0 is the former, 1 the latter (Ho & Salimans 2022).
+
+    `unconditional` may be any weaker model (autoguidance, Karras et al. 2024). The variance is the conditional one's.
+    """
+
+    def guided(x: Tensor, i: Tensor) -> Denoised:
+        strong, weak = conditional(x, i), unconditional(x, i)
+        return Denoised(torch.lerp(weak.x0, strong.x0, scale), strong.spread)
+
+    return guided
+
+
+def interval(guided: Denoiser, plain: Denoiser, process: Process, *, sigma_min: float, sigma_max: float) -> Denoiser:
+    """`guided` where sigma_min < sigma <= sigma_max, else `plain`; sigma = sqrt(1/alpha_bar - 1) (Kynkäänniemi et al. 2024).
+
+    Both are evaluated: choosing only one would mean waiting for the device to tell the step.
+    """
+    if not 0 <= sigma_min < sigma_max:
+        raise ValueError(
+            f"an interval of noise levels needs 0 <= sigma_min < sigma_max; got {sigma_min} and {sigma_max}"
+        )
+
+    def choose(x: Tensor, i: Tensor) -> Denoised:
+        sigma = process.at("sqrt_recipm1_alpha_bar", i, x)
+        inside = (sigma > sigma_min) & (sigma <= sigma_max)
+        yes, no = guided(x, i), plain(x, i)
+        return Denoised(
+            torch.where(inside, yes.x0, no.x0), lambda: torch.where(inside, yes.log_variance, no.log_variance)
+        )
+
+    return choose

@@ -1,0 +1,295 @@
+"""The noising process: its tables over steps, its respacing, and every formula that reads a table.
+
+Notation of Ho et al. 2020 (arXiv 2006.11239): x_i = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps, steps i = 0 .. T-1, i = 0 nearly
+clean. A step position may lie between two steps: then i is a float tensor and what the noise level decides is interpolated in
+log-SNR = log(alpha_bar / (1 - alpha_bar)); on whole numbers it is exactly the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Tables(Protocol):
+    """Whatever can say the value of a named table at a step position, shaped to multiply `like`."""
+
+    def at(self, name: str, i: Tensor, like: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """Tables over steps i = 0..T-1. `betas` is the float64 truth; the tensors are float32 (or what `.to` was told), on one device."""
+
+    betas: np.ndarray
+    time: Tensor  # what the network is told at step i: respacing and rescaling live here
+    time_span: (
+        float  # the length of the axis `time` counts on: number of steps before any respacing, or 1000 once rescaled
+    )
+    beta: Tensor
+    log_beta: Tensor
+    log_snr: Tensor
+    alpha_bar: Tensor
+    alpha_bar_prev: Tensor
+    alpha_bar_next: Tensor
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
+    log_one_minus_alpha_bar: Tensor
+    sqrt_recip_alpha_bar: Tensor
+    sqrt_recipm1_alpha_bar: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance: Tensor  # step 0 has variance zero; its logarithm is that of step 1 instead
+    posterior_mean_x0: Tensor
+    posterior_mean_x: Tensor
+    fixed_large_log_variance: Tensor
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @property
+    def device(self) -> torch.device:
+        return self.time.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Process:
+        """The same process with its tensors on `device` as `dtype`, made from the float64 truth."""
+        device, dtype = torch.device(device or self.device), dtype or self.beta.dtype
+        if device == self.device and dtype == self.beta.dtype:
+            return self
+        return _process(self.betas, self.time, self.time_span, device, dtype)
+
+    def at(self, name: str, i: Tensor, like: Tensor) -> Tensor:
+        """Table `name` at positions `i` (integers or floats, `[B]` or a scalar), with trailing axes added to match `like` `[B, ...]`."""
+        table = getattr(self, name)
+        value = self._between(name, table, i) if i.is_floating_point() else table[i]
+        return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+    def time_at(self, i: Tensor) -> Tensor:
+        """What the network is told at positions `i`, `[B]`."""
+        return self._between("time", self.time, i) if i.is_floating_point() else self.time[i]
+
+    def _between(self, name: str, table: Tensor, i: Tensor) -> Tensor:
+        i = i.clamp(0, len(self) - 1)
+        lower = i.floor()
+        fraction = (i - lower).to(table.dtype)
+        below, above = lower.long(), i.ceil().long()
+        if name not in _FROM_LOG_SNR:
+            return torch.lerp(table[below], table[above], fraction)
+        log_snr = torch.lerp(self.log_snr[below], self.log_snr[above], fraction)
+        return torch.where(fraction == 0, table[below], _FROM_LOG_SNR[name](log_snr))
+
+
+# The tables that depend on the noise level alone, as functions of log-SNR.
+_FROM_LOG_SNR: dict[str, Callable[[Tensor], Tensor]] = {
+    "alpha_bar": torch.sigmoid,
+    "sqrt_alpha_bar": lambda log_snr: log_snr.sigmoid().sqrt(),
+    "sqrt_one_minus_alpha_bar": lambda log_snr: (-log_snr).sigmoid().sqrt(),
+    "log_one_minus_alpha_bar": lambda log_snr: torch.nn.functional.logsigmoid(-log_snr),
+    "sqrt_recip_alpha_bar": lambda log_snr: log_snr.sigmoid().rsqrt(),
+    "sqrt_recipm1_alpha_bar": lambda log_snr: (-log_snr / 2).exp(),
+}
+
+
+def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """Every table over steps in float64, by name; equation numbers are those of arXiv 2006.11239."""
+    alpha_bar = np.cumprod(1.0 - betas)
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    posterior_variance = betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)  # eq. 7
+    first = posterior_variance[1] if len(betas) > 1 else betas[0]  # stands in where the posterior variance is zero
+    return {
+        "beta": betas,
+        "log_beta": np.log(betas),
+        "log_snr": np.log(alpha_bar) - np.log1p(-alpha_bar),
+        "alpha_bar": alpha_bar,
+        "alpha_bar_prev": alpha_bar_prev,
+        "alpha_bar_next": np.append(alpha_bar[1:], 0.0),
+        "sqrt_alpha_bar": np.sqrt(alpha_bar),
+        "sqrt_one_minus_alpha_bar": np.sqrt(1.0 - alpha_bar),
+        "log_one_minus_alpha_bar": np.log(1.0 - alpha_bar),
+        "sqrt_recip_alpha_bar": np.sqrt(1.0 / alpha_bar),
+        "sqrt_recipm1_alpha_bar": np.sqrt(1.0 / alpha_bar - 1.0),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance": np.log(np.append(first, posterior_variance[1:])),
+        "posterior_mean_x0": betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),  # eq. 7
+        "posterior_mean_x": (1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar),
+        "fixed_large_log_variance": np.log(np.append(first, betas[1:])),
+    }
+
+
+def check_betas(betas: Any) -> np.ndarray:
+    """Betas as float64 `[T]`, from an array, list or tensor; ValueError unless each lies strictly between 0 and 1."""
+    array = np.array(betas.detach().cpu() if isinstance(betas, Tensor) else betas, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"betas must be one row of numbers, one per step; got shape {array.shape}")
+    wrong = np.flatnonzero(~((array > 0) & (array < 1)))
+    if wrong.size:
+        raise ValueError(
+            f"every beta must lie strictly between 0 and 1; step {wrong[0]} of {len(array)} has {array[wrong[0]]}"
+        )
+    return array
+
+
+def _process(betas: np.ndarray, time: Tensor, span: float, device: torch.device, dtype: torch.dtype) -> Process:
+    betas.setflags(write=False)
+    tensors = {name: torch.tensor(table, dtype=dtype, device=device) for name, table in tables_of(betas).items()}
+    return Process(betas=betas, time=time.to(device, dtype), time_span=span, **tensors)
+
+
+def make_process(betas: Any, time: Any = None) -> Process:
+    """A process on the CPU from its betas; `time` `[T]` is what the network is told at each step (default: the step's own number)."""
+    betas = check_betas(betas)
+    told = torch.arange(len(betas)) if time is None else torch.as_tensor(time)
+    if told.shape != (len(betas),):
+        raise ValueError(f"time must hold one number for each of the {len(betas)} betas; got shape {tuple(told.shape)}")
+    return _process(betas, told.to(torch.float32), float(len(betas)), torch.device("cpu"), torch.float32)
+
+
+def rescale_time(process: Process, span: float = 1000.0) -> Process:
+    """The same process, with the network told times on an axis of length `span`, however many steps there were before respacing."""
+    return replace(process, time=process.time * (span / process.time_span), time_span=float(span))
+
+
+def respace(process: Process, keep: Iterable[int]) -> Process:
+    """The process that visits only steps `keep`: same noise levels and times there, betas that lead from one to the next.
+
+    arXiv 2102.09672, eq. 19. Keeping every step returns the process itself.
+    """
+    steps = sorted({int(step) for step in keep})
+    if not steps or steps[0] < 0 or steps[-1] >= len(process):
+        raise ValueError(
+            f"steps to keep must lie in 0..{len(process) - 1} and be at least one; got {steps[:3]}..{steps[-1:]}"
+        )
+    if len(steps) == len(process):
+        return process
+    time = process.time[torch.tensor(steps, device=process.device)]
+    return _process(respaced_betas(process.betas, steps), time, process.time_span, process.device, process.beta.dtype)
+
+
+def respaced_betas(betas: np.ndarray, keep: Iterable[int]) -> np.ndarray:
+    """Betas of the process that visits only steps `keep` (rising): each is 1 - alpha_bar / alpha_bar of the step kept before it."""
+    alpha_bar = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[list(keep)]
+    return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list[int]:
+    """Which of `num_steps` steps to keep, rising.
+
+    "250" or 250: that many, evenly from first to last. "90,60,60,20,20" or a list: cut the steps into equal sections (the first is the
+    least noisy) and take so many from each. "ddim25": every k-th step from 0, with the whole number k that gives 25. "": all.
+    """
+    if isinstance(sections, str):
+        text = sections.strip()
+        if not text:
+            return list(range(num_steps))
+        if text.startswith("ddim"):
+            return _strided(num_steps, _whole(text[len("ddim") :], sections))
+        counts = [_whole(part, sections) for part in text.split(",")]
+    else:
+        counts = [int(sections)] if isinstance(sections, (int, np.integer)) else [int(count) for count in sections]
+    if not counts or min(counts) < 0 or sum(counts) == 0:
+        raise ValueError(f"respacing {sections!r} keeps no step; give counts such as '250' or '90,60,60,20,20'")
+
+    steps: list[int] = []
+    start = 0
+    for index, count in enumerate(counts):
+        size = num_steps // len(counts) + (index < num_steps % len(counts))
+        if size < count:
+            raise ValueError(
+                f"respacing {sections!r} asks for {count} steps from section {index + 1} of {len(counts)}, "
+                f"which has only {size} of the {num_steps} steps; ask for at most {size}"
+            )
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride  # summed, not multiplied: halves must round as they did for the released results
+        start += size
+    return steps
+
+
+def _whole(text: str, sections: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"respacing {sections!r} is not understood; write '250', '90,60,60,20,20' or 'ddim25'"
+        ) from None
+
+
+def _strided(num_steps: int, count: int) -> list[int]:
+    possible = {len(range(0, num_steps, stride)): stride for stride in range(num_steps - 1, 0, -1)}
+    if count not in possible:
+        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+        raise ValueError(
+            f"no whole stride takes exactly {count} of {num_steps} steps ('ddim{count}'); the nearest are {' and '.join(map(str, near))}, "
+            f"or use '{count}' for uneven strides"
+        )
+    return list(range(0, num_steps, possible[count]))
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution; all three broadcast to the shape of x."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+def marginal(tables: Tables, x0: Tensor, i: Tensor) -> Gaussian:
+    """q(x_i | x0), eq. 4."""
+    variance = 1.0 - tables.at("alpha_bar", i, x0)
+    return Gaussian(tables.at("sqrt_alpha_bar", i, x0) * x0, variance, tables.at("log_one_minus_alpha_bar", i, x0))
+
+
+def add_noise(tables: Tables, x0: Tensor, i: Tensor, noise: Tensor) -> Tensor:
+    """x_i from clean data and standard normal `noise` of the same shape, eq. 4."""
+    if noise.shape != x0.shape:
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)} for data of shape {tuple(x0.shape)}; they must be the same"
+        )
+    return tables.at("sqrt_alpha_bar", i, x0) * x0 + tables.at("sqrt_one_minus_alpha_bar", i, x0) * noise
+
+
+def posterior_mean(tables: Tables, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
+    """Mean of q(x_{i-1} | x_i, x0), eq. 7."""
+    return tables.at("posterior_mean_x0", i, x) * x0 + tables.at("posterior_mean_x", i, x) * x
+
+
+def posterior(tables: Tables, x0: Tensor, x: Tensor, i: Tensor) -> Gaussian:
+    """q(x_{i-1} | x_i, x0), eqs. 6-7; at i = 0 the variance is zero and its logarithm that of step 1."""
+    log_variance = tables.at("posterior_log_variance", i, x)
+    return Gaussian(posterior_mean(tables, x0, x, i), tables.at("posterior_variance", i, x), log_variance)
+
+
+def x0_from_eps(tables: Tables, x: Tensor, i: Tensor, eps: Tensor) -> Tensor:
+    """The clean data that `eps` would explain, eq. 4 solved for x0."""
+    return tables.at("sqrt_recip_alpha_bar", i, x) * x - tables.at("sqrt_recipm1_alpha_bar", i, x) * eps
+
+
+def eps_from_x0(tables: Tables, x: Tensor, i: Tensor, x0: Tensor) -> Tensor:
+    """The noise that `x0` would explain, eq. 4 solved for eps."""
+    return (tables.at("sqrt_recip_alpha_bar", i, x) * x - x0) / tables.at("sqrt_recipm1_alpha_bar", i, x)
+
+
+def x0_from_previous_x(tables: Tables, x: Tensor, i: Tensor, previous: Tensor) -> Tensor:
+    """The x0 for which `previous` (x_{i-1}) is the posterior mean, eq. 7 solved for x0."""
+    return (previous - tables.at("posterior_mean_x", i, x) * x) / tables.at("posterior_mean_x0", i, x)
+
+
+def v_from_x0(tables: Tables, x0: Tensor, i: Tensor, eps: Tensor) -> Tensor:
+    """Velocity sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
+    return tables.at("sqrt_alpha_bar", i, x0) * eps - tables.at("sqrt_one_minus_alpha_bar", i, x0) * x0
+
+
+def x0_from_v(tables: Tables, x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    """The clean data that velocity `v` at `x` points to."""
+    return tables.at("sqrt_alpha_bar", i, x) * x - tables.at("sqrt_one_minus_alpha_bar", i, x) * v
+
+
+def mean_flat(values: Tensor) -> Tensor:
+    """Mean over everything but the batch axis, `[B, ...] -> [B]`."""
+    return values.mean(dim=list(range(1, values.ndim)))

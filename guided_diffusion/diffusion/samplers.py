@@ -1,0 +1,274 @@
+"""From noise to data: (denoise, x_T, process) -> iterator of Step.
+
+Every sampler is a generator. It does its arithmetic without gradients, but the caller's grad mode holds wherever the caller's code runs.
+A caller may change `step.x` in place: the chain goes on from what it finds there. The coefficients of all steps are Python numbers,
+worked out in float64 before the first step, and step positions are made on the device once; no step waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .process import Process, tables_of
+
+Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtype and device of its argument
+Number = Tensor | float
+
+
+class Step(NamedTuple):
+    """One finished step: the position it left, x `[B, ...]` after it, and the clean prediction `[B, ...]` it was made from."""
+
+    i: float
+    x: Tensor
+    x0: Tensor
+
+
+def last(steps: Iterable[Step]) -> Tensor:
+    """Run a sampler to its end; the final x."""
+    x = None
+    for step in steps:
+        x = step.x
+    if x is None:
+        raise ValueError("the sampler made no step")
+    return x
+
+
+@torch.no_grad()
+def ancestral(
+    denoise: Denoiser, x: Tensor, process: Process, *, noise: Noise = torch.randn_like, start: int | None = None
+) -> Iterator[Step]:
+    """Draw x_{i-1} ~ p(x_{i-1} | x_i) down to i = 0 (Ho et al. 2020, algorithm 2); the last step is the mean.
+
+    `x` is at step `start`: pure noise at the default T-1, or data noised to an earlier step (SDEdit).
+    """
+    tables, steps = tables_of(process.betas), _steps(process, start)
+    from_x0, from_x = tables["posterior_mean_x0"].tolist(), tables["posterior_mean_x"].tolist()
+    for k, i in zip(steps, _positions(steps, process, x)):
+        denoised = denoise(x, i)
+        x = from_x0[k] * denoised.x0 + from_x[k] * x
+        if k > 0:
+            x = ancestral_update(x, denoised.log_variance, noise(x))
+        yield Step(k, x, denoised.x0)
+
+
+def ancestral_update(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """A draw from the normal distribution of a step, given standard normal `noise`."""
+    return mean + (0.5 * log_variance).exp() * noise
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoiser,
+    x: Tensor,
+    process: Process,
+    *,
+    eta: float = 0.0,
+    noise: Noise = torch.randn_like,
+    start: int | None = None,
+) -> Iterator[Step]:
+    """Song et al. 2020 (arXiv 2010.02502), eq. 12. `eta` 0 is deterministic and draws nothing; 1 has the noise of ancestral sampling."""
+    if eta < 0:
+        raise ValueError(f"eta={eta} must not be negative; 0 is deterministic, 1 as noisy as ancestral sampling")
+    tables, steps = tables_of(process.betas), _steps(process, start)
+    alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
+    for k, i in zip(steps, _positions(steps, process, x)):
+        x0 = denoise(x, i).x0
+        eps = eps_between(x, x0, alpha_bar[k])
+        sigma = ddim_sigma(alpha_bar[k], previous[k], eta)
+        x = ddim_update(x0, eps, previous[k], sigma)
+        if sigma > 0:
+            x = x + sigma * noise(x)
+        yield Step(k, x, x0)
+
+
+def eps_between(x: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
+    """The noise that leads from `x0` to `x` at this alpha_bar."""
+    return (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+
+
+def ddim_sigma(alpha_bar: Number, alpha_bar_prev: Number, eta: float) -> Number:
+    """Standard deviation of the fresh noise in a DDIM step, arXiv 2010.02502, eq. 16."""
+    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_prev) ** 0.5
+
+
+def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_to: Number, sigma: Number = 0.0) -> Tensor:
+    """Mean of x at noise level `alpha_bar_to`, keeping `eps` but for the share that fresh noise of deviation `sigma` will replace."""
+    return x0 * alpha_bar_to**0.5 + (1 - alpha_bar_to - sigma**2) ** 0.5 * eps
+
+
+@torch.no_grad()
+def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step]:
+    """Data back to the noise that deterministic DDIM would turn into it (arXiv 2010.02502, section 4.3).
+
+    `x` is clean and taken to be at step 0, nearly so; the last x is at step T-1, where `ddim` starts.
+    """
+    alpha_bar, steps = tables_of(process.betas)["alpha_bar"].tolist(), range(len(process) - 1)
+    for k, i in zip(steps, _positions(steps, process, x)):
+        x0 = denoise(x, i).x0
+        x = ddim_update(x0, eps_between(x, x0, alpha_bar[k]), alpha_bar[k + 1])
+        yield Step(k, x, x0)
+
+
+@torch.no_grad()
+def plms(denoise: Denoiser, x: Tensor, process: Process, *, order: int = 2, start: int | None = None) -> Iterator[Step]:
+    """DDIM whose eps is extrapolated from the steps before (Liu et al. 2022, arXiv 2202.09778).
+
+    The first step has no past: it looks one step ahead and averages, which costs one evaluation more.
+    """
+    check_order(order)
+    tables, steps = tables_of(process.betas), _steps(process, start)
+    alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
+    positions, past = _positions(steps, process, x), []  # type: ignore[var-annotated]
+    for n, k in enumerate(steps):
+        x0 = denoise(x, positions[n]).x0
+        past = [*past, eps_between(x, x0, alpha_bar[k])][-order:]
+        if k == 0:
+            x = x0.clone()
+        else:
+            eps = adams_bashforth(past)
+            if n == 0 and order > 1:
+                ahead = ddim_update(x0, past[-1], previous[k])
+                eps = (eps + eps_between(ahead, denoise(ahead, positions[n + 1]).x0, previous[k])) / 2
+            x = ddim_update((x - math.sqrt(1 - alpha_bar[k]) * eps) / math.sqrt(alpha_bar[k]), eps, previous[k])
+        yield Step(k, x, x0)
+
+
+_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def check_order(order: int) -> None:
+    """ValueError unless a multistep rule of this order is known."""
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"order={order!r} must be a whole number from 1 to 4")
+
+
+def adams_bashforth(past: list[Tensor]) -> Tensor:
+    """The mean of eps over the step to come, extrapolated from its latest values (oldest first, at most four)."""
+    weights = _ADAMS_BASHFORTH[len(past) - 1]
+    return sum((weight * eps for weight, eps in zip(weights[1:], reversed(past[:-1]))), weights[0] * past[-1])
+
+
+@torch.no_grad()
+def dpm_solver(denoise: Denoiser, x: Tensor, process: Process, *, num_steps: int | None = None) -> Iterator[Step]:
+    """DPM-Solver++(2M), second order and one evaluation per step (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+
+    Steps are spaced evenly in log-SNR, between the process's own steps where need be; None uses exactly its own. The last gives x0.
+    """
+    positions, log_snr = _grid(process, num_steps, lambda table, n: np.linspace(table[-1], table[0], n))
+    alpha, sigma = np.sqrt(_sigmoid(log_snr)).tolist(), np.sqrt(_sigmoid(-log_snr)).tolist()
+    width = (np.diff(log_snr) / 2).tolist()  # the paper's h: steps of half the log-SNR
+    x0_before = None
+    for n, i in enumerate(_positions(positions, process, x)):
+        x0 = denoise(x, i).x0
+        if n == len(positions) - 1:
+            x = x0.clone()
+        else:
+            ahead = x0
+            if x0_before is not None:
+                ahead = x0 + (0.5 * width[n] / width[n - 1]) * (x0 - x0_before)
+            x = sigma[n + 1] / sigma[n] * x - alpha[n + 1] * math.expm1(-width[n]) * ahead
+        x0_before = x0
+        yield Step(positions[n], x, x0)
+
+
+@torch.no_grad()
+def heun(
+    denoise: Denoiser,
+    x: Tensor,
+    process: Process,
+    *,
+    num_steps: int | None = None,
+    rho: float = 7.0,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    noise_scale: float = 1.0,
+    noise: Noise = torch.randn_like,
+) -> Iterator[Step]:
+    """Heun's method with optional churn, two evaluations per step (Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2).
+
+    Works on x / sqrt(alpha_bar), whose noise level is sigma = sqrt(1/alpha_bar - 1). `num_steps` levels are spaced by `rho` (eq. 5);
+    None uses the process's own. Noise is added only at levels in [churn_min, churn_max]. The last step gives x0.
+    """
+
+    def spaced(table: np.ndarray, n: int) -> np.ndarray:
+        ends = np.exp(-table[[-1, 0]] / 2) ** (1 / rho)
+        return -2 * rho * np.log(np.linspace(ends[0], ends[1], n))
+
+    positions, log_snr = _grid(process, num_steps, spaced)
+    sigma = np.append(np.exp(-log_snr / 2), 0.0)
+    raised = _churned(sigma[:-1], churn, churn_min, churn_max)
+    scale, scale_raised = (1 / np.sqrt(1 + sigma**2)).tolist(), (1 / np.sqrt(1 + raised**2)).tolist()
+    fresh = (np.sqrt(np.maximum(raised**2 - sigma[:-1] ** 2, 0)) * noise_scale).tolist()
+    churned = np.where(raised > sigma[:-1], position_of(process, -2 * np.log(raised)), positions)
+    at_raised, at_level = _positions(churned.tolist(), process, x), _positions(positions, process, x)
+    x = x / scale[0]
+    for n in range(len(positions)):
+        if fresh[n] > 0:
+            x = x + fresh[n] * noise(x)
+        here, there = float(raised[n]), float(sigma[n + 1])
+        x0 = denoise(x * scale_raised[n], at_raised[n]).x0
+        slope = (x - x0) / here
+        x_next = x + (there - here) * slope
+        if there > 0:
+            slope_next = (x_next - denoise(x_next * scale[n + 1], at_level[n + 1]).x0) / there
+            x_next = x + (there - here) * 0.5 * (slope + slope_next)
+        step = Step(positions[n], x_next * scale[n + 1], x0)
+        yield step
+        x = step.x / scale[n + 1]
+
+
+def _churned(sigma: np.ndarray, churn: float, low: float, high: float) -> np.ndarray:
+    """Noise levels after churn: raised by a factor of at most sqrt(2), never above the first (arXiv 2206.00364, algorithm 2, line 5)."""
+    if churn < 0:
+        raise ValueError(f"churn={churn} must not be negative; 0 adds no noise")
+    factor = min(churn / len(sigma), math.sqrt(2) - 1)
+    return np.minimum(np.where((sigma >= low) & (sigma <= high), sigma * (1 + factor), sigma), sigma[0])
+
+
+def position_of(process: Process, log_snr: np.ndarray) -> np.ndarray:
+    """The (fractional) step positions with these values of log alpha_bar / (1 - alpha_bar); outside the process, its ends."""
+    table = tables_of(process.betas)["log_snr"]
+    return np.interp(-log_snr, -table, np.arange(len(table), dtype=np.float64))
+
+
+def _grid(
+    process: Process, num_steps: int | None, spaced: Callable[[np.ndarray, int], np.ndarray]
+) -> tuple[list[float], np.ndarray]:
+    """Positions from T-1 down to 0 and their log-SNR: every step of the process, or `num_steps` values from `spaced(table, n)`."""
+    table = tables_of(process.betas)["log_snr"]
+    if num_steps is None:
+        steps = range(len(process) - 1, -1, -1)
+        return list(steps), table[::-1].copy()
+    if num_steps < 2:
+        raise ValueError(f"num_steps={num_steps}: a solver needs at least 2 steps")
+    log_snr = spaced(table, num_steps)
+    positions = position_of(process, log_snr)
+    positions[[0, -1]] = len(process) - 1, 0  # the ends are steps of the process, whatever rounding says
+    return positions.tolist(), log_snr
+
+
+def _steps(process: Process, start: int | None) -> range:
+    first = len(process) - 1 if start is None else start
+    if not 0 <= first < len(process):
+        raise ValueError(f"start={start} is not a step of this process; it has steps 0..{len(process) - 1}")
+    return range(first, -1, -1)
+
+
+def _positions(steps: Iterable[float], process: Process, x: Tensor) -> list[Tensor]:
+    """Step positions on x's device, one `[B]` view for each: the only copy a sampler makes, before its first step."""
+    values = list(steps)
+    whole = all(isinstance(value, int) for value in values)
+    rows = torch.tensor(values, dtype=torch.long if whole else process.time.dtype, device=x.device)
+    return [row.expand(x.shape[0]) for row in rows]
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-values))

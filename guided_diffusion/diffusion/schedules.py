@@ -1,0 +1,48 @@
+"""Noise schedules: a name and a number of steps -> the variances `betas` added at each step, float64 `[T]`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+def betas_for_alpha_bar(num_steps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> np.ndarray:
+    """Betas whose running product of `1 - beta` follows `alpha_bar`, a falling function of time in [0, 1] with values in (0, 1].
+
+    `max_beta` (below 1) caps the last steps, where alpha_bar reaches zero. Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.2.
+    """
+    times = [step / num_steps for step in range(num_steps + 1)]
+    pairs = zip(times[:-1], times[1:])
+    return np.array([min(1 - alpha_bar(t2) / alpha_bar(t1), max_beta) for t1, t2 in pairs], dtype=np.float64)
+
+
+def linear_betas(num_steps: int) -> np.ndarray:
+    """Evenly spaced from 1e-4 to 0.02 at 1000 steps (Ho et al. 2020); other counts are scaled so that the same noise is reached."""
+    scale = 1000 / num_steps
+    if scale * 0.02 >= 1:
+        raise ValueError(
+            f"the linear schedule has no {num_steps}-step form: its last beta would be {scale * 0.02:g}, and betas must stay below 1. "
+            "Use at least 21 steps, or the cosine schedule, or train with 1000 steps and respace when sampling."
+        )
+    return np.linspace(scale * 0.0001, scale * 0.02, num_steps, dtype=np.float64)
+
+
+def cosine_betas(num_steps: int) -> np.ndarray:
+    """alpha_bar falls as a squared cosine, with an offset that keeps the first steps from vanishing (arXiv 2102.09672, eq. 17)."""
+    return betas_for_alpha_bar(num_steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+def named_betas(name: str, num_steps: int) -> np.ndarray:
+    """The schedule of that name over `num_steps` steps, float64 `[num_steps]`."""
+    if name not in SCHEDULES:
+        raise ValueError(
+            f"unknown noise schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}. Other betas: make_process(betas)"
+        )
+    if num_steps < 1:
+        raise ValueError(f"a schedule needs at least one step, not {num_steps}")
+    return SCHEDULES[name](num_steps)

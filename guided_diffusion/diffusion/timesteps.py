@@ -1,0 +1,109 @@
+"""Which step each training example is noised to: uniformly, or more often where the loss is large."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Drawn(NamedTuple):
+    """Steps int64 `[B]`, and float32 weights `[B]` that keep the weighted loss's expectation that of uniform steps."""
+
+    i: Tensor
+    weight: Tensor
+
+
+class Timesteps(Protocol):
+    """A distribution over steps that may learn from losses."""
+
+    def draw(self, u: Tensor) -> Drawn: ...
+    def update(self, i: Tensor, losses: Tensor) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class UniformTimesteps:
+    """Every step equally often."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def draw(self, u: Tensor) -> Drawn:
+        """Steps for numbers `u` `[B]` in [0, 1)."""
+        i = (u * self.num_steps).long().clamp(max=self.num_steps - 1)
+        return Drawn(i, torch.ones(len(u), device=u.device))
+
+    def update(self, i: Tensor, losses: Tensor) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class LossSecondMoment:
+    """Steps in proportion to the root mean square of their last `history` losses (Nichol & Dhariwal 2021, section 3.3).
+
+    Uniform until every step has been seen `history` times; afterwards a share `uniform_prob` stays uniform. With several processes,
+    gather steps and losses before `update`, so that all learn the same. The state follows the tensors it is given to their device.
+    """
+
+    def __init__(self, num_steps: int, history: int = 10, uniform_prob: float = 0.001) -> None:
+        if history < 1 or not 0 <= uniform_prob <= 1:
+            raise ValueError(f"history={history} must be at least 1 and uniform_prob={uniform_prob} between 0 and 1")
+        self.num_steps, self.history, self.uniform_prob = num_steps, history, uniform_prob
+        self.losses = torch.zeros(num_steps, history, dtype=torch.float64)
+        self.seen = torch.zeros(num_steps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """Of each step, float64 `[T]`."""
+        return second_moment_probabilities(self.losses, (self.seen >= self.history).all(), self.uniform_prob)
+
+    def draw(self, u: Tensor) -> Drawn:
+        """Steps for numbers `u` `[B]` in [0, 1), by the inverse of the cumulative distribution."""
+        self._follow(u)
+        p = self.probabilities()
+        i = torch.searchsorted(p.cumsum(0), u.to(p.dtype), right=True).clamp(max=self.num_steps - 1)
+        return Drawn(i, (1.0 / (self.num_steps * p[i])).float())
+
+    def update(self, i: Tensor, losses: Tensor) -> None:
+        """Remember `losses` `[B]` seen at steps `i` int64 `[B]`, in order; the oldest give way."""
+        self._follow(i)
+        same = (i[:, None] == i[None, :]).tril()
+        nth = same.sum(dim=1) - 1  # how many times this step came earlier in the batch
+        still = (
+            same.sum(dim=0) - 1
+        )  # how many times it comes later: with `history` or more, this one is forgotten already
+        slot = (self.seen[i] + nth) % self.history
+        flat = torch.where(still < self.history, i * self.history + slot, self.losses.numel())
+        padded = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])  # the last place takes what is forgotten
+        self.losses = padded.scatter(0, flat, losses.detach().to(padded))[:-1].view_as(self.losses)
+        self.seen = self.seen.scatter_add(0, i, torch.ones_like(i))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the memory of an earlier run with the same number of steps and history."""
+        losses, seen = (torch.as_tensor(state[name]) for name in ("losses", "seen"))
+        if losses.shape != self.losses.shape or seen.shape != self.seen.shape:
+            raise ValueError(
+                f"the saved losses are for (steps, history) = {tuple(losses.shape)}, this run has {tuple(self.losses.shape)}"
+            )
+        self.losses, self.seen = losses.to(self.losses).clone(), seen.to(self.seen).clone()
+
+    def _follow(self, other: Tensor) -> None:
+        if self.losses.device != other.device:
+            self.losses, self.seen = self.losses.to(other.device), self.seen.to(other.device)
+
+
+def second_moment_probabilities(losses: Tensor, warm: Tensor | bool, uniform_prob: float) -> Tensor:
+    """Probabilities `[T]` from the last losses `[T, history]`; uniform unless `warm`."""
+    num_steps = losses.shape[0]
+    moment = losses.square().mean(dim=1).sqrt()
+    learned = (1 - uniform_prob) * moment / moment.sum() + uniform_prob / num_steps
+    return torch.where(torch.as_tensor(warm, device=losses.device), learned, torch.full_like(learned, 1 / num_steps))
