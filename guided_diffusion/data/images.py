@@ -1,0 +1,159 @@
+"""Pictures: files to uint8 arrays, the crop of the 2021 release pixel for pixel, and uint8 <-> float.
+
+Shapes: `H W C` for one picture (numpy, uint8, 0..255), `N H W C` / `N C H W` for batches (torch). A size is a side in pixels or
+(height, width).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from typing import IO, TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..runtime import storage
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+# 2021 truncates (x + 1) * 127.5, but float32 puts 63 of the 256 values a hair below the integer they came from (1 would return as 0).
+# Anything above the rounding error, 2**-18, and far below 1 repairs that; it moves one pixel in 30 000 of a continuous picture.
+_TRUNCATION_SLACK = 2.0**-15
+
+Size = int | tuple[int, int]
+
+
+class Random(Protocol):
+    """What a random crop asks of its generator; `random.Random` has it."""
+
+    def randrange(self, start: int, stop: int | None = None, /) -> int: ...
+
+
+def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
+    """Decode a picture to uint8 `[H, W, channels]`; 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
+
+    As in 2021, EXIF rotation is not applied and the first frame of an animation is taken. ValueError names a file that cannot be read.
+    """
+    try:
+        with storage.open_file(path, "rb") as file:
+            return decode_image(file, channels)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise unreadable(os.fspath(path), error) from error
+
+
+def unreadable(name: str, error: BaseException) -> ValueError:
+    """The error for a picture that cannot be decoded; `name` says which."""
+    reason = "not a picture that PIL knows" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+    return ValueError(f"cannot read image {name!r}: {reason or type(error).__name__}")
+
+
+def decode_image(file: IO[bytes] | bytes, channels: int = 3) -> np.ndarray:
+    """`read_image` on an open file or on the bytes of one."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        image.load()
+        return as_array(image, channels)
+
+
+def as_array(image: PILImage.Image, channels: int) -> np.ndarray:
+    """A PIL picture of any mode as uint8 `[H, W, channels]`, converted by PIL's rules (grey is ITU-R 601 luma)."""
+    from PIL import Image
+
+    if channels not in MODES:
+        raise ValueError(f"channels={channels}: must be one of {sorted(MODES)} ({', '.join(MODES.values())})")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # PIL would clip 16-bit grey to 255 and lose nearly everything; 65535 -> 255.
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} (32 bits per value) has no fixed range; save it with 8 or 16 bits first")
+    if image.mode != MODES[channels]:
+        image = image.convert(MODES[channels])
+    array = np.asarray(image)
+    return array.reshape(*array.shape[:2], channels)
+
+
+def from_array(array: np.ndarray) -> PILImage.Image:
+    """The PIL picture of uint8 `[H, W]` or `[H, W, C]`, C in 1..4."""
+    from PIL import Image
+
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def center_crop(image: np.ndarray, size: Size) -> np.ndarray:
+    """The largest centered `size` window, scaled: uint8 `[H, W, C]` -> `[h, w, C]`, the pixels of the 2021 release.
+
+    Halved with a box filter while both sides are at least twice too large, then bicubic to the exact scale: bicubic alone aliases
+    when it shrinks much (its support in PIL is bounded), box alone blurs.
+    """
+    height, width = _pair(size)
+    scaled = _cover(image, height, width)
+    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+    return scaled[top : top + height, left : left + width]
+
+
+def random_crop(image: np.ndarray, size: Size, rng: Random, min_frac: float = 0.8, max_frac: float = 1.0) -> np.ndarray:
+    """A random `size` window of the picture scaled so that the window is `min_frac` to `max_frac` of its shorter side.
+
+    The draws are those of the 2021 release in its order (scale, top, left), so one `random.Random` state gives the same pixels.
+    """
+    if not 0 < min_frac <= max_frac <= 1:
+        raise ValueError(f"min_frac={min_frac}, max_frac={max_frac}: must satisfy 0 < min_frac <= max_frac <= 1")
+    height, width = _pair(size)
+    side = min(height, width)
+    drawn = rng.randrange(math.ceil(side / max_frac), math.ceil(side / min_frac) + 1)
+    scaled = _cover(image, math.ceil(height * drawn / side), math.ceil(width * drawn / side))
+    top = rng.randrange(scaled.shape[0] - height + 1)
+    left = rng.randrange(scaled.shape[1] - width + 1)
+    return scaled[top : top + height, left : left + width]
+
+
+def _cover(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale a picture, aspect kept, to the smallest size that covers `height x width`."""
+    from PIL.Image import Resampling
+
+    image = from_array(array)
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), resample=Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Resampling.BICUBIC)
+    scaled = np.asarray(image)
+    return scaled.reshape(*scaled.shape[:2], -1) if array.ndim == 3 else scaled
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image size {size}: must be positive")
+    return height, width
+
+
+def preprocessing_id(size: Size, channels: int = 3, crop: str = "center") -> str:
+    """A name for what happens to a picture before training: equal names mean equal pixels. Put it beside packed data and scores."""
+    height, width = _pair(size)
+    return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{MODES[channels]}/v1"
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 `[N, H, W, C]` -> float32 `[N, C, H, W]` in [-1, 1], in channels-last memory, on the device of `images`."""
+    # A scalar divisor becomes a multiplication by its rounded reciprocal on CUDA, one bit off the CPU; a tensor one is a division.
+    divisor = torch.full((), 127.5, device=images.device)
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(divisor).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float `[N, C, H, W]` in [-1, 1] (clamped) -> uint8 `[N, H, W, C]`; exactly undoes `to_float`, else truncates as in 2021."""
+    values = (images.to(torch.float32) + 1) * 127.5 + _TRUNCATION_SLACK
+    return values.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def low_res(images: Tensor, size: Size) -> Tensor:
+    """Shrink float `[N, C, H, W]` to `size` by averaging areas: the input of a super-resolution model."""
+    return functional.interpolate(images, _pair(size), mode="area")

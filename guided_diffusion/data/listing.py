@@ -1,0 +1,104 @@
+"""A path -> records: which pictures there are, in a fixed order, and the class of each.
+
+The order is that of the 2021 release (the names of each folder sorted, a folder's pictures where its name stands), so class numbers
+made from file-name prefixes agree with checkpoints trained then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..runtime import storage
+from . import labels as tables
+from . import sources
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Pictures in a fixed order. For `kind` "files" a path opens as it is; in an archive it is an address `sources.Reader` knows."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray | None = None  # int64 [len(paths)], each in 0 .. len(class_names) - 1
+    class_names: tuple[str, ...] = ()
+    label_source: str = "none"  # "folders", "prefix", "none", or the table they were read from
+    kind: str = "files"  # "files", "zip", "tar", "lmdb", "packed"
+    root: str = ""
+    preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.paths):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.paths)} images")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, places: slice | Sequence[int]) -> Records:
+        """Some of the records; classes keep their numbers."""
+        paths = self.paths[places] if isinstance(places, slice) else tuple(self.paths[k] for k in places)
+        labels = None if self.labels is None else self.labels[places]
+        return replace(self, paths=paths, labels=labels)
+
+    def without_labels(self) -> Records:
+        """The same pictures, unlabeled."""
+        return replace(self, labels=None, class_names=(), label_source="none")
+
+    def require_labels(self) -> np.ndarray:
+        """The labels, int64 `[N]`; ValueError with the ways to give them where there are none."""
+        if self.labels is None:
+            raise ValueError(
+                f"{self.root or 'these records'}: a class-conditional run needs labels and {len(self)} images have none; put the "
+                "images in one folder per class, start their names with 'class_', or give a csv/json file of path,label"
+            )
+        return self.labels
+
+
+def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Records:
+    """List the pictures below `root`: a folder, packed data, a zip, a folder of (or one) WebDataset tar, or an LSUN lmdb.
+
+    `labels`: "folders" (sub-folder names), "prefix" (text before the first `_` of a file name), "none", the path of a csv or json
+    table, or "auto": the source's own labels (dataset.json, packed labels), else folders, else prefixes, else none. What was taken is
+    in `label_source`. ValueError if there are no pictures.
+    """
+    place = os.fspath(root)
+    if not place:
+        raise ValueError("unspecified data directory: give the folder or archive that holds the images")
+    if not storage.exists(place):
+        raise ValueError(f"{place!r}: no such folder or file")
+    source = sources.list_source(place, EXTENSIONS)
+    if not source.paths:
+        raise ValueError(
+            f"{place!r}: no images found; looked for {', '.join('.' + e for e in EXTENSIONS)} in all sub-folders"
+        )
+    found = _choose_labels(source, labels)
+    return Records(
+        source.paths,
+        found.numbers,
+        found.class_names,
+        found.source,
+        source.kind,
+        place,
+        preprocessing=source.preprocessing,
+    )
+
+
+def _choose_labels(source: sources.Source, labels: str) -> tables.Labels:
+    if labels == "none":
+        return tables.NONE
+    if labels == "prefix":
+        return tables.by_prefix(source.names)
+    if labels == "folders":
+        return tables.by_folder(source.names)
+    if labels != "auto":
+        return tables.from_file(labels, source.names)
+    return source.labels if source.labels is not None else tables.detect(source.names)
+
+
+def image_files(root: str, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """Paths of all pictures below a folder, in order; names that begin with a dot are not looked at."""
+    return sources.image_files(root, extensions)

@@ -1,0 +1,223 @@
+"""Files, wherever they lie: local paths by the standard library, `gs://`, `az://` and `https://` (Azure blobs) through blobfile.
+
+blobfile is imported when, and only when, a path is remote; a machine without it works on local files. Paths are plain strings with `/`
+between their parts (local ones may be anything `os.fspath` takes). Nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+_REMOTE_SCHEMES = ("gs://", "az://", "https://")
+
+PathLike = str | os.PathLike[str]
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether `path` is reached through blobfile."""
+    return os.fspath(path).startswith(_REMOTE_SCHEMES)
+
+
+def _blobfile(path: PathLike) -> Any:
+    try:
+        import blobfile
+    except ImportError as error:
+        raise ImportError(f"{os.fspath(path)!r} is a remote path and needs blobfile: pip install blobfile") from error
+    return blobfile
+
+
+def open_file(path: PathLike, mode: str = "rb") -> IO[Any]:
+    """Open `path` like the built-in `open`; text modes are UTF-8. For output that must never be seen half written: `atomic_write`."""
+    if is_remote(path):
+        return _blobfile(path).BlobFile(os.fspath(path), mode)
+    return open(path, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is a file or folder at `path`."""
+    return _blobfile(path).exists(os.fspath(path)) if is_remote(path) else os.path.exists(path)
+
+
+def isdir(path: PathLike) -> bool:
+    """Whether `path` is a folder (links are followed)."""
+    return _blobfile(path).isdir(os.fspath(path)) if is_remote(path) else os.path.isdir(path)
+
+
+def size(path: PathLike) -> int:
+    """Length of a file in bytes."""
+    return int(_blobfile(path).stat(os.fspath(path)).size) if is_remote(path) else os.path.getsize(path)
+
+
+def join(path: PathLike, *parts: str) -> str:
+    """Join path parts; `..` in a remote path is resolved by blobfile."""
+    return _blobfile(path).join(os.fspath(path), *parts) if is_remote(path) else os.path.join(path, *parts)
+
+
+def listdir(path: PathLike) -> list[str]:
+    """Names in a folder, sorted, folders without a trailing slash."""
+    names = _blobfile(path).listdir(os.fspath(path)) if is_remote(path) else os.listdir(path)
+    return sorted(name.rstrip("/") for name in names)
+
+
+def walk_files(path: PathLike) -> Iterator[str]:
+    """Every file below a folder, as `join(path, relative)`, in the order of a walk that sorts the names of each folder.
+
+    A folder stands where its name sorts among the names beside it, so the order is that of the lists of path parts. Links to folders
+    are followed; one that leads back to a folder above itself is not.
+    """
+    if is_remote(path):
+        root = os.fspath(path).rstrip("/")
+        found = [f"{folder.rstrip('/')}/{name}" for folder, _, names in _blobfile(path).walk(root) for name in names]
+        yield from sorted(found, key=lambda name: name.split("/"))
+    else:
+        yield from _walk_local(os.fspath(path), ())
+
+
+def _walk_local(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        listed = sorted((entry.name, entry.is_dir()) for entry in entries)
+    for name, is_folder in listed:
+        full = os.path.join(folder, name)
+        if is_folder:
+            yield from _walk_local(full, (*above, here))
+        else:
+            yield full
+
+
+def makedirs(path: PathLike) -> None:
+    """Make a folder and those above it; no error where it exists."""
+    if is_remote(path):
+        _blobfile(path).makedirs(os.fspath(path))
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise _explained(error, path, "make the folder") from error
+
+
+def remove(path: PathLike) -> None:
+    """Remove one file; no error where there is none."""
+    if is_remote(path):
+        with contextlib.suppress(FileNotFoundError):
+            _blobfile(path).remove(os.fspath(path))
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+@contextlib.contextmanager
+def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` complete or not at all.
+
+    The bytes go to a hidden file in the same folder (`.name.<random>.tmp`), reach the disk (fsync), and take the name in one rename; a
+    reader, or a power cut, sees the old file or the new one. An error inside the `with` removes the hidden file and leaves the old
+    one. `OSError` for a full disk or a forbidden folder keeps its errno and class and names the path. Remote files are written locally
+    and uploaded once complete.
+    """
+    if is_remote(path):
+        with _atomic_upload(os.fspath(path)) as file:
+            yield file
+        return
+    # Through a link to the file it stands for: a rename would replace the link itself.
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    # 255 bytes is the longest name common file systems take.
+    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.tmp")
+    try:
+        if not os.path.isdir(folder):
+            makedirs(folder)
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError) and _is_about(error, temporary):
+            raise _explained(error, path, "write") from error
+        raise
+
+
+@contextlib.contextmanager
+def _atomic_upload(path: str) -> Iterator[IO[bytes]]:
+    blobfile = _blobfile(path)
+    # Closing a remote file publishes whatever was written so far, even after an error; hence the detour over a local file.
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "upload")
+        with open(local, "xb") as file:
+            yield file
+        blobfile.copy(local, path, overwrite=True)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename durable. Windows and some network file systems cannot sync a folder; the rename is atomic there all the same."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_about(error: OSError, temporary: str) -> bool:
+    """Whether an error inside a write is the write's own: errors that name another file belong to the caller's code."""
+    return error.filename is None or os.fspath(error.filename) in (temporary, os.path.dirname(temporary))
+
+
+def _explained(error: OSError, path: PathLike, action: str) -> OSError:
+    """The same error, of the same class, saying what was tried, where, and what would help."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason += (
+            f" ({_free_space(path)}); free some space or choose another folder; nothing half written was left behind"
+        )
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reason += "; choose a folder you may write to"
+    message = f"cannot {action}: {reason}"
+    return OSError(error.errno, message, os.fspath(path)) if error.errno else OSError(f"{message}: {os.fspath(path)!r}")
+
+
+def _free_space(path: PathLike) -> str:
+    folder = os.path.abspath(os.path.dirname(os.path.realpath(path)))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free in {folder}"
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """All bytes of a file."""
+    with open_file(path, "rb") as file:
+        return file.read()
+
+
+def write_bytes_atomic(path: PathLike, data: bytes) -> None:
+    """Replace a file's content in one step; see `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def write_text_atomic(path: PathLike, text: str) -> None:
+    """Replace a file's content with UTF-8 text in one step; see `atomic_write`."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def sha256_of(path: PathLike) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open_file(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
