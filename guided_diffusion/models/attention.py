@@ -1,0 +1,149 @@
+"""Attention over the places of an image, by torch's fused kernels, without copying q, k or v.
+
+Shapes: N batch, T places (tokens), H heads, D channels per head, C = H * D.
+Modules speak [N, C, T] as the released networks do; memory is channels-innermost, so each [N, C, T] here is the
+transposed view of a contiguous [N, T, C], and q, k, v are strided views [N, H, T, D] of it with stride 1 in D.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import conv_nd, inside_functorch
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D)) v over [N, H, T, D], written out: differentiable any number of times, in any mode."""
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D)) v over [N, H, T, D] (Vaswani et al. 2017, equation 1), by the fastest fitting kernel.
+
+    The fused kernels have neither a forward-mode nor a second derivative; where one is asked for, the written-out
+    form takes over.
+    """
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
+    if inside_functorch() or any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        return plain_attention(q, k, v)
+    out = F.scaled_dot_product_attention(q, k, v)
+    if hasattr(out.grad_fn, "_saved_query"):
+        out.grad_fn.register_hook(_differentiable_gradients)
+    return out
+
+
+def _differentiable_gradients(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Under `create_graph`, replace a fused kernel's gradients of q, k, v by ones that can be differentiated again."""
+    if not torch.is_grad_enabled():
+        return None  # an ordinary backward pass: keep what the kernel computed
+    node = torch._C._current_autograd_node()  # the kernel's node; a closure over it would keep q, k and v alive
+    q, k, v, g = node._saved_query, node._saved_key, node._saved_value, grad_outputs[0]
+    scale = 1 / math.sqrt(q.shape[-1])
+    weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+    grad_weights = g @ v.transpose(-1, -2)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
+    found = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g)
+    wanted = (new if old is not None else None for new, old in zip(found, grad_inputs))
+    return (*wanted, *grad_inputs[3:])
+
+
+def _split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, int]:
+    """[N, 3 * C, T] -> ([N, T, 3 * C], channels per head)."""
+    width = qkv.shape[1]
+    if width % (3 * n_heads):
+        raise ValueError(f"{width} channels of queries, keys and values cannot be shared by {n_heads} heads.")
+    return qkv.transpose(1, 2), width // (3 * n_heads)
+
+
+def _attend(qkv_NT3HD: Tensor, dim: int) -> Tensor:
+    """Attention of the q, k, v found along `dim` of a five-dimensional view. Returns [N, C, T]."""
+    q, k, v = (part.transpose(1, 2) for part in qkv_NT3HD.unbind(dim))
+    return attention(q, k, v).transpose(1, 2).flatten(2).transpose(1, 2)
+
+
+class QKVAttentionLegacy(nn.Module):
+    """Attention where each head's q, k, v are neighbours among the channels: H x (q, k, v) x D."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
+        tokens, head_channels = _split_heads(qkv, self.n_heads)
+        return _attend(tokens.unflatten(2, (self.n_heads, 3, head_channels)), 3)
+
+    @staticmethod
+    def count_flops(model: Any, _x: Any, y: Any) -> None:
+        """Counter for the `thop` package."""
+        count_flops_attn(model, _x, y)
+
+
+class QKVAttention(nn.Module):
+    """Attention where all q precede all k precede all v among the channels: (q, k, v) x H x D."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
+        tokens, head_channels = _split_heads(qkv, self.n_heads)
+        return _attend(tokens.unflatten(2, (3, self.n_heads, head_channels)), 2)
+
+    @staticmethod
+    def count_flops(model: Any, _x: Any, y: Any) -> None:
+        """Counter for the `thop` package."""
+        count_flops_attn(model, _x, y)
+
+
+class AttentionPool2d(nn.Module):
+    """Attention pooling of CLIP (Radford et al. 2021): the image's mean, as one more place, attends to all places.
+
+    spacial_dim: height and width of the image. embed_dim: its channels C, a multiple of num_heads_channels.
+    output_dim: channels of the result, C if None.
+    """
+
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads_channels:
+            raise ValueError(f"{embed_dim} channels are not a multiple of num_head_channels = {num_heads_channels}.")
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.num_heads = embed_dim // num_heads_channels
+        self.attention = QKVAttention(self.num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, spacial_dim, spacial_dim]. Returns [N, output_dim]."""
+        places = self.positional_embedding.shape[1] - 1
+        if x.shape[2] != x.shape[3] or x.shape[2] * x.shape[3] != places:
+            side = math.isqrt(places)
+            raise ValueError(
+                f"attention pooling was built for {side} x {side} features and got {x.shape[2]} x {x.shape[3]}: give "
+                "images of the size the network was built for, or choose the pool 'adaptive', 'spatial' or 'spatial_v2'."
+            )
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, T, C]: a view of channels_last memory
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.t().to(x.dtype)
+        pooled = self.attention(self.qkv_proj(tokens.transpose(1, 2)))
+        return self.c_proj(pooled[:, :, :1]).squeeze(2)
+
+
+def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
+    """Add the multiply-adds of one attention's two matrix products to `model.total_ops`, for the `thop` package.
+
+    thop.profile(net, inputs=(x, t), custom_ops={QKVAttention: QKVAttention.count_flops})
+    """
+    batch, channels, *places = y[0].shape
+    model.total_ops += torch.DoubleTensor([2 * batch * int(np.prod(places)) ** 2 * channels])

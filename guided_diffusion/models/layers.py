@@ -1,0 +1,193 @@
+"""What every network is made of: layers that cast their weights at use, group norm, time embedding, checkpointing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+NORM_GROUPS = 32  # of all released networks; the number is not stored with the weights, so it cannot change
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of tensor dimensions
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels innermost in memory, where such a layout exists (images, volumes): no copy if it has it."""
+    layout = _CHANNELS_LAST.get(x.dim())
+    return x if layout is None else x.contiguous(memory_format=layout)
+
+
+def _weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`. A cast writes channels_last, which convolutions of channels_last images want anyway."""
+    if weight.dtype == dtype:
+        return weight
+    layout = _CHANNELS_LAST.get(weight.dim(), torch.preserve_format)
+    return weight.to(dtype, memory_format=layout)
+
+
+class _CastAtUse:
+    """Mixed in before a torch layer: parameters stay in full precision and are cast to the input's dtype when used."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def _parameters_as(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _weight_as(self.weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+
+
+class Conv1d(_CastAtUse, nn.Conv1d):
+    """Convolution over [N, C, T]. With a kernel of one it is a matrix product on channels-innermost memory.
+
+    The released attention weights have shape [out, C, 1]. Read as [out, C] they multiply [N, T, C], which is what a
+    channels_last image is in memory: no transposition, and the result is again channels-innermost.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._parameters_as(x)
+        if self.kernel_size == (1,) and self.stride == (1,) and self.padding == (0,) and self.groups == 1:
+            return F.linear(x.transpose(1, 2), weight.squeeze(-1), bias).transpose(1, 2)
+        return self._conv_forward(x, weight, bias)
+
+
+class Conv2d(_CastAtUse, nn.Conv2d):
+    """Convolution over [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self._parameters_as(x))
+
+
+class Conv3d(_CastAtUse, nn.Conv3d):
+    """Convolution over [N, C, D, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self._parameters_as(x))
+
+
+class Linear(_CastAtUse, nn.Linear):
+    """Matrix product over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._parameters_as(x))
+
+
+class SiLU(nn.SiLU):
+    """x * sigmoid(x): torch's own, under the name it had here before torch had one."""
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm in the dtype and memory layout of its input; the kernel accumulates statistics in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        layout = _CHANNELS_LAST.get(x.dim())
+        if layout is not None and x.is_contiguous(memory_format=layout):
+            y = y.contiguous(memory_format=layout)  # some CUDA kernels answer in NCHW whatever they are given
+        return y
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """Group norm with the 32 groups of the released networks.
+
+    Raises ValueError where `channels` is not a multiple of 32.
+    """
+    if channels < NORM_GROUPS or channels % NORM_GROUPS:
+        raise ValueError(
+            f"{channels} channels cannot be normalised in {NORM_GROUPS} groups: every level of the network needs a "
+            f"multiple of {NORM_GROUPS} channels. Choose num_channels and channel_mult so that their products are."
+        )
+    return GroupNorm32(NORM_GROUPS, channels)
+
+
+def _by_dims(dims: int, choices: dict[int, Callable[..., nn.Module]], *args: Any, **kwargs: Any) -> nn.Module:
+    if dims not in choices:
+        raise ValueError(f"unsupported dimensions: {dims}; choose one of {sorted(choices)}")
+    return choices[dims](*args, **kwargs)
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A convolution over `dims` = 1, 2 or 3 space dimensions; the other arguments are torch's."""
+    return _by_dims(dims, {1: Conv1d, 2: Conv2d, 3: Conv3d}, *args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Average pooling over `dims` = 1, 2 or 3 space dimensions; the other arguments are torch's."""
+    return _by_dims(dims, {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}, *args, **kwargs)
+
+
+def linear(*args: Any, **kwargs: Any) -> Linear:
+    """A linear layer; arguments as torch's."""
+    return Linear(*args, **kwargs)
+
+
+def zero_module(module: ModuleT) -> ModuleT:
+    """Set every parameter of `module` to zero and return it: a block that ends in zeros starts as the identity."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    return module
+
+
+def scale_module(module: ModuleT, scale: float) -> ModuleT:
+    """Multiply every parameter of `module` by `scale` and return it."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(scale)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Cosines, then sines, of time at geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
+
+    timesteps: [N], integer or fractional. Returns float32 [N, dim]; an odd `dim` ends in a column of zeros.
+    """
+    half = dim // 2
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(exponents)
+    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+def checkpoint(func: Callable[..., Any], inputs: Iterable[Any], params: Iterable[Tensor], flag: bool) -> Any:
+    """`func(*inputs)`; if `flag`, without keeping its intermediate values: backward computes them again.
+
+    `params` is accepted for compatibility and not needed. Frozen weights, repeated and double backward, autocast and
+    forward-mode differentiation work as without the flag. Inside a `torch.func` transform the flag has no effect,
+    because those cannot recompute.
+    """
+    inputs = tuple(inputs)
+    if not flag or not torch.is_grad_enabled() or inside_functorch():
+        return func(*inputs)
+    return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
+
+
+def inside_functorch() -> bool:
+    """Whether a `torch.func` transform (grad, jvp, vmap, ...) is running: fused kernels do not know how to."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def convert_module_to_f16(module: nn.Module) -> None:
+    """Store the weights of a convolution in float16 (other modules are left alone); for `Module.apply`."""
+    store_convolution(module, torch.float16)
+
+
+def convert_module_to_f32(module: nn.Module) -> None:
+    """Store the weights of a convolution in float32 again; for `Module.apply`."""
+    store_convolution(module, torch.float32)
+
+
+def store_convolution(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store weight and bias of `module` in `dtype` if it is a convolution. The Parameter objects stay the same."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        for parameter in (module.weight, module.bias):
+            if parameter is not None:
+                parameter.data = parameter.data.to(dtype)
