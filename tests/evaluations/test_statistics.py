@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluations import statistics
+from evaluations.statistics import BLOCK, Moments
+
+ROWS = np.random.default_rng(0).gamma(2.0, size=(4 * BLOCK + 300, 6)).astype(np.float32)
+WHOLE = statistics.from_features(ROWS)
+
+
+def same_bits(a: statistics.Statistics, b: statistics.Statistics) -> bool:
+    return a.mu.tobytes() == b.mu.tobytes() and a.sigma.tobytes() == b.sigma.tobytes() and a.count == b.count
+
+
+def test_equals_numpy() -> None:
+    rows = ROWS.astype(np.float64)
+    np.testing.assert_allclose(WHOLE.mu, rows.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(WHOLE.sigma, np.cov(rows, rowvar=False), rtol=1e-12, atol=1e-15)
+    assert WHOLE.count == len(ROWS)
+
+
+def test_large_offsets_cost_no_digits() -> None:
+    rows = np.random.default_rng(1).standard_normal((3000, 3)) + 1e7
+    # A mean near 1e7 is rounded at 1e-9; sums of squares would be rounded at 1e-2 * n.
+    np.testing.assert_allclose(statistics.from_features(rows).sigma, np.cov(rows - 1e7, rowvar=False), atol=1e-8)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000, BLOCK, 1500])
+def test_batch_size_changes_no_bit(batch: int) -> None:
+    batches = (ROWS[i : i + batch] for i in range(0, len(ROWS), batch))
+    assert same_bits(statistics.from_batches(batches), WHOLE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, len(ROWS) - 1), max_size=12, unique=True), st.integers(1, 4), st.randoms())
+def test_shards_and_their_order_change_no_bit(cuts: list[int], ranks: int, random: object) -> None:
+    edges = [0, *sorted(cuts), len(ROWS)]
+    pieces = list(zip(edges, edges[1:]))
+    random.shuffle(pieces)
+    shards = [Moments(6) for _ in range(ranks)]
+    for number, (start, stop) in enumerate(pieces):
+        shards[number % ranks].add(ROWS[start:stop], start)
+    random.shuffle(shards)
+    total = Moments(6)
+    for shard in shards:
+        total.merge(shard)
+    assert total.count == len(ROWS)
+    assert same_bits(total.statistics(), WHOLE)
+
+
+def test_strided_ranks_change_no_bit() -> None:
+    shards = [Moments(6) for _ in range(3)]
+    for i in range(len(ROWS)):
+        shards[i % 3].add(ROWS[i : i + 1], i)
+    shards[2].merge(shards[0])
+    shards[2].merge(shards[1])
+    assert same_bits(shards[2].statistics(), WHOLE)
+
+
+def test_the_callers_buffer_may_be_reused() -> None:
+    moments, buffer = Moments(6), np.empty((100, 6), np.float32)
+    for i in range(0, 2000, 100):
+        buffer[:] = ROWS[i : i + 100]
+        moments.add(buffer, i)
+    assert same_bits(moments.statistics(), statistics.from_features(ROWS[:2000]))
+
+
+def test_double_and_missing_images_are_refused() -> None:
+    moments = Moments(6)
+    moments.add(ROWS[:BLOCK], 0)
+    with pytest.raises(ValueError, match="image 5 was added twice"):
+        moments.add(ROWS[5:6], 5)
+    moments.add(ROWS[:10], BLOCK)
+    with pytest.raises(ValueError, match=f"image {BLOCK + 9} was added twice"):
+        moments.add(ROWS[:10], BLOCK + 9)
+    moments.add(ROWS[:10], BLOCK + 20)
+    with pytest.raises(ValueError, match=f"images {BLOCK + 10} to {BLOCK + 19} were never added"):
+        moments.statistics()
+    other = Moments(6)
+    other.add(ROWS[:BLOCK], 0)
+    with pytest.raises(ValueError, match="added twice"):
+        moments.merge(other)
+    late = Moments(6)
+    late.add(ROWS[:BLOCK], BLOCK)
+    with pytest.raises(ValueError, match="never added"):
+        late.statistics()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[n, 6\], got \[2, 5\]"):
+        Moments(6).add(np.zeros((2, 5)), 0)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        statistics.from_features(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="must be a matrix"):
+        statistics.from_features(np.zeros((2, 3, 4)))
+
+
+def test_reading_precomputed(tmp_path: object) -> None:
+    path = tmp_path / "ref.npz"
+    np.savez(path, arr_0=np.zeros((1, 2, 2, 3), np.uint8))
+    assert statistics.read(str(path)) is None
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2))
+    with pytest.raises(ValueError, match="lacks sigma_s"):
+        statistics.read(str(path))
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=2 * np.eye(2))
+    pool, spatial = statistics.read(str(path)), statistics.read(str(path), spatial=True)
+    assert pool.dim == 3 and spatial.dim == 2 and spatial.mu.tolist() == [1, 1] and pool.count is None
+    with pytest.raises(ValueError, match="not symmetric"):
+        statistics.checked(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match="not finite"):
+        statistics.checked(np.zeros(2), np.full((2, 2), np.nan))
