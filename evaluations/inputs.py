@@ -1,0 +1,420 @@
+"""Where the images come from: npz, npy, a folder or zip of pictures, tar shards, or batches as they are made.
+
+Everything reaches the network as uint8 [N, H, W, 3]. What is not so is either converted, and the conversion told in
+`notes`, or refused with the reason: a float array in [0, 1] taken for 0..255 gives a score that looks like one.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .npy import DiskArray, open_npz
+
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+_SCAN_BYTES = 1 << 26
+
+
+class ImageSource:
+    """Images in a fixed order; the base of all kinds of input."""
+
+    name: str = ""
+    count: int | None = None
+    """How many images; None while that is not known (batches as they are made)."""
+
+    def __init__(self, name: str, count: int | None) -> None:
+        self.name = name
+        self.count = count
+        self.notes: list[str] = []
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(H, W, 3) after conversion; None when sizes differ or are not known yet."""
+        return None
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """uint8 [n, H, W, 3] with 1 <= n <= batch_size, images [start, stop) in order, one size per batch."""
+        raise NotImplementedError
+
+    def labels(self) -> np.ndarray | None:
+        """int64 [N] class of each image, or None."""
+        return None
+
+    def statistics(self) -> dict[str, np.ndarray] | None:
+        """Precomputed float64 mu, sigma (pool) and mu_s, sigma_s (spatial), or None."""
+        return None
+
+    def sha256(self) -> str:
+        """Identity of the content: of the file, or of the names and contents of all members in order."""
+        raise NotImplementedError
+
+    def tell(self, note: str) -> None:
+        """Remember a conversion for the report, once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def open_images(source: Any, *, value_range: tuple[float, float] | None = None) -> ImageSource:
+    """Open a path (npz, npy, folder, zip, tar shards), an array, or any iterable of image batches.
+
+    `value_range` says what floats mean, (0, 1) or (-1, 1); without it the whole array is scanned once to find out.
+    Raises ValueError for anything that cannot be read as images.
+    """
+    if isinstance(source, ImageSource):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        array = _as_array(source)
+        if array is not None:
+            return ArraySource("array in memory", MemoryArray(array), value_range=value_range)
+        if isinstance(source, Iterable):
+            return IterableSource(source, value_range=value_range)
+        raise ValueError(f"cannot read images from {type(source).__name__}; give a path, an array or batches of uint8")
+    from . import pictures
+
+    text = os.fspath(source)
+    path = Path(text)
+    if path.is_dir():
+        shards = sorted(str(p) for p in path.iterdir() if p.suffix == ".tar")
+        return pictures.TarSource(text, shards) if shards else pictures.FolderSource(text)
+    if text.endswith(".tar") or (not path.is_file() and ".tar" in text):
+        return pictures.TarSource(text, _expand(text))
+    if not path.is_file():
+        raise ValueError(f"there is no file or folder {text!r} (working directory {os.getcwd()})")
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start == b"\x93NUMPY":
+        return ArraySource(text, DiskArray(path), value_range=value_range)
+    if start[:2] == b"PK" or path.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                is_npz = path.suffix == ".npz" or any(name.endswith(".npy") for name in archive.namelist())
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{text} is cut off or damaged: {error}. Copy or make it again.") from error
+        return _from_npz(text, value_range) if is_npz else pictures.ZipSource(text)
+    if start[:1] == b"\x80":
+        raise ValueError(f"{text} is a Python pickle, which can run code when read; save images with numpy.savez")
+    raise ValueError(
+        f"{text} is no known kind of image file (it starts with {start!r}); "
+        "npz, npy, zip of images, tar shards or a folder can be read"
+    )
+
+
+def _from_npz(text: str, value_range: tuple[float, float] | None) -> ImageSource:
+    arrays = open_npz(text)
+    if "arr_0" not in arrays:
+        if "mu" in arrays:
+            return StatisticsSource(text, arrays)
+        raise ValueError(f"missing arr_0 in npz file {text} (it holds {sorted(arrays) or 'nothing'})")
+    return ArraySource(text, arrays["arr_0"], others=arrays, value_range=value_range)
+
+
+def _expand(text: str) -> list[str]:
+    """Shard names: `{000..012}` counted with its zeros, else a glob pattern, else the one file."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if found:
+        first, last = found.groups()
+        if int(last) - int(first) > 1_000_000:
+            raise ValueError(f"{text} names more than a million shards")
+        numbers = range(int(first), int(last) + 1)
+        names = [f"{text[: found.start()]}{n:0{len(first)}d}{text[found.end() :]}" for n in numbers]
+    elif os.path.exists(text):
+        names = [text]
+    else:
+        names = sorted(glob.glob(text, recursive=True))
+    missing = [name for name in names if not os.path.isfile(name)]
+    if missing or not names:
+        raise ValueError(
+            f"{text}: {f'{len(missing)} shards are missing, first {missing[0]}' if missing else 'no file'}"
+        )
+    return names
+
+
+def _as_array(source: Any) -> np.ndarray | None:
+    if hasattr(source, "detach"):  # a torch tensor, without importing torch here
+        source = source.detach().cpu().numpy()
+    return source if isinstance(source, np.ndarray) else None
+
+
+class Conversion(NamedTuple):
+    """How stored entries become uint8 NHWC with three channels."""
+
+    height: int
+    width: int
+    apply: Callable[[np.ndarray], np.ndarray]
+    notes: tuple[str, ...]
+
+
+def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float, float] | None) -> Conversion:
+    """Decide the conversion from the layout, the dtype and, for other than uint8, the bounds of all values."""
+    if len(shape) == 3:
+        layout, (height, width), channels = "NHW", shape[1:], 1
+    elif len(shape) == 4 and shape[3] in (1, 3):
+        layout, (height, width), channels = "NHWC", shape[1:3], shape[3]
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        layout, (height, width), channels = "NCHW", shape[2:], shape[1]
+    else:
+        hint = " (transparency has to be blended into a background first)" if len(shape) == 4 and 4 in shape[1:] else ""
+        raise ValueError(f"{name} has shape {shape}, expected [N, H, W, 3]{hint}")
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} has shape {shape}: images without pixels")
+    notes = []
+    if layout == "NCHW":
+        notes.append(f"channels come before rows, shape {shape}: read as [N, C, H, W]")
+    if channels == 1:
+        notes.append("grey images: the one channel is used for red, green and blue")
+    to_uint8 = _values(name, dtype, bounds, notes)
+
+    def apply(images: np.ndarray) -> np.ndarray:
+        images = to_uint8(images)
+        if layout == "NHW":
+            images = images[..., None]
+        elif layout == "NCHW":
+            images = images.transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(images if channels == 3 else np.repeat(images, 3, axis=3))
+
+    return Conversion(height, width, apply, tuple(notes))
+
+
+def _values(
+    name: str, dtype: np.dtype, bounds: tuple[float, float] | None, notes: list[str]
+) -> Callable[[np.ndarray], np.ndarray]:
+    if dtype == np.uint8:
+        return lambda images: images
+    if dtype.kind == "b":
+        raise ValueError(f"{name} holds truth values, expected uint8 images")
+    assert bounds is not None
+    low, high = bounds
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{name} holds values that are not finite (nan or infinity)")
+    if dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise ValueError(f"{name} holds {dtype} from {low:g} to {high:g}, expected 0..255")
+        notes.append(f"{dtype} images within 0..255: taken as uint8")
+        return lambda images: images.astype(np.uint8)
+    if low >= 0 and high <= 1:
+        notes.append(f"{dtype} images in [0, 1]: taken as round(255 x)")
+        return lambda images: np.rint(images.astype(np.float32) * 255).astype(np.uint8)
+    if low >= -1 and high <= 1:
+        notes.append(f"{dtype} images in [-1, 1]: taken as round(127.5 (x + 1))")
+        return lambda images: np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8)
+    raise ValueError(
+        f"{name} holds {dtype} from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]. "
+        "Convert the images to uint8 0..255 and save them again."
+    )
+
+
+class MemoryArray:
+    """An array in memory with the reading interface of `DiskArray`."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        if array.dtype.hasobject or array.dtype.kind not in "buif":
+            raise ValueError(f"an array of {array.dtype} holds no images")
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.array[start:stop]
+
+
+class ArraySource(ImageSource):
+    """Images in one array: npz member, npy file or memory."""
+
+    def __init__(
+        self,
+        name: str,
+        array: DiskArray | MemoryArray,
+        *,
+        others: dict[str, DiskArray] | None = None,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
+        header = array.header if isinstance(array, DiskArray) else array
+        shape, dtype = header.shape, header.dtype
+        if len(shape) == 0 or shape[0] == 0:
+            raise ValueError(f"{name} holds no images (shape {shape})")
+        super().__init__(name, shape[0])
+        self._array = array
+        self._others = others or {}
+        self._item_bytes = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
+        plan(name, np.dtype(np.uint8), shape, None)  # refuse a wrong layout before a long scan
+        bounds = None if dtype == np.uint8 else _declared_bounds(value_range, dtype) or self._scan(shape[0])
+        self._bounds = bounds if value_range is not None else None
+        self._conversion = plan(name, dtype, shape, bounds)
+        self.notes += self._conversion.notes
+        if dtype == np.uint8:
+            first = array.read(0, max(1, min(64, _SCAN_BYTES // self._item_bytes)))
+            if first.max() == 1:
+                raise ValueError(
+                    f"{name} holds only 0 and 1 in its first images: floats in [0, 1] that were cast to integers? "
+                    "Multiply by 255 before the cast."
+                )
+
+    def _scan(self, count: int) -> tuple[float, float]:
+        low, high = np.inf, -np.inf
+        step = max(1, _SCAN_BYTES // self._item_bytes)
+        for at in range(0, count, step):
+            part = self._array.read(at, at + step)
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                return np.nan, np.nan
+            low, high = min(low, float(part.min())), max(high, float(part.max()))
+        return low, high
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._conversion.height, self._conversion.width, 3
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        assert self.count is not None
+        stop = self.count if stop is None else min(stop, self.count)
+        for at in range(start, stop, batch_size):
+            images = self._array.read(at, min(at + batch_size, stop))
+            _check_bounds(self.name, images, self._bounds)
+            yield self._conversion.apply(images)
+
+    def labels(self) -> np.ndarray | None:
+        if "arr_1" not in self._others:
+            return None
+        header = self._others["arr_1"].header
+        if header.shape != (self.count,) or header.dtype.kind not in "iu":
+            raise ValueError(
+                f"arr_1 in {self.name} has shape {header.shape} and dtype {header.dtype}; labels are whole numbers, "
+                f"one for each of the {self.count} images"
+            )
+        return self._others["arr_1"].read(0, header.shape[0]).astype(np.int64)
+
+    def statistics(self) -> dict[str, np.ndarray] | None:
+        return read_statistics(self.name, self._others)
+
+    def sha256(self) -> str:
+        if isinstance(self._array, DiskArray):
+            return file_sha256(self.name)
+        digest = hashlib.sha256(f"{self._array.shape} {self._array.dtype.str}\n".encode())
+        for at in range(0, len(self._array.array), step := max(1, _SCAN_BYTES // self._item_bytes)):
+            digest.update(np.ascontiguousarray(self._array.read(at, at + step)).tobytes())
+        return digest.hexdigest()
+
+
+class StatisticsSource(ImageSource):
+    """An npz file with precomputed statistics and no images: enough for FID and sFID, not for precision and recall."""
+
+    def __init__(self, name: str, arrays: dict[str, DiskArray]) -> None:
+        super().__init__(name, 0)
+        self._arrays = arrays
+        self.tell("statistics only: there are no images in this file")
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        return iter(())
+
+    def statistics(self) -> dict[str, np.ndarray] | None:
+        return read_statistics(self.name, self._arrays)
+
+    def sha256(self) -> str:
+        return file_sha256(self.name)
+
+
+class IterableSource(ImageSource):
+    """Batches as they come, for scoring while sampling: arrays or tensors, or pairs of images and labels.
+
+    Read once, from the start; `count`, `labels` and `sha256` are known when all has been read.
+    """
+
+    def __init__(self, batches: Iterable[Any], *, value_range: tuple[float, float] | None = None) -> None:
+        super().__init__("batches", None)
+        self._batches = batches
+        self._range = value_range
+        self._digest = hashlib.sha256()
+        self._labels: list[np.ndarray] = []
+        self._shape: tuple[int, int, int] | None = None
+        self._started = False
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        return self._shape
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        if self._started or start or stop is not None:
+            raise ValueError("batches that come from an iterable can be read once only, from the start to the end")
+        self._started = True
+        total = 0
+        for item in self._batches:
+            images, labels = item if isinstance(item, tuple) else (item, None)
+            array = _as_array(images)
+            if array is None:
+                raise ValueError(f"a batch must be an array or tensor of uint8 images, got {type(images).__name__}")
+            bounds = None if array.dtype == np.uint8 else _declared_bounds(self._range, array.dtype)
+            if array.dtype != np.uint8 and bounds is None:
+                raise ValueError(f"a batch holds {array.dtype}; give uint8, or say value_range=(0, 1) or (-1, 1)")
+            _check_bounds(self.name, array, bounds)
+            conversion = plan(self.name, array.dtype, array.shape, bounds)
+            array = conversion.apply(array)
+            for note in conversion.notes:
+                self.tell(note)
+            self._shape = (conversion.height, conversion.width, 3)
+            self._digest.update(f"{array.shape}\n".encode() + array.tobytes())
+            if labels is not None:
+                self._labels.append(np.asarray(labels, np.int64).reshape(-1))
+            total += len(array)
+            for at in range(0, len(array), batch_size):
+                yield array[at : at + batch_size]
+        if total == 0:
+            raise ValueError("the iterable gave no images")
+        self.count = total
+
+    def labels(self) -> np.ndarray | None:
+        labels = np.concatenate(self._labels) if self._labels else None
+        if labels is not None and self.count is not None and len(labels) != self.count:
+            raise ValueError(f"{len(labels)} labels came with {self.count} images")
+        return labels
+
+    def sha256(self) -> str:
+        if self.count is None:
+            raise ValueError("the identity of batches is known when all of them have been read")
+        return self._digest.hexdigest()
+
+
+def _declared_bounds(value_range: tuple[float, float] | None, dtype: np.dtype) -> tuple[float, float] | None:
+    if value_range is None or dtype.kind != "f":
+        return None
+    if tuple(value_range) not in ((0, 1), (-1, 1)):
+        raise ValueError(f"value_range is {value_range}, allowed are (0, 1) and (-1, 1)")
+    return float(value_range[0]), float(value_range[1])
+
+
+def _check_bounds(name: str, images: np.ndarray, bounds: tuple[float, float] | None) -> None:
+    if bounds is not None and not (images.min() >= bounds[0] and images.max() <= bounds[1]):
+        raise ValueError(f"{name}: values from {images.min()} to {images.max()} where {bounds} was declared")
+
+
+def read_statistics(name: str, arrays: dict[str, DiskArray]) -> dict[str, np.ndarray] | None:
+    """mu, sigma, mu_s, sigma_s as float64; None without `mu`; ValueError when some are missing or of another shape."""
+    if "mu" not in arrays:
+        return None
+    found = {}
+    for key, shape in STATISTICS.items():
+        if key not in arrays:
+            raise ValueError(f"{name} has precomputed statistics without {key!r}; all of {list(STATISTICS)} are needed")
+        header = arrays[key].header
+        if header.shape != shape or header.dtype.kind != "f":
+            raise ValueError(
+                f"{key} in {name} has shape {header.shape} and dtype {header.dtype}, expected {shape} floats"
+            )
+        found[key] = arrays[key].read(0, shape[0]).astype(np.float64)
+        if not np.isfinite(found[key]).all():
+            raise ValueError(f"{key} in {name} holds values that are not finite")
+    return found
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
