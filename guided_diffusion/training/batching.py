@@ -1,0 +1,127 @@
+"""Cutting batches, moving them, and timing the loop around them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POSITIONS = "positions"
+
+
+def _items(batch: Any) -> dict[str, Any]:
+    if hasattr(batch, "_asdict"):
+        return batch._asdict()
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    raise ValueError(f"a batch is a {type(batch).__name__}; it must be a NamedTuple or a dict of tensors")
+
+
+def _map(batch: Any, change: Callable[[str, Any], Any]) -> Any:
+    changed = {name: change(name, value) for name, value in _items(batch).items()}
+    return type(batch)(**changed) if hasattr(batch, "_asdict") else changed
+
+
+def length(batch: Any) -> int:
+    """How many examples a batch has: the first dimension of its tensors."""
+    for value in _items(batch).values():
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    raise ValueError("a batch without tensors cannot be trained on")
+
+
+def split(batch: Any, size: int) -> Iterator[Any]:
+    """Consecutive pieces of at most `size` examples, 0 = the whole batch; what is not a tensor of examples stays as it is."""
+    total = length(batch)
+    size = size if 0 < size < total else total
+    for start in range(0, total, size):
+
+        def cut(_: str, value: Any, part: slice = slice(start, start + size)) -> Any:
+            return value[part] if isinstance(value, Tensor) and value.dim() and value.shape[0] == total else value
+
+        yield _map(batch, cut)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`. `positions` stay in main memory: they address generators there."""
+
+    def move(name: str, value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != POSITIONS else value
+
+    return _map(batch, move)
+
+
+def positions(batch: Any, rank: int, size: int) -> Tensor:
+    """Each example's place in the global batch, int64 `[B]` in main memory; without the field, dealt out in turn."""
+    found = _items(batch).get(POSITIONS)
+    if found is None:
+        return torch.arange(length(batch)) * size + rank
+    return found.cpu()
+
+
+class Clock:
+    """Images per second, share of time spent waiting for data, and a progress bar with the time left.
+
+    Times are the host's; they are right over an interval because a log line waits for the device.
+    """
+
+    def __init__(self, bar: bool, done: int, target: int | None) -> None:
+        self._bar: Any = None
+        if bar:
+            from tqdm import tqdm
+
+            self._bar = tqdm(initial=done, total=target, unit="step", dynamic_ncols=True)
+        self._begin = self._start = time.perf_counter()
+        self._images = 0
+        self._waited = self._paused = 0.0
+
+    def count(self, images: int) -> None:
+        """One step over `images` examples is done."""
+        self._images += images
+        if self._bar is not None:
+            self._bar.update()
+
+    @contextlib.contextmanager
+    def waiting(self, source: Any) -> Iterator[None]:
+        """Time spent in the body is waiting for data; a source that knows better says so by `wait_seconds`."""
+        start, before = time.perf_counter(), getattr(source, "wait_seconds", None)
+        yield
+        after = getattr(source, "wait_seconds", None)
+        self._waited += after - before if before is not None and after is not None else time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the body (hooks, copying for a save) is not training time."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last call; "seconds" since the loop began."""
+        now = time.perf_counter()
+        spent = max(now - self._start - self._paused, 1e-9)
+        figures = {
+            "images_per_second": self._images / spent,
+            "data_wait_share": min(self._waited / spent, 1.0),
+            "seconds": now - self._begin,
+        }
+        self._start, self._images, self._waited, self._paused = now, 0, 0.0, 0.0
+        self._rate = figures["images_per_second"]
+        return figures
+
+    def show(self, loss: float | None) -> None:
+        """Refresh the figures beside the bar."""
+        if self._bar is not None:
+            shown = {"img/s": f"{self._rate:.1f}"}
+            if loss is not None:
+                shown["loss"] = f"{loss:.4g}"
+            self._bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is and end its line."""
+        if self._bar is not None:
+            self._bar.close()

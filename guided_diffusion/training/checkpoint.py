@@ -1,0 +1,345 @@
+"""The state of a run as files: the 2021 file names, plus one JSON file per save that makes them complete.
+
+A save at step 10000 ("step" = updates completed) is, in this order of writing,
+
+    opt010000.pt   ema_0.9999_010000.pt   model010000.pt   run010000.json
+
+each written under another name and renamed when whole. The JSON comes last: a save without it was interrupted. It holds
+the configuration, the counters, and size and SHA-256 of the other files. The `.pt` files are what 2021 code writes and
+reads: plain state dicts, float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime import storage
+from .weights import load_object, load_weights
+
+__all__ = [
+    "FORMAT", "SavedRun", "find_latest", "load_object", "load_run", "load_weights", "parse_name", "read_run_json", "remove_run", "save_run",
+]  # fmt: skip
+
+FORMAT = 1
+_NAME = re.compile(r"^(?:(model|opt|run)|ema_([^_/]+)_)(\d+)\.(pt|json)$")
+
+Tell = Callable[[str], None]
+
+
+def model_name(step: int) -> str:
+    """`model010000.pt`."""
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate: str, step: int) -> str:
+    """`ema_0.9999_010000.pt`."""
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def optimizer_name(step: int) -> str:
+    """`opt010000.pt`."""
+    return f"opt{step:06d}.pt"
+
+
+def run_name(step: int) -> str:
+    """`run010000.json`."""
+    return f"run{step:06d}.json"
+
+
+def parse_name(path: str) -> tuple[str, int] | None:
+    """What a file of a run is: `("model" | "opt" | "run" | "ema_RATE", step)`, or None for any other file name."""
+    match = _NAME.match(os.path.basename(path))
+    if match is None or (match[1] == "run") != (match[4] == "json"):
+        return None
+    return match[1] or f"ema_{match[2]}", int(match[3])
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One save of a run, found on disk; the large files are read when asked for."""
+
+    directory: str
+    step: int
+    model: str | None
+    """Path of the weights; the other paths likewise."""
+    ema: dict[str, str] = field(default_factory=dict)
+    optimizer: str | None = None
+    kind: str | None = None
+    config: dict[str, Any] | None = None
+    class_names: tuple[str, ...] = ()
+    state: dict[str, Any] | None = None
+    """Counters, loss scale and the like; None for saves of 2021, which lack them."""
+
+    def lacks(self) -> list[str]:
+        """What a run that continues from here will have to start afresh, in words."""
+        absent = []
+        if not self.ema:
+            absent.append("averaged weights")
+        if self.optimizer is None:
+            absent.append("optimizer state")
+        if self.state is None:
+            absent.append("counters, loss scale and the state of the step sampler (saves of 2021 have none)")
+        return absent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class _Hashing:
+    """A file that also computes size and SHA-256 of what passes through, so that nothing is read twice."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._sha = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._sha.update(data)
+        self._bytes += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def receipt(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._sha.hexdigest()}
+
+
+def save_run(
+    directory: str,
+    *,
+    step: int,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Mapping[str, Tensor]] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    kind: str = "diffusion",
+    class_names: Sequence[str] = (),
+) -> str:
+    """Write one save and return the path of its JSON file. Call it on one process only. Raises OSError if it cannot write.
+
+    `ema` maps rates, written as in the file name, to state dicts. `state` may hold numbers, strings, lists, dicts,
+    tensors and arrays; all are restored exactly.
+    """
+    storage.makedirs(directory)
+    parts: dict[str, Any] = {}
+    if optimizer is not None:
+        parts[optimizer_name(step)] = dict(optimizer)
+    parts.update({ema_name(rate, step): dict(weights) for rate, weights in (ema or {}).items()})
+    parts[model_name(step)] = dict(model)
+
+    receipts = {}
+    for name, content in parts.items():
+        with storage.atomic_write(storage.join(directory, name)) as file:
+            hashing = _Hashing(file)
+            torch.save(content, cast(IO[bytes], hashing))
+        receipts[name] = hashing.receipt()
+
+    run = {
+        "format": FORMAT,
+        "kind": kind,
+        "step": step,
+        "config": dict(config or {}),
+        "class_names": list(class_names),
+        "state": _encode(dict(state or {})),
+        "files": receipts,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    path = storage.join(directory, run_name(step))
+    storage.write_text_atomic(path, json.dumps(run, indent=1) + "\n")
+    return path
+
+
+def remove_run(directory: str, step: int) -> None:
+    """Delete one save that has a JSON file; the JSON goes first, so that a half-deleted save never looks whole."""
+    path = storage.join(directory, run_name(step))
+    names = list(_read_json(path)["files"])
+    for name in [run_name(step), *names]:
+        full = storage.join(directory, name)
+        if parse_name(name) is not None and storage.exists(full):
+            storage.remove(full)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_run_json(path: str) -> dict[str, Any] | None:
+    """The JSON of the save that the file `path` belongs to (any of its files, or a folder: its newest), or None."""
+    if storage.isdir(path):
+        newest = max(_steps(path, "run"), default=None)
+        return None if newest is None else _read_json(storage.join(path, run_name(newest)))
+    parsed = parse_name(path)
+    if parsed is None:
+        return None
+    beside = storage.join(os.path.dirname(path), run_name(parsed[1]))
+    return _read_json(beside) if storage.exists(beside) else None
+
+
+def find_latest(directory: str, *, tell: Tell | None = None) -> SavedRun | None:
+    """The newest save in a folder that is whole, or None. Damaged and interrupted ones are passed over; `tell` hears why.
+
+    Folders written by 2021 code have no JSON; there the newest `model*.pt` that can be read counts.
+    """
+    tell = tell or _silent
+    if not storage.isdir(directory):
+        return None
+    complete = sorted(_steps(directory, "run"), reverse=True)
+    for step in sorted(_steps(directory, "model"), reverse=True):
+        if complete and step > complete[0]:
+            tell(
+                f"passing over {storage.join(directory, model_name(step))}: its save was interrupted (no {run_name(step)})"
+            )
+    candidates = complete or sorted(_steps(directory, "model"), reverse=True)
+    opener = _open_complete if complete else _open_2021_readable
+    found = (_open_or_tell(opener, directory, step, tell) for step in candidates)
+    return next((run for run in found if run is not None), None)
+
+
+def _open_or_tell(opener: Callable[[str, int], SavedRun], directory: str, step: int, tell: Tell) -> SavedRun | None:
+    try:
+        return opener(directory, step)
+    except ValueError as error:
+        tell(f"passing over the save at step {step}: {error}")
+        return None
+
+
+def load_run(resume: str, *, tell: Tell | None = None) -> SavedRun | None:
+    """The save that `resume` means: a folder (its newest whole save, None if it has none) or any file of a save.
+
+    A file of weights that belongs to no save, such as a released checkpoint, gives its weights at step 0.
+    """
+    tell = tell or _silent
+    if storage.isdir(resume):
+        return find_latest(resume, tell=tell)
+    if not storage.exists(resume):
+        raise ValueError(
+            f"cannot resume from {resume}: it does not exist; give a folder or a file of a save, or 'auto'"
+        )
+    directory, parsed = os.path.dirname(resume) or ".", parse_name(resume)
+    if parsed is not None and storage.exists(storage.join(directory, run_name(parsed[1]))):
+        return _open_complete(directory, parsed[1])
+    if parsed is not None and storage.exists(storage.join(directory, model_name(parsed[1]))):
+        return _open_2021(directory, parsed[1])
+    if parsed is not None and parsed[0] == "opt":
+        raise ValueError(f"cannot resume from {resume}: {model_name(parsed[1])} is not beside it")
+    tell(f"{resume} belongs to no save: taking its weights, at step 0")
+    return SavedRun(directory=directory, step=0, model=resume)
+
+
+def _open_complete(directory: str, step: int) -> SavedRun:
+    """A save with its JSON, every file checked for size and SHA-256. ValueError names the first file that fails."""
+    run = _read_json(storage.join(directory, run_name(step)))
+    for name, receipt in run["files"].items():
+        path = storage.join(directory, name)
+        if not storage.exists(path):
+            raise ValueError(f"{path} is missing")
+        if storage.size(path) != receipt["bytes"]:
+            raise ValueError(f"{path} has {storage.size(path)} bytes instead of {receipt['bytes']}")
+        if storage.sha256_of(path) != receipt["sha256"]:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
+    paths = {_role(name): storage.join(directory, name) for name in run["files"]}
+    return SavedRun(
+        directory=directory,
+        step=run["step"],
+        model=paths.get("model"),
+        ema={role.removeprefix("ema_"): path for role, path in paths.items() if role.startswith("ema_")},
+        optimizer=paths.get("opt"),
+        kind=run["kind"],
+        config=run["config"],
+        class_names=tuple(run["class_names"]),
+        state=_decode(run["state"]),
+    )
+
+
+def _open_2021(directory: str, step: int) -> SavedRun:
+    """The files of one step without a JSON, as 2021 code leaves them."""
+    at_step = {}
+    for name in storage.listdir(directory):
+        parsed = parse_name(name)
+        if parsed is not None and parsed[1] == step:
+            at_step[parsed[0]] = storage.join(directory, name)
+    ema = {role.removeprefix("ema_"): path for role, path in at_step.items() if role.startswith("ema_")}
+    return SavedRun(directory=directory, step=step, model=at_step.get("model"), ema=ema, optimizer=at_step.get("opt"))
+
+
+def _open_2021_readable(directory: str, step: int) -> SavedRun:
+    """`_open_2021` of a save whose weights can be read; without sizes and hashes that is all one can check."""
+    load_weights(storage.join(directory, model_name(step)))
+    return _open_2021(directory, step)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def _role(name: str) -> str:
+    parsed = parse_name(name)
+    return name if parsed is None else parsed[0]
+
+
+def _steps(directory: str, role: str) -> list[int]:
+    parsed = (parse_name(name) for name in storage.listdir(directory))
+    return [found[1] for found in parsed if found is not None and found[0] == role]
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        run = json.loads(storage.read_bytes(path))
+        version = run["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: cut short or not the JSON file of a run ({error})") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}; this version of the package reads format {FORMAT}")
+    absent = {"kind", "step", "config", "class_names", "state", "files"} - set(run)
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(sorted(absent))}")
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors and arrays inside JSON. Python prints floats so that they read back exactly.
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {
+            "__tensor__": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "data": value.flatten().tolist(),
+        }
+    if isinstance(value, np.ndarray):
+        return {"__array__": str(value.dtype), "shape": list(value.shape), "data": value.ravel().tolist()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "__tensor__" in value:
+        return torch.tensor(value["data"], dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
+    if "__array__" in value:
+        return np.array(value["data"], dtype=value["__array__"]).reshape(value["shape"])
+    return {key: _decode(item) for key, item in value.items()}

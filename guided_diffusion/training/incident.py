@@ -1,0 +1,52 @@
+"""What to keep when training breaks down: the batch, the step, and where in the network the numbers grew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import storage
+
+
+class TrainingDiverged(RuntimeError):
+    """Losses or gradients were not finite for too many steps in a row. The message names the folder with the evidence."""
+
+
+@torch.no_grad()
+def largest_activations(net: nn.Module, forward: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Run `forward` and list, in order of execution, each innermost module's largest finite output and non-finite count."""
+    rows: list[dict[str, Any]] = []
+
+    def recorder(name: str, kind: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                finite = torch.isfinite(output)
+                largest = torch.where(finite, output, 0).abs().max().item() if output.numel() else 0.0
+                rows.append({"layer": name, "type": kind, "largest": largest, "non_finite": int((~finite).sum())})
+
+        return record
+
+    leaves = [(name, module) for name, module in net.named_modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(recorder(name, type(module).__name__)) for name, module in leaves]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+def write_incident(directory: str, *, step: int, rank: int, batch: Any, report: dict[str, Any]) -> str:
+    """Write `incident_STEP/batch_rank0.pt` and `report_rank0.json`; returns the folder. `batch` is a mapping or NamedTuple."""
+    folder = storage.join(directory, f"incident_{step:06d}")
+    storage.makedirs(folder)
+    fields = batch._asdict() if hasattr(batch, "_asdict") else batch
+    with storage.atomic_write(storage.join(folder, f"batch_rank{rank}.pt")) as file:
+        torch.save({k: v.cpu() if isinstance(v, Tensor) else v for k, v in dict(fields).items()}, file)
+    text = json.dumps({"step": step, "rank": rank, **report}, indent=1)
+    storage.write_text_atomic(storage.join(folder, f"report_rank{rank}.json"), text + "\n")
+    return folder

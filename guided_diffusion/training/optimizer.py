@@ -1,0 +1,111 @@
+"""AdamW as the trainer uses it: fused where the device can, optionally sharded, skipping a bad step without asking the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+
+def make_adamw(
+    params: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    shard: bool = False,
+) -> Optimizer:
+    """AdamW over one parameter group. `shard` spreads its state over the processes (ZeRO stage 1); needs a process group."""
+    params = [p for p in params if p.requires_grad]
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+    if shard:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(params, optimizer_class=AdamW, fused=_can_fuse(params), **options)
+    return AdamW(params, fused=_can_fuse(params), **options)
+
+
+def _can_fuse(params: Sequence[nn.Parameter]) -> bool:
+    try:
+        AdamW(params, fused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that does the arithmetic: the local one of a sharded optimizer."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+def guarded_step(optimizer: Optimizer, grads: Sequence[Tensor], divisor: Tensor, skip: Tensor) -> None:
+    """One optimizer step on `grads / divisor`, or none if `skip` (bool scalar on the device) is true.
+
+    Fused kernels take both as tensors, so nothing waits for the device; the others read `skip` on the host.
+    """
+    inner: Any = _inner(optimizer)
+    if inner.defaults.get("fused"):
+        inner.grad_scale, inner.found_inf = divisor, skip.to(torch.float32)
+        try:
+            optimizer.step()
+        finally:
+            del inner.grad_scale, inner.found_inf
+    elif not skip.item():
+        torch._foreach_div_(list(grads), divisor)
+        optimizer.step()
+
+
+def full_state_dict(optimizer: Optimizer, is_main: bool) -> dict[str, Any] | None:
+    """`optimizer.state_dict()` on the main process, None on others. A sharded optimizer gathers here: call on all processes."""
+    gather = getattr(optimizer, "consolidate_state_dict", None)
+    if gather is not None:
+        gather(to=0)
+    return optimizer.state_dict() if is_main else None
+
+
+def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[nn.Parameter]) -> None:
+    """Take up moments and step counts; learning rate, decay and the like stay as configured now.
+
+    Also reads the optimizer files of 2021 float16 runs, whose moments are two flat tensors: all parameters of at most one
+    dimension, then all others. ValueError if the file is of another network.
+    """
+    moments = dict(state.get("state", {}))
+    if len(params) != len(moments) and len(moments) == 2 and all("exp_avg" in entry for entry in moments.values()):
+        moments = _unflattened(moments, params)
+    for k, entry in moments.items():
+        if not 0 <= int(k) < len(params):
+            raise ValueError(f"the optimizer file has {len(moments)} parameters, the network {len(params)}")
+        shape = params[int(k)].shape
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != shape:
+                raise ValueError(
+                    f"the optimizer file is of another network: {name} of parameter {k} has shape {tuple(value.shape)} "
+                    f"instead of {tuple(shape)}"
+                )
+    groups = [dict(group) for group in optimizer.param_groups]
+    start = 0
+    for group in groups:
+        group["params"] = list(range(start, start + len(group["params"])))
+        start += len(group["params"])
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
+    out: dict[int, dict[str, Any]] = {}
+    vectors = [k for k, p in enumerate(params) if p.dim() <= 1]
+    matrices = [k for k, p in enumerate(params) if p.dim() > 1]
+    for entry, members in zip((flat[k] for k in sorted(flat)), (vectors, matrices)):
+        sizes = [params[k].numel() for k in members]
+        if entry["exp_avg"].numel() != sum(sizes):
+            raise ValueError(
+                f"the float16 optimizer file holds {entry['exp_avg'].numel()} numbers where the network has {sum(sizes)} parameters"
+            )
+        pieces = {name: entry[name].reshape(-1).split(sizes) for name in ("exp_avg", "exp_avg_sq")}
+        for place, k in enumerate(members):
+            out[k] = {name: piece[place].reshape(params[k].shape).clone() for name, piece in pieces.items()}
+            out[k]["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).clone()
+    return out

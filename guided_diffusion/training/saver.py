@@ -1,0 +1,163 @@
+"""Saving while training goes on: copies taken at the step, written by a thread, errors brought back to the loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime import storage
+from ..runtime.world import World
+from . import checkpoint
+from .checkpoint import SavedRun
+from .lock import RunLock
+
+ON_ERROR = ("warn", "stop")
+
+
+class SaveError(RuntimeError):
+    """A save could not be written and the run was told to stop then; the message names the last good save."""
+
+
+class Checkpoints:
+    """The saves of one run in one folder. Make it on every process; only the main one touches files.
+
+    `keep_last`: how many of the newest saves to keep, 0 = all; multiples of `keep_every` steps are kept besides.
+    `on_error`: whether a save that fails (full disk, no permission, folder gone) is a warning or stops the run.
+    `background`: write in a thread; the state is copied to main memory first, so one more copy must fit there.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        kind: str = "diffusion",
+        config: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] = (),
+        keep_last: int = 0,
+        keep_every: int = 0,
+        on_error: str = "warn",
+        background: bool = True,
+        world: World | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error is {on_error!r}; it can be {' or '.join(map(repr, ON_ERROR))}")
+        if keep_last < 0 or keep_every < 0:
+            raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative; 0 keeps all")
+        self.directory = directory
+        self.last_good: str | None = None
+        """Path of the JSON file of the newest save that is whole."""
+        self._about: dict[str, Any] = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._on_error, self._background, self._tell = on_error, background, tell
+        self._world = World() if world is None else world
+        self._thread: threading.Thread | None = None
+        self._errors: list[tuple[int, Exception]] = []
+        self._lock: RunLock | None = None
+        refused = ""
+        if self._world.is_main:
+            try:
+                self._lock = RunLock(directory)
+            except (ValueError, OSError) as error:
+                refused = str(error)
+        refused = self._world.broadcast_object(refused, name="opening the run folder")
+        if refused:
+            raise ValueError(refused)
+
+    def find(self, resume: str) -> SavedRun | None:
+        """The save to continue from, agreed by all processes: "" none, "auto" the newest whole one here, else a path."""
+        found: SavedRun | None = None
+        problem = ""
+        if self._world.is_main and resume:
+            try:
+                if resume == "auto":
+                    found = checkpoint.find_latest(self.directory, tell=self._tell)
+                else:
+                    found = checkpoint.load_run(resume, tell=self._tell)
+                if found is None and resume != "auto":
+                    problem = f"cannot resume from {resume}: there is no whole save in it"
+            except ValueError as error:
+                problem = str(error)
+        found, problem = self._world.broadcast_object((found, problem), name="choosing the save to resume from")
+        if problem:
+            raise ValueError(problem)
+        if found is not None and found.state is not None:
+            self.last_good = storage.join(found.directory, checkpoint.run_name(found.step))
+        return found
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        ema: Mapping[str, Mapping[str, Tensor]],
+        optimizer: Mapping[str, Any] | None,
+        state: Mapping[str, Any],
+    ) -> None:
+        """Copy everything now, write it soon. Waits for the previous save if that is still being written."""
+        if not self._world.is_main:
+            return
+        self.wait()
+        copied = _on_host({"model": model, "ema": ema, "optimizer": optimizer, "state": state})
+        if not self._background:
+            self._write(step, copied)
+            return
+        # Not a daemon: the interpreter waits for the file to be complete before it ends.
+        self._thread = threading.Thread(target=self._write, args=(step, copied), name=f"save-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failed(self) -> SaveError | None:
+        """The failure to stop for, if there was one. Failures that only deserve a warning are told here."""
+        while self._errors:
+            step, error = self._errors.pop(0)
+            good = self.last_good or "none yet"
+            what = f"the save at step {step} could not be written: {error}. The last good save is {good}"
+            if self._on_error == "stop":
+                return SaveError(what)
+            self._tell(f"warning: {what}. Training goes on")
+        return None
+
+    def close(self) -> SaveError | None:
+        """Finish writing and let other jobs use the folder; returns what `failed` returns."""
+        self.wait()
+        if self._lock is not None:
+            self._lock.release()
+        return self.failed()
+
+    def _write(self, step: int, parts: dict[str, Any]) -> None:
+        try:
+            self.last_good = checkpoint.save_run(self.directory, step=step, **parts, **self._about)
+            self._remove_old(step)
+        except Exception as error:  # brought back to the loop by failed()
+            self._errors.append((step, error))
+
+    def _remove_old(self, newest: int) -> None:
+        if not self._keep_last:
+            return
+        names = (checkpoint.parse_name(name) for name in storage.listdir(self.directory))
+        steps = sorted(found[1] for found in names if found is not None and found[0] == "run" and found[1] <= newest)
+        for step in steps[: -self._keep_last]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                checkpoint.remove_run(self.directory, step)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in main memory that later steps cannot change, plain contiguous tensors."""
+    if isinstance(value, Tensor):
+        copy = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+        return copy.copy_(value.detach())
+    if isinstance(value, Mapping):
+        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(item) for item in value) if type(value) in (list, tuple) else value
+    return value

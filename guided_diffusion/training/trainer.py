@@ -1,0 +1,440 @@
+"""One training loop for generators and classifiers, on one process or many, that continues exactly where it stopped.
+
+A step depends on nothing but the state that is saved and the numbers (seed, step, position in the global batch): noise
+and time steps come from `Streams` with that address, and the global generator, which dropout uses, is re-seeded from
+(seed, step, rank). So 2N steps equal N steps, a restart, and N more, bit for bit, on the same number of processes; and,
+dropout aside, any number of processes computes the same step to rounding.
+
+Between log lines nothing waits for the device: losses, norms and the decision to skip a bad step stay there as tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..runtime.log import Log
+from ..runtime.signals import Stop
+from ..runtime.streams import TRAIN, Streams, key_of
+from ..runtime.world import World
+from . import batching, incident, optimizer, restore
+from .checkpoint import SavedRun
+from .ema import Averages
+from .losses import Feedback, Losses, LossMeans
+from .lr import learning_rate, stop_step
+from .precision import Precision
+from .saver import Checkpoints
+
+LossFn = Callable[[Any, Any, Streams], Losses]
+Hook = tuple[int, Callable[["Trainer"], None]]
+
+DDP_OPTIONS: dict[str, Any] = {"broadcast_buffers": False, "bucket_cap_mb": 128, "gradient_as_bucket_view": True}
+AGREE_EVERY_STEPS = 10
+"""How often several processes ask each other whether to stop; each time costs one wait for the device."""
+
+
+class Trainer:
+    """Updates a network's weights from batches. See `__init__` for the parts; `step` for one update; `run` for many."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any] | Callable[[int], Iterable[Any]],
+        *,
+        lr: float = 1e-4,
+        lr_anneal_steps: int = 0,
+        lr_warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        shard_optimizer: bool = False,
+        ema_rates: Sequence[float] = (0.9999,),
+        precision: str = "fp32",
+        fp16_scale_growth: float = 1e-3,
+        batch_size: int | None = None,
+        microbatch: int = 0,
+        max_grad_norm: float = 0.0,
+        max_bad_steps: int = 10,
+        seed: int = 0,
+        feedback: Feedback | None = None,
+        hooks: Sequence[Hook] = (),
+        world: World | None = None,
+        ddp_options: Mapping[str, Any] | None = None,
+        log: Log | None = None,
+        log_every: int = 10,
+        progress: bool = False,
+        checkpoints: Checkpoints | None = None,
+        save_every: int = 10_000,
+        stop: Stop | None = None,
+    ) -> None:
+        """Put `net` on the world's device and get everything ready; no step is taken.
+
+        `loss_fn(net, microbatch, streams)` returns per-example `Losses`. `batches` yields this process's share of each
+        global batch, a NamedTuple or dict of tensors with the examples along dim 0; `positions`, if there, are the
+        examples' places in the global batch. Or `batches` is a function of the first step that returns such an iterable,
+        which is what lets a resumed run continue with the right data.
+
+        `batch_size` counts the GLOBAL batch (None: what comes, times the number of processes). `microbatch`: examples per
+        forward pass on one process, 0 = all; the result does not depend on it. `max_grad_norm`: clip to this total
+        gradient norm, 0 = off. `max_bad_steps`: end the run after so many non-finite steps in a row, 0 = never.
+        `hooks`: `(n, f)` calls `f(trainer)` on every process after each n-th step. `stop`: asked between steps whether to
+        save and leave (on all processes or none). `make_optimizer` replaces AdamW. `shard_optimizer` divides the
+        optimizer's state among the processes; averages are not divided.
+        """
+        self.world = World() if world is None else world
+        self.device = self.world.device
+        self.net = net.to(self.device)
+        self.loss_fn = loss_fn
+        self.precision = Precision(precision, device=self.device, growth=fp16_scale_growth)
+        self.precision.prepare(unwrapped(net))
+        self.model: nn.Module = self.net
+        if self.world.size > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.net, device_ids=ids, **{**DDP_OPTIONS, **(ddp_options or {})})
+        self.params = [p for p in self.net.parameters() if p.requires_grad]
+        if make_optimizer is not None:
+            self.optimizer = make_optimizer(self.params)
+        else:
+            shard = shard_optimizer and self.world.size > 1
+            self.optimizer = optimizer.make_adamw(
+                self.params, lr=lr, weight_decay=weight_decay, betas=betas, shard=shard
+            )
+        self.ema = Averages(unwrapped(net), ema_rates)
+        self.lr, self.lr_anneal_steps, self.lr_warmup_steps = lr, lr_anneal_steps, lr_warmup_steps
+        self.batch_size, self.microbatch = batch_size, microbatch
+        self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
+        self.seed = seed
+        self.feedback = feedback
+        self.hooks = list(hooks)
+        self.log, self.log_every, self.progress = log, log_every, progress
+        self.checkpoints, self.save_every = checkpoints, save_every
+        self.stop = stop
+
+        # What a checkpoint restores besides the parts above.
+        self.steps_done = 0
+        self.samples_seen = 0
+
+        self._make_batches = batches if callable(batches) else None
+        self._source: Any = None if callable(batches) else batches
+        self._iterator: Iterator[Any] | None = None
+        self._batch: Any = None
+        self._saved_at: int | None = None
+        self._means = LossMeans(self.device)
+        # Per interval: steps, sum of gradient norms, skipped steps. Per run: skipped steps, bad ones in a row.
+        self._interval = torch.zeros(3, device=self.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One step
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """One update from this process's share of a global batch. Returns scalars on the device, none of them read:
+
+        "loss" (this process's mean), "grad_norm" (of the global batch, before clipping), "skipped" (bool).
+        """
+        self._batch = batch
+        local, size = batching.length(batch), self.world.size
+        global_size = self.batch_size or local * size
+        if local * size != global_size:
+            raise ValueError(
+                f"a batch of {local} on each of {size} processes does not make the batch size {global_size}"
+            )
+        if not self.net.training:
+            self.net.train()
+        torch.manual_seed(key_of(self.seed, TRAIN, self.steps_done, self.world.rank))
+        rate = learning_rate(
+            self.steps_done, self.lr, anneal_steps=self.lr_anneal_steps, warmup_steps=self.lr_warmup_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(batching.split(batch, self.microbatch))
+        seen: list[Losses] = []
+        for k, part in enumerate(parts):
+            losses = self._forward_backward(part, global_size, last=k == len(parts) - 1)
+            self._means.add(losses)
+            seen.append(losses)
+        loss = torch.cat([losses.loss.detach() for losses in seen]).float().mean()
+        grad_norm, bad = self._update(loss)
+        self.ema.update()
+        self._tell_feedback(batching.positions(batch, self.world.rank, size), seen)
+
+        self._interval += torch.stack([torch.ones_like(grad_norm), torch.where(bad, 0.0, grad_norm), bad.float()])
+        self.steps_done += 1
+        self.samples_seen += global_size
+        return {"loss": loss, "grad_norm": grad_norm, "skipped": bad}
+
+    def _forward_backward(self, part: Any, global_size: int, *, last: bool) -> Losses:
+        ids = batching.positions(part, self.world.rank, self.world.size)
+        streams = Streams(self.seed, TRAIN, self.steps_done, ids=ids, device=self.device)
+        # Gradients travel once per step, with the last microbatch.
+        quiet = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
+            losses = self.loss_fn(self.model, batching.to_device(part, self.device), streams)
+            # DistributedDataParallel divides by the number of processes; what remains is the mean over the global batch.
+            share = losses.loss.float().sum() * (self.world.size / global_size)
+            self.precision.scale(share).backward()
+        return Losses(losses.loss.detach(), losses.terms or {"loss": losses.loss}, *losses[2:])
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the gradients unless they or the loss are not finite; (gradient norm, whether skipped) on the device."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        assert grads, "no parameter received a gradient"
+        divisor = self.precision.divisor()
+        grad_norm = total_norm(grads) / divisor
+        bad_loss = ~torch.isfinite(loss)
+        bad = bad_loss | ~torch.isfinite(grad_norm)
+        if self.world.size > 1:
+            # One process alone may see a bad loss; all must take the same decision.
+            bad_loss, bad = self.world.all_reduce_sum_(torch.stack([bad_loss, bad]).float(), name="bad step?") > 0
+        if self.max_grad_norm > 0:
+            divisor = divisor * (grad_norm / self.max_grad_norm).clamp(min=1.0)
+        optimizer.guarded_step(self.optimizer, grads, divisor, bad)
+        # A float16 overflow that a smaller loss scale can cure is no sign of trouble.
+        alarming = bad & (bad_loss | self.precision.at_floor())
+        self.precision.update(bad)
+        self._skipped += bad
+        self._bad_in_a_row = torch.where(alarming, self._bad_in_a_row + 1, torch.where(bad, self._bad_in_a_row, 0))
+        return grad_norm, bad
+
+    def _tell_feedback(self, positions: Tensor, seen: Sequence[Losses]) -> None:
+        """Hand the whole global batch to the step sampler, in order of position, so that all processes learn the same."""
+        if self.feedback is None or any(losses.i is None for losses in seen):
+            return
+        i = torch.cat([losses.i for losses in seen if losses.i is not None]).float()
+        raw = torch.cat([(losses.loss if losses.raw is None else losses.raw).detach().float() for losses in seen])
+        table = torch.stack([positions.to(self.device, torch.float32), i, raw], dim=1)
+        table = self.world.all_gather_cat(table, name="losses for the step sampler")
+        table = table[table[:, 0].argsort(stable=True)]
+        table = table[torch.isfinite(table[:, 2])]
+        if len(table):
+            like = seen[0].i
+            assert like is not None
+            self.feedback.update(table[:, 1].to(like.dtype), table[:, 2])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Many steps
+
+    def run(self, until: int = 0) -> Literal["finished", "stopped"]:
+        """Train up to `until` updates in all, or to `lr_anneal_steps` if that comes first; 0 for both: without end.
+
+        Logs, saves and calls hooks on the way, saves at the end. Returns "stopped" if `stop` asked to leave early, after
+        saving. Raises `TrainingDiverged` after too many bad steps and `SaveError` if saving failed and that was to end
+        the run.
+        """
+        target = stop_step(until, self.lr_anneal_steps)
+        if target is None:
+            self._say(
+                "training without end: neither a maximum of steps nor lr_anneal_steps is set; interrupt it when done"
+            )
+        elif self.steps_done >= target:
+            self._say(f"nothing to do: {self.steps_done} steps are done, {target} were asked for")
+        clock = batching.Clock(self.world.is_main and self.progress, self.steps_done, target)
+        outcome: Literal["finished", "stopped"] = "finished"
+        try:
+            while target is None or self.steps_done < target:
+                if self._should_leave():
+                    outcome = "stopped"
+                    break
+                batch = self._next_batch(clock)
+                if batch is None:
+                    self._say("the data ended")
+                    break
+                self.world.at_step(self.steps_done)
+                self.step(batch)
+                clock.count(batching.length(batch) * self.world.size)
+                self._after_step(clock)
+            if self.checkpoints is not None and self._saved_at != self.steps_done:
+                self.save()
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+                self._raise_save_failure()
+        finally:
+            clock.close()
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        return outcome
+
+    def _after_step(self, clock: batching.Clock) -> None:
+        log_line = self.log_every > 0 and self.steps_done % self.log_every == 0
+        if self.max_bad_steps and (log_line or self.device.type == "cpu"):
+            self._check_health()
+        if log_line:
+            self._log_line(clock)
+        with clock.paused():
+            for every, hook in self.hooks:
+                if self.steps_done % every == 0:
+                    hook(self)
+            if self.checkpoints is not None and self.save_every > 0 and self.steps_done % self.save_every == 0:
+                self.save()
+
+    def _next_batch(self, clock: batching.Clock) -> Any:
+        if self._iterator is None:
+            if self._make_batches is not None:
+                self._source = self._make_batches(self.steps_done)
+            self._iterator = iter(self._source)
+        with clock.waiting(self._source):
+            batch = next(self._iterator, None)
+        expected = getattr(batch, "step", None)
+        if expected is not None and int(expected) != self.steps_done:
+            raise ValueError(
+                f"the data stands at step {int(expected)}, training at {self.steps_done}: "
+                "start the batches at the restored step, or pass a function of the first step"
+            )
+        return batch
+
+    def _should_leave(self) -> bool:
+        """Whether to stop early, the same answer on all processes."""
+        if self.world.size > 1 and self.steps_done % AGREE_EVERY_STEPS:
+            return False
+        failure = self.checkpoints.failed() if self.checkpoints is not None else None
+        if self.world.any_true(failure is not None, name="did a save fail?"):
+            raise failure or restore.failure_elsewhere()
+        return self.stop is not None and self.stop.agreed(self.world)
+
+    def _raise_save_failure(self) -> None:
+        assert self.checkpoints is not None
+        failure = self.checkpoints.failed()
+        if self.world.any_true(failure is not None, name="did a save fail?"):
+            raise failure or restore.failure_elsewhere()
+
+    def _check_health(self) -> None:
+        in_a_row = int(self._bad_in_a_row.item())
+        if in_a_row < self.max_bad_steps:
+            return
+        last_good = self.checkpoints.last_good if self.checkpoints is not None else None
+        what = f"{in_a_row} steps in a row, up to step {self.steps_done}, had losses or gradients that are not finite"
+        good = f"The last good save is {last_good}" if last_good else "There is no save yet"
+        if self.checkpoints is None:
+            raise incident.TrainingDiverged(f"{what}. {good}")
+        folder = self._write_incident(last_good)
+        raise incident.TrainingDiverged(f"{what}. Batch and largest activations by layer are in {folder}. {good}")
+
+    def _write_incident(self, last_good: str | None) -> str:
+        """Repeat the last batch's forward pass with an eye on every layer, and keep what is seen."""
+        assert self.checkpoints is not None
+        step = self.steps_done - 1
+        ids = batching.positions(self._batch, self.world.rank, self.world.size)[: self.microbatch or None]
+        streams = Streams(self.seed, TRAIN, step, ids=ids, device=self.device)
+        part = batching.to_device(next(batching.split(self._batch, self.microbatch)), self.device)
+        terms: dict[str, list[float]] = {}
+
+        def forward() -> None:
+            losses = self.loss_fn(self.net, part, streams)
+            terms.update(
+                {name: value.float().tolist() for name, value in losses.terms.items()}, loss=losses.loss.tolist()
+            )
+
+        layers = incident.largest_activations(self.net, forward)
+        report = {"last_good": last_good, "losses": terms, "precision": self.precision.state_dict(), "layers": layers}
+        return incident.write_incident(
+            self.checkpoints.directory, step=step, rank=self.world.rank, batch=self._batch, report=report
+        )
+
+    def _log_line(self, clock: batching.Clock) -> None:
+        """Read everything since the last line in one go; all processes take part, the main one writes."""
+        sums = self._means.tensor()
+        flat = self.world.all_reduce_sum_(torch.cat([sums.flatten(), self._interval]), name="log line").cpu()
+        sums, (steps, norms, skipped) = flat[:-3].view(sums.shape), flat[-3:].tolist()
+        numbers = self._means.means(sums)
+        if steps > skipped:
+            numbers["grad_norm"] = norms / (steps - skipped)
+        with torch.no_grad():
+            numbers["param_norm"] = total_norm([p.detach() for p in self.params]).item()
+        if self.precision.scales:
+            numbers["lg_loss_scale"] = self.precision.lg_loss_scale.item()
+        if skipped:
+            numbers["skipped_steps"] = skipped / self.world.size
+        numbers["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        numbers.update(clock.read())
+        self._means.clear()
+        self._interval.zero_()
+        clock.show(numbers.get("loss"))
+        if self.log is not None:
+            self.log.put("step", self.steps_done)
+            self.log.put("samples", self.samples_seen)
+            for name, value in numbers.items():
+                self.log.put(name, value)
+            self.log.dump(self.steps_done)
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            self.log.info(text) if self.log is not None else print(text)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # State
+
+    def save(self) -> None:
+        """Save now, all processes together; writing goes on in the background."""
+        if self.checkpoints is None:
+            raise ValueError("this trainer has no checkpoints to save to; pass checkpoints=Checkpoints(folder)")
+        state = self.state_dict()
+        self._saved_at = self.steps_done
+        if self.world.is_main:
+            parts = {"model": state.pop("net"), "ema": state.pop("ema"), "optimizer": state.pop("optimizer")}
+            self.checkpoints.save(self.steps_done, **parts, state=state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continued run needs, by name. Tensors are the live ones. On several processes call it on all."""
+        net = unwrapped(self.net)
+        return {
+            "net": net.state_dict(),
+            "ema": {rate: self.ema.state_dict_of(rate) for rate in self.ema.rates},
+            "optimizer": optimizer.full_state_dict(self.optimizer, self.world.is_main),
+            "precision": self.precision.state_dict(),
+            "feedback": None if self.feedback is None else self.feedback.state_dict(),
+            "step": self.steps_done,
+            "samples": self.samples_seen,
+            "skipped": int(self._skipped.item()),
+            "bad_in_a_row": int(self._bad_in_a_row.item()),
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`'s result."""
+        restore.load_weights_into(unwrapped(self.net), state["net"])
+        for rate in self.ema.rates:
+            self.ema.load_state_dict_of(rate, state["ema"][rate])
+        optimizer.load_state(self.optimizer, state["optimizer"], self.params)
+        self.load_counters(state)
+
+    def load_counters(self, state: Mapping[str, Any]) -> None:
+        """The part of `load_state_dict` that is not weights or moments."""
+        self.precision.load_state_dict(state["precision"])
+        if self.feedback is not None and state.get("feedback") is not None:
+            self.feedback.load_state_dict(state["feedback"])
+        self.steps_done, self.samples_seen = int(state["step"]), int(state["samples"])
+        self._skipped.fill_(int(state.get("skipped", 0)))
+        self._bad_in_a_row.fill_(int(state.get("bad_in_a_row", 0)))
+        self._iterator = None
+
+    def restore(self, saved: SavedRun) -> list[str]:
+        """Continue from a save on disk, on all processes; returns, and says, what was restored and what was not."""
+        lines = restore.restore(self, saved)
+        self._saved_at = self.steps_done
+        for line in lines:
+            self._say(line)
+        return lines
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network inside torch.compile's or DistributedDataParallel's wrapper, whose parameters have their plain names."""
+    while True:
+        inner = getattr(net, "_orig_mod", None) or (net.module if isinstance(net, DistributedDataParallel) else None)
+        if inner is None:
+            return net
+        net = inner
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all numbers in all tensors, float32 scalar on their device."""
+    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).norm()
