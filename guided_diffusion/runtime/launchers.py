@@ -32,12 +32,13 @@ class Place:
 _MPI_TRACES = ("PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID")
 
 
-def discover(environ: Mapping[str, str]) -> Place:
+def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
     """Find this process's place: torchrun, Open MPI, MPICH/Hydra (PMI), Slurm, any other MPI through mpi4py, or alone.
 
     The MPI launchers are asked before Slurm, because `mpirun` inside a Slurm job starts its own daemons through `srun`: there the
     Slurm variables describe the daemon and not this process. `sbatch` and `salloc` shells are not job steps (`SLURM_STEP_ID` is
     missing), so a plain `python` in a batch script is alone, whatever `--ntasks` says.
+    `ask_mpi=False` never imports mpi4py (importing it initialises MPI).
     """
 
     def number(name: str) -> int | None:

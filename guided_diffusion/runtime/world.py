@@ -7,6 +7,7 @@ Every collective is entered by all ranks or by none; never write one under `if w
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
@@ -243,6 +244,7 @@ def start(
     if watching:
         context.watch = watch.Watch(context, store.clone())
         context.watch.start()
+        atexit.register(context.watch.stop)  # a thread inside the store at the interpreter's end would abort it
     if announce is not None and world.is_main:
         announce(_table(rows))
     return world
