@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import conv_nd, inside_functorch
+from .layers import inside_functorch
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,8 +35,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if inside_functorch() or any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
         return plain_attention(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
-    if hasattr(out.grad_fn, "_saved_query"):
-        out.grad_fn.register_hook(_differentiable_gradients)
+    node: Any = out.grad_fn
+    if hasattr(node, "_saved_query"):
+        node.register_hook(_differentiable_gradients)
     return out
 
 
@@ -44,7 +45,7 @@ def _differentiable_gradients(grad_inputs: tuple[Any, ...], grad_outputs: tuple[
     """Under `create_graph`, replace a fused kernel's gradients of q, k, v by ones that can be differentiated again."""
     if not torch.is_grad_enabled():
         return None  # an ordinary backward pass: keep what the kernel computed
-    node = torch._C._current_autograd_node()  # the kernel's node; a closure over it would keep q, k and v alive
+    node: Any = torch._C._current_autograd_node()  # the kernel's node; a closure over it would keep q, k and v alive
     q, k, v, g = node._saved_query, node._saved_key, node._saved_value, grad_outputs[0]
     scale = 1 / math.sqrt(q.shape[-1])
     weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
@@ -103,41 +104,6 @@ class QKVAttention(nn.Module):
     def count_flops(model: Any, _x: Any, y: Any) -> None:
         """Counter for the `thop` package."""
         count_flops_attn(model, _x, y)
-
-
-class AttentionPool2d(nn.Module):
-    """Attention pooling of CLIP (Radford et al. 2021): the image's mean, as one more place, attends to all places.
-
-    spacial_dim: height and width of the image. embed_dim: its channels C, a multiple of num_heads_channels.
-    output_dim: channels of the result, C if None.
-    """
-
-    def __init__(
-        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
-    ) -> None:
-        super().__init__()
-        if embed_dim % num_heads_channels:
-            raise ValueError(f"{embed_dim} channels are not a multiple of num_head_channels = {num_heads_channels}.")
-        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
-        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
-        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
-        self.num_heads = embed_dim // num_heads_channels
-        self.attention = QKVAttention(self.num_heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [N, C, spacial_dim, spacial_dim]. Returns [N, output_dim]."""
-        places = self.positional_embedding.shape[1] - 1
-        if x.shape[2] != x.shape[3] or x.shape[2] * x.shape[3] != places:
-            side = math.isqrt(places)
-            raise ValueError(
-                f"attention pooling was built for {side} x {side} features and got {x.shape[2]} x {x.shape[3]}: give "
-                "images of the size the network was built for, or choose the pool 'adaptive', 'spatial' or 'spatial_v2'."
-            )
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, T, C]: a view of channels_last memory
-        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
-        tokens = tokens + self.positional_embedding.t().to(x.dtype)
-        pooled = self.attention(self.qkv_proj(tokens.transpose(1, 2)))
-        return self.c_proj(pooled[:, :, :1]).squeeze(2)
 
 
 def count_flops_attn(model: Any, _x: Any, y: Any) -> None:

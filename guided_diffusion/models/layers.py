@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -35,8 +36,8 @@ def _weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
 class _CastAtUse:
     """Mixed in before a torch layer: parameters stay in full precision and are cast to the input's dtype when used."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # parameters; torch's own layers do not agree on how to declare them
+    bias: Any
 
     def _parameters_as(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return _weight_as(self.weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
@@ -85,7 +86,8 @@ class GroupNorm32(nn.GroupNorm):
     """Group norm in the dtype and memory layout of its input; the kernel accumulates statistics in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
@@ -143,6 +145,64 @@ def scale_module(module: ModuleT, scale: float) -> ModuleT:
         for parameter in module.parameters():
             parameter.mul_(scale)
     return module
+
+
+class Upsample(nn.Module):
+    """Twice the size by repetition, with a 3x3 convolution after it if `use_conv`. In 3-D only height and width grow."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        self.scale = (1.0, 2.0, 2.0) if dims == 3 else 2.0
+        if use_conv:
+            self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")
+        return self.conv(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Half the size, by a strided 3x3 convolution if `use_conv`, else by averaging. In 3-D only height and width."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=1)
+        elif self.channels != self.out_channels:
+            raise ValueError(f"averaging cannot turn {channels} channels into {out_channels}: set use_conv.")
+        else:
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.op(x)
+
+
+class TimestepBlock(nn.Module):
+    """A module whose `forward` takes a time embedding as second argument."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Apply the module to x [N, C, ...] at the time embedding emb [N, E]."""
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """A Sequential that hands the time embedding to those of its children that take one."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
+        return x
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:

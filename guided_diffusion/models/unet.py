@@ -11,9 +11,8 @@ This module is also `guided_diffusion.unet`: what it imports is part of what can
 from __future__ import annotations
 
 import math  # noqa: F401
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np  # noqa: F401
@@ -23,82 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import (
-    AttentionPool2d,
     QKVAttention,
     QKVAttentionLegacy,
     count_flops_attn,  # noqa: F401
 )
 from .layers import (
-    avg_pool_nd,
-    channels_last,
+    Downsample,
+    TimestepBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    avg_pool_nd,  # noqa: F401
     checkpoint,
     conv_nd,
     convert_module_to_f16,  # noqa: F401
     convert_module_to_f32,  # noqa: F401
     linear,
     normalization,
-    store_convolution,
-    timestep_embedding,
+    timestep_embedding,  # noqa: F401
     zero_module,
 )
-
-
-class TimestepBlock(nn.Module):
-    """A module whose `forward` takes a time embedding as second argument."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the module to x [N, C, ...] at the time embedding emb [N, E]."""
-
-
-class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A Sequential that hands the time embedding to those of its children that take one."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
-        return x
-
-
-class Upsample(nn.Module):
-    """Twice the size by repetition, with a 3x3 convolution after it if `use_conv`. In 3-D only height and width grow."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.dims = dims
-        self.scale = (1.0, 2.0, 2.0) if dims == 3 else 2.0
-        if use_conv:
-            self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")
-        return self.conv(x) if self.use_conv else x
-
-
-class Downsample(nn.Module):
-    """Half the size, by a strided 3x3 convolution if `use_conv`, else by averaging. In 3-D only height and width."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.dims = dims
-        stride = (1, 2, 2) if dims == 3 else 2
-        if use_conv:
-            self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=1)
-        elif self.channels != self.out_channels:
-            raise ValueError(f"averaging cannot turn {channels} channels into {out_channels}: set use_conv.")
-        else:
-            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        return self.op(x)
+from .network import Network
+from .pools import AttentionPool2d, make_pool  # noqa: F401
 
 
 class ResBlock(TimestepBlock):
@@ -225,191 +169,8 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """What all blocks of one network have in common."""
-
-    emb_channels: int
-    dropout: float
-    conv_resample: bool
-    dims: int
-    use_checkpoint: bool
-    num_head_channels: int
-    use_scale_shift_norm: bool
-    resblock_updown: bool
-    use_new_attention_order: bool
-
-    def residual(self, channels: int, out_channels: int, *, up: bool = False, down: bool = False) -> ResBlock:
-        return ResBlock(
-            channels,
-            self.emb_channels,
-            self.dropout,
-            out_channels=out_channels,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-            dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
-            up=up,
-            down=down,
-        )
-
-    def attention(self, channels: int, num_heads: int) -> AttentionBlock:
-        return AttentionBlock(
-            channels, num_heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
-        )
-
-    def smaller(self, channels: int) -> nn.Module:
-        if self.resblock_updown:
-            return self.residual(channels, channels, down=True)
-        return Downsample(channels, self.conv_resample, self.dims)
-
-    def larger(self, channels: int) -> nn.Module:
-        if self.resblock_updown:
-            return self.residual(channels, channels, up=True)
-        return Upsample(channels, self.conv_resample, self.dims)
-
-
-class _Trunk(nn.Module):
+class _Trunk(Network):
     """Time embedding, the way down and the middle: what the UNet and the classifier share."""
-
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Collection[int],
-        dropout: float,
-        channel_mult: Sequence[float],
-        conv_resample: bool,
-        dims: int,
-        num_classes: int | None,
-        use_checkpoint: bool,
-        use_fp16: bool,
-        num_heads: int,
-        num_head_channels: int,
-        num_heads_upsample: int,
-        use_scale_shift_norm: bool,
-        resblock_updown: bool,
-        use_new_attention_order: bool,
-    ) -> None:
-        super().__init__()
-        if not channel_mult:
-            raise ValueError("channel_mult is empty: give one multiplier per level, for example (1, 2, 4, 8).")
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.out_channels = out_channels
-        self.num_res_blocks = num_res_blocks
-        self.attention_resolutions = attention_resolutions
-        self.dropout = dropout
-        self.channel_mult = channel_mult
-        self.conv_resample = conv_resample
-        self.dims = dims
-        self.num_classes = num_classes
-        self.use_checkpoint = use_checkpoint
-        self.dtype = th.float16 if use_fp16 else th.float32
-        self.num_heads = num_heads
-        self.num_head_channels = num_head_channels
-        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-
-        time_embed_dim = model_channels * 4
-        self._blocks = _Blocks(
-            time_embed_dim,
-            dropout,
-            conv_resample,
-            dims,
-            use_checkpoint,
-            num_head_channels,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-        )
-        self.time_embed = nn.Sequential(
-            linear(model_channels, time_embed_dim), nn.SiLU(), linear(time_embed_dim, time_embed_dim)
-        )
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, time_embed_dim)
-        self._build_way_down()
-
-    def _build_way_down(self) -> None:
-        ch = int(self.channel_mult[0] * self.model_channels)
-        first = conv_nd(self.dims, self.in_channels, ch, 3, padding=1)
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
-        self._skip_channels = [ch]  # of each input block's output
-        for level, mult in enumerate(self.channel_mult):
-            downsampling = 2**level
-            for _ in range(self.num_res_blocks):
-                layers: list[nn.Module] = [self._blocks.residual(ch, int(mult * self.model_channels))]
-                ch = int(mult * self.model_channels)
-                if downsampling in self.attention_resolutions:
-                    layers.append(self._blocks.attention(ch, self.num_heads))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                self._skip_channels.append(ch)
-            if level != len(self.channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(self._blocks.smaller(ch)))
-                self._skip_channels.append(ch)
-        self.middle_block = TimestepEmbedSequential(
-            self._blocks.residual(ch, ch), self._blocks.attention(ch, self.num_heads), self._blocks.residual(ch, ch)
-        )
-        self._bottom_channels = ch
-
-    @property
-    def _torso(self) -> list[nn.Module]:
-        """The parts that compute in `dtype`; time embedding and output stay in full precision."""
-        return [self.input_blocks, self.middle_block]
-
-    def set_compute_dtype(self, dtype: th.dtype, *, store: bool = False) -> None:
-        """Compute the torso in `dtype` from now on: float32, bfloat16 or float16.
-
-        Weights are cast where they are used; gradients arrive in the dtype of the stored weights. `store` also keeps
-        the torso's convolutions in `dtype`: half the memory and no cast per call, for networks that are not trained.
-        """
-        if dtype not in (th.float32, th.bfloat16, th.float16):
-            raise ValueError(f"cannot compute in {dtype}; choose torch.float32, torch.bfloat16 or torch.float16.")
-        self.dtype = dtype
-        if store:
-            for part in self._torso:
-                part.apply(lambda module: store_convolution(module, dtype))
-
-    def convert_to_fp16(self) -> None:
-        """Compute in float16 and store the torso's convolutions in it."""
-        self.set_compute_dtype(th.float16, store=True)
-
-    def convert_to_fp32(self) -> None:
-        """Compute in float32 and store the torso's convolutions in it."""
-        self.set_compute_dtype(th.float32, store=True)
-
-    def _embed(self, timesteps: Tensor) -> Tensor:
-        dtype = self.time_embed[0].weight.dtype
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
-
-    def _enter(self, x: Tensor) -> Tensor:
-        """x in the torso's dtype and memory layout, refused if a level would have an odd size."""
-        divisor = 2 ** (len(self.channel_mult) - 1)
-        sizes = tuple(x.shape[-min(self.dims, 2) :])
-        if any(size % divisor for size in sizes):
-            raise ValueError(
-                f"images of {' x '.join(map(str, sizes))} cannot be halved {len(self.channel_mult) - 1} times: "
-                f"height and width must be multiples of {divisor}. Resize or pad the images, or use fewer levels."
-            )
-        # float32 stands for "as stored": a network moved to float64 computes in float64
-        dtype = self.time_embed[0].weight.dtype if self.dtype == th.float32 else self.dtype
-        return channels_last(x.to(dtype))
-
-
-class UNetModel(_Trunk):
-    """The UNet with attention and time embedding.
-
-    image_size: not used by the network, kept for its users. in_channels, out_channels: of images (any number).
-    model_channels: channels at multiplier 1. num_res_blocks: per level. attention_resolutions: downsampling factors
-    (1, 2, 4, ...) at which attention is applied. channel_mult: multipliers per level, fractions allowed.
-    conv_resample: learned resampling where resblock_updown is off. dims: 1, 2 or 3 space dimensions.
-    num_classes: any number makes the network class-conditional. use_checkpoint: less memory, more time in training.
-    use_fp16: compute the torso in float16. num_heads, num_head_channels (-1: use num_heads), num_heads_upsample
-    (-1: as num_heads): attention heads. use_scale_shift_norm: adaptive group norm. resblock_updown: residual
-    blocks that resample. use_new_attention_order: interleaving of q, k and v in the weights.
-    """
 
     def __init__(
         self,
@@ -433,68 +194,117 @@ class UNetModel(_Trunk):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
     ) -> None:
-        super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            out_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            dims,
-            num_classes,
-            use_checkpoint,
-            use_fp16,
-            num_heads,
-            num_head_channels,
-            num_heads_upsample,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-        )
-        ch = self._build_way_up()
-        self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
-        )
+        super().__init__()
+        if not channel_mult:
+            raise ValueError("channel_mult is empty: give one multiplier per level, for example (1, 2, 4, 8).")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = attention_resolutions
+        self.dropout = dropout
+        self.channel_mult = channel_mult
+        self.num_levels = len(channel_mult)
+        self.conv_resample = conv_resample
+        self.dims = dims
+        self.num_classes = num_classes
+        self.use_checkpoint = use_checkpoint
+        self.dtype = th.float16 if use_fp16 else th.float32
+        self.num_heads = num_heads
+        self.num_head_channels = num_head_channels
+        self.resblock_updown = resblock_updown
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
 
-    def _build_way_up(self) -> int:
+        time_embed_dim = model_channels * 4
+        self._residual = partial(
+            ResBlock,
+            emb_channels=time_embed_dim,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+        )
+        self._attention = partial(
+            AttentionBlock,
+            num_head_channels=num_head_channels,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+        )
+        self.time_embed = nn.Sequential(
+            linear(model_channels, time_embed_dim), nn.SiLU(), linear(time_embed_dim, time_embed_dim)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, time_embed_dim)
+        self._build_way_down()
+        self._build_head()
+
+    def _build_head(self) -> None:
+        """Add what follows the middle block."""
+
+    def _build_way_down(self) -> None:
+        ch = int(self.channel_mult[0] * self.model_channels)
+        first = conv_nd(self.dims, self.in_channels, ch, 3, padding=1)
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
+        self._skip_channels = [ch]  # of each input block's output
+        for level, mult in enumerate(self.channel_mult):
+            for _ in range(self.num_res_blocks):
+                layers: list[nn.Module] = [self._residual(ch, out_channels=int(mult * self.model_channels))]
+                ch = int(mult * self.model_channels)
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._attention(ch, self.num_heads))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                self._skip_channels.append(ch)
+            if level != len(self.channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(self._resized(ch, down=True)))
+                self._skip_channels.append(ch)
+        self.middle_block = TimestepEmbedSequential(
+            self._residual(ch), self._attention(ch, self.num_heads), self._residual(ch)
+        )
+        self._bottom_channels = ch
+
+    def _resized(self, channels: int, *, up: bool = False, down: bool = False) -> nn.Module:
+        """A block of twice (up) or half (down) the size."""
+        if self.resblock_updown:
+            return self._residual(channels, up=up, down=down)
+        return (Upsample if up else Downsample)(channels, self.conv_resample, self.dims)
+
+
+class UNetModel(_Trunk):
+    """The UNet with attention and time embedding.
+
+    image_size: not used by the network, kept for its users. in_channels, out_channels: of images (any number).
+    model_channels: channels at multiplier 1. num_res_blocks: per level. attention_resolutions: downsampling factors
+    (1, 2, 4, ...) at which attention is applied. channel_mult: multipliers per level, fractions allowed.
+    conv_resample: learned resampling where resblock_updown is off. dims: 1, 2 or 3 space dimensions.
+    num_classes: any number makes the network class-conditional. use_checkpoint: less memory, more time in training.
+    use_fp16: compute the torso in float16. num_heads, num_head_channels (-1: use num_heads), num_heads_upsample
+    (-1: as num_heads): attention heads. use_scale_shift_norm: adaptive group norm. resblock_updown: residual
+    blocks that resample. use_new_attention_order: interleaving of q, k and v in the weights.
+    """
+
+    def _build_head(self) -> None:
         self.output_blocks = nn.ModuleList([])
         ch, skip_channels = self._bottom_channels, list(self._skip_channels)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 out_ch = int(self.model_channels * mult)
-                layers: list[nn.Module] = [self._blocks.residual(ch + skip_channels.pop(), out_ch)]
+                layers: list[nn.Module] = [self._residual(ch + skip_channels.pop(), out_channels=out_ch)]
                 ch = out_ch
                 if 2**level in self.attention_resolutions:
-                    layers.append(self._blocks.attention(ch, self.num_heads_upsample))
+                    layers.append(self._attention(ch, self.num_heads_upsample))
                 if level and i == self.num_res_blocks:
-                    layers.append(self._blocks.larger(ch))
+                    layers.append(self._resized(ch, up=True))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
-        return ch
-
-    @property
-    def _torso(self) -> list[nn.Module]:
-        return [*super()._torso, self.output_blocks]
+        last = zero_module(conv_nd(self.dims, ch, self.out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(ch), nn.SiLU(), last)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x: images [N, in_channels, H, W]; timesteps: [N], integer or fractional; y: labels [N] if class-conditional.
 
         Returns [N, out_channels, H, W] in the dtype of x. H and W are multiples of 2 ** (levels - 1).
         """
-        if (y is not None) != (self.num_classes is not None):
-            raise ValueError(
-                "labels y were given to a network that is not class-conditional."
-                if y is not None
-                else f"this network is conditioned on {self.num_classes} classes: give labels y."
-            )
-        h = self._enter(x)
-        emb = self._embed(timesteps)
-        if y is not None:
-            if y.shape != (x.shape[0],):
-                raise ValueError(f"labels y have shape {tuple(y.shape)}; one per image is needed: ({x.shape[0]},).")
-            emb = emb + self.label_emb(y)
+        h, emb = self.enter(x), self.embed(timesteps, y)
         skips: list[Tensor] = []
         for module in self.input_blocks:
             h = module(h, emb)
@@ -561,7 +371,7 @@ class EncoderUNetModel(_Trunk):
             channel_mult,
             conv_resample,
             dims,
-            None,
+            None,  # classes are what it tells, not what it is told
             use_checkpoint,
             use_fp16,
             num_heads,
@@ -572,49 +382,16 @@ class EncoderUNetModel(_Trunk):
             use_new_attention_order,
         )
         self.pool = pool
-        pools: dict[str, Callable[[], nn.Module]] = {
-            "adaptive": self._adaptive_pool,
-            "attention": self._attention_pool,
-            "spatial": self._spatial_pool,
-            "spatial_v2": self._spatial_v2_pool,
-        }
-        if pool not in pools:
-            raise ValueError(f"unknown pool {pool!r}; choose one of {', '.join(pools)}.")
-        self.out = pools[pool]()
-
-    def _adaptive_pool(self) -> nn.Module:
-        ch = self._bottom_channels
-        return nn.Sequential(
-            normalization(ch),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d((1, 1)),
-            zero_module(conv_nd(self.dims, ch, self.out_channels, 1)),
-            nn.Flatten(),
-        )
-
-    def _attention_pool(self) -> nn.Module:
-        if self.num_head_channels == -1:
-            raise ValueError("the pool 'attention' needs num_head_channels; it is -1.")
-        ch, side = self._bottom_channels, self.image_size // 2 ** (len(self.channel_mult) - 1)
-        return nn.Sequential(
-            normalization(ch), nn.SiLU(), AttentionPool2d(side, ch, self.num_head_channels, self.out_channels)
-        )
-
-    def _spatial_pool(self) -> nn.Module:
         features = sum(self._skip_channels) + self._bottom_channels
-        return nn.Sequential(linear(features, 2048), nn.ReLU(), linear(2048, self.out_channels))
-
-    def _spatial_v2_pool(self) -> nn.Module:
-        features = sum(self._skip_channels) + self._bottom_channels
-        return nn.Sequential(linear(features, 2048), normalization(2048), nn.SiLU(), linear(2048, self.out_channels))
+        side = image_size // 2 ** (self.num_levels - 1)
+        self.out = make_pool(pool, self._bottom_channels, features, out_channels, dims, side, num_head_channels)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: images [N, in_channels, H, W]; timesteps: [N]. Returns [N, out_channels] in the dtype of x."""
-        h = self._enter(x)
-        emb = self._embed(timesteps)
+        h, emb = self.enter(x), self.embed(timesteps)
         means: list[Tensor] = []
         for module in [*self.input_blocks, self.middle_block]:
             h = module(h, emb)
             if self.pool.startswith("spatial"):
-                means.append(h.mean(dim=(2, 3), dtype=x.dtype))
+                means.append(h.mean(dim=tuple(range(2, h.dim())), dtype=x.dtype))
         return self.out(th.cat(means, dim=-1) if means else h.to(x.dtype))

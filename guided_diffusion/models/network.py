@@ -1,0 +1,76 @@
+"""What every network has: a compute dtype apart from the stored one, a time embedding, a check of image sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layers import channels_last, store_convolution, timestep_embedding
+
+
+class Network(nn.Module):
+    """Base of the networks. The torso computes in `dtype`; time embedding and output stay in full precision.
+
+    Subclasses have input_blocks, middle_block, maybe output_blocks, and time_embed; num_levels is how many sizes they
+    work at and dims the number of space dimensions.
+    """
+
+    dtype: torch.dtype
+    dims: int
+    model_channels: int
+    num_classes: int | None
+    num_levels: int
+    time_embed: nn.Sequential
+
+    def set_compute_dtype(self, dtype: torch.dtype, *, store: bool = False) -> None:
+        """Compute the torso in `dtype` from now on: float32, bfloat16 or float16.
+
+        Weights are cast where they are used; gradients arrive in the dtype of the stored weights. `store` also keeps
+        the torso's convolutions in `dtype`: half the memory and no cast per call, for networks that are not trained.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"cannot compute in {dtype}; choose torch.float32, torch.bfloat16 or torch.float16.")
+        self.dtype = dtype
+        if store:
+            for name in ("input_blocks", "middle_block", "output_blocks"):
+                getattr(self, name, nn.Identity()).apply(lambda module: store_convolution(module, dtype))
+
+    def convert_to_fp16(self) -> None:
+        """Compute in float16 and store the torso's convolutions in it."""
+        self.set_compute_dtype(torch.float16, store=True)
+
+    def convert_to_fp32(self) -> None:
+        """Compute in float32 and store the torso's convolutions in it."""
+        self.set_compute_dtype(torch.float32, store=True)
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        return next(self.time_embed.parameters()).dtype
+
+    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """timesteps [N] and, if class-conditional, labels y [N] -> time embedding [N, 4 * model_channels]."""
+        if y is not None and self.num_classes is None:
+            raise ValueError("labels y were given to a network that is not class-conditional.")
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self._stored_dtype))
+        if self.num_classes is None:
+            return emb
+        if y is None:
+            raise ValueError(f"this network is conditioned on {self.num_classes} classes: give labels y.")
+        if y.shape != timesteps.shape:
+            raise ValueError(
+                f"labels y have shape {tuple(y.shape)}; one per image is needed: {tuple(timesteps.shape)}."
+            )
+        return emb + self.label_emb(y)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x in the torso's dtype and memory layout, refused if a level would have an odd size."""
+        divisor = 2 ** (self.num_levels - 1)
+        sizes = tuple(x.shape[-min(self.dims, 2) :])
+        if any(size % divisor for size in sizes):
+            raise ValueError(
+                f"images of {' x '.join(map(str, sizes))} cannot be halved {self.num_levels - 1} times: "
+                f"height and width must be multiples of {divisor}. Resize or pad the images, or use fewer levels."
+            )
+        # float32 stands for "as stored": a network moved to float64 computes in float64
+        dtype = self._stored_dtype if self.dtype == torch.float32 else self.dtype
+        return channels_last(x.to(dtype))

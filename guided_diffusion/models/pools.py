@@ -1,0 +1,91 @@
+"""How the classifier turns features into outputs: four pools, and the attention pool of CLIP."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .attention import QKVAttention
+from .layers import conv_nd, linear, normalization, zero_module
+
+HIDDEN = 2048  # width between the two linear layers of the spatial pools
+
+
+class AttentionPool2d(nn.Module):
+    """Attention pooling of CLIP (Radford et al. 2021): the image's mean, as one more place, attends to all places.
+
+    spacial_dim: height and width of the image. embed_dim: its channels C, a multiple of num_heads_channels.
+    output_dim: channels of the result, C if None.
+    """
+
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads_channels:
+            raise ValueError(f"{embed_dim} channels are not a multiple of num_head_channels = {num_heads_channels}.")
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.num_heads = embed_dim // num_heads_channels
+        self.attention = QKVAttention(self.num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, spacial_dim, spacial_dim]. Returns [N, output_dim]."""
+        places = self.positional_embedding.shape[1] - 1
+        if x.shape[2] != x.shape[3] or x.shape[2] * x.shape[3] != places:
+            side = math.isqrt(places)
+            raise ValueError(
+                f"attention pooling was built for {side} x {side} features and got {x.shape[2]} x {x.shape[3]}: give "
+                "images of the size the network was built for, or choose the pool 'adaptive', 'spatial' or 'spatial_v2'."
+            )
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, T, C]: a view of channels_last memory
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.t().to(x.dtype)
+        pooled = self.attention(self.qkv_proj(tokens.transpose(1, 2)))
+        return self.c_proj(pooled[:, :, :1]).squeeze(2)
+
+
+def make_pool(
+    pool: str, channels: int, features: int, out_channels: int, dims: int, side: int, num_head_channels: int
+) -> nn.Sequential:
+    """The classifier's output of that name.
+
+    channels, side: of the last features. features: how many means of blocks the spatial pools receive.
+    """
+    if pool == "adaptive":
+        return adaptive_pool(channels, out_channels, dims)
+    if pool == "attention":
+        return attention_pool(channels, out_channels, side, num_head_channels)
+    if pool == "spatial":
+        return spatial_pool(features, out_channels)
+    if pool == "spatial_v2":
+        return spatial_v2_pool(features, out_channels)
+    raise ValueError(f"unknown pool {pool!r}; choose 'adaptive', 'attention', 'spatial' or 'spatial_v2'.")
+
+
+def adaptive_pool(channels: int, out_channels: int, dims: int) -> nn.Sequential:
+    """The mean over all places, then one linear layer: [N, channels, H, W] -> [N, out_channels]."""
+    mean: nn.Module = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](1)
+    last = zero_module(conv_nd(dims, channels, out_channels, 1))
+    return nn.Sequential(normalization(channels), nn.SiLU(), mean, last, nn.Flatten())
+
+
+def attention_pool(channels: int, out_channels: int, side: int, num_head_channels: int) -> nn.Sequential:
+    """One attending place: [N, channels, side, side] -> [N, out_channels]."""
+    if num_head_channels == -1:
+        raise ValueError("the pool 'attention' needs num_head_channels; it is -1.")
+    pool = AttentionPool2d(side, channels, num_head_channels, out_channels)
+    return nn.Sequential(normalization(channels), nn.SiLU(), pool)
+
+
+def spatial_pool(features: int, out_channels: int) -> nn.Sequential:
+    """Two linear layers over the means of every block: [N, features] -> [N, out_channels]."""
+    return nn.Sequential(linear(features, HIDDEN), nn.ReLU(), linear(HIDDEN, out_channels))
+
+
+def spatial_v2_pool(features: int, out_channels: int) -> nn.Sequential:
+    """As `spatial_pool`, with a normalised hidden layer."""
+    return nn.Sequential(linear(features, HIDDEN), normalization(HIDDEN), nn.SiLU(), linear(HIDDEN, out_channels))
