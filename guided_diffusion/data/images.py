@@ -6,10 +6,12 @@ Shapes: `H W C` for one picture (numpy, uint8, 0..255), `N H W C` / `N C H W` fo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-from typing import IO, TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -41,26 +43,49 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
 
     As in 2021, EXIF rotation is not applied and the first frame of an animation is taken. ValueError names a file that cannot be read.
     """
+    name = os.fspath(path)
     try:
-        with storage.open_file(path, "rb") as file:
-            return decode_image(file, channels)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise unreadable(os.fspath(path), error) from error
+        data = storage.read_bytes(name)
+    except OSError as error:
+        raise unreadable(name, error) from error
+    return decode(data, name, channels)
+
+
+def decode(data: bytes, name: str, channels: int = 3) -> np.ndarray:
+    """`read_image` on the bytes of a file; `name` is for the error."""
+    with _decoded(data, name) as image:
+        return as_array(image, channels)
+
+
+def inspect(data: bytes, name: str) -> tuple[tuple[int, int], str]:
+    """Decode a picture for its ((width, height), PIL mode)."""
+    with _decoded(data, name) as image:
+        return image.size, image.mode
+
+
+@contextlib.contextmanager
+def _decoded(data: bytes, name: str) -> Iterator[PILImage.Image]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            yield image
+    except (
+        Exception
+    ) as error:  # PIL's decoders answer broken bytes with a dozen kinds: SyntaxError, struct.error, zlib.error, ...
+        raise unreadable(name, error) from error
 
 
 def unreadable(name: str, error: BaseException) -> ValueError:
-    """The error for a picture that cannot be decoded; `name` says which."""
-    reason = "not a picture that PIL knows" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-    return ValueError(f"cannot read image {name!r}: {reason or type(error).__name__}")
-
-
-def decode_image(file: IO[bytes] | bytes, channels: int = 3) -> np.ndarray:
-    """`read_image` on an open file or on the bytes of one."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        image.load()
-        return as_array(image, channels)
+    """The error for a picture that cannot be read; `name` says which."""
+    kind = type(error).__name__
+    reason = (
+        "not a picture that PIL knows"
+        if kind == "UnidentifiedImageError"
+        else getattr(error, "strerror", None) or str(error)
+    )
+    return ValueError(f"cannot read image {name!r}: {reason or kind}")
 
 
 def as_array(image: PILImage.Image, channels: int) -> np.ndarray:
@@ -87,48 +112,63 @@ def from_array(array: np.ndarray) -> PILImage.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def center_crop(image: np.ndarray, size: Size) -> np.ndarray:
-    """The largest centered `size` window, scaled: uint8 `[H, W, C]` -> `[h, w, C]`, the pixels of the 2021 release.
+def center_crop(image: np.ndarray | PILImage.Image, size: Size) -> np.ndarray:
+    """The largest centered `size` window, scaled: uint8 `[H, W, C]` (or PIL) -> `[h, w, C]`, the pixels of the 2021 release.
 
     Halved with a box filter while both sides are at least twice too large, then bicubic to the exact scale: bicubic alone aliases
     when it shrinks much (its support in PIL is bounded), box alone blurs.
     """
-    height, width = _pair(size)
+    height, width = height_width(size)
     scaled = _cover(image, height, width)
     top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
     return scaled[top : top + height, left : left + width]
 
 
-def random_crop(image: np.ndarray, size: Size, rng: Random, min_frac: float = 0.8, max_frac: float = 1.0) -> np.ndarray:
+def random_crop(
+    image: np.ndarray | PILImage.Image, size: Size, rng: Random, min_frac: float = 0.8, max_frac: float = 1.0
+) -> np.ndarray:
     """A random `size` window of the picture scaled so that the window is `min_frac` to `max_frac` of its shorter side.
 
     The draws are those of the 2021 release in its order (scale, top, left), so one `random.Random` state gives the same pixels.
     """
     if not 0 < min_frac <= max_frac <= 1:
         raise ValueError(f"min_frac={min_frac}, max_frac={max_frac}: must satisfy 0 < min_frac <= max_frac <= 1")
-    height, width = _pair(size)
+    height, width = height_width(size)
     side = min(height, width)
     drawn = rng.randrange(math.ceil(side / max_frac), math.ceil(side / min_frac) + 1)
-    scaled = _cover(image, math.ceil(height * drawn / side), math.ceil(width * drawn / side))
+    scaled = _cover(image, *_covered((height, width), drawn))
     top = rng.randrange(scaled.shape[0] - height + 1)
     left = rng.randrange(scaled.shape[1] - width + 1)
     return scaled[top : top + height, left : left + width]
 
 
-def _cover(array: np.ndarray, height: int, width: int) -> np.ndarray:
+def largest_cover(size: Size, min_frac: float = 0.8) -> tuple[int, int]:
+    """The (height, width) that `random_crop` may scale a picture to at most, before it cuts a window out."""
+    height, width = height_width(size)
+    return _covered((height, width), math.ceil(min(height, width) / min_frac))
+
+
+def _covered(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """`size` scaled to the shorter side `side`, rounded up."""
+    return -(-size[0] * side // min(size)), -(-size[1] * side // min(size))
+
+
+def _cover(picture: np.ndarray | PILImage.Image, height: int, width: int) -> np.ndarray:
     """Scale a picture, aspect kept, to the smallest size that covers `height x width`."""
     from PIL.Image import Resampling
 
-    image = from_array(array)
+    image = from_array(picture) if isinstance(picture, np.ndarray) else picture
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Resampling.BICUBIC)
     scaled = np.asarray(image)
-    return scaled.reshape(*scaled.shape[:2], -1) if array.ndim == 3 else scaled
+    keep_channel_axis = isinstance(picture, np.ndarray) and picture.ndim == 3
+    return scaled.reshape(*scaled.shape[:2], -1) if keep_channel_axis else scaled
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def height_width(size: Size) -> tuple[int, int]:
+    """A size as (height, width); ValueError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"image size {size}: must be positive")
@@ -137,7 +177,7 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def preprocessing_id(size: Size, channels: int = 3, crop: str = "center") -> str:
     """A name for what happens to a picture before training: equal names mean equal pixels. Put it beside packed data and scores."""
-    height, width = _pair(size)
+    height, width = height_width(size)
     return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{MODES[channels]}/v1"
 
 
@@ -156,4 +196,4 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def low_res(images: Tensor, size: Size) -> Tensor:
     """Shrink float `[N, C, H, W]` to `size` by averaging areas: the input of a super-resolution model."""
-    return functional.interpolate(images, _pair(size), mode="area")
+    return functional.interpolate(images, height_width(size), mode="area")

@@ -30,6 +30,7 @@ class Records:
     kind: str = "files"  # "files", "zip", "tar", "lmdb", "packed"
     root: str = ""
     preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
+    stored_size: tuple[int, int] | None = None  # (height, width) of packed pictures
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.paths):
@@ -83,7 +84,8 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
         found.source,
         source.kind,
         place,
-        preprocessing=source.preprocessing,
+        source.preprocessing,
+        source.stored_size,
     )
 
 

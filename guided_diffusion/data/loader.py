@@ -257,6 +257,12 @@ def _check(
             f"batch_size={batch_size} (over all processes) is larger than the {len(records)} images of {where}; lower it to at most "
             f"{len(records) // size * size}, or add images"
         )
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height < 1 or width < 1:
-        raise ValueError(f"image_size={image_size}: must be positive")
+    height, width = images.height_width(image_size)
+    if records.stored_size is not None:
+        # Packed pictures have lost what lies outside of them: a crop that wants more would be blown up, silently blurred.
+        least = (height, width) if crop == "center" else images.largest_cover((height, width))
+        if records.stored_size[0] < least[0] or records.stored_size[1] < least[1]:
+            raise ValueError(
+                f"{where}: packed at {records.stored_size[0]}x{records.stored_size[1]}, but crop={crop!r} at {height}x{width} needs at "
+                f"least {least[0]}x{least[1]}; pack the source at that size"
+            )

@@ -10,6 +10,7 @@ import os
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Source(NamedTuple):
     names: tuple[str, ...]
     labels: tables.Labels | None = None
     preprocessing: str = ""
+    stored_size: tuple[int, int] | None = None
 
 
 def list_source(root: str, extensions: Sequence[str]) -> Source:
@@ -159,9 +161,10 @@ def _list_packed(root: str) -> Source:
     names = tuple(str(k) for k in range(int(index["count"])))
     labels = tables.NONE
     if index["labels"] is not None:
-        numbers = np.load(os.path.join(root, index["labels"]), allow_pickle=False)
+        numbers = np.load(os.path.join(root, index["labels"]["file"]), allow_pickle=False)
         labels = tables.Labels(numbers, tuple(index["class_names"]), index["label_source"])
-    return Source("packed", names, names, labels, index["preprocessing"])
+    height, width, _ = index["shape"]
+    return Source("packed", names, names, labels, index["preprocessing"], (height, width))
 
 
 def read_packed_index(root: str) -> dict[str, Any]:
@@ -194,12 +197,20 @@ class Reader:
 
     def read(self, path: str, channels: int = 3) -> np.ndarray:
         """One picture, uint8 `[H, W, channels]`; ValueError names one that cannot be read."""
-        if self.kind == "files":
-            return images.read_image(path, channels)
-        read = {"zip": self._zip, "tar": self._tar, "lmdb": self._lmdb, "packed": self._packed}[self.kind]
+        if self.kind == "packed":
+            return self._packed(path, channels)
+        return images.decode(self._bytes(path), self.describe(path), channels)
+
+    def inspect(self, path: str) -> tuple[tuple[int, int], str]:
+        """Decode one picture of an unpacked source: ((width, height), PIL mode as stored); ValueError if it cannot be read."""
+        return images.inspect(self._bytes(path), self.describe(path))
+
+    def _bytes(self, path: str) -> bytes:
         try:
-            return read(path, channels)
-        except (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile) as error:
+            return {"files": storage.read_bytes, "zip": self._zip, "tar": self._tar, "lmdb": self._lmdb}[self.kind](
+                path
+            )
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise images.unreadable(self.describe(path), error) from error
 
     def _handle(self, name: str, make: Callable[[], Any]) -> Any:
@@ -209,24 +220,24 @@ class Reader:
             self._handles[key] = make()
         return self._handles[key]
 
-    def _zip(self, path: str, channels: int) -> np.ndarray:
+    def _zip(self, path: str) -> bytes:
         archive = self._handle("", lambda: zipfile.ZipFile(storage.open_file(self.root, "rb")))
-        return images.decode_image(archive.read(path), channels)
+        return archive.read(path)
 
-    def _tar(self, path: str, channels: int) -> np.ndarray:
+    def _tar(self, path: str) -> bytes:
         offset, size, name = path.split(":", 2)
         whole = self.root if not storage.isdir(self.root) else storage.join(self.root, name.split("/", 1)[0])
         file = self._handle(whole, lambda: storage.open_file(whole, "rb"))
         file.seek(int(offset))
-        return images.decode_image(file.read(int(size)), channels)
+        return file.read(int(size))
 
-    def _lmdb(self, path: str, channels: int) -> np.ndarray:
+    def _lmdb(self, path: str) -> bytes:
         environment = self._handle("", lambda: _lmdb(self.root))
         with environment.begin() as transaction:
             value = transaction.get(path.encode("utf-8", "surrogateescape"))
         if value is None:
             raise KeyError("no such key")
-        return images.decode_image(bytes(value), channels)
+        return bytes(value)
 
     def _packed(self, path: str, channels: int) -> np.ndarray:
         firsts, files = self._handle("index", self._packed_shards)

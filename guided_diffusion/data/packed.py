@@ -1,0 +1,155 @@
+"""Pictures cropped once and kept as plain uint8 arrays that loaders map into memory: no decoding while training.
+
+A packed folder holds
+
+* `images-00000.npy`, ... uint8 `[n, H, W, C]`, readable by `numpy.load(..., mmap_mode="r")`;
+* `labels.npy`, int64 `[N]`, if the source had labels;
+* `names.txt`, the source of each row, one per line;
+* `packed.json`, written last: counts, SHA-256 of every file, class names, and `preprocessing`, which names how the pictures were cropped.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..runtime import storage
+from . import images
+from .listing import Records, list_records
+from .sources import PACKED_INDEX, Reader, read_packed_index
+
+_LABELS, _NAMES = "labels.npy", "names.txt"
+
+
+def pack(
+    records: Records,
+    out_dir: str | os.PathLike[str],
+    image_size: images.Size,
+    *,
+    channels: int = 3,
+    workers: int = 4,
+    shard_bytes: int = 1 << 28,
+    on_error: str = "raise",
+    progress: Callable[[int], None] | None = None,
+) -> Records:
+    """Write `records`, center-cropped to `image_size`, to the new folder `out_dir`, and list what was written.
+
+    The rows are bit for bit what a loader makes of the source with `crop="center"`. `workers` threads decode; `on_error="skip"` leaves
+    unreadable pictures out (`list_skipped` names them). `progress(n)` is called when n more pictures are done. An interrupted pack
+    leaves no `packed.json`; remove the folder and start again.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'skip'")
+    if workers < 1 or shard_bytes < 1:
+        raise ValueError(f"workers={workers}, shard_bytes={shard_bytes}: must be positive")
+    height, width = images.height_width(image_size)
+    crop_id = images.preprocessing_id(image_size, channels)
+    out = os.fspath(out_dir)
+    storage.makedirs(out)
+    if storage.listdir(out):
+        raise ValueError(f"{out!r}: is not empty; give a new folder, so that packed data never mixes with other files")
+
+    skipped: list[str] = []
+    kept: list[int] = []
+    shards: list[dict[str, Any]] = []
+    rows = _cropped(records, image_size, channels, workers, on_error == "skip", skipped, progress)
+    per_shard = max(1, shard_bytes // (height * width * channels))
+    while block := list(islice(rows, per_shard)):
+        name = f"images-{len(shards):05d}.npy"
+        shards.append({**_save(out, name, np.stack([picture for _, picture in block])), "count": len(block)})
+        kept += [place for place, _ in block]
+    if not kept:
+        raise ValueError(f"none of the {len(records)} images of {records.root!r} can be read; the first: {skipped[0]}")
+
+    reader = Reader(records.kind, records.root)
+    names = "".join(f"{reader.describe(records.paths[k])}\n" for k in kept)
+    storage.write_bytes_atomic(storage.join(out, _NAMES), names.encode("utf-8", "surrogateescape"))
+    labels = None if records.labels is None else _save(out, _LABELS, records.labels[kept])
+    index = {
+        "format": 1,
+        "count": len(kept),
+        "shape": [height, width, channels],
+        "preprocessing": crop_id,
+        "source_preprocessing": records.preprocessing,
+        "shards": shards,
+        "labels": labels,
+        "class_names": list(records.class_names),
+        "label_source": records.label_source,
+        "skipped": skipped,
+    }
+    storage.write_text_atomic(storage.join(out, PACKED_INDEX), json.dumps(index, indent=1) + "\n")
+    return list_records(out)
+
+
+def _cropped(
+    records: Records,
+    image_size: images.Size,
+    channels: int,
+    workers: int,
+    skip: bool,
+    skipped: list[str],
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(record, cropped picture) in order. Threads suffice: PIL decodes and resizes without holding the interpreter lock."""
+    reader = Reader(records.kind, records.root)
+
+    def crop(place: int) -> np.ndarray | ValueError:
+        try:
+            return images.center_crop(reader.read(records.paths[place], channels), image_size)
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as pool:
+        # A window at a time: map() would queue every picture of the data set at once and keep all that are done early.
+        for start in range(0, len(records), 32 * workers):
+            places = range(start, min(start + 32 * workers, len(records)))
+            for place, result in zip(places, pool.map(crop, places)):
+                if progress is not None:
+                    progress(1)
+                if not isinstance(result, ValueError):
+                    yield place, result
+                elif skip:
+                    skipped.append(str(result))
+                else:
+                    raise ValueError(
+                        f"{result}; remove or repair it, or leave such files out with on_error='skip'"
+                    ) from result
+
+
+def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Write an array; its entry in the index."""
+    path = storage.join(folder, name)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array)))
+    with storage.atomic_write(path) as file:
+        file.write(header.getvalue())
+        file.write(np.ascontiguousarray(array).data)
+    return {"file": name, "sha256": storage.sha256_of(path)}
+
+
+def verify(folder: str | os.PathLike[str], progress: Callable[[int], None] | None = None) -> list[str]:
+    """Compare every array file of a packed folder with its checksum; the complaints, empty if all is well."""
+    root = os.fspath(folder)
+    index = read_packed_index(root)
+    complaints = []
+    for entry in [*index["shards"], *([index["labels"]] if index["labels"] else [])]:
+        path = storage.join(root, entry["file"])
+        if not storage.exists(path):
+            complaints.append(f"{path}: missing")
+        elif storage.sha256_of(path) != entry["sha256"]:
+            complaints.append(f"{path}: changed since it was packed (SHA-256 differs)")
+        if progress is not None:
+            progress(entry.get("count", 0))
+    return complaints
+
+
+def list_skipped(folder: str | os.PathLike[str]) -> list[str]:
+    """The pictures `pack` left out, with reasons."""
+    return list(read_packed_index(os.fspath(folder))["skipped"])
