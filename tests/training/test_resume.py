@@ -1,26 +1,8 @@
 """2N steps equal N steps, a restart from the files, and N more: bit for bit."""
 
-import torch
-
 from guided_diffusion.training.saver import Checkpoints
 
-from .toys import assert_same_state, batches, make, toy_net
-
-
-class Counter:
-    """A step sampler that remembers everything it hears."""
-
-    def __init__(self):
-        self.sums = torch.zeros(100, dtype=torch.float64)
-
-    def update(self, i, losses):
-        self.sums.index_add_(0, i, losses.double())
-
-    def state_dict(self):
-        return {"sums": self.sums}
-
-    def load_state_dict(self, state):
-        self.sums = state["sums"].clone()
+from .toys import Counter, assert_same_state, batches, make, toy_net
 
 
 def fresh(directory, **options):

@@ -41,6 +41,24 @@ class ToyNet(nn.Module):
         return self.last(self.drop(torch.tanh(h)).float())
 
 
+class Counter:
+    """A step sampler that remembers everything it hears."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(T, dtype=torch.float64)
+        self.heard: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, i: Tensor, losses: Tensor) -> None:
+        self.sums.index_add_(0, i, losses.double())
+        self.heard.append((i.clone(), losses.clone()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums = state["sums"].clone()
+
+
 def toy_net(dropout: float = 0.0) -> ToyNet:
     torch.manual_seed(3)
     return ToyNet(dropout)

@@ -1,0 +1,95 @@
+"""One process of a small job, started by test_processes.py: `worker.py FOLDER JOB`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from guided_diffusion.runtime import world as worlds  # noqa: E402
+from guided_diffusion.training.saver import Checkpoints  # noqa: E402
+from training.toys import Counter, assert_same_state, batches, denoising, make, toy_net, weights_of  # noqa: E402
+
+STEPS = 12
+
+
+def trainer_of(folder, world, *, dropout=0.0, **options):
+    def data(start):
+        return batches(start, rank=world.rank, world=world.size)
+
+    checkpoints = None if folder is None else Checkpoints(str(folder), world=world, tell=lambda _: None)
+    options = {"batches": data, "world": world, "checkpoints": checkpoints, "feedback": Counter(), **options}
+    return make(toy_net(dropout), **options)
+
+
+def endless(folder, world):
+    """Saves every 3 steps, slowly, until somebody kills us."""
+    trainer = trainer_of(folder / "killed", world, dropout=0.5, save_every=3, hooks=[(1, lambda _: time.sleep(0.1))])
+    trainer.run(10_000)
+
+
+def proofs(folder, world):
+    # The killed run, continued, against a run that nobody disturbed.
+    whole = trainer_of(folder / "whole", world, dropout=0.5)
+    whole.run(STEPS)
+    continued = trainer_of(folder / "killed", world, dropout=0.5)
+    saved = continued.checkpoints.find("auto")
+    assert saved is not None and 3 <= saved.step < STEPS, saved
+    continued.restore(saved)
+    continued.run(STEPS)
+    assert_same_state(whole.state_dict(), continued.state_dict())
+
+    # Plain runs, for comparison with one process.
+    for name, options in (("plain", {}), ("micro", {"microbatch": 3})):
+        trainer = trainer_of(None, world, **options)
+        trainer.run(4)
+        if world.is_main:
+            torch.save([weights_of(trainer), trainer.feedback.heard], folder / f"{name}.pt")
+    plain = weights_of(trainer_of_steps(world, 4))
+
+    # A divided optimizer computes and saves the same.
+    sharded = trainer_of(folder / "sharded", world, shard_optimizer=True)
+    sharded.run(4)
+    for a, b in zip(plain, weights_of(sharded)):
+        torch.testing.assert_close(a, b)
+    again = trainer_of(folder / "sharded2", world, shard_optimizer=True)
+    again.restore(again.checkpoints.find(str(folder / "sharded")))
+    again.run(6)
+    sharded.run(6)
+    for a, b in zip(weights_of(sharded), weights_of(again)):
+        assert torch.equal(a, b)
+
+    # One process sees a bad loss: all skip.
+    def poisoned(net, batch, streams):
+        losses = denoising(net, batch, streams)
+        return losses._replace(loss=losses.loss + (float("inf") if world.rank == 1 else 0.0))
+
+    trainer = trainer_of(None, world)
+    trainer.loss_fn = poisoned
+    before = weights_of(trainer)
+    out = trainer.step(next(batches(0, rank=world.rank, world=world.size)))
+    assert bool(out["skipped"])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(trainer)))
+
+    # A second job on a folder in use is refused on every process.
+    try:
+        Checkpoints(str(folder / "sharded"), world=world)
+    except ValueError as error:
+        assert "another job" in str(error)
+    else:
+        raise AssertionError("not refused")
+
+
+def trainer_of_steps(world, steps):
+    trainer = trainer_of(None, world)
+    trainer.run(steps)
+    return trainer
+
+
+if __name__ == "__main__":
+    with worlds.session("cpu", announce=None, timeout_s=60) as here:
+        {"endless": endless, "proofs": proofs}[sys.argv[2]](Path(sys.argv[1]), here)
