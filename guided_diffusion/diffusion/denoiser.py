@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,19 +23,34 @@ class Net(Protocol):
     def __call__(self, x: Tensor, time: Tensor, /, **cond: Any) -> Tensor: ...
 
 
+class Spread(NamedTuple):
+    """Variance of the step from i to i-1, and its logarithm (finite even where the variance is 0); both broadcast to x."""
+
+    variance: Tensor
+    log_variance: Tensor
+
+
 @dataclass(frozen=True)
 class Denoised:
-    """What is believed at (x, i): the clean data, and log-variance of the step to i-1 (broadcasts to x).
+    """What is believed at (x, i): the clean data, and how widely a random step to i-1 spreads.
 
-    `spread` is that log-variance, or a function that computes it: only samplers that draw from it pay for it.
+    `spread` may be a function that computes it: only samplers that draw from it pay for it.
     """
 
     x0: Tensor
-    spread: Tensor | Callable[[], Tensor]
+    spread: Spread | Callable[[], Spread]
+
+    @property
+    def variance(self) -> Tensor:
+        return self.both().variance
 
     @property
     def log_variance(self) -> Tensor:
-        return self.spread if isinstance(self.spread, Tensor) else self.spread()
+        return self.both().log_variance
+
+    def both(self) -> Spread:
+        """Variance and log-variance, computed once for both."""
+        return self.spread if isinstance(self.spread, Spread) else self.spread()
 
 
 class Denoiser(Protocol):
@@ -64,7 +79,7 @@ def make_denoiser(
     def denoise(x: Tensor, i: Tensor) -> Denoised:
         prediction, raw = split_variance(net(x, process.time_at(i), **named), x, variance)
         x0 = x0_from_output(process, prediction, x, i, predicts)
-        return Denoised(bounded(x0, clip, transform_x0), partial(step_log_variance, process, raw, x, i, variance))
+        return Denoised(bounded(x0, clip, transform_x0), partial(step_spread, process, raw, x, i, variance))
 
     return denoise
 
@@ -111,21 +126,20 @@ def bounded(x0: Tensor, clip: bool, transform: Callable[[Tensor], Tensor] | None
     return x0.clamp(-1, 1) if clip else x0
 
 
-def step_log_variance(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, variance: Variance) -> Tensor:
-    """Log-variance of p(x_{i-1} | x_i); broadcasts to x.
+def step_spread(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, variance: Variance) -> Spread:
+    """Variance of p(x_{i-1} | x_i).
 
-    "learned_range" puts the network's -1 .. 1 between the smallest and largest sensible variance (arXiv 2102.09672, eq. 15);
-    "learned" is the logarithm itself.
+    "fixed_small" is the posterior's (0 at i = 0), "fixed_large" beta; "learned" reads the network's channels as the logarithm, and
+    "learned_range" puts their -1 .. 1 between the logarithms of the two (arXiv 2102.09672, eq. 15).
     """
-    match variance:
-        case "fixed_small":
-            return tables.at("posterior_log_variance", i, x)
-        case "fixed_large":
-            return tables.at("fixed_large_log_variance", i, x)
-        case "learned":
-            assert raw is not None
-            return raw
-        case "learned_range":
-            assert raw is not None
+    if variance == "fixed_small":
+        return Spread(tables.at("posterior_variance", i, x), tables.at("posterior_log_variance", i, x))
+    if variance == "fixed_large":
+        log_variance = tables.at("fixed_large_log_variance", i, x)
+    else:
+        assert raw is not None
+        log_variance = raw
+        if variance == "learned_range":
             share = (raw + 1) / 2
-            return share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
+            log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
+    return Spread(log_variance.exp(), log_variance)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .denoiser import Denoised, Denoiser, Net
+from .denoiser import Denoised, Denoiser, Net, Spread
 from .process import Process, Tables, eps_from_x0, x0_from_eps
 
 # (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as a classifier is told it.
@@ -56,9 +56,9 @@ def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogP
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
         gradient = grad_log_prob(x, process.time_at(i)) * scale
-        log_variance = plain.log_variance
-        shift = mean_shift(log_variance.exp(), gradient)
-        return Denoised(plain.x0 + shift / process.at("posterior_mean_x0", i, x), log_variance)
+        spread = plain.both()
+        shift = mean_shift(spread.variance, gradient)
+        return Denoised(plain.x0 + shift / process.at("posterior_mean_x0", i, x), spread)
 
     return guided
 
@@ -95,8 +95,10 @@ def interval(guided: Denoiser, plain: Denoiser, process: Process, *, sigma_min: 
         sigma = process.at("sqrt_recipm1_alpha_bar", i, x)
         inside = (sigma > sigma_min) & (sigma <= sigma_max)
         yes, no = guided(x, i), plain(x, i)
-        return Denoised(
-            torch.where(inside, yes.x0, no.x0), lambda: torch.where(inside, yes.log_variance, no.log_variance)
-        )
+
+        def spread() -> Spread:
+            return Spread(*(torch.where(inside, *pair) for pair in zip(yes.both(), no.both())))
+
+        return Denoised(torch.where(inside, yes.x0, no.x0), spread)
 
     return choose

@@ -12,7 +12,7 @@ import torch as th  # noqa: F401  `from guided_diffusion.losses import *` has al
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .process import Process, Tables, add_noise, eps_from_x0, marginal, mean_flat, posterior
+from .process import Process, Tables, add_noise, eps_from_x0, marginal, mean_flat, posterior, squared_error
 from .samplers import Noise
 
 
@@ -94,8 +94,8 @@ def bound_steps(
         yield BoundStep(
             k,
             bound_term(process, x0, x, i, mean, denoised.log_variance),
-            mean_flat((denoised.x0 - x0) ** 2),
-            mean_flat((eps_from_x0(process, x, i, denoised.x0) - eps) ** 2),
+            squared_error(denoised.x0, x0),
+            squared_error(eps_from_x0(process, x, i, denoised.x0), eps),
         )
 
 
@@ -105,5 +105,9 @@ def bits_per_dim(denoise: Denoiser, process: Process, x0: Tensor, *, noise: Nois
     walk = list(bound_steps(denoise, process, x0, noise=noise))
     vb, x0_mse, eps_mse = (torch.stack(rows, dim=1) for rows in zip(*(step[1:] for step in walk)))
     end = torch.full((x0.shape[0],), len(process) - 1, device=x0.device)
-    prior = prior_term(process, x0, end)
+    return bound_of(prior_term(process, x0, end), vb, x0_mse, eps_mse)
+
+
+def bound_of(prior: Tensor, vb: Tensor, x0_mse: Tensor, eps_mse: Tensor) -> Bound:
+    """The bound from its prior term `[B]` and step terms `[B, T]`."""
     return Bound(prior + vb.sum(dim=1), prior, vb, x0_mse, eps_mse)

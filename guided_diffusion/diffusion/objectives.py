@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_log_variance, x0_from_output
+from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_spread, x0_from_output
 from .likelihood import bound_term
-from .process import Process, Tables, add_noise, mean_flat, posterior_mean, v_from_x0
+from .process import Process, Tables, add_noise, posterior_mean, squared_error, v_from_x0
 
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Weight = Literal["none", "min_snr"]
@@ -45,7 +45,7 @@ def training_losses(
         vb = variational_term(process, prediction, raw, x0, x, i, predicts, variance)
         return {"loss": vb * bound_scale(loss, len(process))}
 
-    mse = mean_flat((mse_target(process, x0, x, i, noise, predicts) - prediction) ** 2)
+    mse = squared_error(mse_target(process, x0, x, i, noise, predicts), prediction)
     terms = {"mse": mse, "loss": mse}
     if weight == "min_snr":
         terms["loss"] = mse * min_snr_weight(process.at("log_snr", i, i).exp(), predicts, min_snr_gamma)
@@ -96,7 +96,7 @@ def variational_term(
 ) -> Tensor:
     """The bound's term for a prediction that is not clipped, in bits per dimension, `[B]`."""
     mean = posterior_mean(tables, x0_from_output(tables, prediction, x, i, predicts), x, i)
-    return bound_term(tables, x0, x, i, mean, step_log_variance(tables, raw, x, i, variance))
+    return bound_term(tables, x0, x, i, mean, step_spread(tables, raw, x, i, variance).log_variance)
 
 
 def bound_scale(loss: Loss, num_steps: int) -> float:

@@ -150,7 +150,12 @@ def make_process(betas: Any, time: Any = None) -> Process:
 
 def rescale_time(process: Process, span: float = 1000.0) -> Process:
     """The same process, with the network told times on an axis of length `span`, however many steps there were before respacing."""
-    return replace(process, time=process.time * (span / process.time_span), time_span=float(span))
+    return replace(process, time=rescaled(process.time, process.time_span, span), time_span=float(span))
+
+
+def rescaled(time: Tensor, num_steps: float, span: float = 1000.0) -> Tensor:
+    """Times counted in `num_steps`, on an axis of length `span`."""
+    return time * (span / num_steps)
 
 
 def respace(process: Process, keep: Iterable[int]) -> Process:
@@ -293,3 +298,8 @@ def x0_from_v(tables: Tables, x: Tensor, i: Tensor, v: Tensor) -> Tensor:
 def mean_flat(values: Tensor) -> Tensor:
     """Mean over everything but the batch axis, `[B, ...] -> [B]`."""
     return values.mean(dim=list(range(1, values.ndim)))
+
+
+def squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference per example, `[B]`."""
+    return mean_flat((a - b) ** 2)

@@ -74,8 +74,8 @@ def ddim(
     start: int | None = None,
 ) -> Iterator[Step]:
     """Song et al. 2020 (arXiv 2010.02502), eq. 12. `eta` 0 is deterministic and draws nothing; 1 has the noise of ancestral sampling."""
-    if eta < 0:
-        raise ValueError(f"eta={eta} must not be negative; 0 is deterministic, 1 as noisy as ancestral sampling")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must lie between 0 (deterministic) and 1 (as noisy as ancestral sampling)")
     tables, steps = tables_of(process.betas), _steps(process, start)
     alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
     for k, i in zip(steps, _positions(steps, process, x)):

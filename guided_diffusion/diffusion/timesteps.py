@@ -59,16 +59,20 @@ class LossSecondMoment:
         self.losses = torch.zeros(num_steps, history, dtype=torch.float64)
         self.seen = torch.zeros(num_steps, dtype=torch.int64)
 
+    def warm(self) -> Tensor:
+        """Has every step been seen often enough? A boolean scalar tensor."""
+        return (self.seen >= self.history).all()
+
     def probabilities(self) -> Tensor:
         """Of each step, float64 `[T]`."""
-        return second_moment_probabilities(self.losses, (self.seen >= self.history).all(), self.uniform_prob)
+        return second_moment_probabilities(self.losses, self.warm(), self.uniform_prob)
 
     def draw(self, u: Tensor) -> Drawn:
         """Steps for numbers `u` `[B]` in [0, 1), by the inverse of the cumulative distribution."""
         self._follow(u)
         p = self.probabilities()
         i = torch.searchsorted(p.cumsum(0), u.to(p.dtype), right=True).clamp(max=self.num_steps - 1)
-        return Drawn(i, (1.0 / (self.num_steps * p[i])).float())
+        return Drawn(i, importance(p, i))
 
     def update(self, i: Tensor, losses: Tensor) -> None:
         """Remember `losses` `[B]` seen at steps `i` int64 `[B]`, in order; the oldest give way."""
@@ -101,9 +105,14 @@ class LossSecondMoment:
             self.losses, self.seen = self.losses.to(other.device), self.seen.to(other.device)
 
 
-def second_moment_probabilities(losses: Tensor, warm: Tensor | bool, uniform_prob: float) -> Tensor:
+def importance(probabilities: Tensor, i: Tensor) -> Tensor:
+    """What a loss at step `i` is multiplied by so that steps drawn with `probabilities` `[T]` count as if drawn uniformly; float32."""
+    return (1.0 / (len(probabilities) * probabilities[i])).float()
+
+
+def second_moment_probabilities(losses: Tensor, warm: Tensor, uniform_prob: float) -> Tensor:
     """Probabilities `[T]` from the last losses `[T, history]`; uniform unless `warm`."""
     num_steps = losses.shape[0]
     moment = losses.square().mean(dim=1).sqrt()
     learned = (1 - uniform_prob) * moment / moment.sum() + uniform_prob / num_steps
-    return torch.where(torch.as_tensor(warm, device=losses.device), learned, torch.full_like(learned, 1 / num_steps))
+    return torch.where(warm, learned, torch.full_like(learned, 1 / num_steps))
