@@ -55,5 +55,5 @@ def _along(x: torch.Tensor, axis: int, low: np.ndarray, high: np.ndarray, weight
 
 
 def to_inception_range(resized: torch.Tensor) -> torch.Tensor:
-    """Map 0..255 to -1..0.9921875 in place: subtract 128, multiply by 1/128, as the graph does."""
-    return resized.sub_(128.0).mul_(0.0078125)
+    """Map 0..255 to -1..0.9921875: subtract 128, multiply by 1/128, as the graph does."""
+    return (resized - 128.0).mul_(0.0078125)

@@ -1,0 +1,369 @@
+"""Images to features, the same bits for any batch size, number of processes and order of work.
+
+A convolution may add in another order when the batch has another size. So the network never sees the batches of the
+reader: images are put, by their absolute index, into chunks of one fixed size (the last one filled up with grey), and
+each chunk runs by itself. Batch size, shards and processes then decide only who computes a chunk and when. The chunk
+size itself, the device and the number of CPU threads stay part of the result in its last bits.
+
+With `shard_dir`, finished shards of chunks are written there. An interrupted run goes on where it stopped, and several
+processes (torchrun, mpiexec) share the work through that folder alone: each writes its shards, process 0 collects them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionV3
+from .inputs import ImageSource, open_images
+from .npy import DiskArray, open_npz
+from .resize import INCEPTION_SIZE, tf1_bilinear, to_inception_range
+
+CHUNK_ON_CPU = 8
+CHUNK_ON_GPU = 64
+MAX_SHARD_IMAGES = 512
+_FORMAT = 1
+
+
+class Features(NamedTuple):
+    """Float32 features of N images in order; see `InceptionOutputs`."""
+
+    pool: np.ndarray
+    """[N, 2048]"""
+    spatial: np.ndarray
+    """[N, 2023]"""
+    logits: np.ndarray
+    """[N, 1008], without bias"""
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pool)
+
+
+def _joined(blocks: list[Features]) -> Features:
+    return blocks[0] if len(blocks) == 1 else Features(*(np.concatenate(parts) for parts in zip(*blocks)))
+
+
+class World(NamedTuple):
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def world_from_environment() -> World:
+    """What torchrun, Open MPI or MPICH/Intel MPI say about this process; one process without them."""
+    names = (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    )
+    for rank, size, local in names:
+        if rank in os.environ and size in os.environ:
+            place = int(os.environ[rank])
+            return _checked(World(place, int(os.environ[size]), int(os.environ.get(local, place))))
+    return World()
+
+
+def _checked(world: World) -> World:
+    if world.size < 1 or not 0 <= world.rank < world.size:
+        raise ValueError(f"rank {world.rank} of {world.size} processes is not possible")
+    return world
+
+
+def pick_device(world: World | None = None) -> torch.device:
+    """The graphics card of this process if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", (world or world_from_environment()).local_rank % torch.cuda.device_count())
+
+
+def extract(source: Any, net: InceptionV3, **settings: Any) -> Features | None:
+    """Features of all images; None in every process but the first. Settings: see `extract_blocks`."""
+    blocks = list(extract_blocks(source, net, **settings))
+    return _joined(blocks) if blocks else None
+
+
+def extract_blocks(
+    source: Any,
+    net: InceptionV3,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    dtype: str = "float32",
+    shard_dir: str | os.PathLike[str] | None = None,
+    world: World | tuple[int, int] | None = None,
+    chunk: int | None = None,
+    shard_images: int | None = None,
+    timeout_s: float = 1800.0,
+) -> Iterator[Features]:
+    """Yield the features in order, block by block, so that statistics of any number of images need little memory.
+
+    source: anything `open_images` takes. batch_size: images read and resized at a time; no influence on results.
+    device: default where `net` is. dtype: "float32", or "bfloat16" for a quick look (features move by some 5e-3: never
+    for reported scores). shard_dir: folder of finished work; with several processes it must be shared and defaults to
+    a folder beside the image file, removed at the end. world: default from the environment. chunk: images per run of
+    the network, default 8 on a CPU and 64 on a graphics card. timeout_s: how long process 0 waits for others without
+    a new shard before it raises TimeoutError naming what is missing.
+
+    Only process 0 yields anything. An iterable source can be read by one process only, and is not resumed.
+    """
+    if batch_size < 1 or (chunk is not None and chunk < 1) or (shard_images is not None and shard_images < 1):
+        raise ValueError(f"batch_size {batch_size}, chunk {chunk} and shard_images {shard_images} must be at least 1")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}, allowed are 'float32' and 'bfloat16'")
+    images = open_images(source)
+    team = world_from_environment() if world is None else _checked(World(*world))
+    if device is not None:
+        net.to(device)
+    worker = _Worker(net, chunk, dtype)
+    if images.count is None and team.size > 1:
+        raise ValueError(
+            f"{images.name}: batches from an iterable can be scored by one process only, not by {team.size}"
+        )
+    if images.count == 0:
+        raise ValueError(f"{images.name} holds statistics only, there are no images to compute features of")
+    bar = _Bar(images.name, images.count, progress and team.rank == 0)
+    with contextlib.closing(bar):
+        if images.count is None or (team.size == 1 and shard_dir is None):
+            yield from worker.run(images, batch_size, [(0, images.count)], shard_images or MAX_SHARD_IMAGES, bar.add)
+            return
+        folder = Path(shard_dir) if shard_dir is not None else _folder_beside(images)
+        shards = Shards(folder, _key(images, worker), _ranges(images.count, worker.chunk, shard_images))
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = shards.ranges[team.rank :: team.size]
+        missing = [span for span in mine if shards.read(span) is None]
+        bar.add(sum(stop - start for start, stop in mine) - sum(stop - start for start, stop in missing))
+        whole_shard = shards.ranges[0][1]  # the first is the longest, so each shard comes as one block
+        for span, block in zip(missing, worker.run(images, batch_size, missing, whole_shard, bar.add)):
+            shards.write(span, block)
+        if team.rank != 0:
+            return
+        for index, span in enumerate(shards.ranges):
+            yield shards.wait(span, index % team.size, team.size, timeout_s)
+            bar.add(span[1] - span[0] if index % team.size else 0)
+        if shard_dir is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Worker:
+    """Runs the network on fixed chunks."""
+
+    def __init__(self, net: InceptionV3, chunk: int | None, dtype: str) -> None:
+        self.net = net
+        parameter = next(net.parameters())
+        self.device, self.weight_dtype = parameter.device, parameter.dtype
+        self.chunk = chunk or (CHUNK_ON_CPU if self.device.type == "cpu" else CHUNK_ON_GPU)
+        self.dtype = dtype
+
+    def run(
+        self,
+        images: ImageSource,
+        batch_size: int,
+        spans: Sequence[tuple[int, int | None]],
+        block_images: int,
+        done: Callable[[int], None],
+    ) -> Iterator[Features]:
+        """Yield features of each span, cut into blocks of at most `block_images` (rounded up to whole chunks)."""
+        size = -(-block_images // self.chunk) * self.chunk
+        for start, stop in spans:
+            assert start % self.chunk == 0
+            outputs: list[Features] = []
+            kept = 0
+            for part in self._chunks(_ahead(images, batch_size, start, stop)):
+                outputs.append(part)
+                kept += part.num_images
+                done(part.num_images)
+                if kept == size:
+                    yield _joined(outputs)
+                    outputs, kept = [], 0
+            if outputs:
+                yield _joined(outputs)
+
+    def _chunks(self, batches: Iterator[np.ndarray]) -> Iterator[Features]:
+        shape = (self.chunk, 3, INCEPTION_SIZE, INCEPTION_SIZE)
+        # mid-grey is 0 for the network; the rows of absent images are computed and thrown away
+        chunk = torch.empty(shape, device=self.device, memory_format=torch.channels_last).zero_()
+        filled = 0
+        for batch in batches:
+            at = 0
+            while at < len(batch):
+                piece = batch[at : at + self.chunk - filled]
+                pixels = torch.from_numpy(piece).to(self.device)
+                chunk[filled : filled + len(piece)] = to_inception_range(tf1_bilinear(pixels))
+                filled += len(piece)
+                at += len(piece)
+                if filled == self.chunk:
+                    yield self._forward(chunk, filled)
+                    filled = 0
+        if filled:
+            chunk[filled:] = 0
+            yield self._forward(chunk, filled)
+
+    def _forward(self, chunk: torch.Tensor, count: int) -> Features:
+        kind = self.device.type
+        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), cudnn if kind == "cuda" else contextlib.nullcontext():
+            with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                outputs = self.net(chunk.to(self.weight_dtype))
+            features = Features(*(value[:count].float().cpu().numpy() for value in outputs))
+        if not np.isfinite(features.pool).all():
+            raise ValueError("the network gave features that are not finite; are the weights damaged?")
+        return features
+
+
+def _ahead(images: ImageSource, batch_size: int, start: int, stop: int | None) -> Iterator[np.ndarray]:
+    """Batches read one ahead in a thread, checked to be as many as announced."""
+    if images.count is None:
+        # a sampler's generator stays in this thread: gradient mode and current device are per thread
+        yield from images.batches(batch_size)
+        return
+    batches = images.batches(batch_size, start, stop)
+    total = 0
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, batches, None)
+        while (batch := future.result()) is not None:
+            future = pool.submit(next, batches, None)
+            total += len(batch)
+            yield batch
+    assert stop is not None
+    if total != stop - start:
+        raise ValueError(f"{images.name} gave {total} images where {stop - start} were announced")
+
+
+def _ranges(count: int, chunk: int, shard_images: int | None) -> list[tuple[int, int]]:
+    """Cut [0, count) into shards of whole chunks; the cut depends on nothing but the count and the chunk size."""
+    wanted = shard_images or min(MAX_SHARD_IMAGES, -(-count // 32))
+    size = max(1, -(-wanted // chunk)) * chunk
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _key(images: ImageSource, worker: _Worker) -> str:
+    """What features depend on: content, weights, settings. Shards of anything else are not used."""
+    net = worker.net
+    weights = net.sha256
+    if not weights:
+        digest = hashlib.sha256()
+        for name, value in net.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        weights = digest.hexdigest()
+    facts = {
+        "format": _FORMAT,
+        "images": images.sha256(),
+        "conversions": images.notes,
+        "weights": weights,
+        "folded": net.folded,
+        "weight_dtype": str(worker.weight_dtype),
+        "dtype": worker.dtype,
+        "chunk": worker.chunk,
+        "device": worker.device.type,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_beside(images: ImageSource) -> Path:
+    if not os.path.exists(images.name):
+        raise ValueError(f"{images.name}: several processes need a folder that all of them see; give shard_dir")
+    return Path(images.name.rstrip("/") + ".features")
+
+
+class Shards:
+    """Finished features in a folder: one npz file per range of images, named by the key of everything they rest on."""
+
+    def __init__(self, folder: Path, key: str, ranges: list[tuple[int, int]]) -> None:
+        self.folder, self.key, self.ranges = folder, key, ranges
+
+    def path(self, span: tuple[int, int]) -> Path:
+        return self.folder / f"features-{self.key[:16]}-{span[0]:09d}-{span[1]:09d}.npz"
+
+    def write(self, span: tuple[int, int], features: Features) -> None:
+        """Write one shard whole or not at all: temporary name, flush to disk, rename."""
+        assert features.num_images == span[1] - span[0]
+        handle, partial = tempfile.mkstemp(prefix=".features-", suffix=".part", dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, key=np.frombuffer(bytes.fromhex(self.key), np.uint8), **features._asdict())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path(span))
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    def read(self, span: tuple[int, int]) -> Features | None:
+        """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
+        path = self.path(span)
+        if not path.is_file():
+            return None
+        count = span[1] - span[0]
+        shapes = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES, "logits": NUM_CLASSES}
+        arrays: dict[str, DiskArray] = {}
+        try:
+            arrays = open_npz(path)
+            if arrays["key"].read(0, 32).tobytes().hex() != self.key:
+                return None
+            values = []
+            for name, width in shapes.items():
+                if arrays[name].header.shape != (count, width) or arrays[name].header.dtype != np.float32:
+                    return None
+                values.append(arrays[name].read(0, count))
+            return Features(*values)
+        except (ValueError, KeyError, OSError):
+            return None
+        finally:
+            for array in arrays.values():
+                array.close()
+
+    def wait(self, span: tuple[int, int], rank: int, size: int, timeout_s: float) -> Features:
+        """One shard, waiting for the process that makes it; TimeoutError when nothing new has come for `timeout_s`."""
+        seen, since, pause = -1, time.monotonic(), 0.02
+        while (features := self.read(span)) is None:
+            present = sum(self.path(other).is_file() for other in self.ranges)
+            if present != seen:
+                seen, since = present, time.monotonic()
+            if time.monotonic() - since > timeout_s:
+                absent = [(i % size, other) for i, other in enumerate(self.ranges) if self.read(other) is None]
+                told = ", ".join(f"process {who}: images {a}..{b - 1}" for who, (a, b) in absent[:5])
+                raise TimeoutError(
+                    f"{len(absent)} of {len(self.ranges)} feature shards did not come to {self.folder} in {timeout_s:g} s "
+                    f"({told}{', ...' if len(absent) > 5 else ''}). Look for an error in these processes; finished "
+                    "shards are kept, so the same command goes on from here."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return features
+
+
+class _Bar:
+    """tqdm where it is installed and wanted, else silence."""
+
+    def __init__(self, name: str, count: int | None, wanted: bool) -> None:
+        self._bar: Any = None
+        if wanted:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=count, unit="image", desc=os.path.basename(name) or name)
+
+    def add(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
