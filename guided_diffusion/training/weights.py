@@ -53,8 +53,8 @@ def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
         # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
         return torch.load(source, map_location=device, weights_only=True, mmap=True if zipped and not remote else None)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) and "Unsupported" in str(error):
-            reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        if any(word in reason for word in ("lobal", "class", "reduce", "function")):
             raise ValueError(
                 f"{path} holds more than tensors and would run code when opened, so it was not opened ({reason}); "
                 "only load such a file with torch.load yourself if you trust whoever made it, then save its state_dict()"
@@ -94,4 +94,6 @@ def _diagnosis(path: str) -> str:
         return "it is a git-lfs pointer, not the file itself; run `git lfs pull`"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, not weights; the download went to an error page"
+    if start.startswith(b"\x80"):
+        return "it is a Python pickle that torch.save did not write, or a damaged file; pickles can run code and are not opened"
     return "it is not a file of weights written by torch.save, or it is damaged"
