@@ -68,8 +68,9 @@ class Watch(threading.Thread):
             except RuntimeError:  # the store's host has left; if it died, our next collective says so
                 return
             if note is not None and not note.startswith(f"{self._context.rank}\n"):
-                # The collective that waits for the dead rank usually fails in the main thread too; leave it the word for a moment.
-                if self._stopped.wait(2 * POLL_S):
+                # The collective that waits for the dead rank usually fails in the main thread too, once that rank is gone: let it
+                # have the word.
+                if self._stopped.wait(4 * POLL_S):
                     return
                 who = note.partition("\n")[2]
                 leave(f"[{self._context.where()}] ends because {who}\n")
@@ -96,15 +97,19 @@ def timeout_message(context: Context, operation: str, waited: float) -> str:
     )
 
 
-def post_note(context: Context, reason: str) -> None:
-    """Leave the reason of this rank's death for the others; the first note stays."""
+def post_note(context: Context, reason: str) -> str | None:
+    """Leave the reason of this rank's death for the others. Returns an earlier rank's reason, which stays, or None."""
     if context.store is None:
-        return
+        return None
+    own = f"{context.rank}\n{reason}"
     try:
-        context.store.compare_set(DEATH_NOTE, "", f"{context.rank}\n{reason}")
+        standing = context.store.compare_set(DEATH_NOTE, "", own).decode()
     except RuntimeError:
-        return  # the store's host is gone: the others know already
+        return None  # the store's host is gone: the others know already
+    if standing != own:
+        return standing.partition("\n")[2]
     time.sleep(2 * POLL_S)  # this process may host the store: let the others read
+    return None
 
 
 def leave(message: str, code: int = 1) -> NoReturn:
@@ -121,8 +126,9 @@ def die(context: Context, error: BaseException) -> NoReturn:
     mark = f"[{context.where()}] "
     sys.stderr.write("".join(mark + line for line in text.splitlines(keepends=True)))
     sys.stderr.flush()
-    post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
-    leave("", 130 if isinstance(error, KeyboardInterrupt) else 1)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    earlier = post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
+    leave(f"{mark.strip()} ends because {earlier}\n" if earlier else "", code)
 
 
 @contextmanager
