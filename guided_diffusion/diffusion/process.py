@@ -122,7 +122,7 @@ def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
 
 def check_betas(betas: Any) -> np.ndarray:
     """Betas as float64 `[T]`, from an array, list or tensor; ValueError unless each lies strictly between 0 and 1."""
-    array = np.array(betas.detach().cpu() if isinstance(betas, Tensor) else betas, dtype=np.float64)
+    array = np.array(betas.detach().cpu().numpy() if isinstance(betas, Tensor) else betas, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"betas must be one row of numbers, one per step; got shape {array.shape}")
     wrong = np.flatnonzero(~((array > 0) & (array < 1)))

@@ -1,0 +1,390 @@
+"""The door gaussian_diffusion (and SpacedDiffusion of respace): recorded figures, old signatures, hooks for subclasses."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "diffusion"))
+from recorded import CASES, SEEDS, SHAPE, SHORT, Recorded, cond_fn, data, steps
+
+from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+
+
+def diffusion_of(
+    steps=1000,
+    learn_sigma=False,
+    sigma_small=False,
+    noise_schedule="linear",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=False,
+    rescale_learned_sigmas=False,
+    timestep_respacing="",
+    kind=SpacedDiffusion,
+):
+    """What the 2021 factory made of these flags."""
+    rescaled = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
+    fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    return kind(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=gd.LossType.RESCALED_KL if use_kl else rescaled,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def plain(num_steps=8, **options):
+    """A small diffusion without respacing, for tests of behaviour."""
+    settings = {
+        "betas": np.linspace(0.02, 0.4, num_steps),
+        "model_mean_type": gd.ModelMeanType.EPSILON,
+        "model_var_type": gd.ModelVarType.FIXED_SMALL,
+        "loss_type": gd.LossType.MSE,
+    }
+    return gd.GaussianDiffusion(**{**settings, **options})
+
+
+def half(x, t, **kwargs):
+    return 0.5 * x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_steps_and_losses(name):
+    recorded, diffusion = Recorded(name), diffusion_of(**CASES[name])
+    x0, noise, kwargs = data()
+    t = steps(diffusion.num_timesteps)
+    np.testing.assert_allclose(diffusion.betas, recorded["betas"], rtol=0, atol=1e-9)
+    assert diffusion.timestep_map == recorded["timestep_map"].tolist()
+    x = diffusion.q_sample(x0, t, noise=noise)
+    recorded.check("xt", x)
+    out = diffusion.p_mean_variance(recorded.net, x, t, model_kwargs=kwargs)
+    for key, value in out.items():
+        recorded.check(f"pmv_{key}", value)
+    recorded.check("cond_mean", diffusion.condition_mean(cond_fn, out, x, t, model_kwargs=kwargs))
+    moved = diffusion.condition_score(cond_fn, out, x, t, model_kwargs=kwargs)
+    recorded.check("cond_score_mean", moved["mean"])
+    recorded.check("cond_score_x0", moved["pred_xstart"])
+    recorded.check("ddim_reverse", diffusion.ddim_reverse_sample(recorded.net, x, t, model_kwargs=kwargs)["sample"])
+    losses = diffusion.training_losses(recorded.net, x0, t, model_kwargs=kwargs, noise=noise)
+    assert set(losses) == {key for key in ("loss", "mse", "vb") if f"loss_{key}" in recorded}
+    for key, value in losses.items():
+        recorded.check(f"loss_{key}", value)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_recorded_chains_with_equal_seeds(name):
+    recorded, diffusion = Recorded(name), diffusion_of(**CASES[name])
+    x0, _, kwargs = data()
+    named = {"model_kwargs": kwargs, "device": "cpu"}
+    torch.manual_seed(SEEDS["p_loop_guided"])
+    recorded.check("p_loop_guided", diffusion.p_sample_loop(recorded.net, SHAPE, cond_fn=cond_fn, **named))
+    torch.manual_seed(SEEDS["ddim_loop"])
+    recorded.check("ddim_loop", diffusion.ddim_sample_loop(recorded.net, SHAPE, **named))
+    torch.manual_seed(SEEDS["ddim_loop_eta_guided"])
+    sample = diffusion.ddim_sample_loop(recorded.net, SHAPE, cond_fn=cond_fn, eta=0.7, **named)
+    recorded.check("ddim_loop_eta_guided", sample)
+    torch.manual_seed(SEEDS["bpd"])
+    bound = diffusion.calc_bpd_loop(recorded.net, x0, model_kwargs=kwargs)
+    for key, value in bound.items():
+        recorded.check(f"bpd_{key}", value)
+
+
+POSITIONS = {
+    "q_sample": "x_start t noise",
+    "q_posterior_mean_variance": "x_start x_t t",
+    "p_mean_variance": "model x t clip_denoised denoised_fn model_kwargs",
+    "condition_mean": "cond_fn p_mean_var x t model_kwargs",
+    "condition_score": "cond_fn p_mean_var x t model_kwargs",
+    "p_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs",
+    "p_sample_loop": "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress",
+    "p_sample_loop_progressive": "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress",
+    "ddim_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs eta",
+    "ddim_reverse_sample": "model x t clip_denoised denoised_fn model_kwargs eta",
+    "ddim_sample_loop": "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress eta",
+    "ddim_sample_loop_progressive": "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress eta",
+    "_vb_terms_bpd": "model x_start x_t t clip_denoised model_kwargs",
+    "training_losses": "model x_start t model_kwargs noise",
+    "_prior_bpd": "x_start",
+    "calc_bpd_loop": "model x_start clip_denoised model_kwargs",
+    "_predict_xstart_from_eps": "x_t t eps",
+    "_predict_xstart_from_xprev": "x_t t xprev",
+    "_predict_eps_from_xstart": "x_t t pred_xstart",
+    "_scale_timesteps": "t",
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positional_parameters_are_those_of_2021(name):
+    parameters = inspect.signature(getattr(gd.GaussianDiffusion, name)).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["self", *POSITIONS[name].split()]
+
+
+def test_star_import_brings_what_it_always_brought():
+    namespace: dict = {}
+    exec("from guided_diffusion.gaussian_diffusion import *", namespace)
+    wanted = "enum math np th mean_flat discretized_gaussian_log_likelihood normal_kl get_named_beta_schedule betas_for_alpha_bar"
+    wanted += " ModelMeanType ModelVarType LossType GaussianDiffusion"
+    assert set(wanted.split()) <= set(namespace)
+    assert not hasattr(gd, "__all__")
+
+
+@pytest.mark.parametrize("convert", [list, torch.from_numpy, np.float32])
+def test_betas_of_any_kind_become_writable_float64_arrays(convert):
+    betas = np.linspace(0.02, 0.4, 8)
+    diffusion = plain(betas=convert(betas))
+    for name in gd._ATTRIBUTES:
+        table = getattr(diffusion, name)
+        assert table.dtype == np.float64 and table.shape == (8,)
+        torch.from_numpy(table)  # warns if not writable
+    scaled = diffusion.sqrt_one_minus_alphas_cumprod[3] * torch.ones(2)
+    assert scaled.dtype == torch.float32
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, float("nan")])
+def test_betas_outside_the_open_interval_are_refused(beta):
+    with pytest.raises(ValueError, match="step 1 of 2"):
+        plain(betas=[0.1, beta])
+
+
+def test_unknown_schedule_is_not_implemented():
+    with pytest.raises(NotImplementedError, match="wavy"):
+        gd.get_named_beta_schedule("wavy", 10)
+
+
+def test_extract_takes_scalars_and_batches():
+    arr = np.linspace(0, 1, 5)
+    out = gd._extract_into_tensor(arr, torch.tensor([1, 4]), (2, 3, 4))
+    assert out.shape == (2, 3, 4) and out.dtype == torch.float32
+    assert torch.equal(out[:, 0, 0], torch.tensor([0.25, 1.0]))
+    x = torch.randn(2, 3, 4, 4)
+    diffusion, noise = plain(), torch.randn(2, 3, 4, 4)
+    one = diffusion.q_sample(x, torch.tensor(3), noise)
+    torch.testing.assert_close(one, diffusion.q_sample(x, torch.tensor([3, 3]), noise), rtol=0, atol=0)
+
+
+def test_reassigned_tables_are_read():
+    diffusion, x, t = plain(), torch.randn(1, 1, 2, 2), torch.tensor([2])
+    diffusion.posterior_mean_coef1 = np.zeros(8)
+    diffusion.posterior_mean_coef2 = np.full(8, 3.0)
+    torch.testing.assert_close(diffusion.p_mean_variance(half, x, t)["mean"], 3 * x)
+
+
+def test_subclasses_hooks_are_called_through_self():
+    calls = []
+
+    class Watched(gd.GaussianDiffusion):
+        pass
+
+    def watch(name):
+        original = getattr(gd.GaussianDiffusion, name)
+
+        def method(self, *args, **kwargs):
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        setattr(Watched, name, method)
+
+    for name in [
+        "p_mean_variance",
+        "p_sample",
+        "ddim_sample",
+        "condition_mean",
+        "condition_score",
+        "q_posterior_mean_variance",
+        "q_sample",
+        "_scale_timesteps",
+        "_predict_xstart_from_eps",
+        "_predict_eps_from_xstart",
+        "_vb_terms_bpd",
+        "_prior_bpd",
+        "p_sample_loop_progressive",
+        "ddim_sample_loop_progressive",
+    ]:
+        watch(name)
+    diffusion = plain(2)
+    watched = Watched(
+        betas=diffusion.betas,
+        model_mean_type=diffusion.model_mean_type,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE,
+        loss_type=gd.LossType.MSE,
+    )
+
+    def net(x, t):
+        return torch.cat([x, x], 1)
+
+    def needs(*names):
+        assert set(names) <= set(calls), calls
+        calls.clear()
+
+    x = torch.randn(1, 1, 2, 2)
+    watched.p_sample_loop(net, (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: x)
+    needs("p_sample_loop_progressive", "p_sample", "p_mean_variance", "condition_mean", "_scale_timesteps")
+    watched.ddim_sample_loop(net, (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: x)
+    needs(
+        "ddim_sample_loop_progressive", "ddim_sample", "p_mean_variance", "condition_score", "_predict_eps_from_xstart"
+    )
+    watched.training_losses(net, x, torch.tensor([1]))
+    needs("q_sample", "_vb_terms_bpd", "p_mean_variance", "_predict_xstart_from_eps", "q_posterior_mean_variance")
+    watched.calc_bpd_loop(net, x)
+    needs("q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart")
+
+
+def test_randomness_is_drawn_in_the_recorded_order(monkeypatch):
+    """One randn of the shape, then one randn_like per step, at t = 0 and with eta 0 too."""
+    drawn = []
+    randn, randn_like = torch.randn, torch.randn_like
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(("randn", a)) or randn(*a, **k))
+    monkeypatch.setattr(
+        torch, "randn_like", lambda x, **k: drawn.append(("like", tuple(x.shape))) or randn_like(x, **k)
+    )
+    for loop in ("p_sample_loop", "ddim_sample_loop"):
+        drawn.clear()
+        getattr(plain(), loop)(half, (2, 1, 3, 3), device="cpu")
+        assert drawn == [("randn", (2, 1, 3, 3))] + [("like", (2, 1, 3, 3))] * 8
+
+
+def test_live_outputs_steer_the_chain_and_grad_mode_is_the_callers():
+    diffusion = plain()
+    for loop in ("p_sample_loop_progressive", "ddim_sample_loop_progressive", "plms_sample_loop_progressive"):
+        steered = torch.randn(1, 1, 2, 2)
+        modes, seen = [], []
+
+        def net(x, t, seen=seen):
+            seen.append(x.clone())
+            assert not torch.is_grad_enabled()
+            return 0.5 * x
+
+        for out in getattr(diffusion, loop)(net, (1, 1, 2, 2), device="cpu"):
+            modes.append(torch.is_grad_enabled())
+            assert not out["sample"].requires_grad
+            out["sample"] = steered
+        assert modes == [True] * 8
+        assert torch.equal(seen[-1], steered)
+
+
+def test_guidance_without_model_kwargs():
+    sample = plain().p_sample_loop(half, (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: -x)
+    assert torch.isfinite(sample).all()
+
+
+def test_previous_x_means_what_it_says():
+    """A model that predicts the posterior mean of a known x0 gives back that mean and that x0."""
+    diffusion, x0, t = (
+        plain(model_mean_type=gd.ModelMeanType.PREVIOUS_X),
+        torch.rand(4, 1, 2, 2),
+        torch.tensor([1, 2, 5, 7]),
+    )
+    x = diffusion.q_sample(x0, t)
+    mean, _, _ = diffusion.q_posterior_mean_variance(x0, x, t)
+    out = diffusion.p_mean_variance(lambda x, t: mean, x, t)
+    torch.testing.assert_close(out["pred_xstart"], x0, rtol=0, atol=2e-5)
+    assert out["mean"] is mean
+    losses = diffusion.training_losses(
+        lambda x_t, t: diffusion.q_posterior_mean_variance(x0, x_t, t_of)[0], x0, (t_of := t)
+    )
+    assert losses["mse"].max() < 1e-10
+
+
+def test_denoised_fn_comes_before_clipping():
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
+    out = plain().p_mean_variance(half, x, t, denoised_fn=lambda x0: x0 + 100)
+    assert torch.equal(out["pred_xstart"], torch.ones_like(x))
+
+
+def test_scaled_timesteps():
+    heard = []
+
+    def net(x, t):
+        heard.append(t)
+        return x
+
+    plain(rescale_timesteps=True).p_mean_variance(net, torch.randn(1, 1, 2, 2), torch.tensor([4]))
+    assert torch.equal(heard[0], torch.tensor([500.0]))
+    assert torch.equal(plain()._scale_timesteps(torch.tensor([4])), torch.tensor([4]))
+
+
+def test_reverse_ddim_needs_eta_zero():
+    with pytest.raises(ValueError, match="eta=0.5"):
+        plain().ddim_reverse_sample(half, torch.randn(1, 1, 2, 2), torch.tensor([1]), eta=0.5)
+
+
+# --- what a well-known fork added ---
+
+
+def test_start_from_an_image_at_a_later_step():
+    diffusion, image = plain(), torch.rand(2, 1, 3, 3)
+    heard = []
+
+    def net(x, t):
+        heard.append((int(t[0]), x.clone()))
+        return 0.5 * x
+
+    noise = torch.randn(2, 1, 3, 3)
+    diffusion.ddim_sample_loop(net, (2, 1, 3, 3), noise=noise, skip_timesteps=3, init_image=image, device="cpu")
+    assert [t for t, _ in heard] == [4, 3, 2, 1, 0]
+    torch.testing.assert_close(heard[0][1], diffusion.q_sample(image, torch.tensor([4, 4]), noise))
+
+
+def test_random_classes():
+    class Net(torch.nn.Module):
+        num_classes = 1000
+
+        def __init__(self):
+            super().__init__()
+            self.seen, self.anchor = [], torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, y):
+            self.seen.append(y.clone())
+            return 0.5 * x
+
+    net, y = Net(), torch.tensor([-1, -1])
+    plain().p_sample_loop(net, (2, 1, 2, 2), model_kwargs={"y": y}, randomize_class=True)
+    assert len({tuple(seen.tolist()) for seen in net.seen}) > 1 and torch.equal(y, torch.tensor([-1, -1]))
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "plms_sample_loop"])
+def test_guidance_with_gradient_equals_guidance_without_where_it_ignores_the_prediction(loop):
+    diffusion, noise = plain(), torch.randn(2, 1, 3, 3)
+
+    def through_prediction(x, t, out):
+        assert out["pred_xstart"].requires_grad and x.requires_grad
+        return torch.autograd.grad(-(x**2).sum(), x, retain_graph=True)[0] * 0.1
+
+    results = []
+    for options in ({"cond_fn": lambda x, t: -0.2 * x}, {"cond_fn": through_prediction, "cond_fn_with_grad": True}):
+        torch.manual_seed(3)
+        results.append(getattr(diffusion, loop)(half, (2, 1, 3, 3), noise=noise, device="cpu", **options))
+    assert not results[1].requires_grad
+    torch.testing.assert_close(*results)
+
+
+def test_ddim_with_grad_returns_the_unguided_prediction():
+    diffusion, x, t = plain(), torch.randn(1, 1, 2, 2), torch.tensor([4])
+    out = diffusion.ddim_sample_with_grad(half, x, t, cond_fn=lambda x, t, out: -x)
+    torch.testing.assert_close(out["pred_xstart"], diffusion.p_mean_variance(half, x, t)["pred_xstart"])
+    guided = diffusion.ddim_sample(half, x, t, cond_fn=lambda x, t: -x)
+    assert not torch.allclose(guided["pred_xstart"], out["pred_xstart"])
+
+
+def test_plms_of_order_one_is_ddim():
+    diffusion, noise = plain(), torch.randn(2, 1, 3, 3)
+    options = {"noise": noise, "device": "cpu"}
+    first = diffusion.plms_sample_loop(half, (2, 1, 3, 3), order=1, **options)
+    torch.testing.assert_close(first, diffusion.ddim_sample_loop(half, (2, 1, 3, 3), **options))
+    with pytest.raises(ValueError, match="order"):
+        diffusion.plms_sample_loop(half, (2, 1, 3, 3), order=5, **options)
+
+
+def test_unknown_keywords_are_refused():
+    with pytest.raises(TypeError, match="skip_timestep"):
+        plain().p_sample_loop(half, (1, 1, 2, 2), device="cpu", skip_timestep=3)
