@@ -204,6 +204,8 @@ def make_batches(
     its place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes. Pinned memory where CUDA is.
     """
     _check(records, image_size, batch_size, rank, size, crop, channels, on_error)
+    if workers < 0 or start_step < 0:
+        raise ValueError(f"workers={workers}, start_step={start_step}: must not be negative")
     dataset = _Pictures(records, image_size, channels, crop, flip, seed, on_error == "skip")
     plan = _Plan(len(records), batch_size, rank, size, seed, start_step, shuffle)
     extra: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
