@@ -3,7 +3,7 @@
 A convolution may add in another order when the batch has another size. So the network never sees the batches of the
 reader: images are put, by their absolute index, into chunks of one fixed size (the last one filled up with grey), and
 each chunk runs by itself. Batch size, shards and processes then decide only who computes a chunk and when. The chunk
-size itself, the device and the number of CPU threads stay part of the result in its last bits.
+size itself and the kind of device stay part of the result in its last bits.
 
 With `shard_dir`, finished shards of chunks are written there. An interrupted run goes on where it stopped, and several
 processes (torchrun, mpiexec) share the work through that folder alone: each writes its shards, process 0 collects them.
@@ -16,40 +16,25 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionV3
+from .inception import InceptionV3
 from .inputs import ImageSource, open_images
-from .npy import DiskArray, open_npz
 from .resize import INCEPTION_SIZE, tf1_bilinear, to_inception_range
+from .shards import Features, Shards
 
-CHUNK_ON_CPU = 8
+CHUNK_ON_CPU = 4
 CHUNK_ON_GPU = 64
 MAX_SHARD_IMAGES = 512
 _FORMAT = 1
-
-
-class Features(NamedTuple):
-    """Float32 features of N images in order; see `InceptionOutputs`."""
-
-    pool: np.ndarray
-    """[N, 2048]"""
-    spatial: np.ndarray
-    """[N, 2023]"""
-    logits: np.ndarray
-    """[N, 1008], without bias"""
-
-    @property
-    def num_images(self) -> int:
-        return len(self.pool)
 
 
 def _joined(blocks: list[Features]) -> Features:
@@ -117,7 +102,7 @@ def extract_blocks(
     device: default where `net` is. dtype: "float32", or "bfloat16" for a quick look (features move by some 5e-3: never
     for reported scores). shard_dir: folder of finished work; with several processes it must be shared and defaults to
     a folder beside the image file, removed at the end. world: default from the environment. chunk: images per run of
-    the network, default 8 on a CPU and 64 on a graphics card. timeout_s: how long process 0 waits for others without
+    the network, default 4 on a CPU and 64 on a graphics card. timeout_s: how long process 0 waits for others without
     a new shard before it raises TimeoutError naming what is missing.
 
     Only process 0 yields anything. An iterable source can be read by one process only, and is not resumed.
@@ -195,35 +180,78 @@ class _Worker:
                 yield _joined(outputs)
 
     def _chunks(self, batches: Iterator[np.ndarray]) -> Iterator[Features]:
-        shape = (self.chunk, 3, INCEPTION_SIZE, INCEPTION_SIZE)
-        # mid-grey is 0 for the network; the rows of absent images are computed and thrown away
-        chunk = torch.empty(shape, device=self.device, memory_format=torch.channels_last).zero_()
+        """Fill chunks and run them; on a CPU several at a time, each in one thread, results in order."""
+        if self.device.type != "cpu":
+            for pieces in self._filled(batches):
+                yield self._forward(pieces)
+            return
+        threads = torch.get_num_threads()
+        running: deque[Future[Features]] = deque()
+        with _single_threaded(threads) as pool:
+            for pieces in self._filled(batches):
+                running.append(pool.submit(self._forward, pieces))
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
+    def _filled(self, batches: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """Cut batches into chunks: lists of uint8 arrays, together `chunk` images (fewer in the last)."""
+        pieces: list[np.ndarray] = []
         filled = 0
         for batch in batches:
             at = 0
             while at < len(batch):
-                piece = batch[at : at + self.chunk - filled]
-                pixels = torch.from_numpy(piece).to(self.device)
-                chunk[filled : filled + len(piece)] = to_inception_range(tf1_bilinear(pixels))
-                filled += len(piece)
-                at += len(piece)
+                pieces.append(batch[at : at + self.chunk - filled])
+                filled += len(pieces[-1])
+                at += len(pieces[-1])
                 if filled == self.chunk:
-                    yield self._forward(chunk, filled)
-                    filled = 0
-        if filled:
-            chunk[filled:] = 0
-            yield self._forward(chunk, filled)
+                    yield pieces
+                    pieces, filled = [], 0
+        if pieces:
+            yield pieces
 
-    def _forward(self, chunk: torch.Tensor, count: int) -> Features:
+    def _forward(self, pieces: list[np.ndarray]) -> Features:
         kind = self.device.type
+        count = sum(len(piece) for piece in pieces)
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), cudnn if kind == "cuda" else contextlib.nullcontext():
+            parts = [to_inception_range(tf1_bilinear(torch.from_numpy(piece).to(self.device))) for piece in pieces]
+            if count < self.chunk:
+                # mid-grey is 0 for the network; these rows are computed and thrown away
+                grey = parts[0].new_zeros(self.chunk - count, 3, INCEPTION_SIZE, INCEPTION_SIZE)
+                parts.append(grey.contiguous(memory_format=torch.channels_last))
+            chunk = torch.cat(parts).to(self.weight_dtype).contiguous(memory_format=torch.channels_last)
             with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-                outputs = self.net(chunk.to(self.weight_dtype))
+                outputs = self.net(chunk)
             features = Features(*(value[:count].float().cpu().numpy() for value in outputs))
         if not np.isfinite(features.pool).all():
             raise ValueError("the network gave features that are not finite; are the weights damaged?")
         return features
+
+
+@contextlib.contextmanager
+def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads compute alone.
+
+    The CPU kernels add in another order when they share a convolution among threads, so features would depend on the
+    number of threads. One chunk per thread gives the same bits for any number of them, and loses no speed.
+    """
+    started = Barrier(workers + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        # Asking once makes the number this thread's own; until then the next call in any thread would change it.
+        assert torch.get_num_threads() == 1
+        started.wait(60)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in range(workers):
+            pool.submit(begin)
+        started.wait(60)
+        # The count is kept per thread, but later threads copy the last one set: give them back what this thread has.
+        torch.set_num_threads(workers)
+        yield pool
 
 
 def _ahead(images: ImageSource, batch_size: int, start: int, stop: int | None) -> Iterator[np.ndarray]:
@@ -280,73 +308,6 @@ def _folder_beside(images: ImageSource) -> Path:
     if not os.path.exists(images.name):
         raise ValueError(f"{images.name}: several processes need a folder that all of them see; give shard_dir")
     return Path(images.name.rstrip("/") + ".features")
-
-
-class Shards:
-    """Finished features in a folder: one npz file per range of images, named by the key of everything they rest on."""
-
-    def __init__(self, folder: Path, key: str, ranges: list[tuple[int, int]]) -> None:
-        self.folder, self.key, self.ranges = folder, key, ranges
-
-    def path(self, span: tuple[int, int]) -> Path:
-        return self.folder / f"features-{self.key[:16]}-{span[0]:09d}-{span[1]:09d}.npz"
-
-    def write(self, span: tuple[int, int], features: Features) -> None:
-        """Write one shard whole or not at all: temporary name, flush to disk, rename."""
-        assert features.num_images == span[1] - span[0]
-        handle, partial = tempfile.mkstemp(prefix=".features-", suffix=".part", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, key=np.frombuffer(bytes.fromhex(self.key), np.uint8), **features._asdict())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path(span))
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
-
-    def read(self, span: tuple[int, int]) -> Features | None:
-        """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
-        path = self.path(span)
-        if not path.is_file():
-            return None
-        count = span[1] - span[0]
-        shapes = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES, "logits": NUM_CLASSES}
-        arrays: dict[str, DiskArray] = {}
-        try:
-            arrays = open_npz(path)
-            if arrays["key"].read(0, 32).tobytes().hex() != self.key:
-                return None
-            values = []
-            for name, width in shapes.items():
-                if arrays[name].header.shape != (count, width) or arrays[name].header.dtype != np.float32:
-                    return None
-                values.append(arrays[name].read(0, count))
-            return Features(*values)
-        except (ValueError, KeyError, OSError):
-            return None
-        finally:
-            for array in arrays.values():
-                array.close()
-
-    def wait(self, span: tuple[int, int], rank: int, size: int, timeout_s: float) -> Features:
-        """One shard, waiting for the process that makes it; TimeoutError when nothing new has come for `timeout_s`."""
-        seen, since, pause = -1, time.monotonic(), 0.02
-        while (features := self.read(span)) is None:
-            present = sum(self.path(other).is_file() for other in self.ranges)
-            if present != seen:
-                seen, since = present, time.monotonic()
-            if time.monotonic() - since > timeout_s:
-                absent = [(i % size, other) for i, other in enumerate(self.ranges) if self.read(other) is None]
-                told = ", ".join(f"process {who}: images {a}..{b - 1}" for who, (a, b) in absent[:5])
-                raise TimeoutError(
-                    f"{len(absent)} of {len(self.ranges)} feature shards did not come to {self.folder} in {timeout_s:g} s "
-                    f"({told}{', ...' if len(absent) > 5 else ''}). Look for an error in these processes; finished "
-                    "shards are kept, so the same command goes on from here."
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
-        return features
 
 
 class _Bar:

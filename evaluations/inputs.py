@@ -11,12 +11,13 @@ import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from .conversions import check_bounds, declared_bounds, plan
 from .npy import DiskArray, open_npz
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
@@ -143,74 +144,6 @@ def _as_array(source: Any) -> np.ndarray | None:
     return source if isinstance(source, np.ndarray) else None
 
 
-class Conversion(NamedTuple):
-    """How stored entries become uint8 NHWC with three channels."""
-
-    height: int
-    width: int
-    apply: Callable[[np.ndarray], np.ndarray]
-    notes: tuple[str, ...]
-
-
-def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float, float] | None) -> Conversion:
-    """Decide the conversion from the layout, the dtype and, for other than uint8, the bounds of all values."""
-    if len(shape) == 3:
-        layout, (height, width), channels = "NHW", shape[1:], 1
-    elif len(shape) == 4 and shape[3] in (1, 3):
-        layout, (height, width), channels = "NHWC", shape[1:3], shape[3]
-    elif len(shape) == 4 and shape[1] in (1, 3):
-        layout, (height, width), channels = "NCHW", shape[2:], shape[1]
-    else:
-        hint = " (transparency has to be blended into a background first)" if len(shape) == 4 and 4 in shape[1:] else ""
-        raise ValueError(f"{name} has shape {shape}, expected [N, H, W, 3]{hint}")
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} has shape {shape}: images without pixels")
-    notes = []
-    if layout == "NCHW":
-        notes.append(f"channels come before rows, shape {shape}: read as [N, C, H, W]")
-    if channels == 1:
-        notes.append("grey images: the one channel is used for red, green and blue")
-    to_uint8 = _values(name, dtype, bounds, notes)
-
-    def apply(images: np.ndarray) -> np.ndarray:
-        images = to_uint8(images)
-        if layout == "NHW":
-            images = images[..., None]
-        elif layout == "NCHW":
-            images = images.transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(images if channels == 3 else np.repeat(images, 3, axis=3))
-
-    return Conversion(height, width, apply, tuple(notes))
-
-
-def _values(
-    name: str, dtype: np.dtype, bounds: tuple[float, float] | None, notes: list[str]
-) -> Callable[[np.ndarray], np.ndarray]:
-    if dtype == np.uint8:
-        return lambda images: images
-    if dtype.kind == "b":
-        raise ValueError(f"{name} holds truth values, expected uint8 images")
-    assert bounds is not None
-    low, high = bounds
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"{name} holds values that are not finite (nan or infinity)")
-    if dtype.kind in "iu":
-        if low < 0 or high > 255:
-            raise ValueError(f"{name} holds {dtype} from {low:g} to {high:g}, expected 0..255")
-        notes.append(f"{dtype} images within 0..255: taken as uint8")
-        return lambda images: images.astype(np.uint8)
-    if low >= 0 and high <= 1:
-        notes.append(f"{dtype} images in [0, 1]: taken as round(255 x)")
-        return lambda images: np.rint(images.astype(np.float32) * 255).astype(np.uint8)
-    if low >= -1 and high <= 1:
-        notes.append(f"{dtype} images in [-1, 1]: taken as round(127.5 (x + 1))")
-        return lambda images: np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8)
-    raise ValueError(
-        f"{name} holds {dtype} from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]. "
-        "Convert the images to uint8 0..255 and save them again."
-    )
-
-
 class MemoryArray:
     """An array in memory with the reading interface of `DiskArray`."""
 
@@ -244,7 +177,7 @@ class ArraySource(ImageSource):
         self._others = others or {}
         self._item_bytes = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
         plan(name, np.dtype(np.uint8), shape, None)  # refuse a wrong layout before a long scan
-        bounds = None if dtype == np.uint8 else _declared_bounds(value_range, dtype) or self._scan(shape[0])
+        bounds = None if dtype == np.uint8 else declared_bounds(value_range, dtype) or self._scan(shape[0])
         self._bounds = bounds if value_range is not None else None
         self._conversion = plan(name, dtype, shape, bounds)
         self.notes += self._conversion.notes
@@ -275,7 +208,7 @@ class ArraySource(ImageSource):
         stop = self.count if stop is None else min(stop, self.count)
         for at in range(start, stop, batch_size):
             images = self._array.read(at, min(at + batch_size, stop))
-            _check_bounds(self.name, images, self._bounds)
+            check_bounds(self.name, images, self._bounds)
             yield self._conversion.apply(images)
 
     def labels(self) -> np.ndarray | None:
@@ -348,10 +281,10 @@ class IterableSource(ImageSource):
             array = _as_array(images)
             if array is None:
                 raise ValueError(f"a batch must be an array or tensor of uint8 images, got {type(images).__name__}")
-            bounds = None if array.dtype == np.uint8 else _declared_bounds(self._range, array.dtype)
+            bounds = None if array.dtype == np.uint8 else declared_bounds(self._range, array.dtype)
             if array.dtype != np.uint8 and bounds is None:
                 raise ValueError(f"a batch holds {array.dtype}; give uint8, or say value_range=(0, 1) or (-1, 1)")
-            _check_bounds(self.name, array, bounds)
+            check_bounds(self.name, array, bounds)
             conversion = plan(self.name, array.dtype, array.shape, bounds)
             array = conversion.apply(array)
             for note in conversion.notes:
@@ -377,19 +310,6 @@ class IterableSource(ImageSource):
         if self.count is None:
             raise ValueError("the identity of batches is known when all of them have been read")
         return self._digest.hexdigest()
-
-
-def _declared_bounds(value_range: tuple[float, float] | None, dtype: np.dtype) -> tuple[float, float] | None:
-    if value_range is None or dtype.kind != "f":
-        return None
-    if tuple(value_range) not in ((0, 1), (-1, 1)):
-        raise ValueError(f"value_range is {value_range}, allowed are (0, 1) and (-1, 1)")
-    return float(value_range[0]), float(value_range[1])
-
-
-def _check_bounds(name: str, images: np.ndarray, bounds: tuple[float, float] | None) -> None:
-    if bounds is not None and not (images.min() >= bounds[0] and images.max() <= bounds[1]):
-        raise ValueError(f"{name}: values from {images.min()} to {images.max()} where {bounds} was declared")
 
 
 def read_statistics(name: str, arrays: dict[str, DiskArray]) -> dict[str, np.ndarray] | None:

@@ -1,0 +1,89 @@
+"""From what people store to uint8 [N, H, W, 3]: layouts, value ranges, and what has to be told about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Conversion(NamedTuple):
+    """How stored entries become uint8 NHWC with three channels."""
+
+    height: int
+    width: int
+    apply: Callable[[np.ndarray], np.ndarray]
+    notes: tuple[str, ...]
+
+
+def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float, float] | None) -> Conversion:
+    """Decide the conversion from the layout, the dtype and, for other than uint8, the bounds of all values."""
+    if len(shape) == 3:
+        layout, (height, width), channels = "NHW", shape[1:], 1
+    elif len(shape) == 4 and shape[3] in (1, 3):
+        layout, (height, width), channels = "NHWC", shape[1:3], shape[3]
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        layout, (height, width), channels = "NCHW", shape[2:], shape[1]
+    else:
+        hint = " (transparency has to be blended into a background first)" if len(shape) == 4 and 4 in shape[1:] else ""
+        raise ValueError(f"{name} has shape {shape}, expected [N, H, W, 3]{hint}")
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} has shape {shape}: images without pixels")
+    notes = []
+    if layout == "NCHW":
+        notes.append(f"channels come before rows, shape {shape}: read as [N, C, H, W]")
+    if channels == 1:
+        notes.append("grey images: the one channel is used for red, green and blue")
+    to_uint8 = _values(name, dtype, bounds, notes)
+
+    def apply(images: np.ndarray) -> np.ndarray:
+        images = to_uint8(images)
+        if layout == "NHW":
+            images = images[..., None]
+        elif layout == "NCHW":
+            images = images.transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(images if channels == 3 else np.repeat(images, 3, axis=3))
+
+    return Conversion(height, width, apply, tuple(notes))
+
+
+def _values(
+    name: str, dtype: np.dtype, bounds: tuple[float, float] | None, notes: list[str]
+) -> Callable[[np.ndarray], np.ndarray]:
+    if dtype == np.uint8:
+        return lambda images: images
+    if dtype.kind == "b":
+        raise ValueError(f"{name} holds truth values, expected uint8 images")
+    assert bounds is not None
+    low, high = bounds
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{name} holds values that are not finite (nan or infinity)")
+    if dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise ValueError(f"{name} holds {dtype} from {low:g} to {high:g}, expected 0..255")
+        notes.append(f"{dtype} images within 0..255: taken as uint8")
+        return lambda images: images.astype(np.uint8)
+    if low >= 0 and high <= 1:
+        notes.append(f"{dtype} images in [0, 1]: taken as round(255 x)")
+        return lambda images: np.rint(images.astype(np.float32) * 255).astype(np.uint8)
+    if low >= -1 and high <= 1:
+        notes.append(f"{dtype} images in [-1, 1]: taken as round(127.5 (x + 1))")
+        return lambda images: np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8)
+    raise ValueError(
+        f"{name} holds {dtype} from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]. "
+        "Convert the images to uint8 0..255 and save them again."
+    )
+
+
+def declared_bounds(value_range: tuple[float, float] | None, dtype: np.dtype) -> tuple[float, float] | None:
+    if value_range is None or dtype.kind != "f":
+        return None
+    if tuple(value_range) not in ((0, 1), (-1, 1)):
+        raise ValueError(f"value_range is {value_range}, allowed are (0, 1) and (-1, 1)")
+    return float(value_range[0]), float(value_range[1])
+
+
+def check_bounds(name: str, images: np.ndarray, bounds: tuple[float, float] | None) -> None:
+    if bounds is not None and not (images.min() >= bounds[0] and images.max() <= bounds[1]):
+        raise ValueError(f"{name}: values from {images.min()} to {images.max()} where {bounds} was declared")

@@ -1,0 +1,97 @@
+"""Finished features on disk: shards that survive an interruption and are shared by processes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES
+from .npy import DiskArray, open_npz
+
+
+class Features(NamedTuple):
+    """Float32 features of N images in order; see `InceptionOutputs`."""
+
+    pool: np.ndarray
+    """[N, 2048]"""
+    spatial: np.ndarray
+    """[N, 2023]"""
+    logits: np.ndarray
+    """[N, 1008], without bias"""
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pool)
+
+
+class Shards:
+    """Finished features in a folder: one npz file per range of images, named by the key of everything they rest on."""
+
+    def __init__(self, folder: Path, key: str, ranges: list[tuple[int, int]]) -> None:
+        self.folder, self.key, self.ranges = folder, key, ranges
+
+    def path(self, span: tuple[int, int]) -> Path:
+        return self.folder / f"features-{self.key[:16]}-{span[0]:09d}-{span[1]:09d}.npz"
+
+    def write(self, span: tuple[int, int], features: Features) -> None:
+        """Write one shard whole or not at all: temporary name, flush to disk, rename."""
+        assert features.num_images == span[1] - span[0]
+        handle, partial = tempfile.mkstemp(prefix=".features-", suffix=".part", dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, key=np.frombuffer(bytes.fromhex(self.key), np.uint8), **features._asdict())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path(span))
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    def read(self, span: tuple[int, int]) -> Features | None:
+        """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
+        path = self.path(span)
+        if not path.is_file():
+            return None
+        count = span[1] - span[0]
+        shapes = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES, "logits": NUM_CLASSES}
+        arrays: dict[str, DiskArray] = {}
+        try:
+            arrays = open_npz(path)
+            if arrays["key"].read(0, 32).tobytes().hex() != self.key:
+                return None
+            values = []
+            for name, width in shapes.items():
+                if arrays[name].header.shape != (count, width) or arrays[name].header.dtype != np.float32:
+                    return None
+                values.append(arrays[name].read(0, count))
+            return Features(*values)
+        except (ValueError, KeyError, OSError):
+            return None
+        finally:
+            for array in arrays.values():
+                array.close()
+
+    def wait(self, span: tuple[int, int], rank: int, size: int, timeout_s: float) -> Features:
+        """One shard, waiting for the process that makes it; TimeoutError when nothing new has come for `timeout_s`."""
+        seen, since, pause = -1, time.monotonic(), 0.02
+        while (features := self.read(span)) is None:
+            present = sum(self.path(other).is_file() for other in self.ranges)
+            if present != seen:
+                seen, since = present, time.monotonic()
+            if time.monotonic() - since > timeout_s:
+                absent = [(i % size, other) for i, other in enumerate(self.ranges) if self.read(other) is None]
+                told = ", ".join(f"process {who}: images {a}..{b - 1}" for who, (a, b) in absent[:5])
+                more = ", ..." if len(absent) > 5 else ""
+                raise TimeoutError(
+                    f"{len(absent)} of {len(self.ranges)} feature shards did not come to {self.folder} in "
+                    f"{timeout_s:g} s ({told}{more}). Look for an error in these processes, or for other settings "
+                    "than here. Finished shards are kept, so the same command goes on from here."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return features
