@@ -53,7 +53,11 @@ def frechet_distance(
             )
     shift = sample.mu - reference.mu
     cross = _trace_sqrt(
-        _root(sample, sample_features, device), _root(reference, reference_features, device), sample, reference, device
+        covariance_root(sample, sample_features, device),
+        covariance_root(reference, reference_features, device),
+        sample,
+        reference,
+        device,
     )
     return float(shift @ shift + np.trace(sample.sigma) + np.trace(reference.sigma) - 2 * cross)
 
@@ -84,7 +88,7 @@ def frechet_distance_by_eigenvalues(sample: Statistics, reference: Statistics) -
     return float(shift @ shift + np.trace(sample.sigma) + np.trace(reference.sigma) - 2 * cross)
 
 
-def _root(stats: Statistics, features: Any, device: torch.device | str) -> torch.Tensor:
+def covariance_root(stats: Statistics, features: Any, device: torch.device | str) -> torch.Tensor:
     """A [r, d] with A^T A = sigma: centred rows when they are few, else Cholesky, else eigenvectors."""
     if features is not None and stats.count is not None and stats.count <= stats.dim:
         if len(features) != stats.count:

@@ -9,8 +9,7 @@ give the same tree, hence the same bits on one machine.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -186,26 +185,6 @@ def from_batches(batches: Iterable[Any]) -> Statistics:
     if moments is None:
         raise ValueError("no features were given")
     return moments.statistics()
-
-
-def groups(count: int, parts: int) -> Iterator[tuple[int, int]]:
-    """Cut `range(count)` into `parts` consecutive runs whose lengths differ by at most one."""
-    for part in range(parts):
-        yield count * part // parts, count * (part + 1) // parts
-
-
-def read(path: str, *, spatial: bool = False) -> Statistics | None:
-    """Precomputed statistics in a 2021 reference npz (`mu`, `sigma`; spatial: `mu_s`, `sigma_s`), None if absent."""
-    mu_key, sigma_key = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
-    if not zipfile.is_zipfile(path):
-        return None
-    with np.load(path, allow_pickle=False) as npz:
-        if "mu" not in npz.files:
-            return None
-        missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key not in npz.files]
-        if missing:
-            raise ValueError(f"{path} has precomputed statistics but lacks {', '.join(missing)}; all four are needed")
-        return checked(npz[mu_key], npz[sigma_key], name=path)
 
 
 def checked(mu: Any, sigma: Any, *, name: str = "statistics", count: int | None = None) -> Statistics:

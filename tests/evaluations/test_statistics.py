@@ -99,16 +99,10 @@ def test_wrong_shapes_are_refused() -> None:
         statistics.from_features(np.zeros((2, 3, 4)))
 
 
-def test_reading_precomputed(tmp_path: object) -> None:
-    path = tmp_path / "ref.npz"
-    np.savez(path, arr_0=np.zeros((1, 2, 2, 3), np.uint8))
-    assert statistics.read(str(path)) is None
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2))
-    with pytest.raises(ValueError, match="lacks sigma_s"):
-        statistics.read(str(path))
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=2 * np.eye(2))
-    pool, spatial = statistics.read(str(path)), statistics.read(str(path), spatial=True)
-    assert pool.dim == 3 and spatial.dim == 2 and spatial.mu.tolist() == [1, 1] and pool.count is None
+def test_statistics_from_outside_are_looked_at() -> None:
+    assert statistics.checked(np.zeros(2, np.float32), np.eye(2)).mu.dtype == np.float64
+    with pytest.raises(ValueError, match=r"\[d\] and \[d, d\]"):
+        statistics.checked(np.zeros(2), np.eye(3))
     with pytest.raises(ValueError, match="not symmetric"):
         statistics.checked(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="not finite"):

@@ -1,0 +1,141 @@
+"""How far a number would move had other samples been drawn: one standard error for each metric, and paired differences.
+
+Every metric here is a smooth function of averages over images. To first order it moves by the mean of one number per
+image, its *influence*; the standard error is then that of a mean (the infinitesimal jackknife, Efron 1982). It needs no
+resampling, and influences of two sets give the error of their difference, which is what a comparison wants.
+
+Where there are no more images than features the Frechet distance has no such derivative; twenty groups are then left
+out in turn (the delete-a-group jackknife) and their pseudo-values play the part of the influences.
+
+The reference is held fixed throughout: these are errors of "the score of this model against this reference". Bias is not
+in them: FID at few samples is too high by far more than its error bar (see `metrics.fid_infinity`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .metrics import covariance_root
+from .statistics import Statistics
+
+GROUPS = 20
+
+
+class Uncertainty(NamedTuple):
+    """One standard error, how it was found, and the influences behind it (one per image or per group)."""
+
+    error: float
+    method: str
+    influence: np.ndarray
+
+
+class Difference(NamedTuple):
+    """`value` = first minus second; `error` one standard error of it; `paired`: images were matched by position."""
+
+    value: float
+    error: float
+    paired: bool
+
+    @property
+    def sigmas(self) -> float:
+        """How many standard errors the difference is from zero; 0 when both are zero."""
+        if self.error > 0:
+            return self.value / self.error
+        return float("inf") * self.value if self.value else 0.0
+
+
+def of_influence(influence: np.ndarray, method: str = "infinitesimal jackknife over images") -> Uncertainty:
+    """Standard error of a mean of `influence` [n]: root of sum of squares / (n (n - 1)), after centring."""
+    influence = np.asarray(influence, dtype=np.float64)
+    count = len(influence)
+    centred = influence - influence.mean()
+    error = float(np.sqrt((centred**2).sum() / (count * max(count - 1, 1))))
+    return Uncertainty(error, method, centred)
+
+
+def of_proportion(hits: np.ndarray, images: str) -> Uncertainty:
+    """Standard error of a share (precision, recall, coverage) or mean count (density) over `images`.
+
+    The balls of the other set are held as they are. For recall and coverage it is thus the error of probing with these
+    references, and the chance in the sample set's own balls is left out.
+    """
+    return of_influence(np.asarray(hits, dtype=np.float64), f"binomial over {images}")
+
+
+def of_frechet_distance(
+    features: Any, sample: Statistics, reference: Statistics, *, device: torch.device | str = "cpu"
+) -> Uncertainty:
+    """Standard error of FID or sFID over the sample's images; `features` [n, d] are those behind `sample`."""
+    features = np.asarray(features)
+    if len(features) != sample.count:
+        raise ValueError(f"{len(features)} features were given for statistics of {sample.count} images")
+    if len(features) > sample.dim:
+        lower, info = torch.linalg.cholesky_ex(torch.from_numpy(np.ascontiguousarray(sample.sigma)).to(device))
+        if int(info) == 0:
+            return of_influence(_frechet_influence(features, sample, reference, lower))
+    return _leave_groups_out(features, sample, reference, device)
+
+
+def _frechet_influence(
+    features: np.ndarray, sample: Statistics, reference: Statistics, lower: torch.Tensor
+) -> np.ndarray:
+    """Influence [n] of each image: 2 (m1 - m2).(x - m1) + (x - m1)^T (I - T)(x - m1), up to a constant.
+
+    T = L^-T (L^T S2 L)^(1/2) L^-1 with S1 = L L^T is the optimal transport map between the Gaussians, and I - T the
+    derivative of the distance with respect to S1 (Gelbrich 1990; Takatsu 2011).
+    """
+    device = lower.device
+    other = torch.from_numpy(np.ascontiguousarray(reference.sigma)).to(device)
+    values, vectors = torch.linalg.eigh(lower.T @ other @ lower)
+    weights = values.clamp(min=0).sqrt()
+    mu = torch.from_numpy(sample.mu).to(device)
+    shift = 2 * (mu - torch.from_numpy(reference.mu).to(device))
+    parts = []
+    for start in range(0, len(features), 4096):
+        rows = torch.from_numpy(features[start : start + 4096].astype(np.float64)).to(device) - mu
+        white = torch.linalg.solve_triangular(lower, rows.T, upper=False).T @ vectors
+        parts.append((rows @ shift + rows.square().sum(dim=1) - white.square() @ weights).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _leave_groups_out(
+    features: np.ndarray, sample: Statistics, reference: Statistics, device: torch.device | str
+) -> Uncertainty:
+    """Delete-a-group jackknife with the exact (singular value) form of the distance on what is left."""
+    count = len(features)
+    parts = min(GROUPS, count // 2)
+    if parts < 2:
+        raise ValueError(f"an error bar needs at least 4 images, got {count}")
+    rows = torch.from_numpy(features.astype(np.float64) - sample.mu).to(device)
+    across = rows @ covariance_root(reference, None, device).T
+    shift = torch.from_numpy(sample.mu - reference.mu).to(device)
+    values = []
+    # Groups of one size, a few last images always in: the bias of the distance, about 1/n, then falls on all alike.
+    size = count // parts
+    for group in range(parts):
+        keep = torch.ones(count, dtype=torch.bool, device=device)
+        keep[group * size : (group + 1) * size] = False
+        left, product = rows[keep], across[keep]
+        mean = left.mean(dim=0)
+        moved = shift + mean
+        spread = (left - mean).square().sum() / (len(left) - 1)
+        cross = torch.linalg.svdvals(product - product.mean(dim=0)).sum() / np.sqrt(len(left) - 1)
+        values.append(float(moved @ moved + spread - 2 * cross))
+    left_out = np.array(values)
+    scale = (count - size) / size * np.sqrt(parts * size / count)
+    return of_influence(scale * (left_out.mean() - left_out), f"jackknife over {parts} groups of images")
+
+
+def difference(first: float, first_error: Uncertainty, second: float, second_error: Uncertainty) -> Difference:
+    """First minus second with its error, for two sample sets scored against one reference.
+
+    With equally many influences the two are matched by position, so what the sets share (noise seeds and labels of
+    image i; for recall and coverage the references themselves) cancels. Unrelated sets lose nothing by it.
+    """
+    a, b = first_error.influence, second_error.influence
+    if len(a) == len(b):
+        return Difference(first - second, of_influence(a - b).error, True)
+    return Difference(first - second, float(np.hypot(first_error.error, second_error.error)), False)

@@ -1,0 +1,109 @@
+"""Error bars against the truth: the spread of the number itself over many independent sets."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from evaluations import metrics, neighbours, statistics, uncertainty
+
+RNG = np.random.default_rng(0)
+REFERENCE = RNG.standard_normal((1500, 6)) * np.linspace(0.5, 1.5, 6)
+REFERENCE_STATISTICS = statistics.from_features(REFERENCE)
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).gamma(4.0, 0.3, size=(count, 6)) - 1.0
+
+
+def test_frechet_error_is_the_spread_over_sets() -> None:
+    values, errors = [], []
+    for seed in range(120):
+        x = draw(400, seed)
+        stats = statistics.from_features(x)
+        values.append(metrics.frechet_distance(stats, REFERENCE_STATISTICS))
+        errors.append(uncertainty.of_frechet_distance(x, stats, REFERENCE_STATISTICS).error)
+    assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.2)
+
+
+def test_influence_is_the_derivative() -> None:
+    """Against the distance itself with one image counted a little more."""
+    x = draw(300, 1)
+    stats = statistics.from_features(x)
+    found = uncertainty.of_frechet_distance(x, stats, REFERENCE_STATISTICS)
+    value = metrics.frechet_distance(stats, REFERENCE_STATISTICS)
+    for image in (0, 17):
+        weight = np.full(300, 1 / 300) * (1 - 1e-6)
+        weight[image] += 1e-6
+        mu = weight @ x
+        sigma = (x - mu).T @ (weight[:, None] * (x - mu)) * 300 / 299
+        moved = metrics.frechet_distance(statistics.Statistics(mu, sigma), REFERENCE_STATISTICS)
+        assert (moved - value) / 1e-6 == pytest.approx(found.influence[image], rel=0.02, abs=0.02)
+
+
+def test_few_images_take_the_group_jackknife() -> None:
+    rng = np.random.default_rng(3)
+    reference = statistics.from_features(rng.standard_normal((400, 60)))
+    values, errors = [], []
+    for _ in range(60):
+        x = rng.standard_normal((50, 60)) * 1.2
+        stats = statistics.from_features(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values.append(metrics.frechet_distance(stats, reference, sample_features=x))
+        found = uncertainty.of_frechet_distance(x, stats, reference)
+        errors.append(found.error)
+    assert "20 groups" in found.method and len(found.influence) == 20
+    assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.35)
+
+
+def test_inception_score_error_is_the_spread_over_sets() -> None:
+    weight = np.random.default_rng(5).standard_normal((10, 6)) * 2
+    found = [metrics.inception_score(draw(500, seed), weight, split_size=250) for seed in range(100)]
+    errors = [uncertainty.of_influence(one.influence).error for one in found]
+    assert np.mean(errors) == pytest.approx(np.std([one.score for one in found], ddof=1), rel=0.2)
+
+
+def test_kernel_distance_error_is_the_spread_over_sets() -> None:
+    found = [metrics.kernel_distance(draw(300, seed), REFERENCE[:300]) for seed in range(100)]
+    errors = [uncertainty.of_influence(one.influence).error for one in found]
+    assert np.mean(errors) == pytest.approx(np.std([one.value for one in found], ddof=1), rel=0.25)
+
+
+def test_precision_error_is_the_spread_over_sets() -> None:
+    radii = neighbours.squared_radii(REFERENCE[:500])
+    found = [neighbours.neighbours(draw(300, s), REFERENCE[:500], reference_radii=radii) for s in range(80)]
+    errors = [uncertainty.of_proportion(one.inside_reference, "samples").error for one in found]
+    assert np.mean(errors) == pytest.approx(np.std([one.precision for one in found], ddof=1), rel=0.25)
+
+
+def test_proportion_is_binomial() -> None:
+    hits = np.arange(100) < 30
+    assert uncertainty.of_proportion(hits, "samples").error == pytest.approx(np.sqrt(0.3 * 0.7 / 99), rel=1e-12)
+
+
+def test_matched_sets_cancel_what_they_share() -> None:
+    x = draw(400, 1)
+    stats = statistics.from_features(x)
+    near = x + 0.01 * np.random.default_rng(2).standard_normal(x.shape)
+    near_stats = statistics.from_features(near)
+    a = uncertainty.of_frechet_distance(x, stats, REFERENCE_STATISTICS)
+    b = uncertainty.of_frechet_distance(near, near_stats, REFERENCE_STATISTICS)
+    matched = uncertainty.difference(1.0, a, 0.9, b)
+    assert matched.paired and matched.error < 0.1 * a.error and matched.value == pytest.approx(0.1)
+    other = draw(399, 9)
+    c = uncertainty.of_frechet_distance(other, statistics.from_features(other), REFERENCE_STATISTICS)
+    apart = uncertainty.difference(1.0, a, 0.9, c)
+    assert not apart.paired and apart.error == pytest.approx(np.hypot(a.error, c.error))
+    assert apart.sigmas == pytest.approx(0.1 / apart.error, rel=1e-9)
+    assert uncertainty.difference(1.0, a, 1.0, a).sigmas == 0
+
+
+def test_too_few_images() -> None:
+    x = draw(3, 0)
+    with pytest.raises(ValueError, match="at least 4 images, got 3"):
+        uncertainty.of_frechet_distance(x, statistics.from_features(x), REFERENCE_STATISTICS)
+    with pytest.raises(ValueError, match="3 features were given for statistics of 1500"):
+        uncertainty.of_frechet_distance(x, REFERENCE_STATISTICS, REFERENCE_STATISTICS)
