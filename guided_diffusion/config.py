@@ -321,11 +321,13 @@ class TrainConfig(_Config):
     ema_rate: str = _flag("0.9999", "rates of the averaged weights, separated by commas")
     log_interval: int = _flag(10, "steps between two lines of the log", low=1)
     save_interval: int = _flag(10000, "steps between two checkpoints", low=1)
-    resume_checkpoint: str = _flag("", "go on from this model file; empty = from the newest of the run folder")
+    resume_checkpoint: str = _flag(
+        "", "go on from this file or folder; empty or auto = the newest save of the run folder; none = start afresh"
+    )
     fp16_scale_growth: float = _flag(1e-3, "growth per step of the logarithm of the loss scale in float16", low=0.0)
     global_batch_size: int = _flag(0, "images per step over all processes; 0 = --batch_size times processes", low=0)
     max_steps: int = _flag(0, "end after this many updates; 0 = with --lr_anneal_steps, else never", low=0)
-    lr_warmup_steps: int = _flag(0, "raise the learning rate from 0 over this many steps", low=0)
+    warmup_steps: int = _flag(0, "raise the learning rate from 0 over this many steps", low=0)
     grad_clip: float = _flag(0.0, "largest norm of the gradient; 0 = unlimited", low=0.0)
     seed: int = _flag(0, "seed of weights, order, noise and steps", low=0)
     precision: str = _flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
@@ -383,7 +385,7 @@ class SampleConfig(_Config):
     eta: float = _flag(0.0, "noise of DDIM: 0 = none, 1 = as much as the ancestral chain", low=0.0, high=1.0)
     seed: int = _flag(0, "image i is the same for a seed, whatever the batch size", low=0)
     classes: str = _flag("", "only these classes, by number or name: 3,7")
-    class_balance: str = _flag("random", "how classes are dealt out", choices=("random", "balanced"))
+    labels: str = _flag("random", "how classes are dealt out", choices=("random", "balanced"))
     precision: str = _flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
     grid: int = _flag(64, "images in the overview picture; 0 = none", low=0)
 

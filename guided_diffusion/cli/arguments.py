@@ -77,10 +77,11 @@ def parse(
     for name, (default, help, choices) in known.items():
         told = f"{help}" + (f" [{', '.join(str(c) or 'empty' for c in choices)}]" if choices else "")
         told = (told + f" (default {default!r})").replace("%", "%%")
-        read: Any = str2bool if isinstance(default, bool) else type(default)
-        parser.add_argument(
-            f"--{name}", type=read, default=argparse.SUPPRESS, help=told, metavar=read.__name__.removeprefix("str2")
-        )
+        if isinstance(default, bool):  # a bare --flag says True
+            options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
+        else:
+            options = {"type": type(default), "metavar": type(default).__name__}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
     arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv))
     if unknown:
         raise UsageError(_unknown(unknown[0], known))

@@ -1,0 +1,439 @@
+"""Config -> objects: the one file that knows both. Networks, processes, losses, batches, samplers, and reading them back from files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import (
+    ClassifierConfig,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    Network,
+    RunConfig,
+    SuperResConfig,
+    TrainConfig,
+)
+from .data.images import low_res, to_float
+from .data.listing import Records
+from .data.loader import Batches, make_batches
+from .diffusion import guidance, samplers
+from .diffusion.denoiser import make_denoiser
+from .diffusion.objectives import training_losses
+from .diffusion.process import Process, add_noise, make_process, rescale_time, respace, space_timesteps
+from .diffusion.schedules import SCHEDULES, named_betas
+from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
+from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
+from .runtime import storage
+from .runtime.streams import TRAIN, Streams, key_of
+from .training.checkpoint import find_latest, load_weights, read_run_json
+from .training.losses import Losses
+from .training.restore import load_weights_into
+
+Tell = Callable[[str], None]
+LossFn = Callable[[Any, Any, Streams], Losses]
+Sample = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
+
+# Classes of ImageNet, which the networks of 2021 have whenever they know classes at all.
+CLASSES_OF_2021 = 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks and processes
+
+
+def build_model(model: ModelConfig | SuperResConfig, diffusion: DiffusionConfig | None = None) -> UNetModel:
+    """The denoising network, on the CPU, float32; a SuperResModel for a SuperResConfig."""
+    diffusion = diffusion or DiffusionConfig()
+    network = SuperResModel if isinstance(model, SuperResConfig) else UNetModel
+    return network(
+        image_size=model.sample_size,
+        in_channels=model.image_channels,
+        model_channels=model.num_channels,
+        out_channels=model.image_channels * (2 if diffusion.learn_sigma else 1),
+        num_res_blocks=model.num_res_blocks,
+        attention_resolutions=model.attention_downsamplings,
+        dropout=model.dropout,
+        channel_mult=model.multipliers,
+        num_classes=_classes(model) if model.class_cond else None,
+        use_checkpoint=model.use_checkpoint,
+        use_fp16=model.use_fp16,
+        num_heads=model.num_heads,
+        num_head_channels=model.num_head_channels,
+        num_heads_upsample=model.num_heads_upsample,
+        use_scale_shift_norm=model.use_scale_shift_norm,
+        resblock_updown=model.resblock_updown,
+        use_new_attention_order=model.use_new_attention_order,
+    )
+
+
+def build_super_res(model: SuperResConfig, diffusion: DiffusionConfig | None = None) -> UNetModel:
+    """The denoising network that also sees a smaller image."""
+    return build_model(model, diffusion)
+
+
+def build_classifier(model: ClassifierConfig) -> EncoderUNetModel:
+    """The classifier of noised images, on the CPU, float32."""
+    return EncoderUNetModel(
+        image_size=model.image_size,
+        in_channels=model.image_channels,
+        model_channels=model.classifier_width,
+        out_channels=_classes(model),
+        num_res_blocks=model.classifier_depth,
+        attention_resolutions=model.attention_downsamplings,
+        channel_mult=model.multipliers,
+        use_fp16=model.classifier_use_fp16,
+        num_head_channels=model.classifier_num_head_channels,
+        use_scale_shift_norm=model.classifier_use_scale_shift_norm,
+        resblock_updown=model.classifier_resblock_updown,
+        pool=model.classifier_pool,
+    )
+
+
+def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, seed: int | None = None) -> nn.Module:
+    """The network of any config; with `seed` its first weights are a function of it, and the global generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(key_of(seed, TRAIN))
+        return build_classifier(model) if isinstance(model, ClassifierConfig) else build_model(model, diffusion)
+
+
+def _classes(model: Network) -> int:
+    return model.num_classes or CLASSES_OF_2021
+
+
+def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -> Process:
+    """The noise process, on the CPU; `respacing` replaces the config's own ("" = every step)."""
+    if diffusion.noise_schedule not in SCHEDULES:
+        known = ", ".join(sorted(SCHEDULES))
+        raise ValueError(f"--noise_schedule is {diffusion.noise_schedule!r}; it must be one of {known}")
+    process = make_process(named_betas(diffusion.noise_schedule, diffusion.diffusion_steps))
+    if diffusion.rescale_timesteps:
+        process = rescale_time(process)
+    sections = diffusion.timestep_respacing if respacing is None else respacing
+    return respace(process, space_timesteps(diffusion.diffusion_steps, sections))
+
+
+def choose_precision(precision: str, use_fp16: bool, device: torch.device, tell: Tell = print) -> str:
+    """fp32, bf16 or fp16: `precision` where given, else by `use_fp16`, which the CPU answers with fp32."""
+    if precision:
+        if precision == "fp16" and device.type == "cpu":
+            tell(
+                "--precision fp16 on the CPU is some 30 times slower than fp32; doing it all the same, as it was asked for"
+            )
+        return precision
+    if use_fp16 and device.type == "cpu":
+        tell("--use_fp16 True: computing in fp32, because float16 convolutions are some 30 times slower on the CPU")
+        return "fp32"
+    return "fp16" if use_fp16 else "fp32"
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build_timesteps(name: str, num_steps: int) -> Timesteps:
+    """What draws the steps to train on: "uniform" or "loss-second-moment"."""
+    return UniformTimesteps(num_steps) if name == "uniform" else LossSecondMoment(num_steps)
+
+
+def generator_loss(config: RunConfig, process: Process, timesteps: Timesteps) -> LossFn:
+    """The loss of a denoising network on a batch; `process` on the training device."""
+    assert isinstance(config.model, (ModelConfig, SuperResConfig))
+    model, diffusion = config.model, config.diffusion
+    gamma: float = config.train.min_snr_gamma
+    weight: dict[str, Any] = {"weight": "min_snr", "min_snr_gamma": gamma} if gamma else {}
+
+    def loss(net: Any, batch: Any, streams: Streams) -> Losses:
+        x0 = to_float(batch.images)
+        i, importance = timesteps.draw(streams.uniform().to(x0.device))
+        noise = streams.normal(x0.shape[1:])
+        cond: dict[str, Tensor] = {"y": batch.labels} if model.class_cond else {}
+        if isinstance(model, SuperResConfig):
+            cond["low_res"] = low_res(x0, model.small_size)
+        terms = training_losses(net, process, x0, i, noise, cond, loss=diffusion.loss, **diffusion.reading, **weight)  # type: ignore[arg-type]
+        weighted = {name: value * importance for name, value in terms.items()}
+        return Losses(weighted["loss"], weighted, i, len(process), terms["loss"].detach())
+
+    return loss
+
+
+def classifier_loss(process: Process, timesteps: Timesteps, *, noised: bool = True, prefix: str = "train") -> LossFn:
+    """Cross entropy of a classifier on noised images, with accuracies, under the column names of 2021."""
+
+    def loss(net: Any, batch: Any, streams: Streams) -> Losses:
+        x = to_float(batch.images)
+        i, _ = timesteps.draw(streams.uniform().to(x.device))
+        if noised:
+            x = add_noise(process, x, i, streams.normal(x.shape[1:]))
+        else:
+            i = torch.zeros_like(i)
+        logits = net(x, process.time_at(i)).float()
+        entropy = F.cross_entropy(logits, batch.labels, reduction="none")
+        ranked = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        terms = {
+            f"{prefix}_loss": entropy,
+            f"{prefix}_acc@1": ranked[:, 0].float(),
+            f"{prefix}_acc@5": ranked.any(dim=1).float(),
+        }
+        return Losses(entropy, terms, i, len(process))
+
+    return loss
+
+
+def build_batches(
+    records: Records,
+    data: DataConfig,
+    model: Network,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    size: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+) -> Batches:
+    """Endless batches of this process; `batch_size` counts the global batch."""
+    return make_batches(
+        records,
+        image_size=model.sample_size,
+        batch_size=batch_size,
+        rank=rank,
+        size=size,
+        seed=seed,
+        start_step=start_step,
+        crop="random" if data.random_crop else "center",
+        flip=data.random_flip,
+        channels=model.image_channels,
+        workers=data.workers,
+        on_error=data.on_error,
+    )
+
+
+def trainer_options(train: TrainConfig) -> dict[str, Any]:
+    """The keyword arguments of Trainer that are plain values of the config."""
+    anneal = train.last_step if getattr(train, "anneal_lr", False) else train.lr_anneal_steps
+    return {
+        "lr": train.lr,
+        "lr_anneal_steps": anneal,
+        "lr_warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "ema_rates": train.ema_rates,
+        "fp16_scale_growth": train.fp16_scale_growth,
+        "microbatch": max(0, train.microbatch),
+        "max_grad_norm": train.grad_clip,
+        "seed": train.seed,
+        "log_every": train.log_interval,
+        "save_every": train.save_interval,
+    }
+
+
+def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
+    """(training, validation): a part of the records, drawn by `seed`, is held out."""
+    count = len(records)
+    order = np.random.RandomState(key_of(seed, TRAIN) & 0xFFFFFFFF).permutation(count)
+    held = max(1, round(count * fraction))
+    return records.take(sorted(order[held:].tolist())), records.take(sorted(order[:held].tolist()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def build_sample(
+    model: Loaded,
+    process: Process,
+    *,
+    critic: Loaded | None = None,
+    scale: float = 0.0,
+    method: str = "ancestral",
+    eta: float = 0.0,
+    clip: bool = True,
+) -> Sample:
+    """(noise, source of noise, conditions) -> images in [-1, 1]. `process` on the sampling device.
+
+    Guidance by `critic` shifts the mean where `method` is ancestral, as algorithm 1 of the paper, and the score
+    elsewhere, as algorithm 2.
+    """
+    config, net = model.config, model.net
+    assert isinstance(config.model, (ModelConfig, SuperResConfig))
+    known = (("y",) if config.model.class_cond else ()) + (("low_res",) if config.kind == "super_resolution" else ())
+    guide = guidance.classifier_mean if method == "ancestral" else guidance.classifier
+
+    def sample(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+        heard = {name: cond[name] for name in known}
+        denoise = make_denoiser(net, process, heard, clip=clip, **config.diffusion.reading)  # type: ignore[arg-type]
+        if critic is not None and scale:
+            denoise = guide(denoise, process, guidance.log_prob_gradient(critic.net, cond["y"]), scale)
+        if method == "ddim":
+            return samplers.last(samplers.ddim(denoise, noise, process, eta=eta, noise=randn_like))
+        if method == "heun":
+            return samplers.last(samplers.heun(denoise, noise, process, noise=randn_like))
+        if method == "dpm_solver":
+            return samplers.last(samplers.dpm_solver(denoise, noise, process))
+        assert method == "ancestral", method
+        return samplers.last(samplers.ancestral(denoise, noise, process, noise=randn_like))
+
+    return sample
+
+
+def check_pair(model: Loaded, critic: Loaded) -> None:
+    """ValueError, in words, unless the classifier was trained for what the diffusion model makes."""
+    ours, theirs = model.config, critic.config
+    pairs = {"image size": (ours.model.sample_size, theirs.model.sample_size)}
+    pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
+    if getattr(ours.model, "class_cond", False):
+        pairs["number of classes"] = (_classes(ours.model), _classes(theirs.model))
+    for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps"):
+        pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
+    wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
+    if model.class_names and critic.class_names and model.class_names != critic.class_names and not wrong:
+        wrong.append("class names (the same number of classes, but not the same ones)")
+    if wrong:
+        raise ValueError(
+            f"{model.path} (diffusion model) and {critic.path} (classifier) do not belong together; they differ in {'; '.join(wrong)}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights, and what it is."""
+
+    net: nn.Module
+    process: Process
+    config: RunConfig
+    path: str
+    class_names: tuple[str, ...] = ()
+    step: int | None = None
+    sha256: str = ""
+
+    @property
+    def kind(self) -> str:
+        """diffusion, super_resolution or classifier."""
+        return self.config.kind
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of weights and what is known of it before its numbers are read."""
+
+    path: str
+    config: RunConfig | None
+    class_names: tuple[str, ...] = ()
+    step: int | None = None
+    sha256: str = ""
+
+
+def find(path: str, *, tell: Tell = print) -> Found:
+    """The weights that `path` means: a file, or a run folder, whose newest averaged weights are taken."""
+    if not path or not storage.exists(path):
+        raise FileNotFoundError(f"{path!r}: no such file of weights or run folder")
+    step = None
+    if storage.isdir(path):
+        saved = find_latest(path, tell=tell)
+        if saved is None or saved.model is None:
+            raise ValueError(f"{path} holds no save of a run; give a folder that training wrote, or a .pt file")
+        rate = max(saved.ema, key=float, default=None)
+        path, step = (saved.model, saved.step) if rate is None else (saved.ema[rate], saved.step)
+        what = "weights (no average was kept)" if rate is None else f"averaged weights (EMA {rate})"
+        tell(f"taking the newest {what}: {path}")
+        if rate is not None and saved.step < 1 / (1 - float(rate)):
+            tell(f"note: after {saved.step} steps an average of rate {rate} still remembers the first, random weights")
+    run = read_run_json(path)
+    if run is None:
+        return Found(path, None, step=step)
+    if not run["config"]:
+        return Found(path, None, tuple(run["class_names"]), run["step"])
+    sha256 = run["files"].get(os.path.basename(path), {}).get("sha256", "")
+    return Found(path, RunConfig.from_dict(run["kind"], run["config"]), tuple(run["class_names"]), run["step"], sha256)
+
+
+def recognise(path: str, weights: Mapping[str, Tensor], kind: str) -> RunConfig:
+    """The configuration of a file that carries none, from its tensors alone."""
+    raise ValueError(
+        f"{path} carries no configuration (there is no run*.json beside it); give the flags it was trained with, "
+        f"such as --image_size, --num_channels, --num_res_blocks, --learn_sigma"
+    )
+
+
+def load(
+    path: str,
+    *,
+    kind: str = "diffusion",
+    flags: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    tell: Tell = print,
+) -> Loaded:
+    """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
+
+    Files written by training here carry their configuration. For others `flags` gives it, spelled as in 2021; of `kind`
+    where the flags cannot tell. Flags that contradict the file are refused in words; those that do not concern the
+    weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` "" follows use_fp16.
+    """
+    device, flags = torch.device(device), dict(flags or {})
+    found = find(path, tell=tell)
+    weights = load_weights(found.path)
+    config = found.config
+    if config is None:
+        config = _from_flags_of_2021(kind, flags) if _describes(kind, flags) else recognise(found.path, weights, kind)
+    config = agree(config, flags, found.path)
+    with torch.device("meta"):
+        net = build_network(config.model, config.diffusion)
+    net = net.to_empty(device="cpu")
+    load_weights_into(net, weights, found.path)
+    net = net.to(device).eval().requires_grad_(False)
+    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
+    chosen = choose_precision(precision, half, device, tell)
+    net.set_compute_dtype(DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
+    process = build_process(config.diffusion).to(device)
+    return Loaded(net, process, config, found.path, found.class_names, found.step, found.sha256)
+
+
+# Flags that may differ from those of training: they change how a network is used, not what its weights mean.
+FREE = {
+    "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
+}  # fmt: skip
+
+
+def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
+    """The file's configuration with the free ones of `flags`; ValueError where another one contradicts the file."""
+    changed: dict[str, Any] = {}
+    complaints = []
+    for section in ("model", "diffusion"):
+        values = getattr(config, section)
+        asked = {name: flags[name] for name in values.names() if name in flags and flags[name] != getattr(values, name)}
+        complaints += [
+            f"{n} is {getattr(values, n)!r} in the file, {v!r} asked" for n, v in asked.items() if n not in FREE
+        ]
+        changed[section] = replace(values, **{n: v for n, v in asked.items() if n in FREE}).validate()
+    if complaints:
+        raise ValueError(f"{path} was trained with other flags: {'; '.join(complaints)}. Leave these flags out")
+    return replace(config, **changed)
+
+
+def _describes(kind: str, flags: Mapping[str, Any]) -> bool:
+    """Whether flags were given that describe a network of this kind."""
+    return bool((set(RunConfig.sections(kind)["model"].names()) & set(flags)) - FREE)
+
+
+def _from_flags_of_2021(kind: str, flags: Mapping[str, Any]) -> RunConfig:
+    config = RunConfig.from_flags(kind, flags)
+    knows_classes = kind == "classifier" or getattr(config.model, "class_cond", False)
+    if knows_classes and not config.model.num_classes:
+        config = replace(config, model=replace(config.model, num_classes=CLASSES_OF_2021))
+    return config

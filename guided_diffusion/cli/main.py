@@ -1,0 +1,65 @@
+"""The `guided-diffusion` command: one word chooses what to do, the rest are that command's flags."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import runs
+
+# word -> (module, function, what it does); modules are loaded when chosen, so that --help needs no torch
+COMMANDS = {
+    "train": (".train", "main", "train a diffusion model on a folder of images"),
+    "train-classifier": (".train", "main_classifier", "train a classifier of noised images, for guidance"),
+    "sample": (".sample", "main", "make images from weights, with or without guidance"),
+    "data": (".data", "main", "look at a folder of images, or pack it"),
+    "doctor": (".doctor", "main", "check this machine: devices, processes, packages"),
+    "demo": (".demo", "main", "the whole journey on handwritten digits, in minutes, without a download"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `guided-diffusion COMMAND ...`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else runs.USER_ERROR
+    if words[0] == "--version":
+        print(_version())
+        return 0
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"error: there is no command {words[0]!r}{hint}; see guided-diffusion --help", file=sys.stderr)
+        return runs.USER_ERROR
+    module, function, _ = COMMANDS[words[0]]
+
+    def command(rest: Sequence[str] | None) -> int:
+        return int(getattr(import_module(module, __package__), function)(rest) or 0)
+
+    return runs.guarded(command, words[1:])
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = [f"  {word:18s}{what}" for word, (_, _, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: guided-diffusion COMMAND [--flag value ...]",
+            "",
+            *lines,
+            "",
+            "guided-diffusion COMMAND --help lists a command's flags",
+        ]
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("guided-diffusion")
+    except PackageNotFoundError:
+        return "guided-diffusion (not installed, run from its folder)"

@@ -1,0 +1,81 @@
+"""What every command that runs shares: its folder, its errors, its exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from ..config import to_json
+from .arguments import Parsed
+
+REQUEUE = 85  # stopped on request, everything saved: start me again
+USER_ERROR = 2
+Command = Callable[[Sequence[str] | None], int]
+
+
+def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return command(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        return _told(error, words)
+    except RuntimeError as error:
+        # What torch raises for memory and devices; the names of ours end in Error too (SaveError, TrainingDiverged).
+        if type(error) is RuntimeError:
+            raise
+        return _told(error, words)
+
+
+def _told(error: Exception, words: Sequence[str]) -> int:
+    if any(word.startswith("--debug") for word in words):
+        traceback.print_exc()
+    print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+    return USER_ERROR
+
+
+def run_folder(out: str, kind: str) -> tuple[str, str]:
+    """(folder, how it was chosen): --out, else OPENAI_LOGDIR, else `runs/KIND-DATE` below the working directory."""
+    if out:
+        return out, "--out"
+    if os.environ.get("OPENAI_LOGDIR"):
+        return os.environ["OPENAI_LOGDIR"], "OPENAI_LOGDIR"
+    return os.path.join("runs", time.strftime(f"{kind}-%Y%m%d-%H%M%S")), "give --out to choose it"
+
+
+def script_folder() -> str:
+    """Where the scripts write when told nothing: as in 2021, a new folder named by the time in the temporary directory."""
+    if os.environ.get("OPENAI_LOGDIR"):
+        return ""
+    return os.path.join(
+        tempfile.gettempdir(), time.strftime("openai-%Y-%m-%d-%H-%M-%S") + f"-{time.time_ns() // 1000 % 1000000:06d}"
+    )
+
+
+def show(values: dict[str, object]) -> str:
+    """A configuration as a readable block: one flag per line, by section."""
+    lines = []
+    for section, content in values.items():
+        lines.append(f"[{section}]")
+        if isinstance(content, dict):
+            lines += [f"  {name} = {value!r}" for name, value in content.items()]
+        else:
+            lines[-1] += f" {content!r}"
+    return "\n".join(lines)
+
+
+def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None:
+    """Write the full configuration and what was typed as `config.json`; `--config` reads it back."""
+    from ..runtime import storage
+
+    storage.makedirs(folder)
+    storage.write_text_atomic(storage.join(folder, "config.json"), to_json(values))

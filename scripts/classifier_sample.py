@@ -1,0 +1,11 @@
+"""Sample with guidance: python scripts/classifier_sample.py --model_path FILE --classifier_path FILE ..."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
+
+from guided_diffusion.cli.sample import classifier_sample
+
+if __name__ == "__main__":
+    sys.exit(classifier_sample())

@@ -1,0 +1,11 @@
+"""Train a classifier of noised images: python scripts/classifier_train.py --data_dir FOLDER ..."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
+
+from guided_diffusion.cli.train import classifier_train
+
+if __name__ == "__main__":
+    sys.exit(classifier_train())
