@@ -29,8 +29,8 @@ class NotThisFamily(ValueError):
 class Layout:
     """What shapes determine. Resolutions are relative: attention at `1/2`, `1/4` … of the image size.
 
-    kind            "diffusion", "super_resolution" or "classifier"; "diffusion" where `kinds` has several
-    kinds           every kind that these shapes could be
+    kind            "diffusion", "super_resolution" or "classifier"
+    readings        every (kind, image channels, learned variance) that the channels allow, the likeliest first
     flags           2021 flags (and num_classes, image_channels) that the shapes fix
     attention_ds    downsampling factors with attention, as fractions of the image size
     attention_widths  channels of every attention block: head counts must divide them
@@ -38,12 +38,12 @@ class Layout:
     """
 
     kind: str
-    kinds: tuple[str, ...]
     flags: dict[str, object]
     multipliers: tuple[float, ...]
     attention_ds: tuple[int, ...]
     attention_widths: tuple[int, ...]
     open: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    readings: tuple[tuple[str, int, bool], ...] = ()
 
 
 def normalise_keys(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -169,7 +169,7 @@ def _generator(shapes: Shapes, width: int) -> Layout:
             f"{channels_in} input and {channels_out} output channels fit neither a generator nor an upsampler"
         )
     if (channels_in, channels_out) in ((6, 6), (6, 3)):
-        # RGB upsamplers; a six-channel image with a fixed variance is the rarer reading and stays in `kinds`.
+        # RGB upsamplers; a six-channel image with a fixed variance is the rarer reading and stays in `readings`.
         readings.sort(key=lambda reading: reading[0] != "super_resolution")
     kind, image_channels, learn_sigma = readings[0]
 
@@ -195,7 +195,7 @@ def _generator(shapes: Shapes, width: int) -> Layout:
         open_["image_size"] = (32, 64, 128, 256, 512)
     if kind == "super_resolution":
         open_["small_size"] = (64, 128)
-    return Layout(kind, tuple(r[0] for r in readings), flags, multipliers, attention, tuple(widths), open_)
+    return Layout(kind, flags, multipliers, attention, tuple(widths), open_, tuple(readings))
 
 
 def _classifier(shapes: Shapes, width: int) -> Layout:
@@ -247,7 +247,7 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
         flags["image_size"] = SIZE_OF_MULTIPLIERS[multipliers]
     else:
         open_["image_size"] = (32, 64, 128, 256, 512)
-    return Layout("classifier", ("classifier",), flags, multipliers, attention, tuple(widths), open_)
+    return Layout("classifier", flags, multipliers, attention, tuple(widths), open_)
 
 
 def _depth_fits(shapes: Shapes, depth: int, blocks: int, convolutions: list[int]) -> bool:
