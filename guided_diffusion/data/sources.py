@@ -187,9 +187,10 @@ class Reader:
             raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
         self.kind, self.root = kind, root
         self._handles: dict[tuple[int, int, str], Any] = {}
+        self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kind": self.kind, "root": self.root, "_handles": {}}
+    def __reduce__(self) -> tuple[type[Reader], tuple[str, str]]:
+        return Reader, (self.kind, self.root)
 
     def describe(self, path: str) -> str:
         """A name for error messages."""
@@ -213,12 +214,13 @@ class Reader:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise images.unreadable(self.describe(path), error) from error
 
-    def _handle(self, name: str, make: Callable[[], Any]) -> Any:
-        # One per process and thread: a shared file position would be moved under the reader.
-        key = (os.getpid(), threading.get_ident(), name)
-        if key not in self._handles:
-            self._handles[key] = make()
-        return self._handles[key]
+    def _handle(self, name: str, make: Callable[[], Any], *, threads_share: bool = False) -> Any:
+        # A file has one position, so every process and thread needs its own.
+        key = (os.getpid(), 0 if threads_share else threading.get_ident(), name)
+        with self._lock:
+            if key not in self._handles:
+                self._handles[key] = make()
+            return self._handles[key]
 
     def _zip(self, path: str) -> bytes:
         archive = self._handle("", lambda: zipfile.ZipFile(storage.open_file(self.root, "rb")))
@@ -232,7 +234,8 @@ class Reader:
         return file.read(int(size))
 
     def _lmdb(self, path: str) -> bytes:
-        environment = self._handle("", lambda: _lmdb(self.root))
+        # lmdb forbids a second environment in a process, and is made for threads.
+        environment = self._handle("", lambda: _lmdb(self.root), threads_share=True)
         with environment.begin() as transaction:
             value = transaction.get(path.encode("utf-8", "surrogateescape"))
         if value is None:
@@ -240,11 +243,11 @@ class Reader:
         return bytes(value)
 
     def _packed(self, path: str, channels: int) -> np.ndarray:
-        firsts, files = self._handle("index", self._packed_shards)
+        firsts, files = self._handle("index", self._packed_shards, threads_share=True)
         row = int(path)
         shard = int(np.searchsorted(firsts, row, side="right")) - 1
         whole = os.path.join(self.root, files[shard])
-        array = self._handle(whole, lambda: np.load(whole, mmap_mode="r", allow_pickle=False))
+        array = self._handle(whole, lambda: np.load(whole, mmap_mode="r", allow_pickle=False), threads_share=True)
         picture = np.array(array[row - firsts[shard]])
         if picture.shape[2] == channels:
             return picture
