@@ -1,0 +1,230 @@
+"""The training loop of 2021 as programs use and subclass it."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion import logger, train_util
+from guided_diffusion.resample import LossSecondMomentResampler
+from guided_diffusion.train_util import TrainLoop
+
+
+ARGUMENTS = [
+    "model",
+    "diffusion",
+    "data",
+    "batch_size",
+    "microbatch",
+    "lr",
+    "ema_rate",
+    "log_interval",
+    "save_interval",
+    "resume_checkpoint",
+    "use_fp16",
+    "fp16_scale_growth",
+    "schedule_sampler",
+    "weight_decay",
+    "lr_anneal_steps",
+]
+MADE = ["step", "resume_step", "global_batch", "sync_cuda", "mp_trainer", "opt", "ema_params", "use_ddp", "ddp_model"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def convert_to_fp16(self):
+        """Computes in float32 all the same."""
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Diffusion:
+    num_timesteps = 100
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        scale = 1 + t[:, None] / self.num_timesteps
+        mse = ((model(x_start) * scale - x_start) ** 2).mean(1)
+        return {"loss": mse, "mse": mse}
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(6, 4, generator=generator), {"y": torch.zeros(6, dtype=torch.long)}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["csv"]):
+        yield tmp_path
+
+
+def loop(kind=TrainLoop, **options):
+    torch.manual_seed(0)
+    settings = {
+        "model": Net(),
+        "diffusion": Diffusion(),
+        "data": data(),
+        "batch_size": 6,
+        "microbatch": -1,
+        "lr": 0.01,
+        "ema_rate": "0.5,0.9999",
+        "log_interval": 2,
+        "save_interval": 3,
+        "resume_checkpoint": "",
+        "lr_anneal_steps": 5,
+    }
+    return kind(**{**settings, **options})
+
+
+def test_signature_is_that_of_2021():
+    parameters = list(inspect.signature(TrainLoop.__init__).parameters.values())[1:]
+    assert [p.name for p in parameters] == ARGUMENTS
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
+    assert [p.default for p in parameters[10:]] == [False, 1e-3, None, 0.0, 0]
+
+
+def test_a_run_writes_the_files_of_2021(folder):
+    run = loop()
+    assert run.ema_rate == [0.5, 0.9999]
+    run.run_loop()
+    # Updates 0..4. Saves in the loop carry the index of the last update, the one after it the number of updates.
+    files = {p.name for p in folder.iterdir()} - {"progress.csv"}
+    expected = {f"{kind}00000{s}.pt" for s in (0, 3, 5) for kind in ("model", "opt", "ema_0.5_", "ema_0.9999_")}
+    assert files == expected
+    state = torch.load(folder / "model000005.pt", weights_only=True)
+    assert torch.equal(state["layer.weight"], run.model.layer.weight)
+    assert (folder / "progress.csv").read_text().splitlines()[0].split(",")[:2] == ["grad_norm", "loss"]
+
+
+def test_attributes_for_subclasses():
+    run = loop()
+    for name in (*ARGUMENTS, *MADE):
+        assert hasattr(run, name), name
+    assert run.microbatch == 6 and run.global_batch == 6 and not run.use_ddp
+
+
+def test_resume_loads_weights_averages_and_optimizer(folder):
+    first = loop(lr_anneal_steps=4)
+    first.run_loop()
+    second = loop(resume_checkpoint=str(folder / "model000003.pt"), lr_anneal_steps=8)
+    assert second.resume_step == 3
+    for a, b in zip(first.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+    for ours, theirs in zip(second.ema_params, first.ema_params):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    p, q = first.model.layer.weight, second.model.layer.weight
+    assert torch.equal(first.opt.state[p]["exp_avg"], second.opt.state[q]["exp_avg"])
+    second.run_loop()
+    assert (folder / "model000008.pt").exists()
+
+
+def test_float16_and_resume(folder):
+    first = loop(use_fp16=True, lr_anneal_steps=4)
+    first.run_loop()
+    second = loop(use_fp16=True, resume_checkpoint=str(folder / "model000003.pt"))
+    for a, b in zip(first.ema_params[0], second.ema_params[0]):
+        assert torch.equal(a, b)
+    assert len(second.mp_trainer.master_params) == 2
+
+
+def test_subclass_hooks_are_called():
+    calls = []
+
+    class Mine(TrainLoop):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            calls.append("init")
+
+        def _load_and_sync_parameters(self):
+            calls.append("load")
+            super()._load_and_sync_parameters()
+
+        def run_step(self, batch, cond):
+            calls.append("run_step")
+            super().run_step(batch, cond)
+
+        def forward_backward(self, batch, cond):
+            calls.append("forward_backward")
+            super().forward_backward(batch, cond)
+
+        def _update_ema(self):
+            calls.append("ema")
+            super()._update_ema()
+
+        def _anneal_lr(self):
+            calls.append("anneal")
+            super()._anneal_lr()
+
+        def log_step(self):
+            calls.append("log_step")
+            super().log_step()
+
+        def save(self):
+            calls.append("save")
+
+    loop(Mine, lr_anneal_steps=1).run_loop()
+    assert calls == ["load", "init", "run_step", "forward_backward", "ema", "anneal", "log_step", "save"]
+
+
+def test_learning_rate_after_each_step():
+    """2021 sets the rate after a step, from that step's index: one later than a pure schedule."""
+    rates = []
+
+    class Mine(TrainLoop):
+        def forward_backward(self, batch, cond):
+            rates.append(self.opt.param_groups[0]["lr"])
+            super().forward_backward(batch, cond)
+
+    loop(Mine, lr_anneal_steps=4, lr=1.0).run_loop()
+    assert rates == [1.0, 1.0, 0.75, 0.5]
+
+
+def test_microbatches_sum_their_means():
+    whole, halves = loop(), loop(microbatch=3)
+    batch, cond = next(data())
+    torch.manual_seed(0)
+    sampler = LossSecondMomentResampler(Diffusion())
+    for run in (whole, halves):
+        run.schedule_sampler = type(
+            "Fixed", (), {"sample": lambda self, n, device: (torch.zeros(n).long(), torch.ones(n))}
+        )()
+        run.forward_backward(batch, cond)
+    torch.testing.assert_close(halves.model.layer.weight.grad, 2 * whole.model.layer.weight.grad)
+    loop(schedule_sampler=sampler).run_loop()
+    assert sampler._loss_counts.sum() == 30
+
+
+def test_integration_variable_ends_the_run(folder, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    loop(lr_anneal_steps=0).run_loop()
+    assert (folder / "model000003.pt").exists() and not (folder / "model000006.pt").exists()
+
+
+def test_names_and_places(folder):
+    assert train_util.INITIAL_LOG_LOSS_SCALE == 20.0
+    for name, step in {
+        "model000002.pt": 2,
+        "/runs/model/model123456.pt": 123456,
+        "ema_0.9999_010000.pt": 0,
+        "checkpoint010000.pt": 0,
+        "modelx.pt": 0,
+    }.items():
+        assert train_util.parse_resume_step_from_filename(name) == step
+    assert train_util.find_resume_checkpoint() is None
+    assert train_util.get_blob_logdir() == str(folder)
+    assert train_util.find_ema_checkpoint(None, 1, 0.9) is None
+    assert train_util.find_ema_checkpoint(str(folder / "model000001.pt"), 1, 0.9) is None
+    (folder / "ema_0.9_000001.pt").touch()
+    assert train_util.find_ema_checkpoint(str(folder / "model000001.pt"), 1, 0.9).endswith("ema_0.9_000001.pt")
+
+
+def test_log_loss_dict():
+    ts, losses = torch.tensor([0, 24, 99]), torch.tensor([1.0, 3.0, 8.0])
+    train_util.log_loss_dict(Diffusion(), ts, {"loss": losses})
+    assert dict(logger.getkvs()) == {"loss": 4.0, "loss_q0": 2.0, "loss_q3": 8.0}
