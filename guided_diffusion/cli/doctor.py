@@ -1,0 +1,207 @@
+"""`guided-diffusion doctor`: what would go wrong with this run on this machine, asked before it starts.
+
+Takes the flags of the training command. Starts the same processes (`torchrun ... doctor`, `mpiexec -n 8 ... doctor`), reads a little of
+the data, predicts memory and disk, prints one table; exit code 1 if something would fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig
+from .arguments import parse
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..runtime.doctor import Finding
+    from ..runtime.world import World
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine device, processes, data, memory and disk; returns 0, or 1 if a check failed."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--kind", default="diffusion")
+    kind = first.parse_known_args(argv)[0].kind
+    extra = {
+        "kind": ("diffusion", "diffusion, super_resolution or classifier"),
+        "out": ("", "the run folder, whose disk is looked at; empty = here"),
+    }
+    sections = RunConfig.sections(kind)
+    flags = parse(argv, list(sections.values()), program="doctor", description=str(__doc__), extra=extra).flags
+
+    from ..runtime import doctor
+    from ..runtime.world import session
+
+    with session(flags["device"], timeout_s=300.0) as world:
+        local = [doctor.check_device(world)]
+        if world.is_main:
+            local = [doctor.check_versions(), *local]
+        shared = [doctor.check_all_reduce(world)]
+        if world.is_main:
+            shared += _check_run(kind, flags, world)
+        gathered = world.all_gather_object((local, shared if world.is_main else []), "doctor: findings")
+        findings = [
+            finding._replace(
+                what=f"{finding.what} {rank}" if world.size > 1 and finding.what == "device" else finding.what
+            )
+            for rank, (own, _) in enumerate(gathered)
+            for finding in own
+        ] + gathered[0][1]
+        if world.is_main:
+            print(doctor.report(findings), flush=True)
+        return int(any(finding.status == doctor.FAIL for finding in findings))
+
+
+def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
+    """What follows from the flags: data, memory, disk. Rank 0 alone."""
+    from ..runtime.doctor import FAIL, OK, WARN, Finding, check_disk
+
+    try:
+        config = RunConfig.from_flags(kind, flags).validate()
+        net = _network_of_shapes(config)
+    except ValueError as error:
+        return [Finding(FAIL, "flags", str(error))]
+    findings = (
+        _check_data(config, world)
+        if config.data.data_dir
+        else [Finding(WARN, "data", "no --data_dir given: not looked at")]
+    )
+    count = sum(p.numel() for p in net.parameters())
+    findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
+    findings.append(_check_memory(config, net, world))
+    train = config.train
+    one_save = 4 * count * (1 + len(train.ema_rates)) + 8 * count
+    saves = train.last_step // train.save_interval + 1 if train.last_step else None
+    if train.keep_last:
+        kept_for_good = train.last_step // train.keep_every if train.keep_every else 0
+        saves = min(saves or train.keep_last, train.keep_last) + kept_for_good
+    findings.append(check_disk(flags["out"] or os.getcwd(), one_save, saves))
+    return findings
+
+
+def _network_of_shapes(config: RunConfig) -> nn.Module:
+    """The network on the meta device: shapes without numbers, so a 500-million-parameter network costs nothing."""
+    import torch
+
+    from ..build import build_network
+
+    with torch.device("meta"):
+        return build_network(config.model, config.diffusion)
+
+
+def _check_data(config: RunConfig, world: World) -> list[Finding]:
+    """List the records, compare them with the batch, and read one batch."""
+    from ..build import build_batches
+    from ..data.listing import list_records
+    from ..runtime.doctor import FAIL, OK, WARN, Finding
+
+    data, size = config.data, world.size
+    try:
+        start = time.perf_counter()
+        records = list_records(data.data_dir, labels=data.labels)
+        text = f"{len(records)} images in {data.data_dir}, listed in {time.perf_counter() - start:.1f} s; "
+        text += f"labels: {records.label_source}" + (
+            f", {len(records.class_names)} classes" if records.class_names else ""
+        )
+        findings = [Finding(OK, "data", text)]
+        if getattr(config.model, "class_cond", config.kind == "classifier"):
+            records.require_labels()
+    except (ValueError, OSError, ImportError) as error:
+        return [Finding(FAIL, "data", str(error))]
+    total = config.train.global_batch_size or config.train.batch_size * size
+    try:
+        start = time.perf_counter()
+        batches = build_batches(
+            records, data, config.model, batch_size=total, rank=0, size=size, seed=config.train.seed
+        )
+        try:
+            own = len(next(batches).images)
+            first = time.perf_counter() - start
+            start = time.perf_counter()
+            next(batches)
+            second = time.perf_counter() - start
+        finally:
+            batches.close()
+    except (ValueError, OSError) as error:
+        return [*findings, Finding(FAIL, "batch", str(error))]
+    text = f"{total} images per step over {size} processes, {len(records) / total:.1f} steps per epoch; "
+    text += f"read at {own / min(first, second):.0f} images/s here"
+    few = len(records) < 2 * total
+    return [
+        *findings,
+        Finding(WARN if few else OK, "batch", text + (": fewer than two steps per epoch" if few else "")),
+    ]
+
+
+def _check_memory(config: RunConfig, net: nn.Module, world: World) -> Finding:
+    """Compare predicted with free memory."""
+    from ..runtime.doctor import FAIL, OK, WARN, Finding, available_memory, format_bytes
+
+    train = config.train
+    per_process = (train.global_batch_size // world.size) if train.global_batch_size else train.batch_size
+    part = min(per_process, train.microbatch) if train.microbatch > 0 else per_process
+    count = sum(p.numel() for p in net.parameters())
+    # float32 weights, gradients and two moments of Adam; one copy per EMA rate; the buckets that gradients travel in
+    state = count * (16 + 4 * len(train.ema_rates) + (4 if world.size > 1 else 0))
+    fixed, per_image = activation_bytes(config, net, world.device.type)
+    need = state + fixed + part * per_image
+    free = available_memory(world.device) // (1 if world.device.type == "cuda" else max(1, world.local_size))
+    text = (
+        f"about {format_bytes(need)} to train {part} images at a time: {format_bytes(state)} weights, gradients, Adam, EMA + "
+        f"{format_bytes(fixed + part * per_image)} activations ({format_bytes(per_image)} per image); {format_bytes(free)} free"
+    )
+    if free and need > free:
+        room = int((free - state - fixed) // max(per_image, 1))
+        remedy = (
+            f"--microbatch {room} would fit" if room >= 1 else "not even one image fits: --use_checkpoint True, or bf16"
+        )
+        return Finding(FAIL, "memory", f"{text}. {remedy}")
+    return Finding(WARN if free and need > 0.85 * free else OK, "memory", text)
+
+
+def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tuple[int, int]:
+    """(bytes that do not grow with the batch, bytes per image) kept between forward and backward pass.
+
+    Counted, not measured: the network runs on the meta device and every tensor that autograd keeps is added up once. Left out are
+    the workspaces of kernels and the allocator's rounding (some 10 to 20 % on a GPU). Attention is counted as its fused kernels do it.
+    """
+    import torch
+
+    from ..build import DTYPES, choose_precision
+
+    train = config.train
+    use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
+    dtype = DTYPES[choose_precision(train.precision, use_fp16, torch.device(device_type), lambda text: None)]
+    net.set_compute_dtype(dtype)  # type: ignore[operator]
+    own = {id(p) for p in net.parameters()}
+
+    def kept(batch: int) -> int:
+        sizes: dict[int, int] = {}
+        alive = []  # ids are only unique among living storages
+
+        def keep(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            if id(tensor) not in own and storage._cdata not in sizes:
+                sizes[storage._cdata] = storage.nbytes()
+                alive.append(storage)
+            return tensor
+
+        model = config.model
+        x = torch.empty(batch, model.image_channels, model.sample_size, model.sample_size, device="meta")
+        cond: dict[str, Any] = {}
+        if getattr(model, "class_cond", False):
+            cond["y"] = torch.zeros(batch, dtype=torch.int64, device="meta")
+        small = getattr(model, "small_size", None)
+        if config.kind == "super_resolution" and small:
+            cond["low_res"] = torch.empty(batch, model.image_channels, small, small, device="meta")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device="meta"), **cond)
+        return sum(sizes.values())
+
+    one, two = kept(1), kept(2)
+    return max(0, 2 * one - two), two - one
