@@ -1,0 +1,223 @@
+"""Scores and their receipt: as the lines of 2021, as tables, as JSON.
+
+A number without its receipt cannot be compared with anyone's. The receipt holds all that moves a score: content of
+weights, reference and samples, counts, resize rule, precisions, k, splits, versions and device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FORMAT = 1
+CLASSIC = ("Inception Score", "FID", "sFID", "Precision", "Recall")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number; `error` is one standard error, found by `method`."""
+
+    name: str
+    value: float
+    error: float | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of the images of one class; None where the reference has no labels or too few images."""
+
+    label: int
+    samples: int
+    references: int | None
+    precision: float
+    density: float
+    recall: float | None = None
+    fid: float | None = None
+    kid: float | None = None
+
+
+@dataclass(frozen=True)
+class Extrapolated:
+    """FID at several sample counts and its limit; see `metrics.fid_infinity`."""
+
+    infinity: float
+    slope: float
+    residual: float
+    counts: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Set:
+    """What a set of images is: identity, number, conversions told while reading."""
+
+    name: str
+    sha256: str
+    count: int
+    shape: tuple[int, ...] | None = None
+    statistics: str = "from its images"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """All scores of one set of samples."""
+
+    samples: Set
+    scores: tuple[Score, ...]
+    per_class: tuple[ClassScores, ...] = ()
+    fid_infinity: Extrapolated | None = None
+
+    def score(self, name: str) -> Score | None:
+        """The score of that name, or None."""
+        return next((score for score in self.scores if score.name == name), None)
+
+
+@dataclass(frozen=True)
+class DifferenceReport:
+    """First minus second set in one score, with its standard error."""
+
+    score: str
+    first: str
+    second: str
+    value: float
+    error: float
+    paired: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything one command found."""
+
+    reference: Set
+    sets: tuple[SetReport, ...]
+    settings: dict[str, Any]
+    encoder: dict[str, Any]
+    versions: dict[str, str]
+    differences: tuple[DifferenceReport, ...] = ()
+    warnings: tuple[str, ...] = ()
+    format: int = field(default=FORMAT)
+
+    def to_json(self) -> str:
+        """JSON text; numbers that are not finite become null, as JSON has none."""
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON whole or not at all."""
+        write_text(path, self.to_json())
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write through a temporary file in the same folder and a rename."""
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, partial = tempfile.mkstemp(prefix=".report-", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A report written by `Report.write`, as plain JSON values. ValueError for any other file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a report: {error}") from error
+    if not isinstance(report, dict) or report.get("format") != FORMAT or not report.get("sets"):
+        raise ValueError(f"{path} is no report of this evaluator (format {FORMAT}); write one with --json")
+    return report
+
+
+def versions(device: str) -> dict[str, str]:
+    """Libraries and machine, as far as they touch the last digits."""
+    import numpy
+    import torch
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        found["device"] = f"{device} {torch.cuda.get_device_name(torch.device(device))}"
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def classic_lines(report: SetReport) -> list[str]:
+    """The result lines of the 2021 command, every digit printed."""
+    return [f"{name}: {score.value!r}" for name in CLASSIC if (score := report.score(name)) is not None]
+
+
+def extra_lines(report: SetReport) -> list[str]:
+    """Further scores, error bars, the extrapolation and the table of classes."""
+    lines = [f"{score.name}: {score.value!r}" for score in report.scores if score.name not in CLASSIC]
+    lines += [f"{s.name} standard error: {s.error!r} ({s.method})" for s in report.scores if s.error is not None]
+    if report.fid_infinity is not None:
+        line = report.fid_infinity
+        lines.append(f"FID infinity: {line.infinity!r} (residual {line.residual:.3g}, {_points(line)})")
+    if report.per_class:
+        lines += ["", *class_table(report.per_class)]
+    return lines
+
+
+def _points(line: Extrapolated) -> str:
+    return "FID at N: " + ", ".join(f"{count}: {value:.4f}" for count, value in zip(line.counts, line.values))
+
+
+def class_table(classes: Sequence[ClassScores]) -> list[str]:
+    """One line per class, worst precision first."""
+    head = ("class", "samples", "references", "precision", "recall", "density", "FID", "KID")
+    rows = [
+        (
+            str(row.label),
+            str(row.samples),
+            _cell(row.references, "d"),
+            f"{row.precision:.4f}",
+            _cell(row.recall, ".4f"),
+            f"{row.density:.4f}",
+            _cell(row.fid, ".3f"),
+            _cell(row.kid, ".5f"),
+        )
+        for row in sorted(classes, key=lambda row: (row.precision, row.label))
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [head, *rows]]
+
+
+def difference_lines(differences: Sequence[DifferenceReport]) -> list[str]:
+    """One line per score and pair of sets."""
+    return [
+        f"{d.score}: {d.first} - {d.second} = {d.value:.6g} +- {d.error:.2g}"
+        f"{f' ({abs(d.value) / d.error:.1f} standard errors' if d.error > 0 else ' (no error'}"
+        f"{', images matched by position)' if d.paired else ')'}"
+        for d in differences
+    ]
+
+
+def _cell(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

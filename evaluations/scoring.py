@@ -1,0 +1,356 @@
+"""From image sets to scores: which features, which statistics, which metrics, in one place.
+
+`evaluate` is what the command runs, for use from Python. `Scorer` is its inside: it holds the reference and scores any
+number of sample sets against it, each read once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import metrics, neighbours, report, statistics, uncertainty
+from .encoders import Encoded, Encoder, make_encoder
+from .features import World, pick_device, world_from_environment
+from .inputs import ImageSource, open_images
+
+CUSTOMARY_PR_REFERENCES = 10_000
+PR_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compute and how; the command's options of the same names."""
+
+    weights: str | None = None
+    allow_other_weights: bool = False
+    features: str = "inception"
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str = "float32"
+    pr_dtype: str = "float32"
+    k: int = 3
+    split_size: int = metrics.SPLIT
+    errors: bool = False
+    kid: bool = False
+    density_coverage: bool = False
+    fid_infinity: bool = False
+    per_class: bool = False
+    shard_dir: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pr_dtype not in PR_DTYPES:
+            raise ValueError(f"pr_dtype is {self.pr_dtype!r}, allowed are {', '.join(PR_DTYPES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}, allowed are float32 and bfloat16")
+        for name in ("batch_size", "k", "split_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+
+
+class Side(NamedTuple):
+    """One set of images, encoded, with the statistics that the Frechet distances rest on."""
+
+    about: report.Set
+    encoded: Encoded
+    labels: np.ndarray | None
+    pool: statistics.Statistics
+    spatial: statistics.Statistics | None
+    from_images: bool
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        """Features behind `pool`, None where the statistics came from elsewhere."""
+        return self.encoded.pool if self.from_images else None
+
+    @property
+    def spatial_rows(self) -> np.ndarray | None:
+        """Features behind `spatial`, likewise."""
+        return self.encoded.spatial if self.from_images else None
+
+
+class Scored(NamedTuple):
+    """A set's report and the influences behind its error bars, by score name."""
+
+    report: report.SetReport
+    errors: dict[str, uncertainty.Uncertainty]
+    neighbours: neighbours.Neighbours | None
+
+
+class Scorer:
+    """Holds an encoder and a reference; scores sample sets against it.
+
+    In a process other than the first of several, `read_reference` and `score` do their share of the encoding and
+    return None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        encoder: Encoder | None = None,
+        say: Callable[[str], None] | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.settings = settings
+        self.world = world or world_from_environment()
+        self.say = say or (lambda text: None)
+        self.device = torch.device(settings.device) if settings.device else pick_device(self.world)
+        self.encoder = encoder or make_encoder(settings, self.device)
+        # Float64 linear algebra is not to be had everywhere (Apple's MPS).
+        self.algebra = self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")
+        self.reference: Side | None = None
+        self._radii: np.ndarray | None = None
+
+    def read_reference(self, source: Any) -> Side | None:
+        """Encode the reference and take its statistics, precomputed ones where its file has them."""
+        self.reference = self._read(source, "reference")
+        self._radii = None
+        return self.reference
+
+    def score(self, source: Any) -> Scored | None:
+        """All wanted scores of one set of samples."""
+        sample = self._read(source, "sample")
+        if sample is None or self.reference is None:
+            return None
+        self.say("Computing evaluations...")
+        if len(sample.encoded.pool) == 0:
+            raise ValueError(f"{sample.about.name} holds no images to score")
+        return self._score(sample, self.reference)
+
+    def _read(self, source: Any, role: str) -> Side | None:
+        images = open_images(source) if self.encoder.takes_images else source
+        self.say(f"computing {role} batch activations...")
+        encoded = self.encoder.encode(images, self.settings, self.world)
+        if encoded is None:
+            return None
+        self.say(f"computing/reading {role} batch statistics...")
+        stored = images.statistics() if isinstance(images, ImageSource) and self.encoder.name == "inception" else None
+        if stored is not None:
+            pool = statistics.checked(stored["mu"], stored["sigma"], name=images.name)
+            spatial = statistics.checked(stored["mu_s"], stored["sigma_s"], name=images.name)
+        else:
+            pool = statistics.from_features(encoded.pool)
+            spatial = None if encoded.spatial is None else statistics.from_features(encoded.spatial)
+        about = report.Set(
+            name=encoded.name,
+            sha256=encoded.sha256,
+            count=len(encoded.pool),
+            shape=encoded.shape,
+            statistics="from its images" if stored is None else "precomputed in the file",
+            notes=encoded.notes,
+        )
+        return Side(about, encoded, encoded.labels, pool, spatial, stored is None)
+
+    def _score(self, sample: Side, reference: Side) -> Scored:
+        settings, device = self.settings, self.algebra
+        errors: dict[str, uncertainty.Uncertainty] = {}
+        values: dict[str, float] = {}
+        if self.encoder.weight is not None:
+            if sample.labels is not None and len(set(sample.labels)) > 1 and (np.diff(sample.labels) >= 0).all():
+                _warn(
+                    f"{sample.about.name}: the samples are sorted by class. The Inception Score looks at consecutive "
+                    f"runs of {settings.split_size} images and comes out low; shuffle the file"
+                )
+            inception = metrics.inception_score(
+                sample.encoded.pool, self.encoder.weight, split_size=settings.split_size, device=device
+            )
+            values["Inception Score"] = inception.score
+            errors["Inception Score"] = uncertainty.of_influence(inception.influence)
+        name = "FID" if self.encoder.name == "inception" else f"FD {self.encoder.name}"
+        values[name] = self._frechet(name, sample.pool, reference.pool, sample.rows, reference.rows, errors)
+        if sample.spatial is not None and reference.spatial is not None:
+            values["sFID"] = self._frechet(
+                "sFID", sample.spatial, reference.spatial, sample.spatial_rows, reference.spatial_rows, errors
+            )
+        around = self._neighbours(sample, reference)
+        if around is None:
+            values |= {"Precision": float("nan"), "Recall": float("nan")}
+        else:
+            values |= {"Precision": around.precision, "Recall": around.recall}
+            errors["Precision"] = uncertainty.of_proportion(around.inside_reference, "samples")
+            errors["Recall"] = uncertainty.of_proportion(around.inside_sample, "references")
+        if settings.density_coverage and around is not None:
+            values |= {"Density": around.density, "Coverage": around.coverage}
+            density = uncertainty.of_influence(around.ball_counts / around.k, "spread of counts over samples")
+            errors["Density"] = density
+            errors["Coverage"] = uncertainty.of_proportion(around.occupied, "references")
+        if settings.kid and len(reference.encoded.pool) > 1:
+            kernel = metrics.kernel_distance(sample.encoded.pool, reference.encoded.pool, device=device)
+            values["KID"] = kernel.value
+            errors["KID"] = uncertainty.of_influence(kernel.influence)
+        shown = errors if settings.errors else {}
+        scores = tuple(
+            report.Score(key, value, shown[key].error, shown[key].method) if key in shown else report.Score(key, value)
+            for key, value in values.items()
+        )
+        line = None
+        if settings.fid_infinity:
+            line = report.Extrapolated(*metrics.fid_infinity(sample.encoded.pool, reference.pool, device=device))
+        classes = self._per_class(sample, reference, around) if settings.per_class else ()
+        return Scored(report.SetReport(sample.about, scores, classes, line), errors, around)
+
+    def _frechet(
+        self,
+        name: str,
+        sample: statistics.Statistics,
+        reference: statistics.Statistics,
+        sample_rows: np.ndarray | None,
+        reference_rows: np.ndarray | None,
+        errors: dict[str, uncertainty.Uncertainty],
+    ) -> float:
+        if self.settings.errors and sample_rows is not None and len(sample_rows) >= 4:
+            errors[name] = uncertainty.of_frechet_distance(sample_rows, sample, reference, device=self.algebra)
+        return metrics.frechet_distance(
+            sample,
+            reference,
+            sample_features=sample_rows,
+            reference_features=reference_rows,
+            device=self.algebra,
+            name=name,
+        )
+
+    def _neighbours(self, sample: Side, reference: Side) -> neighbours.Neighbours | None:
+        x, y, k = sample.encoded.pool, reference.encoded.pool, self.settings.k
+        if len(y) == 0:
+            _warn(f"{reference.about.name} holds no images, so precision and recall cannot be computed")
+            return None
+        if min(len(x), len(y)) <= k:
+            _warn(f"precision and recall at k = {k} need at least {k + 1} images in each set")
+            return None
+        if len(y) < CUSTOMARY_PR_REFERENCES:
+            _warn(
+                f"precision and recall rest on {len(y)} reference images; {CUSTOMARY_PR_REFERENCES} are the custom, "
+                "and fewer give other numbers"
+            )
+        dtype = PR_DTYPES[self.settings.pr_dtype]
+        if self._radii is None:
+            self._radii = neighbours.squared_radii(y, k=k, dtype=dtype, device=self.algebra)
+        return neighbours.neighbours(x, y, k=k, dtype=dtype, device=self.algebra, reference_radii=self._radii)
+
+    def _per_class(
+        self, sample: Side, reference: Side, around: neighbours.Neighbours | None
+    ) -> tuple[report.ClassScores, ...]:
+        if sample.labels is None or around is None:
+            _warn(f"{sample.about.name} has no labels (arr_1), so there are no scores per class")
+            return ()
+        rows = []
+        for label in np.unique(sample.labels):
+            mine = sample.labels == label
+            row = report.ClassScores(
+                label=int(label),
+                samples=int(mine.sum()),
+                references=None,
+                precision=float(around.inside_reference[mine].mean()),
+                density=float(around.ball_counts[mine].mean() / around.k),
+            )
+            if reference.labels is not None:
+                theirs = reference.labels == label
+                x, y = sample.encoded.pool[mine], reference.encoded.pool[theirs]
+                row = replace(row, references=len(y))
+                if len(y):
+                    row = replace(row, recall=float(around.inside_sample[theirs].mean()))
+                if min(len(x), len(y)) > 1:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", metrics.RankDeficientWarning)
+                        distance = metrics.frechet_distance_of_features(x, y, device=self.algebra)
+                    row = replace(row, fid=distance, kid=metrics.kernel_distance(x, y, device=self.algebra).value)
+            rows.append(row)
+        return tuple(rows)
+
+
+def evaluate(
+    reference: Any,
+    samples: Any,
+    settings: Settings | None = None,
+    *,
+    encoder: Encoder | None = None,
+    say: Callable[[str], None] | None = None,
+    show: Callable[[Scored], None] | None = None,
+    world: World | None = None,
+) -> report.Report | None:
+    """Score one set of samples, or a list of sets, against a reference; None in all processes but the first.
+
+    `reference` and each set are anything `open_images` takes: a path, an array, batches. `say` hears what is going on,
+    `show` gets each set's scores as soon as they are there.
+
+    >>> evaluate("reference.npz", images_uint8).sets[0].score("FID").value
+    """
+    settings = settings or Settings()
+    many = isinstance(samples, (list, tuple))
+    with _recorded() as told:
+        scorer = Scorer(settings, encoder=encoder, say=say, world=world)
+        scorer.read_reference(reference)
+        scored = []
+        for source in samples if many else [samples]:
+            one = scorer.score(source)
+            if one is not None:
+                scored.append(one)
+                if show is not None:
+                    show(one)
+    if scorer.reference is None:
+        return None
+    return report.Report(
+        reference=scorer.reference.about,
+        sets=tuple(one.report for one in scored),
+        settings=_receipt(settings, scorer),
+        encoder=scorer.encoder.receipt(),
+        versions=report.versions(str(scorer.device)),
+        differences=tuple(_differences(scored)) if settings.errors else (),
+        warnings=tuple(dict.fromkeys(told)),
+    )
+
+
+def _receipt(settings: Settings, scorer: Scorer) -> dict[str, Any]:
+    shown = asdict(settings)
+    for name in ("weights", "shard_dir", "progress", "device", "batch_size"):
+        del shown[name]  # none of these is able to change a number; weights are named by content elsewhere
+    shown["frechet"] = "float64; singular values of the product of covariance roots"
+    shown["neighbours"] = f"k = {settings.k}, squared distances, inside when <=, {settings.pr_dtype}"
+    shown["splits"] = f"consecutive, {settings.split_size} images each, in file order, no bias, float64"
+    return shown
+
+
+def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
+    for i, first in enumerate(scored):
+        for second in scored[i + 1 :]:
+            for score in first.report.scores:
+                other = second.report.score(score.name)
+                if other is None or score.name not in first.errors or score.name not in second.errors:
+                    continue
+                found = uncertainty.difference(
+                    score.value, first.errors[score.name], other.value, second.errors[score.name]
+                )
+                names = (os.path.basename(one.report.samples.name) for one in (first, second))
+                yield report.DifferenceReport(score.name, *names, found.value, found.error, found.paired)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+@contextmanager
+def _recorded() -> Iterator[list[str]]:
+    """Warnings shown as usual and also kept for the report."""
+    told: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        before = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            told.append(str(message))
+            before(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        try:
+            yield told
+        finally:
+            warnings.showwarning = before
