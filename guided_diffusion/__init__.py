@@ -1,1 +1,74 @@
-"""Guided diffusion: train, guide, sample and score image diffusion models."""
+"""Guided diffusion: train, guide and sample image diffusion models (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233).
+
+Importing this package loads neither torch nor MPI; each name below is loaded when it is first touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import presets as presets
+    from .build import Loaded as Loaded
+    from .build import build_classifier as build_classifier
+    from .build import build_model as build_model
+    from .build import build_process as build_process
+    from .build import build_super_res as build_super_res
+    from .build import load as load
+    from .build import save as save
+    from .config import ClassifierConfig as ClassifierConfig
+    from .config import DataConfig as DataConfig
+    from .config import DiffusionConfig as DiffusionConfig
+    from .config import ModelConfig as ModelConfig
+    from .config import RunConfig as RunConfig
+    from .config import SampleConfig as SampleConfig
+    from .config import SuperResConfig as SuperResConfig
+    from .config import TrainConfig as TrainConfig
+    from .diffusion import guidance as guidance
+    from .diffusion.denoiser import Denoised as Denoised
+    from .diffusion.denoiser import make_denoiser as make_denoiser
+    from .diffusion.process import Process as Process
+    from .diffusion.process import make_process as make_process
+    from .diffusion.process import respace as respace
+    from .diffusion.process import space_timesteps as space_timesteps
+    from .diffusion.samplers import ancestral as ancestral
+    from .diffusion.samplers import ddim as ddim
+    from .diffusion.samplers import dpm_solver as dpm_solver
+    from .diffusion.samplers import heun as heun
+    from .diffusion.samplers import last as last
+    from .sampling.generate import generate as generate
+    from .training.trainer import Trainer as Trainer
+
+# module -> the names it gives to the package; "" stands for the module itself
+_API = {
+    "build": ("Loaded", "build_classifier", "build_model", "build_process", "build_super_res", "load", "save"),
+    "config": (
+        "ClassifierConfig", "DataConfig", "DiffusionConfig", "ModelConfig", "RunConfig", "SampleConfig", "SuperResConfig",
+        "TrainConfig",
+    ),
+    "diffusion.denoiser": ("Denoised", "make_denoiser"),
+    "diffusion.process": ("Process", "make_process", "space_timesteps"),
+    "diffusion.samplers": ("ancestral", "ddim", "dpm_solver", "heun", "last"),
+    "sampling.generate": ("generate",),
+    "training.trainer": ("Trainer",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _API.items() for name in names}
+# `respace` is the 2021 module of that name, which can also be called as the function.
+_MODULES = {"guidance": "diffusion.guidance", "presets": "presets", "respace": "respace"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first touch (PEP 562)."""
+    if name in _MODULES:
+        value: Any = import_module(f".{_MODULES[name]}", __name__)
+    elif name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES})

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import identify
 from .config import (
     ClassifierConfig,
     DataConfig,
@@ -34,7 +35,7 @@ from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .runtime import storage
 from .runtime.streams import TRAIN, Streams, key_of
-from .training.checkpoint import find_latest, load_weights, read_run_json
+from .training.checkpoint import find_latest, load_weights, read_run_json, save_run
 from .training.losses import Losses
 from .training.restore import load_weights_into
 
@@ -294,7 +295,7 @@ def check_pair(model: Loaded, critic: Loaded) -> None:
     pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
     if getattr(ours.model, "class_cond", False):
         pairs["number of classes"] = (_classes(ours.model), _classes(theirs.model))
-    for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps"):
+    for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and critic.certain else ():
         pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
     wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
     if model.class_names and critic.class_names and model.class_names != critic.class_names and not wrong:
@@ -320,6 +321,8 @@ class Loaded:
     class_names: tuple[str, ...] = ()
     step: int | None = None
     sha256: str = ""
+    certain: bool = True
+    """Whether the noise process was read from the file, not only assumed."""
 
     @property
     def kind(self) -> str:
@@ -362,12 +365,31 @@ def find(path: str, *, tell: Tell = print) -> Found:
     return Found(path, RunConfig.from_dict(run["kind"], run["config"]), tuple(run["class_names"]), run["step"], sha256)
 
 
-def recognise(path: str, weights: Mapping[str, Tensor], kind: str) -> RunConfig:
-    """The configuration of a file that carries none, from its tensors alone."""
-    raise ValueError(
-        f"{path} carries no configuration (there is no run*.json beside it); give the flags it was trained with, "
-        f"such as --image_size, --num_channels, --num_res_blocks, --learn_sigma"
-    )
+def recognise(
+    path: str, weights: Mapping[str, Tensor], kind: str, flags: Mapping[str, Any], tell: Tell = print
+) -> RunConfig:
+    """The configuration of a file that carries none, from its tensors and the flags that were typed.
+
+    Who types flags as in 2021 leaves out those at their default; so for files that are no released ones, what shapes
+    cannot tell (heads, schedule ...) is the default of 2021 as soon as any flag describes the network.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    flags = {name: value for name, value in flags.items()}
+    if _describes(kind, flags) and identify.released_as(path, shapes) is None:
+        model, diffusion = RunConfig.sections(kind)["model"](), DiffusionConfig()
+        unsaid = {**model.to_dict(), **diffusion.to_dict()}
+        flags = {**{name: unsaid[name] for name in _UNSAID if name in unsaid}, **flags}
+    config = identify.identify(path, shapes, flags=flags, tell=tell)
+    if config.kind == "classifier":  # its tensors say nothing of the noise it was trained on
+        told = {name: flags[name] for name in DiffusionConfig.names() if name in flags}
+        config = replace(config, diffusion=replace(config.diffusion, **told))
+    return config
+
+
+# What no tensor's shape can tell.
+_UNSAID = (
+    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "rescale_timesteps", "diffusion_steps",
+)  # fmt: skip
 
 
 def load(
@@ -390,8 +412,9 @@ def load(
     weights = load_weights(found.path)
     config = found.config
     if config is None:
-        config = _from_flags_of_2021(kind, flags) if _describes(kind, flags) else recognise(found.path, weights, kind)
-    config = agree(config, flags, found.path)
+        config = recognise(found.path, weights, kind, flags, tell)
+    else:
+        config = agree(config, flags, found.path)
     with torch.device("meta"):
         net = build_network(config.model, config.diffusion)
     net = net.to_empty(device="cpu")
@@ -401,7 +424,8 @@ def load(
     chosen = choose_precision(precision, half, device, tell)
     net.set_compute_dtype(DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
     process = build_process(config.diffusion).to(device)
-    return Loaded(net, process, config, found.path, found.class_names, found.step, found.sha256)
+    certain = found.config is not None or config.kind != "classifier"
+    return Loaded(net, process, config, found.path, found.class_names, found.step, found.sha256, certain)
 
 
 # Flags that may differ from those of training: they change how a network is used, not what its weights mean.
@@ -431,9 +455,13 @@ def _describes(kind: str, flags: Mapping[str, Any]) -> bool:
     return bool((set(RunConfig.sections(kind)["model"].names()) & set(flags)) - FREE)
 
 
-def _from_flags_of_2021(kind: str, flags: Mapping[str, Any]) -> RunConfig:
-    config = RunConfig.from_flags(kind, flags)
-    knows_classes = kind == "classifier" or getattr(config.model, "class_cond", False)
-    if knows_classes and not config.model.num_classes:
-        config = replace(config, model=replace(config.model, num_classes=CLASSES_OF_2021))
-    return config
+def save(loaded: Loaded, folder: str) -> str:
+    """Write a network with its configuration into `folder`; `load(folder)` reads it back. Returns the path of the JSON file."""
+    return save_run(
+        folder,
+        step=loaded.step or 0,
+        model=loaded.net.state_dict(),
+        config=loaded.config.to_dict(),
+        kind=loaded.kind,
+        class_names=loaded.class_names,
+    )

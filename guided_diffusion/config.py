@@ -42,10 +42,11 @@ def _flag(
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
-def numbers(text: str, flag: str) -> Numbers:
-    """ "0.5,1, 2" -> (0.5, 1, 2); whole numbers come back as int. ValueError names the flag."""
+def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
+    """ "0.5,1, 2" or a sequence -> (0.5, 1, 2); whole numbers come back as int. ValueError names the flag."""
+    parts = text.split(",") if isinstance(text, str) else list(text)
     try:
-        found = [float(part) for part in str(text).split(",") if part.strip()]
+        found = [float(part) for part in parts if str(part).strip()]
     except ValueError:
         raise ValueError(f"--{flag} is {text!r}; it must be numbers separated by commas, such as 32,16,8") from None
     return tuple(int(value) if value == int(value) else value for value in found)

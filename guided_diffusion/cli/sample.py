@@ -111,6 +111,7 @@ def _run(parsed: arguments.Parsed, config: SampleConfig, world: World, stop: Any
         seed=config.seed,
         labels=g.LabelPlan(classes, config.labels == "balanced", config.seed),
         receipt=receipt,
+        about={"model": model.path, "classifier": critic.path if critic else None, "device": str(world.device)},
         grid=config.grid,
         class_names=names,
     )
@@ -149,7 +150,7 @@ def _classes(loaded: Loaded) -> int:
 def _identity(loaded: Loaded) -> dict[str, Any]:
     from ..runtime import storage
 
-    return {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "path": loaded.path, "step": loaded.step}
+    return {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "step": loaded.step}
 
 
 def choose_classes(text: str, count: int, names: Sequence[str]) -> tuple[int, ...]:

@@ -60,7 +60,8 @@ class Job:
 
     shape       channels, height, width
     out         folder; the npz, the picture and the receipt come here
-    receipt     what made the images (flags, weights, versions): written beside them, compared when a job goes on
+    receipt     what the images depend on (flags, hashes of weights): written beside them, compared when a job goes on
+    about       what else to write beside them
     to_uint8    images in [-1, 1] `[B, C, H, W]` -> uint8 `[B, H, W, C]`
     conditions  further inputs of the network by image number, such as low-resolution images
     """
@@ -73,6 +74,7 @@ class Job:
     seed: int = 0
     labels: LabelPlan = field(default_factory=LabelPlan)
     receipt: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
     conditions: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
     grid: int = 64
     class_names: Sequence[str] = ()
@@ -197,6 +199,7 @@ def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
         "format": 1,
         "num_samples": job.num_samples,
         "settings": _fingerprint(job),
+        "about": dict(job.about),
         "class_names": list(job.class_names),
         "uint8": "((x + 1) * 127.5).clamp(0, 255), truncated",
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": python_version()},

@@ -1,0 +1,275 @@
+"""Door: the factory functions and flag helpers of 2021, on config.py, build.py and cli/arguments.py.
+
+The keys of the dicts and the positional parameters are frozen: programs build calls from them by inspection. What is new is keyword-only.
+"""
+
+import argparse  # noqa: F401
+import inspect  # noqa: F401
+from typing import Any
+
+from . import build
+from . import gaussian_diffusion as gd
+from .cli.arguments import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
+from .config import ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig
+from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
+from .respace import SpacedDiffusion, space_timesteps
+
+# Read when a class-conditional network is made, so that assigning to it has an effect.
+NUM_CLASSES = 1000
+
+_DIFFUSION = (
+    "learn_sigma", "diffusion_steps", "noise_schedule", "timestep_respacing", "use_kl", "predict_xstart",
+    "rescale_timesteps", "rescale_learned_sigmas",
+)  # fmt: skip
+_CLASSIFIER = (
+    "image_size", "classifier_use_fp16", "classifier_width", "classifier_depth", "classifier_attention_resolutions",
+    "classifier_use_scale_shift_norm", "classifier_resblock_updown", "classifier_pool",
+)  # fmt: skip
+_SUPER_RES = (
+    "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels", "attention_resolutions",
+    "dropout", "class_cond", "use_checkpoint", "use_scale_shift_norm", "resblock_updown", "use_fp16",
+)  # fmt: skip
+_MODEL = (
+    "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels",
+    "attention_resolutions", "channel_mult", "dropout", "class_cond", "use_checkpoint", "use_scale_shift_norm",
+    "resblock_updown", "use_fp16", "use_new_attention_order",
+)  # fmt: skip
+
+
+def _defaults(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """The flags of `create_gaussian_diffusion`, with `diffusion_steps` for its `steps`."""
+    return _defaults(DiffusionConfig(), _DIFFUSION)
+
+
+def classifier_defaults() -> dict[str, Any]:
+    """The flags of `create_classifier`."""
+    return _defaults(ClassifierConfig(), _CLASSIFIER)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """The flags of `create_model_and_diffusion`."""
+    return {**_defaults(ModelConfig(), _MODEL), **diffusion_defaults()}
+
+
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """The flags of `create_classifier_and_diffusion`."""
+    return {**classifier_defaults(), **diffusion_defaults()}
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """The flags of `sr_create_model_and_diffusion`."""
+    return {
+        **_defaults(SuperResConfig(), _SUPER_RES),
+        **diffusion_defaults(),
+        **_defaults(SuperResConfig(), ("large_size", "small_size")),
+    }
+
+
+def create_model_and_diffusion(
+    image_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    use_new_attention_order: bool,
+    *,
+    num_classes: int | None = None,
+    image_channels: int = 3,
+) -> tuple[UNetModel, SpacedDiffusion]:
+    """A network and its diffusion from the flags of `model_and_diffusion_defaults`."""
+    given = locals()
+    model = create_model(
+        **{name: given[name] for name in (*_MODEL, "learn_sigma")},
+        num_classes=num_classes,
+        image_channels=image_channels,
+    )
+    return model, _diffusion(given)
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    *,
+    num_classes: int | None = None,
+    image_channels: int = 3,
+) -> UNetModel:
+    """The denoising network; class-conditional ones have `num_classes`, else NUM_CLASSES, classes."""
+    given = locals()
+    classes = (num_classes or NUM_CLASSES) if class_cond else 0
+    config = ModelConfig(**{name: given[name] for name in _MODEL}, num_classes=classes, image_channels=image_channels)
+    return build.build_model(config, DiffusionConfig(learn_sigma=learn_sigma))
+
+
+def create_classifier_and_diffusion(
+    image_size: int,
+    classifier_use_fp16: bool,
+    classifier_width: int,
+    classifier_depth: int,
+    classifier_attention_resolutions: str,
+    classifier_use_scale_shift_norm: bool,
+    classifier_resblock_updown: bool,
+    classifier_pool: str,
+    learn_sigma: bool,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    *,
+    num_classes: int = 1000,
+    image_channels: int = 3,
+) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """A classifier and the diffusion it is trained for, from the flags of `classifier_and_diffusion_defaults`."""
+    given = locals()
+    more: dict[str, Any] = {"num_classes": num_classes, "image_channels": image_channels}
+    return create_classifier(**{name: given[name] for name in _CLASSIFIER}, **more), _diffusion(given)
+
+
+def create_classifier(
+    image_size: int,
+    classifier_use_fp16: bool,
+    classifier_width: int,
+    classifier_depth: int,
+    classifier_attention_resolutions: str,
+    classifier_use_scale_shift_norm: bool,
+    classifier_resblock_updown: bool,
+    classifier_pool: str,
+    *,
+    num_classes: int = 1000,
+    image_channels: int = 3,
+) -> EncoderUNetModel:
+    """The classifier of noised images. As in 2021 it has 1000 outputs whatever NUM_CLASSES says; `num_classes` changes that."""
+    return build.build_classifier(ClassifierConfig(**locals()))
+
+
+def sr_create_model_and_diffusion(
+    large_size: int,
+    small_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    *,
+    channel_mult: str = "",
+    use_new_attention_order: bool = False,
+    num_classes: int | None = None,
+    image_channels: int = 3,
+) -> tuple[SuperResModel, SpacedDiffusion]:
+    """A super-resolution network and its diffusion from the flags of `sr_model_and_diffusion_defaults`."""
+    given = locals()
+    more = ("channel_mult", "use_new_attention_order", "num_classes", "image_channels", "large_size", "small_size")
+    model = sr_create_model(**{name: given[name] for name in (*_SUPER_RES, "learn_sigma", *more)})
+    return model, _diffusion(given)
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    resblock_updown: bool,
+    use_fp16: bool,
+    *,
+    channel_mult: str = "",
+    use_new_attention_order: bool = False,
+    num_classes: int | None = None,
+    image_channels: int = 3,
+) -> SuperResModel:
+    """The network that makes `large_size` images from `small_size` ones."""
+    given = {name: value for name, value in locals().items() if name != "learn_sigma"}
+    given["num_classes"] = (num_classes or NUM_CLASSES) if class_cond else 0
+    model = build.build_super_res(SuperResConfig(**given), DiffusionConfig(learn_sigma=learn_sigma))
+    assert isinstance(model, SuperResModel)
+    return model
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: Any = "",
+) -> SpacedDiffusion:
+    """The diffusion of these flags. `timestep_respacing` may be a string, a whole number or a list; "" keeps every step."""
+    fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    mse = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),  # looked up at each call: programs replace it
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=gd.LossType.RESCALED_KL if use_kl else mse,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def _diffusion(given: dict[str, Any]) -> SpacedDiffusion:
+    flags = {name: given[name] for name in _DIFFUSION}
+    return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
