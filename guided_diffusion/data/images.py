@@ -157,6 +157,8 @@ def _cover(picture: np.ndarray | PILImage.Image, height: int, width: int) -> np.
     """Scale a picture, aspect kept, to the smallest size that covers `height x width`."""
     from PIL.Image import Resampling
 
+    if isinstance(picture, np.ndarray) and picture.shape[:2] == (height, width):
+        return picture  # as packed pictures are: resizing to the same size changes nothing
     image = from_array(picture) if isinstance(picture, np.ndarray) else picture
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Resampling.BOX)

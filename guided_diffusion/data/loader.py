@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -168,13 +169,19 @@ class Batches(Iterator[Batch]):
             self._fetched = iter(self._loader)
         fetched = next(self._fetched)
         self.wait_seconds += time.perf_counter() - started
-        self.skipped += len(fetched.skipped)
-        self.skipped_examples += fetched.skipped[: _REMEMBERED - len(self.skipped_examples)]
+        self._count(fetched.skipped)
         if fetched.error:
             self.close()
             raise ValueError(f"{fetched.error}; remove or repair it, or continue past such files with on_error='skip'")
         assert fetched.images is not None
         return Batch(fetched.images, fetched.labels, self._positions, fetched.step)
+
+    def _count(self, skipped: list[str]) -> None:
+        before, self.skipped = self.skipped, self.skipped + len(skipped)
+        self.skipped_examples += skipped[: _REMEMBERED - len(self.skipped_examples)]
+        if len(str(self.skipped)) > len(str(before)) or (skipped and not before):  # at 1, 10, 100, ...
+            text = f"{self.skipped} times an unreadable image was replaced by another; the latest: {skipped[-1]}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
         """Stop the workers; the next `next()` would begin again at the first step."""

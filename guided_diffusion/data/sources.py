@@ -142,9 +142,8 @@ def _lmdb(root: str) -> Any:
     try:
         import lmdb
     except ImportError as error:
-        raise ImportError(
-            f"{root!r} is an lmdb (as LSUN comes); reading it needs the package lmdb: pip install lmdb"
-        ) from error
+        text = f"{root!r} is an lmdb (as LSUN comes) and needs the package lmdb: pip install lmdb, or this package with the extra [lmdb]"
+        raise ImportError(text) from error
     return lmdb.open(root, readonly=True, lock=False, readahead=False, meminit=False, max_readers=100)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 from itertools import islice
 from pathlib import Path
@@ -250,7 +251,10 @@ def test_or_is_replaced_by_the_next_and_counted(damaged, noisy, workers):
     batches = make_batches(
         damaged, image_size=8, batch_size=4, workers=workers, on_error="skip", shuffle=False, flip=False
     )
-    got = torch.cat([batch.images for batch in islice(batches, 2)])
+    with pytest.warns(
+        RuntimeWarning, match=r"times an unreadable image was replaced by another; the latest: .*0[34]\.png"
+    ):
+        got = torch.cat([batch.images for batch in islice(batches, 2)])
     whole = torch.cat([batch.images for batch in first(noisy, 2, shuffle=False, flip=False)])
     assert torch.equal(got, whole[[0, 1, 2, 5, 5, 5, 6, 7]])
     assert batches.skipped == 3  # 3, then 4 in its place, then 4
@@ -263,12 +267,31 @@ def test_replacements_have_their_own_label(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     (tmp_path / "a_1.png").write_bytes(b"")
     records = list_records(tmp_path, labels="prefix")
-    batch = next(make_batches(records, image_size=8, batch_size=1, on_error="skip", shuffle=False))
+    with pytest.warns(RuntimeWarning, match="1 times"):
+        batch = next(make_batches(records, image_size=8, batch_size=1, on_error="skip", shuffle=False))
     assert batch.labels.tolist() == [1]
 
 
 def test_nothing_but_broken_pictures_is_an_error(tmp_path):
     for k in range(3):
         (tmp_path / f"{k}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"3 images in a row cannot be read; the first: .*png"):
+    with (
+        pytest.raises(ValueError, match=r"3 images in a row cannot be read; the first: .*png"),
+        pytest.warns(RuntimeWarning),
+    ):
         next(make_batches(list_records(tmp_path), image_size=8, batch_size=1, on_error="skip"))
+
+
+def test_what_workers_are_sent_survives_pickling(noisy):
+    # As platforms need that start workers afresh instead of forking.
+    batches = make_batches(noisy, image_size=8, batch_size=4, crop="random")
+    dataset = batches._loader.dataset
+    wanted = next(iter(batches._loader.batch_sampler))
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy.__getitems__(wanted).images, dataset.__getitems__(wanted).images)
+
+
+def test_odd_file_names_reach_the_workers(tmp_path):
+    for name in ("ü 1.png", "日本.png", os.fsdecode(b"latin-\xe9.png")):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(first(list_records(tmp_path), 3, batch_size=3)) == 3
