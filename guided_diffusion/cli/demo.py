@@ -1,0 +1,242 @@
+"""`guided-diffusion demo`: the whole main job on real handwritten digits, without a download.
+
+The 1,797 digits of 8x8 pixels that scikit-learn ships (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
+Digits, UCI Machine Learning Repository, 1998; CC BY 4.0) become image files; from there on every step is a command that
+a user could type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
+HELD_OUT = 5  # every fifth digit is kept from training, for the classifier's validation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns 0. `--quick` is the same journey with a network and a patience too small to be good."""
+    parser = argparse.ArgumentParser(prog="guided-diffusion demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", default="runs/demo", help="folder for everything that is made (default runs/demo)")
+    parser.add_argument("--quick", action="store_true", help="a minute instead of ten, digits not yet readable")
+    parser.add_argument("--seed", type=int, default=0, help="seed of training and of the samples (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    plan = Plan.quick() if args.quick else Plan()
+    clock = Clock()
+
+    train_dir, val_dir = write_digits(out / "data")
+    clock.tell("digits written as files")
+    common = ["--seed", str(args.seed), "--device", args.device, "--resume_checkpoint", "auto"]
+    run(["train", "--data_dir", train_dir, "--out", str(out / "diffusion"), *common, *plan.diffusion])
+    clock.tell("diffusion model trained")
+    classifier = ["--data_dir", train_dir, "--val_data_dir", val_dir, "--out", str(out / "classifier")]
+    run(["train-classifier", *classifier, *common, *plan.classifier])
+    clock.tell("noisy-image classifier trained")
+    for scale in SCALES:
+        run(
+            [
+                *("sample", "--model_path", str(out / "diffusion"), "--classifier_path", str(out / "classifier")),
+                *("--classifier_scale", str(scale), "--out", str(out / "samples" / f"scale_{scale:g}")),
+                *("--seed", str(args.seed), "--device", args.device, *plan.sample),
+            ]
+        )
+        clock.tell(f"sampled at scale {scale:g}")
+    table = score(out, train_dir, args.device)
+    clock.tell("scored")
+    write_pictures(out, table)
+    print_table(table)
+    (out / "scores.json").write_text(json.dumps({"scores": table, "seconds": clock.laps}, indent=1), encoding="utf-8")
+    print(f"everything is in {out}: grid_scale_*.png, curves.png, trade.png, scores.json")
+    return 0
+
+
+class Plan:
+    """Flags of the three commands; tuned so that two CPU cores need less than ten minutes of training."""
+
+    def __init__(self) -> None:
+        self.diffusion = (
+            "--image_size 8 --image_channels 1 --class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 "
+            "--attention_resolutions 4 --num_head_channels 16 --resblock_updown True --use_scale_shift_norm True "
+            "--learn_sigma True --noise_schedule cosine --diffusion_steps 1000 --dropout 0.1 --random_flip False "
+            "--batch_size 64 --lr 1e-3 --warmup_steps 100 --lr_anneal_steps 4000 --ema_rate 0.998 "
+            "--save_interval 1000 --sample_interval 1000 --log_interval 50"
+        ).split()
+        self.classifier = (
+            "--image_size 8 --image_channels 1 --classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2 "
+            "--classifier_attention_resolutions 4 --classifier_num_head_channels 32 --classifier_pool attention "
+            "--noise_schedule cosine --diffusion_steps 1000 --random_flip False --random_crop False --batch_size 64 "
+            "--lr 1e-3 --iterations 1000 --anneal_lr True --weight_decay 0.05 --save_interval 1000 --log_interval 50 "
+            "--eval_interval 50"
+        ).split()
+        self.sample = "--num_samples 500 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50".split()
+
+    @classmethod
+    def quick(cls) -> Plan:
+        plan = cls()
+        plan.diffusion = _replace(plan.diffusion, lr_anneal_steps=60, save_interval=30, sample_interval=60)
+        plan.diffusion = _replace(plan.diffusion, log_interval=10, batch_size=16)
+        plan.classifier = _replace(plan.classifier, iterations=60, save_interval=60, log_interval=10, eval_interval=30)
+        plan.sample = _replace(plan.sample, num_samples=60, batch_size=30, timestep_respacing="ddim10")
+        return plan
+
+
+def _replace(flags: list[str], **values: object) -> list[str]:
+    out = list(flags)
+    for name, value in values.items():
+        out[out.index(f"--{name}") + 1] = str(value)
+    return out
+
+
+class Clock:
+    """Wall seconds of each part, told as they pass."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def tell(self, what: str) -> None:
+        now = time.monotonic()
+        self.laps[what] = round(now - self._last, 1)
+        print(f"== {what}: {self.laps[what]:.1f} s", flush=True)
+        self._last = now
+
+
+def run(flags: list[str]) -> None:
+    """Run one command of ours in this process, printed as a user would type it."""
+    from .main import main as command
+
+    print("\n$ guided-diffusion " + " ".join(flags), flush=True)
+    code = command(flags)
+    if code:
+        raise SystemExit(code)
+
+
+def write_digits(folder: Path) -> tuple[str, str]:
+    """Write the digits as 8x8 grey PNG files, `train/DIGIT/NNNN.png` and `val/DIGIT/NNNN.png`; returns both folders."""
+    from PIL import Image
+
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the demo's digits come with scikit-learn: pip install 'guided-diffusion[demo]'") from None
+
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+        split = "val" if index % HELD_OUT == 0 else "train"
+        path = folder / split / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(path)
+    return str(folder / "train"), str(folder / "val")
+
+
+def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
+    """Rows (scale, fd, precision, recall, accuracy) of the samples against the training digits, in the classifier's features.
+
+    The distance is Frechet's as in FID, over the classifier's features instead of Inception's: "FID-like".
+    """
+    import numpy as np
+
+    from evaluations.metrics import frechet_distance_of_features
+    from evaluations.neighbours import neighbours
+
+    from .. import build
+    from ..runtime import world
+    from .features import classifier_features, read_images
+
+    rows = []
+    with world.session(device) as here:
+        critic = build.load(str(out / "classifier"), kind="classifier", device=here.device, tell=_silent)
+        images, _ = read_images(data_dir, critic, 100)
+        real, _ = classifier_features(critic, images, here.device)
+        for scale in SCALES:
+            path = next((out / "samples" / f"scale_{scale:g}").glob("samples_*.npz"))
+            images, labels = read_images(str(path), critic, 100)
+            made, predicted = classifier_features(critic, images, here.device)
+            near = neighbours(made, real)
+            rows.append(
+                {
+                    "scale": scale,
+                    "fd": round(frechet_distance_of_features(made, real), 4),
+                    "precision": round(near.precision, 4),
+                    "recall": round(near.recall, 4),
+                    "accuracy": round(float(np.mean(predicted == labels)), 4),
+                }
+            )
+    return rows
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def print_table(rows: list[dict[str, float]]) -> None:
+    """The table a reader of the paper knows: what the guidance scale trades."""
+    print("\n scale  FD (lower is better)  precision  recall  classifier accuracy")
+    for row in rows:
+        print(
+            f"{row['scale']:6g}  {row['fd']:20.3f}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['accuracy']:19.3f}"
+        )
+
+
+def write_pictures(out: Path, rows: list[dict[str, float]]) -> None:
+    """`grid_scale_*.png` (a row per digit would do; here ten columns, one per digit), `curves.png` and `trade.png`."""
+    import numpy as np
+
+    from ..sampling.writers import write_grid
+
+    for scale in SCALES:
+        path = next((out / "samples" / f"scale_{scale:g}").glob("samples_*.npz"))
+        with np.load(path, allow_pickle=False) as held:
+            images, labels = held["arr_0"], held["arr_1"]
+        order = np.concatenate(
+            [np.flatnonzero(labels == digit)[row : row + 1] for row in range(6) for digit in range(10)]
+        )
+        write_grid(str(out / f"grid_scale_{scale:g}.png"), images[order], [str(labels[k]) for k in order], columns=10)
+    _write_plots(out, rows)
+
+
+def _write_plots(out: Path, rows: list[dict[str, float]]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots without matplotlib: pip install 'guided-diffusion[demo]'")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axes, run_name, columns in (
+        (left, "diffusion", ("mse_q0", "mse_q1", "mse_q2", "mse_q3")),
+        (right, "classifier", ("train_acc@1", "val_acc@1")),
+    ):
+        table = _read_progress(out / run_name / "progress.csv")
+        for column in columns:
+            points = [(float(r["step"]), float(r[column])) for r in table if r.get(column)]
+            if points:
+                axes.plot(*zip(*points), label=column, linewidth=1)
+        axes.set(title=run_name, xlabel="step")
+        axes.legend()
+    left.set_yscale("log")
+    figure.savefig(out / "curves.png", dpi=110)
+
+    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    scales = [row["scale"] for row in rows]
+    for column in ("precision", "recall", "accuracy"):
+        axes.plot(scales, [row[column] for row in rows], marker="o", label=column)
+    axes.set(xlabel="classifier scale", title="what guidance trades")
+    axes.legend()
+    figure.savefig(out / "trade.png", dpi=110)
+    plt.close("all")
+
+
+def _read_progress(path: Path) -> list[dict[str, Any]]:
+    import csv
+
+    with open(path, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))

@@ -1,0 +1,102 @@
+"""`features`: what a trained classifier sees in clean images, as an npz that the evaluation suite scores (`--features npz`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..build import Loaded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`guided-diffusion features`: IMAGES (a folder, or an npz with arr_0) -> npz with `features`, `arr_1` labels and `predicted`."""
+    parser = argparse.ArgumentParser(prog="guided-diffusion features", description=__doc__, allow_abbrev=False)
+    parser.add_argument("images", help="a folder of images, or an npz with arr_0")
+    parser.add_argument("--classifier_path", required=True, help="weights of a classifier, or the folder of its run")
+    parser.add_argument("--out", required=True, help="the npz to write")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per pass (default 64)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    args = parser.parse_args(argv)
+
+    import io
+
+    import numpy as np
+
+    from .. import build
+    from ..runtime import storage, world
+
+    with world.session(args.device) as here:
+        critic = build.load(args.classifier_path, kind="classifier", device=here.device)
+        if critic.kind != "classifier":
+            raise ValueError(f"--classifier_path {critic.path} is a {critic.kind} model, not a classifier")
+        images, labels = read_images(args.images, critic, args.batch_size)
+        features, predicted = classifier_features(critic, images, here.device)
+        arrays: dict[str, Any] = {"features": features, "predicted": predicted}
+        if labels is not None:
+            arrays["arr_1"] = labels
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        if here.is_main:
+            storage.write_bytes_atomic(args.out, buffer.getvalue())
+            print(f"{args.out}: {features.shape[1]} features of {features.shape[0]} images")
+    return 0
+
+
+def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np.ndarray], np.ndarray | None]:
+    """Batches uint8 `[B, H, W, C]` of the classifier's size, cut as in training, and the labels if the images have any."""
+    import numpy as np
+
+    from ..data.images import center_crop, read_image
+    from ..data.listing import list_records
+
+    model = critic.config.model
+    size, channels = model.sample_size, model.image_channels
+    if path.endswith(".npz"):
+        with np.load(path, allow_pickle=False) as held:
+            images = held["arr_0"]
+            labels = held["arr_1"] if "arr_1" in held.files else None
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
+            raise ValueError(
+                f"{path} holds {images.dtype} images {list(images.shape[1:])}; the classifier was trained on uint8 "
+                f"{[size, size, channels]}"
+            )
+        return (images[k : k + batch_size] for k in range(0, len(images), batch_size)), labels
+    records = list_records(path)
+
+    def batches() -> Iterator[np.ndarray]:
+        for k in range(0, len(records), batch_size):
+            pictures = [center_crop(read_image(p, channels), size) for p in records.paths[k : k + batch_size]]
+            yield np.stack(pictures).reshape(len(pictures), size, size, channels)
+
+    return batches(), records.labels
+
+
+def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 `[N, D]` and predicted classes int64 `[N]` of clean images (the network is told step 0).
+
+    A feature is an input of the last layer with weights: what the classifier reads the class from.
+    """
+    import numpy as np
+    import torch
+
+    from ..data.images import to_float
+
+    last = [module for module in critic.net.out.modules() if getattr(module, "weight", None) is not None][-1]  # type: ignore[union-attr]
+    seen: list[torch.Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features, predicted = [], []
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                x = to_float(torch.from_numpy(np.ascontiguousarray(batch)).to(device))
+                step = torch.zeros(len(x), dtype=torch.long, device=device)
+                logits = critic.net(x, critic.process.time_at(step))
+                features.append(seen.pop().float().flatten(1).cpu().numpy())
+                predicted.append(logits.argmax(1).cpu().numpy())
+    finally:
+        hook.remove()
+    return np.concatenate(features), np.concatenate(predicted).astype(np.int64)
