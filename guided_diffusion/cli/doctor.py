@@ -168,7 +168,7 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
     """(bytes that do not grow with the batch, bytes per image) kept between forward and backward pass.
 
     Counted, not measured: the network runs on the meta device and every tensor that autograd keeps is added up once. Left out are
-    the workspaces of kernels and the allocator's rounding (some 10 to 20 % on a GPU). Attention is counted as its fused kernels do it.
+    the workspaces of kernels and the allocator's rounding. Attention is counted as its fused kernels do it, without a T x T matrix.
     """
     import torch
 
@@ -178,7 +178,7 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
     use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     dtype = DTYPES[choose_precision(train.precision, use_fp16, torch.device(device_type), lambda text: None)]
     net.set_compute_dtype(dtype)  # type: ignore[operator]
-    own = {id(p) for p in net.parameters()}
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def kept(batch: int) -> int:
         sizes: dict[int, int] = {}
@@ -186,7 +186,7 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
 
         def keep(tensor: Any) -> Any:
             storage = tensor.untyped_storage()
-            if id(tensor) not in own and storage._cdata not in sizes:
+            if storage._cdata not in own and storage._cdata not in sizes:
                 sizes[storage._cdata] = storage.nbytes()
                 alive.append(storage)
             return tensor
@@ -199,9 +199,35 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
         small = getattr(model, "small_size", None)
         if config.kind == "super_resolution" and small:
             cond["low_res"] = torch.empty(batch, model.image_channels, small, small, device="meta")
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _fused_attention():
             net(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device="meta"), **cond)
         return sum(sizes.values())
 
     one, two = kept(1), kept(2)
     return max(0, 2 * one - two), two - one
+
+
+def _fused_attention() -> Any:
+    """While active, attention keeps what its fused kernels keep; on the meta device torch would take the plain formula."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            out = torch.empty_like(q)
+            log_sum_exp = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+            ctx.save_for_backward(q, k, v, out, log_sum_exp)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise NotImplementedError("only counted, never run backwards")
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                return Fused.apply(*args[:3])
+            return func(*args, **(kwargs or {}))
+
+    return Mode()

@@ -1,0 +1,190 @@
+"""The examination before a run: each finding, the table, the exit code, and the counted memory."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion.build import build_network
+from guided_diffusion.cli.doctor import activation_bytes, main
+from guided_diffusion.config import RunConfig
+from guided_diffusion.runtime import doctor
+from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
+from guided_diffusion.runtime.world import World
+
+TINY = [
+    "--device",
+    "cpu",
+    "--image_size",
+    "16",
+    "--num_channels",
+    "32",
+    "--num_res_blocks",
+    "1",
+    "--channel_mult",
+    "1,2",
+]
+TINY += ["--attention_resolutions", "8", "--max_steps", "20", "--save_interval", "10"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(6):
+        Image.new("RGB", (20, 24), (40 * k, 0, 0)).save(folder / f"{'cat' if k % 2 else 'dog'}_{k}.png")
+    return folder
+
+
+def lines_of(text):
+    return {line.split()[1]: line for line in text.splitlines() if line.split()[0] in (OK, WARN, FAIL)}
+
+
+def test_a_run_that_would_work(pictures, tmp_path, capsys):
+    code = main([*TINY, "--data_dir", str(pictures), "--batch_size", "2", "--out", str(tmp_path / "run")])
+    lines = lines_of(capsys.readouterr().out)
+    assert code == 0 and not any(line.startswith(FAIL) for line in lines.values())
+    assert "6 images" in lines["data"] and "3.0 steps per epoch" in lines["batch"]
+    assert "3 are kept" in lines["disk"] and not (tmp_path / "run").exists()  # a doctor changes nothing
+
+
+@pytest.mark.parametrize(
+    ("flags", "line", "words"),
+    [
+        (["--batch_size", "8"], "batch", "larger than the 6 images"),
+        (["--data_dir", "/nowhere/at/all"], "data", "/nowhere/at/all"),
+        (["--batch_size", "2", "--lr", "-1"], "flags", "--lr is -1.0"),
+        (["--batch_size", "100000000"], "memory", "--microbatch"),
+    ],
+)
+def test_what_would_fail_is_named(pictures, capsys, flags, line, words):
+    code = main([*TINY, "--data_dir", str(pictures), *flags])
+    lines = lines_of(capsys.readouterr().out)
+    assert code == 1 and lines[line].startswith(FAIL) and words in lines[line]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "super_resolution"])
+def test_the_other_kinds(capsys, kind):
+    sizes = {
+        "classifier": [
+            "--image_size",
+            "32",
+            "--classifier_width",
+            "32",
+            "--classifier_depth",
+            "1",
+            "--classifier_attention_resolutions",
+            "8",
+        ],
+        "super_resolution": [
+            "--large_size",
+            "16",
+            "--small_size",
+            "8",
+            "--num_channels",
+            "32",
+            "--channel_mult",
+            "1,2",
+        ],
+    }[kind]
+    assert main(["--kind", kind, "--device", "cpu", *sizes]) == 0
+    assert "million parameters" in capsys.readouterr().out
+
+
+def test_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 0, 1000))
+    folder = str(tmp_path / "not" / "yet")
+    assert check_disk(folder, 100, 5).status == OK
+    assert check_disk(folder, 950, 1).status == FAIL and "not even one" in check_disk(folder, 950, 1).text
+    assert check_disk(folder, 100, 10).status == WARN
+    assert "full after 10" in check_disk(folder, 100, None).text
+    assert check_disk("gs://bucket/run", 100, None).status == OK
+
+
+def test_a_faulty_device_is_found(monkeypatch):
+    assert doctor.check_device(World()).status == WARN  # a CPU works, and is slow
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.zeros_like(a))
+    real = torch.Tensor.matmul
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (calls.append(1), real(a, b) + (len(calls) == 1))[1])
+    assert doctor.check_device(World()).status == FAIL
+
+
+def test_table_and_verdict():
+    text = report([Finding(OK, "a", "fine"), Finding(WARN, "longer", "hm"), Finding(FAIL, "c", "no")])
+    assert text.splitlines() == [
+        "ok    a       fine",
+        "warn  longer  hm",
+        "fail  c       no",
+        "1 to repair, 1 to look at",
+    ]
+    assert report([Finding(OK, "a", "fine")]).endswith("all well")
+    assert [format_bytes(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 GiB",
+        "3.0 TiB",
+    ]
+
+
+def config_of(**flags):
+    base = {
+        "image_size": 16,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1,2",
+        "attention_resolutions": "8",
+    }
+    return RunConfig.from_flags("diffusion", {**base, **flags})
+
+
+def counted(**flags):
+    config = config_of(**flags)
+    with torch.device("meta"):
+        net = build_network(config.model, config.diffusion)
+    return activation_bytes(config, net, "cpu")
+
+
+def test_counted_memory_is_what_autograd_keeps():
+    """The same network with real numbers on the CPU keeps as much."""
+    config = config_of()
+    net = build_network(config.model, config.diffusion, seed=0)
+    parameters = {p.data_ptr() for p in net.parameters()}
+    sizes = {}
+    alive = []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(x, torch.zeros(4))
+    fixed, per_image = counted()
+    assert fixed + 4 * per_image == pytest.approx(sum(sizes.values()), rel=0.01)
+
+
+def test_counted_memory_follows_resolution_precision_and_checkpointing():
+    small = counted()[1]
+    large = counted(image_size=32, attention_resolutions="16")[1]
+    assert 3.5 < large / small < 4.5  # pixels, not pixels squared: attention keeps no T x T matrix
+    assert counted(precision="bf16")[1] < 0.65 * small
+    assert counted(use_checkpoint=True)[1] < 0.4 * small
+
+
+TWO = "import sys\nfrom guided_diffusion.cli.doctor import main\nsys.exit(main(sys.argv[1:]))\n"
+
+
+def test_two_processes_time_their_talk(launch):
+    done = launch("mpiexec", TWO, *TINY)
+    assert done.code == 0, done.text
+    lines = lines_of(done.text)
+    assert "2 processes by mpich over gloo" in lines["processes"] and "GB/s" in lines["processes"]
+    assert done.text.count("million parameters") == 1 and "device 0" in done.text and "device 1" in done.text
