@@ -374,7 +374,7 @@ def recognise(
     cannot tell (heads, schedule ...) is the default of 2021 as soon as any flag describes the network.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    flags = {name: value for name, value in flags.items()}
+    flags = dict(flags)
     if _describes(kind, flags) and identify.released_as(path, shapes) is None:
         model, diffusion = RunConfig.sections(kind)["model"](), DiffusionConfig()
         unsaid = {**model.to_dict(), **diffusion.to_dict()}

@@ -23,9 +23,15 @@ from .diffusion import samplers as _samplers
 from .diffusion import schedules as _schedules
 from .diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl  # noqa: F401  as above
 from .diffusion.process import mean_flat  # noqa: F401  as above
-from .diffusion.schedules import betas_for_alpha_bar  # noqa: F401
 
 Output = dict[str, Any]
+
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
+    """Betas that follow `alpha_bar`; see `diffusion.schedules`."""
+    return _schedules.betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta)
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:

@@ -34,12 +34,17 @@ def classifier_sample(argv: Sequence[str] | None = None) -> int:
     return runs.guarded(lambda words: run(words, program="classifier_sample.py", script=True, guided=True), argv)
 
 
-def run(argv: Sequence[str] | None, *, program: str, script: bool = False, guided: bool = False) -> int:
-    """Sample as the flags say; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
+def flags(argv: Sequence[str] | None, *, program: str, script: bool = False) -> arguments.Parsed:
+    """The flags of a sampling command."""
     defaults = {"out": runs.script_folder()} if script else {}
-    parsed = arguments.parse(
+    return arguments.parse(
         argv, _CONFIGS, program=program, description="Make images from weights.", extra=EXTRA, defaults=defaults
     )
+
+
+def run(argv: Sequence[str] | None, *, program: str, script: bool = False, guided: bool = False) -> int:
+    """Sample as the flags say; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
+    parsed = flags(argv, program=program, script=script)
     config = SampleConfig.from_flags(parsed.flags)
     if not config.model_path:
         raise ValueError("--model_path is empty; give the weights of a diffusion model, or the folder of a run")

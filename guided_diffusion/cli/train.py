@@ -56,13 +56,13 @@ def super_res_train(argv: Sequence[str] | None = None) -> int:
     return runs.guarded(lambda words: run(words, "super_resolution", program="super_res_train.py", script=True), argv)
 
 
-def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
-    """Train as the flags say; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
+def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> arguments.Parsed:
+    """The flags of a training command."""
     # As in 2021: the classifier learns from random crops.
     defaults: dict[str, Any] = {"random_crop": True} if kind == "classifier" else {}
     if script:
         defaults["out"] = runs.script_folder()
-    parsed = arguments.parse(
+    return arguments.parse(
         argv,
         list(RunConfig.sections(kind).values()),
         program=program,
@@ -70,6 +70,11 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
         extra=EXTRA,
         defaults=defaults,
     )
+
+
+def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
+    """Train as the flags say; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
+    parsed = flags(argv, kind, program=program, script=script)
     RunConfig.from_flags(kind, parsed.flags)  # complain before torch is loaded and processes meet
     if not parsed.flags["data_dir"] and not parsed.flags["resume_checkpoint"] and not parsed.flags["out"]:
         raise ValueError("--data_dir is empty; give the folder of training images")

@@ -295,9 +295,9 @@ def x0_from_v(tables: Tables, x: Tensor, i: Tensor, v: Tensor) -> Tensor:
     return tables.at("sqrt_alpha_bar", i, x) * x - tables.at("sqrt_one_minus_alpha_bar", i, x) * v
 
 
-def mean_flat(values: Tensor) -> Tensor:
+def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over everything but the batch axis, `[B, ...] -> [B]`."""
-    return values.mean(dim=list(range(1, values.ndim)))
+    return tensor.mean(dim=list(range(1, tensor.ndim)))
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""The twelve doors still have the 131 names of 2021, called as they were; the scripts still have its flags and defaults."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guided_diffusion.cli import sample, train
+
+FROZEN = json.loads(Path(__file__).with_name("names.json").read_text())
+NAMES = [(door, name, parameters) for door, names in FROZEN["names"].items() for name, parameters in names.items()]
+
+
+def frozen_arguments(text: str) -> ast.arguments:
+    found = ast.parse(f"def f({text}): pass").body[0]
+    assert isinstance(found, ast.FunctionDef)
+    return found.args
+
+
+def door(name: str) -> Any:
+    return importlib.import_module(f"guided_diffusion.{name}")
+
+
+def test_there_are_131_in_twelve() -> None:
+    assert len(FROZEN["names"]) == 12 and len(NAMES) == 131
+
+
+@pytest.mark.parametrize(("module", "name", "parameters"), NAMES, ids=lambda value: str(value)[:30])
+def test_name_is_there_and_is_called_as_before(module: str, name: str, parameters: str | None) -> None:
+    value = getattr(door(module), name)
+    if parameters is None:
+        return
+    frozen = frozen_arguments(parameters)
+    found = list(inspect.signature(value).parameters.values())
+    kinds = inspect.Parameter
+    generic = {p.kind for p in found} >= {kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD} and len(found) <= 4
+
+    positional = [p for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.POSITIONAL_ONLY)]
+    if not (generic and not positional):  # a wrapper that passes everything on has no list to compare
+        assert [p.name for p in positional] == [a.arg for a in frozen.args]
+    optional = [ast.literal_eval(node) for node in frozen.defaults]
+    before = dict(zip([a.arg for a in frozen.args][len(frozen.args) - len(optional) :], optional))
+    before |= {
+        a.arg: ast.literal_eval(node) for a, node in zip(frozen.kwonlyargs, frozen.kw_defaults) if node is not None
+    }
+    now = {p.name: p.default for p in found}
+    for argument, default in before.items():
+        assert now[argument] == default, f"the default of {argument} changed"
+    for a in frozen.kwonlyargs:
+        assert a.arg in now or generic
+    old = {a.arg for a in [*frozen.args, *frozen.kwonlyargs]}
+    for p in found:
+        if p.name not in old and p.kind == kinds.KEYWORD_ONLY:
+            assert p.default is not kinds.empty, f"{p.name} is new and must have a default"
+    if frozen.vararg:
+        assert any(p.kind == kinds.VAR_POSITIONAL for p in found)
+    if frozen.kwarg:
+        assert any(p.kind == kinds.VAR_KEYWORD for p in found)
+
+
+@pytest.mark.parametrize("module", FROZEN["names"])
+def test_doors_define_no_all(module: str) -> None:
+    """Programs rely on what a star import leaves behind, such as `th` and `np`."""
+    assert not hasattr(door(module), "__all__")
+
+
+@pytest.mark.parametrize("name", FROZEN["defaults"])
+def test_defaults_have_exactly_the_keys_and_values_of_2021(name: str) -> None:
+    assert getattr(door("script_util"), name)() == FROZEN["defaults"][name]
+
+
+KINDS = {"image_train": "diffusion", "classifier_train": "classifier", "super_res_train": "super_resolution"}
+SCRIPTS = [*KINDS, "image_sample", "classifier_sample"]
+
+
+def parsed(script: str, words: list[str]) -> Any:
+    if script in KINDS:
+        return train.flags(words, KINDS[script], program=script, script=True)
+    return sample.flags(words, program=script, script=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_keep_their_flags_and_defaults(script: str) -> None:
+    flags = parsed(script, []).flags
+    assert {name: flags.get(name, "missing") for name in FROZEN["flags"][script]} == FROZEN["flags"][script]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_can_be_typed(script: str) -> None:
+    """Spelled out at its default, as a saved command line of 2021 would."""
+    words = [word for name, value in FROZEN["flags"][script].items() for word in (f"--{name}", str(value))]
+    assert parsed(script, words).typed == FROZEN["flags"][script]
