@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import optimizer
 from .checkpoint import SavedRun
+from .parallel import unwrapped
 from .saver import SaveError
 from .weights import load_object, load_weights
 
@@ -21,8 +22,13 @@ def failure_elsewhere() -> SaveError:
     return SaveError("the main process could not write a save; its message says why")
 
 
-def load_weights_into(net: nn.Module, weights: Mapping[str, Tensor], source: str = "the state") -> None:
-    """Strict `load_state_dict` whose error is a short list instead of a wall."""
+def load_weights_into(
+    net: nn.Module, weights: Mapping[str, Tensor], source: str = "the state", *, assign: bool = False
+) -> None:
+    """Strict `load_state_dict` whose error is a short list instead of a wall.
+
+    With `assign` the network takes the tensors themselves, in their dtype and memory: for networks built on the meta device.
+    """
     own = net.state_dict()
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
@@ -38,13 +44,11 @@ def load_weights_into(net: nn.Module, weights: Mapping[str, Tensor], source: str
     ]
     if complaints:
         raise ValueError(f"{source} is of another network: {'; '.join(complaints)}; build the network with its flags")
-    net.load_state_dict(dict(weights))
+    net.load_state_dict(dict(weights), assign=assign)
 
 
 def restore(trainer: Trainer, saved: SavedRun) -> list[str]:
     """Fill `trainer` from `saved`; every process reads the files itself, and all fail together if one cannot."""
-    from .trainer import unwrapped
-
     problem: ValueError | OSError | None = None
     lines: list[str] = []
     try:
