@@ -1,0 +1,209 @@
+"""`inspect`: what a file of weights is; `--probe` decides by the denoising loss what its tensors cannot tell."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import RunConfig
+    from ..recognise import Layout
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`guided-diffusion inspect FILE [--probe FOLDER]`."""
+    parser = argparse.ArgumentParser(prog="guided-diffusion inspect", description=__doc__, allow_abbrev=False)
+    parser.add_argument("path", help="a file of weights, or the folder of a run")
+    parser.add_argument(
+        "--probe", metavar="FOLDER", help="images like those of its training; decides heads and schedule"
+    )
+    parser.add_argument("--probe_images", type=int, default=4, help="how many of them are used (default 4)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    args = parser.parse_args(argv)
+    if args.probe_images < 1:
+        raise ValueError(f"--probe_images is {args.probe_images}; it must be at least 1")
+
+    from .. import build
+    from ..recognise import inspect_shapes, normalise_keys
+    from ..training.weights import load_weights
+
+    found = build.find(args.path)
+    weights = load_weights(found.path)
+    shapes = normalise_keys({name: tuple(value.shape) for name, value in weights.items()})
+    config = found.config
+    print(f"file        {found.path}")
+    print(
+        f"tensors     {len(weights)}, {sum(v.numel() for v in weights.values()) / 1e6:.2f} million parameters, {_dtypes(weights)}"
+    )
+    if args.probe and (config is None or config.kind != "classifier"):
+        layout = inspect_shapes(shapes)
+        if layout.kind != "diffusion":
+            raise ValueError(
+                f"--probe compares denoising losses of a diffusion model; {found.path} is a {layout.kind} network"
+            )
+        from ..runtime import world
+
+        with world.session(args.device) as here:
+            trials = probe(weights, layout, args.probe, args.probe_images, here.device)
+        print(verdict(trials))
+        return 0
+    if config is None:
+        config = build.recognise(found.path, weights, inspect_shapes(shapes).kind, {})
+    _describe(config, found.step, found.class_names)
+    return 0
+
+
+def _dtypes(weights: Mapping[str, Tensor]) -> str:
+    return ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()}))
+
+
+def _describe(config: RunConfig, step: int | None, class_names: Sequence[str]) -> None:
+    from ..identify import flag_line
+    from ..runtime.doctor import format_bytes
+
+    print(f"kind        {config.kind}" + (f", after {step} training steps" if step is not None else ""))
+    if class_names:
+        print(f"classes     {len(class_names)}: {', '.join(class_names[:8])}{' …' if len(class_names) > 8 else ''}")
+    print(f"network     {flag_line(config.model.to_dict())}")
+    print(f"process     {flag_line(config.diffusion.to_dict())}")
+    cost = cost_of(config)
+    print(f"arithmetic  {cost.forward_flops / 1e9:.1f} GFLOP per image and forward pass (2 per multiply-add)")
+    print(
+        f"memory      {format_bytes(cost.weight_bytes)} of float32 weights; training adds about "
+        f"{format_bytes(cost.activation_bytes)} of activations per image, and 16 bytes per parameter in all"
+    )
+
+
+class Cost(NamedTuple):
+    """What a network needs, counted on the meta device."""
+
+    forward_flops: int  # per image
+    weight_bytes: int  # float32
+    activation_bytes: int  # per image, kept between forward and backward pass in float32
+
+
+def cost_of(config: RunConfig) -> Cost:
+    """Count one forward pass of one image without computing it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .. import build
+    from .doctor import activation_bytes
+
+    with torch.device("meta"):
+        net = build.build_network(config.model, config.diffusion)
+        x = torch.empty(1, config.model.image_channels, config.model.sample_size, config.model.sample_size)
+        cond: dict[str, Any] = {}
+        if getattr(config.model, "class_cond", False):
+            cond["y"] = torch.zeros(1, dtype=torch.int64)
+        if config.kind == "super_resolution":
+            small = config.model.small_size  # type: ignore[union-attr]
+            cond["low_res"] = torch.empty(1, config.model.image_channels, small, small)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, torch.zeros(1), **cond)
+    plain = replace(config, train=replace(config.train, precision="fp32"))
+    _, per_image = activation_bytes(plain, net, "cpu")
+    return Cost(counter.get_total_flops(), 4 * sum(p.numel() for p in net.parameters()), per_image)
+
+
+class Trial(NamedTuple):
+    """One reading of the file, and its denoising error: mean squared error of the noise, relative to its variance 1."""
+
+    loss: float
+    flags: dict[str, object]
+
+
+def probe(
+    weights: Mapping[str, Tensor], layout: Layout, folder: str, count: int, device: Any, *, progress: bool = True
+) -> list[Trial]:
+    """Every reading of heads, attention order, schedule and time scale, best first.
+
+    A network hears a wrong reading as a wrong question: its noise estimate gets worse. All readings see the same images and the same noise
+    at five steps; ValueError where the folder has too few images.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from .. import build
+    from ..config import RunConfig
+    from ..data.images import center_crop, read_image, to_float
+    from ..data.listing import list_records
+    from ..diffusion.process import add_noise
+    from ..identify import flags_of
+    from ..runtime.streams import EVALUATE, Streams
+    from ..training.restore import load_weights_into
+
+    known = flags_of(layout, "diffusion", {})
+    if "image_size" not in known:
+        raise ValueError(
+            "the channel multipliers belong to no standard image size; give --image_size when loading instead"
+        )
+    size, channels = int(known["image_size"]), int(known["image_channels"])
+    records = list_records(folder, labels="none")
+    pictures = [center_crop(read_image(path, channels), size) for path in records.paths[:count]]
+    images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures]).to(device)
+    x0 = to_float(images)
+    noise = Streams(0, EVALUATE, ids=range(len(x0)), device=device).normal(x0.shape[1:])
+    candidates = list(_readings(layout))
+    trials = []
+    for flags in tqdm(candidates, desc="probe", unit="reading", disable=not progress):
+        config = RunConfig.from_flags("diffusion", {**known, **flags})
+        with torch.device("meta"):
+            net = build.build_network(config.model, config.diffusion)
+        load_weights_into(net, weights, "the file", assign=True)
+        net = net.to(device).eval().requires_grad_(False)
+        process = build.build_process(config.diffusion).to(device)
+        errors = []
+        for part in (0.1, 0.3, 0.5, 0.7, 0.9):
+            i = torch.full((len(x0),), int(part * len(process)), device=device)
+            cond = {}
+            if config.model.class_cond:  # type: ignore[union-attr]
+                cond["y"] = torch.zeros(len(x0), dtype=torch.int64, device=device)
+            with torch.no_grad():
+                out = net(add_noise(process, x0, i, noise), process.time_at(i), **cond)
+            errors.append((out[:, :channels].float() - noise).square().mean())
+        trials.append(Trial(float(torch.stack(errors).mean()), flags))
+    return sorted(trials, key=lambda trial: trial.loss)
+
+
+def _readings(layout: Layout) -> Iterator[dict[str, object]]:
+    """Candidates that differ in what they compute; two ways of saying the same heads count once."""
+    heads: dict[tuple[int, ...], dict[str, object]] = {}
+    for text in layout.open["heads"]:
+        name, value = str(text).removeprefix("--").split()
+        number = int(value)
+        counts = tuple(w // number if name == "num_head_channels" else number for w in layout.attention_widths)
+        heads.setdefault(counts, {name: number})
+    for counts, flags in heads.items():
+        # With one head everywhere both orders are the same.
+        orders = (False, True) if max(counts) > 1 else (False,)
+        for order, schedule, scaled, steps in product(orders, ("linear", "cosine"), (False, True), (1000, 4000)):
+            if scaled and steps == 1000:
+                continue  # a thousand steps scaled to a thousand are themselves
+            yield {
+                **flags,
+                "use_new_attention_order": order,
+                "noise_schedule": schedule,
+                "diffusion_steps": steps,
+                "rescale_timesteps": scaled,
+            }
+
+
+def verdict(trials: Sequence[Trial]) -> str:
+    """The five best readings, and whether the first is clearly the best."""
+    from ..identify import flag_line
+
+    best, second = trials[0], trials[1]
+    lines = [f"  {trial.loss:.4f}  {flag_line(trial.flags)}" for trial in trials[:5]]
+    gain = second.loss / max(best.loss, 1e-12)
+    clear = (
+        f"{gain:.2f} times better than the next"
+        if gain > 1.02
+        else "no clearer than the next: use more images, or compare samples"
+    )
+    return "\n".join(["denoising error (1 = no idea at all) by reading:", *lines, f"the first is {clear}"])
