@@ -20,8 +20,8 @@ MAX_NODES = 100_000
 MAX_FIELDS = 1_000_000
 MAX_NAME_BYTES = 1024
 MAX_DIMENSIONS = 8
-MAX_TENSOR_ELEMENTS = 1 << 24
-MAX_TOTAL_ELEMENTS = 1 << 27
+MAX_TENSOR_ELEMENTS = 1 << 23
+MAX_TOTAL_ELEMENTS = 1 << 26
 MAX_LOOSE_VALUES = 1 << 16
 
 _FLOAT, _INT32 = 1, 3
@@ -178,7 +178,8 @@ def _tensor(reader: _Reader, name: str, start: int, end: int) -> np.ndarray | No
     kind, shape = 0, []
     content: memoryview | None = None
     packed: list[np.ndarray] = []
-    loose: list[float] = []
+    floats: list[float] = []
+    ints: list[int] = []
     for field, wire, first, last in reader.each(start, end):
         if (field, wire) == (1, _VARINT):
             kind = first
@@ -187,18 +188,18 @@ def _tensor(reader: _Reader, name: str, start: int, end: int) -> np.ndarray | No
         elif (field, wire) == (4, _BYTES):
             content = reader.data[first:last]
         elif field == 5 and wire == _FIXED32:
-            loose += struct.unpack_from("<f", reader.data, first)
+            floats += struct.unpack_from("<f", reader.data, first)
         elif field == 5 and wire == _BYTES:
             if (last - first) % 4:
                 raise ValueError(f"{last - first} bytes are no list of float32 in {name!r}")
             packed.append(np.frombuffer(reader.data[first:last], "<f4"))
         elif field == 7 and wire == _VARINT:
-            loose.append(_signed(first))
+            ints.append(_signed(first))
         elif field == 7 and wire == _BYTES:
-            while first < last and len(loose) <= MAX_LOOSE_VALUES:
+            while first < last and len(ints) <= MAX_LOOSE_VALUES:
                 value, first = reader.varint(first, last)
-                loose.append(_signed(value))
-        if len(loose) > MAX_LOOSE_VALUES:
+                ints.append(_signed(value))
+        if len(floats) + len(ints) > MAX_LOOSE_VALUES:
             raise ValueError(f"more than {MAX_LOOSE_VALUES} single values in {name!r}")
     if kind not in (_FLOAT, _INT32):
         return None
@@ -212,7 +213,12 @@ def _tensor(reader: _Reader, name: str, start: int, end: int) -> np.ndarray | No
         if len(content) != count * dtype.itemsize:
             raise ValueError(f"{name!r} holds {len(content)} bytes where shape {shape} needs {count * dtype.itemsize}")
         return np.frombuffer(content, dtype).reshape(shape).copy()
-    values = np.concatenate([*packed, np.array(loose)]) if packed else np.array(loose)
+    if kind == _FLOAT:
+        values = np.concatenate([*packed, np.array(floats, dtype)])
+    else:
+        if ints and not -(1 << 31) <= min(ints) <= max(ints) < 1 << 31:
+            raise ValueError(f"{name!r} holds numbers that are no int32")
+        values = np.array(ints, dtype)
     if values.size > count:
         raise ValueError(f"{name!r} holds {values.size} numbers where shape {shape} has {count}")
     full = np.zeros(count, dtype)

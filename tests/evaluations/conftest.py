@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -40,26 +41,29 @@ def synthetic_pb(recipes, synthetic_constants, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def synthetic_pth(synthetic_pb, tmp_path_factory) -> Path:
+def load(path: Path, *, folded: bool):
+    """Load synthetic weights without the warning that they are nobody's."""
     from evaluations.weights import load_inception
 
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "scores rest on unknown Inception weights")
+        return load_inception(path, folded=folded, allow_unknown=True)
+
+
+@pytest.fixture(scope="session")
+def synthetic_pth(synthetic_pb, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("inception_pth") / "weights-inception-2015-12-05-6726825d.pth"
-    torch.save(load_inception(synthetic_pb, folded=False, allow_unknown=True).state_dict(), path)
+    torch.save(load(synthetic_pb, folded=False).state_dict(), path)
     return path
 
 
 @pytest.fixture(scope="session")
 def net(synthetic_pb):
     """The folded network on synthetic weights, as commands use it."""
-    from evaluations.weights import load_inception
-
-    return load_inception(synthetic_pb, allow_unknown=True)
+    return load(synthetic_pb, folded=True)
 
 
 @pytest.fixture(scope="session")
 def plain_net(synthetic_pth):
     """The network as published, nothing folded."""
-    from evaluations.weights import load_inception
-
-    return load_inception(synthetic_pth, folded=False, allow_unknown=True)
+    return load(synthetic_pth, folded=False)
