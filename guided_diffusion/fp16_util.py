@@ -13,8 +13,8 @@ import torch as th
 import torch.nn as nn
 
 from . import logger
+from .training.optimizer import total_norm as _total_norm
 from .training.precision import INITIAL_LOG_LOSS_SCALE
-from .training.trainer import total_norm as _total_norm
 
 _Named = list[tuple[str, nn.Parameter]]
 _Group = tuple[_Named, tuple[int, ...]]
@@ -105,7 +105,10 @@ def zero_grad(model_params: Iterable[nn.Parameter]) -> None:
     """Set gradients to zero and keep their memory."""
     for p in model_params:
         if p.grad is not None:
-            p.grad.detach_().zero_()
+            # Gradients may be views of communication buckets, which detach_ refuses.
+            if p.grad.grad_fn is not None:
+                p.grad.detach_()
+            p.grad.requires_grad_(False).zero_()
 
 
 def param_grad_or_zeros(param: nn.Parameter) -> th.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch as th
 import torch.distributed as dist
-from torch.nn.parallel.distributed import DistributedDataParallel as DDP
+from torch.nn.parallel.distributed import DistributedDataParallel as DDP  # noqa: F401
 from torch.optim import AdamW
 
 from . import dist_util, logger
@@ -25,8 +25,8 @@ from .resample import LossAwareSampler, UniformSampler
 from .runtime import storage as _storage
 from .training import checkpoint as _files
 from .training.lr import learning_rate as _learning_rate
+from .training.parallel import distributed as _distributed
 from .training.precision import INITIAL_LOG_LOSS_SCALE  # noqa: F401
-from .training.trainer import DDP_OPTIONS as _DDP_OPTIONS
 
 
 class TrainLoop:
@@ -89,8 +89,7 @@ class TrainLoop:
         self.use_ddp = _processes() > 1
         self.ddp_model = self.model
         if self.use_ddp:
-            ids = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
-            self.ddp_model = DDP(self.model, device_ids=ids, **_DDP_OPTIONS)
+            self.ddp_model = _distributed(self.model, dist_util.dev())
 
     def _load_and_sync_parameters(self) -> None:
         """Every process reads the weights for itself; rank 0's are then everybody's."""

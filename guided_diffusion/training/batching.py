@@ -77,7 +77,7 @@ class Clock:
             self._bar = tqdm(initial=done, total=target, unit="step", dynamic_ncols=True)
         self._begin = self._start = time.perf_counter()
         self._images = 0
-        self._waited = self._paused = 0.0
+        self._waited = self._paused = self._rate = 0.0
 
     def count(self, images: int) -> None:
         """One step over `images` examples is done."""
@@ -94,8 +94,10 @@ class Clock:
         self._waited += after - before if before is not None and after is not None else time.perf_counter() - start
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent in the body (hooks, copying for a save) is not training time."""
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """Time spent in the body (hooks, copying for a save) is not training time. Steps under way are awaited first."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start

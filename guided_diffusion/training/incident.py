@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime import storage
+from ..runtime.streams import TRAIN, Streams
+from . import batching
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 class TrainingDiverged(RuntimeError):
@@ -50,3 +55,32 @@ def write_incident(directory: str, *, step: int, rank: int, batch: Any, report: 
     text = json.dumps({"step": step, "rank": rank, **report}, indent=1)
     storage.write_text_atomic(storage.join(folder, f"report_rank{rank}.json"), text + "\n")
     return folder
+
+
+def diverged(trainer: Trainer, batch: Any, in_a_row: int) -> TrainingDiverged:
+    """The error that ends a run after `in_a_row` bad steps, once the evidence about the last of them is written.
+
+    The forward pass of the last batch's first microbatch is repeated, with the same noise, and every layer is watched.
+    """
+    last_good = trainer.checkpoints.last_good if trainer.checkpoints is not None else None
+    what = f"{in_a_row} steps in a row, up to step {trainer.steps_done}, had losses or gradients that are not finite"
+    good = f"The last good save is {last_good}" if last_good else "There is no save yet"
+    if trainer.checkpoints is None:
+        return TrainingDiverged(f"{what}. {good}")
+    step, world = trainer.steps_done - 1, trainer.world
+    part = next(batching.split(batch, trainer.microbatch))
+    ids = batching.positions(part, world.rank, world.size)
+    streams = Streams(trainer.seed, TRAIN, step, ids=ids, device=trainer.device)
+    losses: dict[str, list[float]] = {}
+
+    def forward() -> None:
+        found = trainer.loss_fn(trainer.net, batching.to_device(part, trainer.device), streams)
+        losses.update({name: value.float().tolist() for name, value in found.terms.items()}, loss=found.loss.tolist())
+
+    layers = largest_activations(trainer.net, forward)
+    report = {"last_good": last_good, "losses": losses, "precision": trainer.precision.state_dict(), "layers": layers}
+    try:
+        folder = write_incident(trainer.checkpoints.directory, step=step, rank=world.rank, batch=batch, report=report)
+    except OSError as error:
+        return TrainingDiverged(f"{what}. The evidence could not be written: {error}. {good}")
+    return TrainingDiverged(f"{what}. Batch and largest activations by layer are in {folder}. {good}")

@@ -29,6 +29,11 @@ def make_adamw(
     return AdamW(params, fused=_can_fuse(params), **options)
 
 
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all numbers in all tensors, float32 scalar on their device."""
+    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).norm()
+
+
 def _can_fuse(params: Sequence[nn.Parameter]) -> bool:
     try:
         AdamW(params, fused=True)

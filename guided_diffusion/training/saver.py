@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .checkpoint import SavedRun
 from .lock import RunLock
 
 ON_ERROR = ("warn", "stop")
+_HALF = re.compile(r"^\.(model|opt|run|ema_).*\.(pt|json)\.[0-9a-f]{8}\.tmp$")
 
 
 class SaveError(RuntimeError):
@@ -62,6 +64,7 @@ class Checkpoints:
         if self._world.is_main:
             try:
                 self._lock = RunLock(directory)
+                _remove_halves(directory)
             except (ValueError, OSError) as error:
                 refused = str(error)
         refused = self._world.broadcast_object(refused, name="opening the run folder")
@@ -85,6 +88,10 @@ class Checkpoints:
         found, problem = self._world.broadcast_object((found, problem), name="choosing the save to resume from")
         if problem:
             raise ValueError(problem)
+        if found is not None and found.kind not in (None, self._about["kind"]):
+            raise ValueError(
+                f"cannot resume from {resume}: {found.directory} holds a run of kind {found.kind!r}, this one is {self._about['kind']!r}"
+            )
         if found is not None and found.state is not None:
             self.last_good = storage.join(found.directory, checkpoint.run_name(found.step))
         return found
@@ -134,6 +141,14 @@ class Checkpoints:
             self._lock.release()
         return self.failed()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failure = self.close()
+        if failure is not None and kind is None:
+            raise failure
+
     def _write(self, step: int, parts: dict[str, Any]) -> None:
         try:
             self.last_good = checkpoint.save_run(self.directory, step=step, **parts, **self._about)
@@ -149,6 +164,15 @@ class Checkpoints:
         for step in steps[: -self._keep_last]:
             if not (self._keep_every and step % self._keep_every == 0):
                 checkpoint.remove_run(self.directory, step)
+
+
+def _remove_halves(directory: str) -> None:
+    """Delete what a job killed while writing left behind, gigabytes perhaps. Only under the lock: nobody else writes here."""
+    if storage.is_remote(directory) or not storage.isdir(directory):
+        return
+    for name in storage.listdir(directory):
+        if _HALF.match(name):
+            storage.remove(storage.join(directory, name))
 
 
 def _on_host(value: Any) -> Any:

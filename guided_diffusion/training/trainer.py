@@ -28,13 +28,14 @@ from .checkpoint import SavedRun
 from .ema import Averages
 from .losses import Feedback, Losses, LossMeans
 from .lr import learning_rate, stop_step
+from .optimizer import total_norm
+from .parallel import distributed, unwrapped
 from .precision import Precision
 from .saver import Checkpoints
 
 LossFn = Callable[[Any, Any, Streams], Losses]
 Hook = tuple[int, Callable[["Trainer"], None]]
 
-DDP_OPTIONS: dict[str, Any] = {"broadcast_buffers": False, "bucket_cap_mb": 128, "gradient_as_bucket_view": True}
 AGREE_EVERY_STEPS = 10
 """How often several processes ask each other whether to stop; each time costs one wait for the device."""
 
@@ -74,7 +75,7 @@ class Trainer:
         save_every: int = 10_000,
         stop: Stop | None = None,
     ) -> None:
-        """Put `net` on the world's device and get everything ready; no step is taken.
+        """Put `net` on the world's device and get ready; no step is taken.
 
         `loss_fn(net, microbatch, streams)` returns per-example `Losses`. `batches` yields this process's share of each
         global batch, a NamedTuple or dict of tensors with the examples along dim 0; `positions`, if there, are the
@@ -96,8 +97,7 @@ class Trainer:
         self.precision.prepare(unwrapped(net))
         self.model: nn.Module = self.net
         if self.world.size > 1:
-            ids = [self.device] if self.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.net, device_ids=ids, **{**DDP_OPTIONS, **(ddp_options or {})})
+            self.model = distributed(self.net, self.device, ddp_options)
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         if make_optimizer is not None:
             self.optimizer = make_optimizer(self.params)
@@ -112,12 +112,13 @@ class Trainer:
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
         self.seed = seed
         self.feedback = feedback
+        # A sampler without a state has nothing to learn, and gathering its losses would cost a wait per step.
+        self._feedback_learns = feedback is not None and bool(feedback.state_dict())
         self.hooks = list(hooks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
         self.stop = stop
 
-        # What a checkpoint restores besides the parts above.
         self.steps_done = 0
         self.samples_seen = 0
 
@@ -208,18 +209,17 @@ class Trainer:
 
     def _tell_feedback(self, positions: Tensor, seen: Sequence[Losses]) -> None:
         """Hand the whole global batch to the step sampler, in order of position, so that all processes learn the same."""
-        if self.feedback is None or any(losses.i is None for losses in seen):
+        steps = [losses.i for losses in seen if losses.i is not None]
+        if self.feedback is None or not self._feedback_learns or not steps:
             return
-        i = torch.cat([losses.i for losses in seen if losses.i is not None]).float()
+        i = torch.cat(steps).float()
         raw = torch.cat([(losses.loss if losses.raw is None else losses.raw).detach().float() for losses in seen])
         table = torch.stack([positions.to(self.device, torch.float32), i, raw], dim=1)
         table = self.world.all_gather_cat(table, name="losses for the step sampler")
         table = table[table[:, 0].argsort(stable=True)]
         table = table[torch.isfinite(table[:, 2])]
         if len(table):
-            like = seen[0].i
-            assert like is not None
-            self.feedback.update(table[:, 1].to(like.dtype), table[:, 2])
+            self.feedback.update(table[:, 1].to(steps[0].dtype), table[:, 2])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Many steps
@@ -253,11 +253,11 @@ class Trainer:
                 self.step(batch)
                 clock.count(batching.length(batch) * self.world.size)
                 self._after_step(clock)
-            if self.checkpoints is not None and self._saved_at != self.steps_done:
-                self.save()
             if self.checkpoints is not None:
+                if self._saved_at != self.steps_done:
+                    self.save()
                 self.checkpoints.wait()
-                self._raise_save_failure()
+            self._raise_save_failure()
         finally:
             clock.close()
             if self.checkpoints is not None:
@@ -268,13 +268,16 @@ class Trainer:
         log_line = self.log_every > 0 and self.steps_done % self.log_every == 0
         if self.max_bad_steps and (log_line or self.device.type == "cpu"):
             self._check_health()
+        # Before the log line, so that what hooks find out stands in the row of its step.
+        due = [hook for every, hook in self.hooks if every > 0 and self.steps_done % every == 0]
+        if due:
+            with clock.paused(self.device):
+                for hook in due:
+                    hook(self)
         if log_line:
             self._log_line(clock)
-        with clock.paused():
-            for every, hook in self.hooks:
-                if self.steps_done % every == 0:
-                    hook(self)
-            if self.checkpoints is not None and self.save_every > 0 and self.steps_done % self.save_every == 0:
+        if self.checkpoints is not None and self.save_every > 0 and self.steps_done % self.save_every == 0:
+            with clock.paused(self.device):
                 self.save()
 
     def _next_batch(self, clock: batching.Clock) -> Any:
@@ -296,49 +299,19 @@ class Trainer:
         """Whether to stop early, the same answer on all processes."""
         if self.world.size > 1 and self.steps_done % AGREE_EVERY_STEPS:
             return False
-        failure = self.checkpoints.failed() if self.checkpoints is not None else None
-        if self.world.any_true(failure is not None, name="did a save fail?"):
-            raise failure or restore.failure_elsewhere()
+        self._raise_save_failure()
         return self.stop is not None and self.stop.agreed(self.world)
 
     def _raise_save_failure(self) -> None:
-        assert self.checkpoints is not None
-        failure = self.checkpoints.failed()
+        failure = self.checkpoints.failed() if self.checkpoints is not None else None
         if self.world.any_true(failure is not None, name="did a save fail?"):
             raise failure or restore.failure_elsewhere()
 
     def _check_health(self) -> None:
+        """Read the count of bad steps in a row; too many end the run, with the evidence on disk."""
         in_a_row = int(self._bad_in_a_row.item())
-        if in_a_row < self.max_bad_steps:
-            return
-        last_good = self.checkpoints.last_good if self.checkpoints is not None else None
-        what = f"{in_a_row} steps in a row, up to step {self.steps_done}, had losses or gradients that are not finite"
-        good = f"The last good save is {last_good}" if last_good else "There is no save yet"
-        if self.checkpoints is None:
-            raise incident.TrainingDiverged(f"{what}. {good}")
-        folder = self._write_incident(last_good)
-        raise incident.TrainingDiverged(f"{what}. Batch and largest activations by layer are in {folder}. {good}")
-
-    def _write_incident(self, last_good: str | None) -> str:
-        """Repeat the last batch's forward pass with an eye on every layer, and keep what is seen."""
-        assert self.checkpoints is not None
-        step = self.steps_done - 1
-        ids = batching.positions(self._batch, self.world.rank, self.world.size)[: self.microbatch or None]
-        streams = Streams(self.seed, TRAIN, step, ids=ids, device=self.device)
-        part = batching.to_device(next(batching.split(self._batch, self.microbatch)), self.device)
-        terms: dict[str, list[float]] = {}
-
-        def forward() -> None:
-            losses = self.loss_fn(self.net, part, streams)
-            terms.update(
-                {name: value.float().tolist() for name, value in losses.terms.items()}, loss=losses.loss.tolist()
-            )
-
-        layers = incident.largest_activations(self.net, forward)
-        report = {"last_good": last_good, "losses": terms, "precision": self.precision.state_dict(), "layers": layers}
-        return incident.write_incident(
-            self.checkpoints.directory, step=step, rank=self.world.rank, batch=self._batch, report=report
-        )
+        if in_a_row >= self.max_bad_steps:
+            raise incident.diverged(self, self._batch, in_a_row)
 
     def _log_line(self, clock: batching.Clock) -> None:
         """Read everything since the last line in one go; all processes take part, the main one writes."""
@@ -379,9 +352,8 @@ class Trainer:
             raise ValueError("this trainer has no checkpoints to save to; pass checkpoints=Checkpoints(folder)")
         state = self.state_dict()
         self._saved_at = self.steps_done
-        if self.world.is_main:
-            parts = {"model": state.pop("net"), "ema": state.pop("ema"), "optimizer": state.pop("optimizer")}
-            self.checkpoints.save(self.steps_done, **parts, state=state)
+        parts = {"model": state.pop("net"), "ema": state.pop("ema"), "optimizer": state.pop("optimizer")}
+        self.checkpoints.save(self.steps_done, **parts, state=state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs, by name. Tensors are the live ones. On several processes call it on all."""
@@ -424,17 +396,3 @@ class Trainer:
         for line in lines:
             self._say(line)
         return lines
-
-
-def unwrapped(net: nn.Module) -> nn.Module:
-    """The network inside torch.compile's or DistributedDataParallel's wrapper, whose parameters have their plain names."""
-    while True:
-        inner = getattr(net, "_orig_mod", None) or (net.module if isinstance(net, DistributedDataParallel) else None)
-        if inner is None:
-            return net
-        net = inner
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all numbers in all tensors, float32 scalar on their device."""
-    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).norm()

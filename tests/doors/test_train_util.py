@@ -1,6 +1,11 @@
 """The training loop of 2021 as programs use and subclass it."""
 
 import inspect
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +14,6 @@ from torch import nn
 from guided_diffusion import logger, train_util
 from guided_diffusion.resample import LossSecondMomentResampler
 from guided_diffusion.train_util import TrainLoop
-
 
 ARGUMENTS = [
     "model",
@@ -228,3 +232,44 @@ def test_log_loss_dict():
     ts, losses = torch.tensor([0, 24, 99]), torch.tensor([1.0, 3.0, 8.0])
     train_util.log_loss_dict(Diffusion(), ts, {"loss": losses})
     assert dict(logger.getkvs()) == {"loss": 4.0, "loss_q0": 2.0, "loss_q3": 8.0}
+
+
+TWO_PROCESSES = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+from guided_diffusion import dist_util, logger
+dist_util.setup_dist()
+from test_train_util import loop
+rank = torch.distributed.get_rank()
+logger.configure(dir=sys.argv[1], format_strs=[])
+first = loop(lr_anneal_steps=4, microbatch=3)
+assert first.use_ddp and first.global_batch == 12
+first.run_loop()
+second = loop(lr_anneal_steps=6, resume_checkpoint=sys.argv[1] + "/model000003.pt")
+assert second.resume_step == 3
+assert torch.equal(first.model.layer.weight, second.model.layer.weight)
+assert torch.equal(first.ema_params[0][0], second.ema_params[0][0])
+second.run_loop()
+everyone = dist_util._world().all_gather_cat(second.model.layer.weight.detach()[None])
+assert torch.equal(everyone[0], everyone[1])
+"""
+
+
+def test_two_processes_train_and_resume(tmp_path):
+    """In 2021 resuming on several processes hung."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(here.parents[1]), str(here)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **place, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
+        )
+        for r in "01"
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    assert (tmp_path / "model000006.pt").exists()

@@ -91,3 +91,14 @@ def test_two_processes_compute_what_one_does(two_processes, name, options):
     for (i, losses), (i2, losses2) in zip(alone.feedback.heard, heard):
         assert torch.equal(i, i2)
         torch.testing.assert_close(losses, losses2)
+
+
+def test_a_run_of_two_processes_continues_on_one(two_processes, tmp_path):
+    """`sharded` was saved by two processes at steps 4 and 6, without dropout."""
+    alone = make(feedback=Counter(), checkpoints=Checkpoints(str(tmp_path)))
+    alone.restore(alone.checkpoints.find(str(two_processes / "sharded" / "run000004.json")))
+    alone.run(6)
+    theirs = torch.load(two_processes / "sharded" / "model000006.pt")
+    for name, value in alone.net.state_dict().items():
+        torch.testing.assert_close(value, theirs[name])
+    assert alone.samples_seen == 48

@@ -112,7 +112,7 @@ def test_log_has_the_columns_of_2021(tmp_path):
     assert any(f"loss_q{q}" in rows[0] for q in range(4))
     net = trainer.net
     assert rows[1]["param_norm"] == pytest.approx(
-        float(torch.cat([p.flatten() for p in net.parameters()]).norm()), rel=1e-5
+        float(torch.cat([p.detach().flatten() for p in net.parameters()]).norm()), rel=1e-5
     )
 
 
@@ -264,3 +264,45 @@ def test_resume_from_nothing(tmp_path):
             saves.find(str(tmp_path / where))
     with pytest.raises(ValueError, match="'warn' or 'stop'"):
         Checkpoints(str(tmp_path / "x"), on_error="ignore")
+
+
+def test_halves_of_a_killed_writer_are_removed(tmp_path):
+    half, other = tmp_path / ".model000010.pt.0123abcd.tmp", tmp_path / ".notes.0123abcd.tmp"
+    half.touch()
+    other.touch()
+    with Checkpoints(str(tmp_path)):
+        assert not half.exists() and other.exists()
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    with Checkpoints(str(tmp_path), kind="classifier") as saves:
+        saves.save(1, model={"w": torch.zeros(1)}, ema={}, optimizer=None, state={})
+    with Checkpoints(str(tmp_path)) as saves, pytest.raises(ValueError, match="'classifier', this one is 'diffusion'"):
+        saves.find("auto")
+
+
+def test_evidence_that_cannot_be_written_does_not_hide_the_reason(tmp_path, monkeypatch):
+    from guided_diffusion.training import incident
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(incident, "write_incident", full)
+    trainer = make(max_bad_steps=1, checkpoints=Checkpoints(str(tmp_path)))
+    poison(trainer, 0)
+    with pytest.raises(TrainingDiverged, match="not finite. The evidence could not be written: .*No space left"):
+        trainer.run(2)
+
+
+def test_feedback_without_a_state_is_left_alone():
+    class Uniform:
+        def update(self, i, losses):
+            raise AssertionError("there is nothing to learn")
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    make(feedback=Uniform()).run(2)
