@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from guided_diffusion.runtime import launchers
+from guided_diffusion.runtime.devices import check_devices, choose_device
 from guided_diffusion.runtime.launchers import Place, discover, first_slurm_host, known_address
-from guided_diffusion.runtime.world import World, check_devices, choose_device, start, stop
+from guided_diffusion.runtime.world import World, start, stop
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPENMPI = {

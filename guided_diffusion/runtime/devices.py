@@ -1,0 +1,77 @@
+"""Which device is this process's, and is it the only one there."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+
+def choose_device(device: str | torch.device, local_rank: int, local_size: int) -> torch.device:
+    """The device of one process among `local_size` on its host.
+
+    With as many visible GPUs as processes, process k takes GPU k; with one visible GPU (clusters that bind one to each task) it takes
+    that one, and `check_devices` finds out whether others did too.
+    """
+    wanted = str(device)
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.partition(":")[0] != "cuda":
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA device "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); use device=cpu or auto"
+        )
+    chosen = torch.device(wanted)
+    if chosen.index is None:
+        count = torch.cuda.device_count()
+        if local_rank >= count > 1:
+            raise ValueError(
+                f"process {local_rank} of {local_size} on {platform.node()} has no GPU: {count} are visible "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); start {count} processes per host, or make more visible"
+            )
+        chosen = torch.device("cuda", local_rank if count > 1 else 0)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def check_devices(rows: list[dict[str, str]]) -> None:
+    """ValueError when two ranks hold one GPU. `rows`: one per rank with "rank", "host", "device", "identity"."""
+    holders: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if not row["identity"]:
+            continue
+        other = holders.setdefault(row["host"] + row["identity"], row)
+        if other is not row:
+            raise ValueError(
+                f"ranks {other['rank']} and {row['rank']} on host {row['host']} would share one GPU ({row['device']}). Start one "
+                "process per GPU and give each its own: `torchrun --nproc-per-node=<GPUs>`, or "
+                "`srun --ntasks-per-node=<GPUs> --gpus-per-task=1`; or use device=cpu"
+            )
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Host, device and memory of this process. "identity" is the same for two processes of a host exactly if they hold one GPU."""
+    name, identity = platform.processor() or platform.machine(), ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+        identity = str(getattr(properties, "uuid", "")) or f"{os.environ.get('CUDA_VISIBLE_DEVICES')}/{device.index}"
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "host": platform.node(),
+        "device": f"{device} {name}".strip(),
+        "memory": f"{memory / 2**30:.1f} GiB" if memory else "?",
+        "identity": identity,
+    }
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The rows as aligned columns, without "identity"."""
+    columns = [name for name in rows[0] if name != "identity"]
+    lines = [columns, *([row[name] for name in columns] for row in rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
