@@ -10,6 +10,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.7"],
     "tensorboard": ["tensorboard>=2.14"],
     "safetensors": ["safetensors>=0.4"],
+    "diffusers": ["diffusers>=0.30", "safetensors>=0.4"],
     "lmdb": ["lmdb>=1.4"],
     # An MPI library as a wheel, for machines without one of their own; mpi4py finds it by itself.
     "mpi": ["mpich>=4.2"],
@@ -17,7 +18,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["tensorboard"],
-    *EXTRAS["safetensors"],
+    *EXTRAS["diffusers"],
     *EXTRAS["lmdb"],
     *EXTRAS["mpi"],
     "hypothesis>=6.100",

@@ -15,6 +15,11 @@ COMMANDS = {
     "train-classifier": (".train", "main_classifier", "train a classifier of noised images, for guidance"),
     "sample": (".sample", "main", "make images from weights, with or without guidance"),
     "data": (".data", "main", "look at a folder of images, or pack it"),
+    "inspect": (".inspect", "main", "what a file of weights is"),
+    "convert": (".convert", "main", "weights to and from safetensors and diffusers, with the difference measured"),
+    "features": (".features", "main", "what a classifier sees in images, as an npz that can be scored"),
+    "zoo": (".zoo", "main", "the models released in 2021: list, show, get"),
+    "reproduce": (".reproduce", "main", "a published figure, from released weights to the score"),
     "doctor": (".doctor", "main", "check this machine: devices, processes, packages"),
     "demo": (".demo", "main", "the whole journey on handwritten digits, in minutes, without a download"),
 }

@@ -1,0 +1,137 @@
+"""`zoo`: the fifteen models released in 2021, by name: what they are, where they are, what they should score."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..presets import PRESETS, Preset, get
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`guided-diffusion zoo [list]`, `zoo show NAME`, `zoo get NAME`."""
+    parser = argparse.ArgumentParser(prog="guided-diffusion zoo", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "action", nargs="?", default="list", choices=("list", "show", "get"), help="what to do (default list)"
+    )
+    parser.add_argument("name", nargs="?", default="", help="a model's name, for show and get")
+    parser.add_argument(
+        "--cache",
+        default="",
+        help="folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)",
+    )
+    args = parser.parse_args(argv)
+    if args.action == "list":
+        print(table())
+        return 0
+    if not args.name:
+        raise ValueError(f"zoo {args.action} needs a name; there are {', '.join(PRESETS)}")
+    preset = get(args.name)
+    if args.action == "show":
+        print(card(preset))
+        return 0
+    print(fetch(preset, args.cache or cache_folder()))
+    return 0
+
+
+def cache_folder() -> str:
+    """Where downloads are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided_diffusion."""
+    return os.environ.get("GUIDED_DIFFUSION_CACHE") or str(Path.home() / ".cache" / "guided_diffusion")
+
+
+def table() -> str:
+    """One line per published way of sampling."""
+    head = f"{'name':26s} {'what':34s} {'classifier':20s} {'scale':>5s} {'steps':>15s} {'FID':>6s} {'sFID':>6s} {'Prec':>5s} {'Rec':>5s}"
+    lines = [head]
+    for preset in PRESETS.values():
+        if not preset.recipes:
+            lines.append(f"{preset.name:26s} {preset.title:34s}")
+        for recipe in preset.recipes:
+            classifier = preset.classifier if recipe.scale else "-"
+            steps = recipe.respacing or str(preset.flags["diffusion_steps"])
+            row = f"{preset.name:26s} {preset.title:34s} {classifier:20s} {recipe.scale:5g} {steps:>15s}"
+            if recipe.expected:
+                e = recipe.expected
+                row += f" {e.fid:6.2f} {e.sfid:6.2f} {e.precision:5.2f} {e.recall:5.2f}"
+            lines.append(row)
+    lines.append(f"files: {next(iter(PRESETS.values())).url.rpartition('/')[0]}/NAME.pt")
+    return "\n".join(lines)
+
+
+def card(preset: Preset) -> str:
+    """Everything known of one model."""
+    lines = [f"{preset.name}: {preset.title} ({preset.kind})", f"file   {preset.url}"]
+    lines.append("flags  " + " ".join(f"--{name} {value}" for name, value in preset.flags.items()))
+    for recipe in preset.recipes:
+        how = f"{'DDIM, ' if recipe.use_ddim else ''}{recipe.respacing or preset.flags['diffusion_steps']} steps"
+        guide = f", {preset.classifier} at scale {recipe.scale:g}" if recipe.scale else ", unguided"
+        e = recipe.expected
+        told = (
+            f": FID {e.fid}, sFID {e.sfid}, precision {e.precision}, recall {e.recall}"
+            if e
+            else ": no published figure"
+        )
+        lines.append(f"recipe {how}{guide}{told}{' (' + recipe.note + ')' if recipe.note else ''}")
+    return "\n".join(lines)
+
+
+def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
+    """The path of the released file: as it lies in `cache`, else downloaded into it with a progress bar.
+
+    A download is checked twice: its length against the server's word, and its tensors' names and shapes against the released
+    layout (2021 published no checksums; the sha256 of what came is printed, and compared where this package knows it).
+    ConnectionError says which file to place where.
+    """
+    target = Path(cache) / preset.file
+    if target.is_file():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    try:
+        with urllib.request.urlopen(preset.url, timeout=timeout) as answer, open(part, "wb") as file:
+            _copy(answer, file, int(answer.headers.get("Content-Length") or 0), preset.file)
+        check(str(part), preset)
+    except (urllib.error.URLError, OSError, TimeoutError) as error:
+        part.unlink(missing_ok=True)
+        raise ConnectionError(
+            f"cannot download {preset.url} ({error}). Bring the file from a machine that can, and place it at {target}"
+        ) from None
+    except ValueError:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, target)
+    return str(target)
+
+
+def _copy(answer: object, file: object, total: int, name: str) -> None:
+    from tqdm import tqdm
+
+    received = 0
+    with tqdm(total=total or None, unit="B", unit_scale=True, desc=name) as bar:
+        while block := answer.read(1 << 20):  # type: ignore[attr-defined]
+            file.write(block)  # type: ignore[attr-defined]
+            received += len(block)
+            bar.update(len(block))
+    if total and received != total:
+        raise OSError(f"the connection broke after {received} of {total} bytes")
+
+
+def check(path: str, preset: Preset) -> str:
+    """sha256 of a released file; ValueError unless its tensors have the names and shapes of that release."""
+    from ..identify import SIGNATURES, signature
+    from ..runtime import storage
+    from ..training.weights import load_weights
+
+    shapes = {name: tuple(value.shape) for name, value in load_weights(path).items()}
+    names = SIGNATURES.get(signature(shapes), ())
+    if preset.name not in names:
+        raise ValueError(
+            f"{path} does not have the names and shapes of {preset.file}; the download is damaged or another file"
+        )
+    digest = storage.sha256_of(path)
+    print(f"{preset.file}: sha256 {digest}, names and shapes as released")
+    return digest
