@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recorded import CASES, FIGURES, SEEDS, SHAPE, SHORT, Recorded, close, cond_fn, data, steps
+from recorded import CASES, FIGURES, SEEDS, SHAPE, SHORT, Recorded, close, cond_fn, data, normal, steps
 
 from guided_diffusion.diffusion import guidance, samplers
 from guided_diffusion.diffusion.denoiser import make_denoiser
-from guided_diffusion.diffusion.likelihood import bits_per_dim, discretized_gaussian_log_likelihood
+from guided_diffusion.diffusion.likelihood import bits_per_dim, discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.diffusion.objectives import training_losses
 from guided_diffusion.diffusion.process import (
     Process,
@@ -113,15 +113,17 @@ def test_space_timesteps(question: str) -> None:
 
 
 def test_loss_second_moment() -> None:
-    case, arrays = FIGURES["resample"], np.load(Recorded("eps_learned").arrays.fid.name)
+    case, arrays = FIGURES["resample"], Recorded("eps_learned").arrays
     chooser = LossSecondMoment(case["steps"], case["history_per_term"], case["uniform_prob"])
     for i, losses in case["updates"]:
         chooser.update(torch.tensor(i), torch.tensor(losses))
     close(chooser.probabilities(), arrays["resample/weights"])
 
 
-def test_pixels_that_hit_the_floor() -> None:
-    """The recorded array bottoms out at log 1e-12, and so does ours, wherever the mean is far away and the scale small."""
-    x = torch.from_numpy(Recorded("eps_learned").arrays["losses/dgll_x"])
-    far = discretized_gaussian_log_likelihood(x, means=torch.full_like(x, 40.0), log_scales=torch.full_like(x, -4.0))
-    assert torch.equal(far[x <= 0.999], torch.full_like(far[x <= 0.999], 1e-12).log())
+def test_divergence_and_pixel_likelihood() -> None:
+    """Inputs: standard normal arrays of consecutive seeds; the scales of the pixels are exp(0.5 n - 2)."""
+    arrays = Recorded("eps_learned").arrays
+    close(normal_kl(*(normal(seed, (3, 4)) for seed in range(20, 24))), arrays["losses/normal_kl"])
+    x = torch.from_numpy(arrays["losses/dgll_x"])
+    means, log_scales = normal(25, x.shape), 0.5 * normal(26, x.shape) - 2
+    close(discretized_gaussian_log_likelihood(x, means=means, log_scales=log_scales), arrays["losses/dgll"])

@@ -194,22 +194,10 @@ def test_subclasses_hooks_are_called_through_self():
 
         setattr(Watched, name, method)
 
-    for name in [
-        "p_mean_variance",
-        "p_sample",
-        "ddim_sample",
-        "condition_mean",
-        "condition_score",
-        "q_posterior_mean_variance",
-        "q_sample",
-        "_scale_timesteps",
-        "_predict_xstart_from_eps",
-        "_predict_eps_from_xstart",
-        "_vb_terms_bpd",
-        "_prior_bpd",
-        "p_sample_loop_progressive",
-        "ddim_sample_loop_progressive",
-    ]:
+    sampling = "p_mean_variance p_sample ddim_sample condition_mean condition_score _scale_timesteps"
+    loops = "p_sample_loop_progressive ddim_sample_loop_progressive _vb_terms_bpd _prior_bpd q_sample"
+    formulas = "q_posterior_mean_variance _predict_xstart_from_eps _predict_eps_from_xstart"
+    for name in [*sampling.split(), *loops.split(), *formulas.split()]:
         watch(name)
     diffusion = plain(2)
     watched = Watched(

@@ -1,0 +1,197 @@
+"""Samplers against Gaussian data, whose trajectories and end points are known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gaussian_data import MEAN, SIGMA, exact_process, ideal, normal, sample_moments, seeded, uniform_process, whitened
+
+from guided_diffusion.diffusion import samplers
+from guided_diffusion.diffusion.denoiser import Denoised
+from guided_diffusion.diffusion.process import Process, add_noise
+
+ALL = {
+    "ancestral": samplers.ancestral,
+    "ddim": samplers.ddim,
+    "ddim_eta": lambda *a, **k: samplers.ddim(*a, eta=0.6, **k),
+    "plms": samplers.plms,
+    "dpm_solver": samplers.dpm_solver,
+    "heun": samplers.heun,
+    "heun_churn": lambda *a, **k: samplers.heun(*a, num_steps=80, churn=20, **k),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_mean_and_covariance_are_reached(name: str) -> None:
+    random = name in ("ancestral", "ddim_eta", "heun_churn")
+    process = exact_process(keep="250" if random else "200")
+    options = {"noise": seeded(1)} if random else {}
+    x = samplers.last(ALL[name](ideal(process), whitened(4000), process, **options))
+    mean, covariance = sample_moments(x)
+    tolerance = 0.04 if random else 0.02  # fresh noise leaves the moments of 4000 samples uncertain by about 0.011
+    torch.testing.assert_close(mean, MEAN, rtol=0, atol=tolerance)
+    torch.testing.assert_close(covariance, SIGMA, rtol=0, atol=tolerance)
+
+
+def exact_flow(process: Process, x: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+    """Where the probability flow carries x from the last step to step 0, for centred data with these variances per coordinate."""
+    first, last = (process.alpha_bar[k] for k in (0, -1))
+    return x * ((first * variances + 1 - first) / (last * variances + 1 - last)).sqrt()
+
+
+def error_at_step_0(sampler, process: Process, **options) -> float:
+    """Against the exact flow, before the last step, which only removes the noise that step 0 still has."""
+    variances = torch.tensor([0.04, 0.3, 1.7], dtype=torch.float64)
+    x = normal(64, 3)
+    denoise = ideal(process, torch.zeros(3, dtype=torch.float64), torch.diag(variances))
+    before_last = list(sampler(denoise, x, process, **options))[-2].x
+    return (before_last - exact_flow(process, x, variances)).abs().max().item()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("sampler", "options", "order"),
+    [
+        (samplers.dpm_solver, {}, 2),
+        (samplers.heun, {}, 2),
+        (samplers.heun, {"rho": 3.0}, 2),
+    ],
+)
+def test_solvers_converge_at_their_order(schedule: str, sampler, options: dict, order: int) -> None:
+    """Off the integer steps: the same process, denoiser and tables, ever more solver steps."""
+    process = exact_process(schedule)
+    errors = [error_at_step_0(sampler, process, num_steps=count, **options) for count in (40, 80, 160)]
+    rates = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
+    assert all(rate > order - 0.25 for rate in rates), (errors, rates)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [(samplers.ddim, 1), (samplers.plms, 2), (samplers.dpm_solver, 2), (samplers.heun, 2)],
+)
+def test_solvers_on_the_steps_of_a_process_converge(sampler, order: int) -> None:
+    """On integer steps, with ever finer processes."""
+    errors = [error_at_step_0(sampler, uniform_process(count)) for count in (60, 120, 240)]
+    assert errors[0] / errors[-1] > 4 ** (order - 0.25), errors
+
+
+def test_fewer_evaluations_for_the_same_error() -> None:
+    process = exact_process()
+    short = exact_process(keep="20")
+    assert error_at_step_0(samplers.dpm_solver, process, num_steps=20) < 0.2 * error_at_step_0(samplers.ddim, short)
+
+
+def test_ddim_with_eta_1_is_ancestral_with_the_posterior_variance() -> None:
+    process = exact_process(keep="30")
+    x, denoise = normal(16, 2), ideal(process)
+    one = samplers.last(samplers.ddim(denoise, x, process, eta=1.0, noise=seeded(3)))
+    other = samplers.last(samplers.ancestral(denoise, x, process, noise=seeded(3)))
+    torch.testing.assert_close(one, other)
+
+
+def test_inversion_and_back() -> None:
+    process = exact_process()
+    x0 = MEAN + normal(32, 2) @ torch.linalg.cholesky(SIGMA).T
+    errors = []
+    for keep in ("250", "500", "1000"):
+        process = exact_process(keep=keep)
+        noise = samplers.last(samplers.ddim_invert(ideal(process), x0, process))
+        errors.append((samplers.last(samplers.ddim(ideal(process), noise, process)) - x0).abs().max().item())
+    assert errors[2] < 0.02 and errors[0] > 1.4 * errors[1] > 1.9 * errors[2]
+    assert noise.std() > 0.8
+
+
+def test_plms_of_order_1_is_ddim() -> None:
+    process = exact_process(keep="20")
+    x = normal(4, 2)
+    one, other = (
+        samplers.last(s)
+        for s in (samplers.plms(ideal(process), x, process, order=1), samplers.ddim(ideal(process), x, process))
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_start_in_the_middle() -> None:
+    process = exact_process(keep="50")
+    for sampler in (samplers.ancestral, samplers.ddim, samplers.plms):
+        steps = list(sampler(ideal(process), normal(4, 2), process, start=9))
+        assert [step.i for step in steps] == list(range(9, -1, -1))
+        with pytest.raises(ValueError, match=r"start=50.*0\.\.49"):
+            next(sampler(ideal(process), normal(4, 2), process, start=50))
+
+
+def test_little_noise_changes_little() -> None:
+    """Noised to an early step and denoised again, data comes back nearly as it was."""
+    process = exact_process()
+    x0 = MEAN + normal(64, 2) @ torch.linalg.cholesky(SIGMA).T
+    i = torch.full((64,), 5)
+    x = add_noise(process, x0, i, normal(64, 2, seed=2))
+    back = samplers.last(samplers.ddim(ideal(process), x, process, start=5))
+    assert (back - x0).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "plms", "dpm_solver", "heun"])
+def test_the_callers_grad_mode_and_edits_count(name: str) -> None:
+    process, seen, modes = exact_process(keep="6"), [], []
+
+    def denoise(x: torch.Tensor, i: torch.Tensor) -> Denoised:
+        assert not torch.is_grad_enabled()
+        seen.append(x.clone())
+        return ideal(process)(x, i)
+
+    for step in ALL[name](denoise, normal(4, 2).requires_grad_(), process):
+        modes.append(torch.is_grad_enabled())
+        assert not step.x.requires_grad
+        step.x.fill_(0.25)
+    assert modes == [True] * 6 and torch.is_grad_enabled()
+    assert torch.allclose(seen[-1], torch.full((4, 2), 0.25, dtype=torch.float64), rtol=1e-12)
+    with torch.no_grad():
+        assert [torch.is_grad_enabled() for _ in ALL[name](ideal(process), normal(4, 2), process)] == [False] * 6
+
+
+def test_ddim_needs_no_variance_and_no_noise() -> None:
+    process = exact_process(keep="10")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked for")
+
+    def denoise(x: torch.Tensor, i: torch.Tensor) -> Denoised:
+        return Denoised(ideal(process)(x, i).x0, refuse)  # type: ignore[arg-type]
+
+    for sampler in (samplers.ddim, samplers.plms, samplers.heun, samplers.dpm_solver):
+        samplers.last(sampler(denoise, normal(4, 2), process))
+    samplers.last(samplers.ddim(denoise, normal(4, 2), process, noise=refuse))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="asked for"):
+        samplers.last(samplers.ancestral(denoise, normal(4, 2), process))
+
+
+def test_solvers_hear_positions_between_steps() -> None:
+    process, heard = exact_process(), []
+
+    def denoise(x: torch.Tensor, i: torch.Tensor) -> Denoised:
+        heard.append(i)
+        return ideal(process)(x, i)
+
+    steps = list(samplers.dpm_solver(denoise, normal(4, 2), process, num_steps=7))
+    values = torch.stack(heard)[:, 0]
+    assert values[0] == 999 and values[-1] == 0 and (values != values.round()).any() and len(steps) == 7
+    assert (process.at("log_snr", values, values).diff().diff().abs() < 1e-9).all()
+    heard.clear()
+    samplers.last(samplers.dpm_solver(denoise, normal(4, 2), process))
+    assert all(i.dtype == torch.int64 for i in heard) and len(heard) == 1000
+
+
+def test_errors() -> None:
+    process = exact_process(keep="10")
+    arguments = (ideal(process), normal(4, 2), process)
+    for wrong, text in (
+        (samplers.ddim(*arguments, eta=1.5), "eta=1.5"),
+        (samplers.heun(*arguments, churn=-1), "churn=-1"),
+        (samplers.heun(*arguments, num_steps=1), "num_steps=1"),
+        (samplers.plms(*arguments, order=5), "order=5"),
+        (iter(()), "no step"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            samplers.last(wrong)
