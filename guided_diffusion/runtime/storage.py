@@ -180,7 +180,7 @@ def _is_about(error: OSError, temporary: str) -> bool:
 def _explained(error: OSError, path: PathLike, action: str) -> OSError:
     """The same error, of the same class, saying what was tried, where, and what would help."""
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
         reason += (
             f" ({_free_space(path)}); free some space or choose another folder; nothing half written was left behind"
         )

@@ -35,6 +35,13 @@ def test_center_crop_is_the_2021_crop_on_real_photographs(photographs, size, whi
     np.testing.assert_array_equal(images.center_crop(photograph, size), expected)
 
 
+def test_a_picture_twice_the_size_is_averaged_by_fours(photographs):
+    photograph = photographs[0][:400, :400]
+    averages = photograph.reshape(200, 2, 200, 2, 3).mean(axis=(1, 3))
+    # PIL filters rows, rounds, then filters columns: half a unit each time.
+    assert np.abs(images.center_crop(photograph, 200) - averages).max() <= 1
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("size", [8, 33, 64])
 def test_random_crop_is_the_2021_crop_with_its_draws(photographs, seed, size):

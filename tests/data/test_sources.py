@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import tarfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,6 +23,7 @@ from guided_diffusion.data import images, packed
 from guided_diffusion.data.listing import Records, list_records
 from guided_diffusion.data.loader import make_batches
 from guided_diffusion.data.sources import Reader
+from guided_diffusion.runtime import storage
 
 NAMES = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/10.png", "dog/2.png")
 
@@ -151,6 +153,30 @@ def test_a_reader_goes_to_workers_and_threads(write_pictures, tmp_path, make):
     here, there = make_batches(records, **options), make_batches(records, workers=2, **options)
     for a, b in islice(zip(here, there), 4):
         assert torch.equal(a.images, b.images)
+
+
+def test_threads_do_not_move_each_others_file(write_pictures, tmp_path, monkeypatch):
+    root = write_pictures(*NAMES)
+    records = list_records(tarred(root, tmp_path / "a.tar", NAMES))
+    real = storage.open_file
+
+    class Slow:
+        """A file on which another thread gets its turn between seek and read."""
+
+        def __init__(self, path: str, mode: str = "rb") -> None:
+            self.file = real(path, mode)
+            self.read = self.file.read
+
+        def seek(self, offset: int) -> None:
+            self.file.seek(offset)
+            time.sleep(0.002)
+
+    expected = pixels(records)
+    monkeypatch.setattr(storage, "open_file", Slow)
+    reader = Reader(records.kind, records.root)
+    with ThreadPoolExecutor(4) as pool:
+        for picture, other in zip(pool.map(reader.read, records.paths * 8), expected * 8):
+            np.testing.assert_array_equal(picture, other)
 
 
 @pytest.mark.parametrize("size", [8, (6, 10)])
