@@ -88,7 +88,6 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
     from .. import build
     from ..runtime.log import Log
-    from ..runtime.streams import key_of  # noqa: F401
     from ..training.saver import Checkpoints
     from ..training.trainer import Trainer
 
@@ -102,6 +101,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
     if batch_size % world.size:
         raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
 
+    process = build.build_process(config.diffusion).to(world.device)
     names = records.class_names if records.labels is not None else ()
     checkpoints = Checkpoints(
         folder,
@@ -120,7 +120,6 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
         runs.write_config(folder, parsed, dict(config.to_dict()))
 
     net = build.build_network(config.model, config.diffusion, seed=config.train.seed)
-    process = build.build_process(config.diffusion).to(world.device)
     timesteps = build.build_timesteps(config.train.schedule_sampler, len(process))
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     tell = log.info if world.is_main else _silent
@@ -398,7 +397,6 @@ def _accuracy_by_noise(
     from ..runtime import storage
     from ..runtime.streams import EVALUATE, Streams
     from ..training.batching import to_device
-    from ..training.losses import LossMeans  # noqa: F401
 
     count = min(len(records), _MEASURED)
     size = min(count, 64)

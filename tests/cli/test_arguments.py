@@ -1,0 +1,88 @@
+"""Reading flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guided_diffusion.cli import arguments
+from guided_diffusion.config import RunConfig
+
+CONFIGS = list(RunConfig.sections("diffusion").values())
+
+
+def parse(*words: str, **options: Any) -> arguments.Parsed:
+    return arguments.parse(list(words), CONFIGS, program="p", description="d", **options)
+
+
+@pytest.mark.parametrize("word", ["yes", "true", "t", "y", "1", "True", "YES"])
+def test_words_for_true(word: str) -> None:
+    assert arguments.str2bool(word) is True
+    assert parse("--learn_sigma", word).typed == {"learn_sigma": True}
+
+
+@pytest.mark.parametrize("word", ["no", "false", "f", "n", "0", "False"])
+def test_words_for_false(word: str) -> None:
+    assert arguments.str2bool(word) is False
+
+
+def test_a_bare_boolean_says_true_and_dashes_are_underscores() -> None:
+    assert parse("--learn-sigma", "--image-size=32", "--lr", "-0").typed == {
+        "learn_sigma": True,
+        "image_size": 32,
+        "lr": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learn_sigm", "True"], "there is no flag --learn_sigm (did you mean --learn_sigma?)"),
+        (["--learn_sigma", "maybe"], "--learn_sigma: boolean value expected, not 'maybe'"),
+        (["--image_size", "large"], "--image_size: invalid int value: 'large'"),
+        (["--schedule_sampler", "uniformly"], "(did you mean uniform?)"),
+        (["--lr"], "--lr: expected one argument"),
+        (["stray"], "'stray' is neither a flag nor the value of one"),
+        (["--config", "/nowhere.json"], "--config /nowhere.json: there is no such file"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError)) as told:
+        parse(*words)
+    assert message in str(told.value)
+
+
+def test_typed_beats_file_beats_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"model": {"image_size": 32}, "lr": 0.5}))
+    parsed = parse("--config", str(path), "--lr", "0.25", defaults={"lr": 0.1, "batch_size": 7})
+    assert parsed.typed == {"image_size": 32, "lr": 0.25}
+    assert parsed.flags["batch_size"] == 7 and parsed.flags["num_channels"] == 128
+
+
+def test_the_written_configuration_reads_back(tmp_path: Path) -> None:
+    run = RunConfig.from_flags("diffusion", {"image_size": 32, "ema_rate": "0.9,0.99"})
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"format": 1, "config": run.to_dict()}))
+    assert RunConfig.from_flags("diffusion", parse("--config", str(path)).flags) == run
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"imagesize": 3}'])
+def test_bad_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="c.json"):
+        parse("--config", str(path))
+
+
+def test_dict_helpers_are_those_of_2021() -> None:
+    parser = argparse.ArgumentParser()
+    arguments.add_dict_to_argparser(parser, {"a": 1, "b": False, "c": None, "d": "x", "e": 0.5})
+    args = parser.parse_args(["--a", "2", "--b", "y", "--c", "3"])
+    assert arguments.args_to_dict(args, "abcde") == {"a": 2, "b": True, "c": "3", "d": "x", "e": 0.5}
+    with pytest.raises(argparse.ArgumentTypeError):
+        arguments.str2bool("perhaps")

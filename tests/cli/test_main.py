@@ -1,0 +1,85 @@
+"""The command as users meet it first: help, mistakes, exit codes. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion.cli import main as cli
+from guided_diffusion.cli import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from guided_diffusion.cli.main import main; main(['--help']); print('torch' in sys.modules)"
+    assert python(code).rstrip().endswith("False")
+
+
+@pytest.mark.parametrize("command", ["train", "train-classifier", "sample"])
+def test_help_of_commands_needs_no_torch(command: str) -> None:
+    code = (
+        "import sys\nfrom guided_diffusion.cli.main import main\n"
+        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+    assert python(code).rstrip().endswith("0 False")
+
+
+def test_unknown_command_suggests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--data_dri", "x"], "did you mean --data_dir?"),
+        (["train", "--image_size", "66", "--data_dir", "x"], "cannot be halved"),
+        (["sample"], "--model_path is empty"),
+        (["sample", "--model_path", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_own_mistakes_keep_their_traceback() -> None:
+    def broken(_: object) -> int:
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError):
+        runs.guarded(broken, [])
+
+
+def test_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    assert runs.guarded(interrupted, []) == 130
+
+
+def test_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    assert runs.run_folder("x", "diffusion") == ("x", "--out")
+    assert runs.run_folder("", "diffusion")[0].startswith("runs")
+    assert "openai-" in runs.script_folder()
+    monkeypatch.setenv("OPENAI_LOGDIR", "/logs")
+    assert runs.run_folder(runs.script_folder(), "diffusion") == ("/logs", "OPENAI_LOGDIR")

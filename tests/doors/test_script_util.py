@@ -1,0 +1,97 @@
+"""The factories of 2021."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion import script_util as su
+
+SMALL = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8", "channel_mult": "1,2"}
+
+
+def flags(**changes: Any) -> dict[str, Any]:
+    return {**su.model_and_diffusion_defaults(), **SMALL, **changes}
+
+
+def test_the_usual_call_builds_a_pair() -> None:
+    model, diffusion = su.create_model_and_diffusion(
+        **flags(learn_sigma=True, class_cond=True, timestep_respacing="10")
+    )
+    assert isinstance(model, su.UNetModel) and isinstance(diffusion, su.SpacedDiffusion)
+    assert diffusion.num_timesteps == 10 and diffusion.original_num_steps == 1000
+    assert model.label_emb.weight.shape[0] == 1000
+    y = torch.zeros(2, dtype=torch.long)
+    assert model(torch.zeros(2, 3, 16, 16), torch.zeros(2), y).shape == (2, 6, 16, 16)
+
+
+def test_the_call_through_inspection_and_flags() -> None:
+    parser = argparse.ArgumentParser()
+    su.add_dict_to_argparser(parser, su.model_and_diffusion_defaults())
+    args = parser.parse_args(
+        ["--image_size", "16", "--num_channels", "32", "--channel_mult", "1,2", "--num_res_blocks", "1"]
+    )
+    names = inspect.getfullargspec(su.create_model_and_diffusion)[0]
+    assert set(names) == set(su.model_and_diffusion_defaults())
+    su.create_model_and_diffusion(**su.args_to_dict(args, names))
+
+
+def test_num_classes_of_the_module_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(su, "NUM_CLASSES", 7)
+    assert su.create_model(16, 32, 1, channel_mult="1,2", class_cond=True).num_classes == 7
+    assert su.create_model(16, 32, 1, channel_mult="1,2", class_cond=True, num_classes=3).num_classes == 3
+
+
+def test_the_schedule_is_looked_up_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gd, "get_named_beta_schedule", lambda name, steps: np.full(steps, 0.01))
+    assert su.create_gaussian_diffusion(steps=5).betas.tolist() == pytest.approx([0.01] * 5)
+
+
+@pytest.mark.parametrize("respacing", ["10", 10, [10]])
+def test_respacing_as_text_number_or_list(respacing: Any) -> None:
+    assert su.create_gaussian_diffusion(timestep_respacing=respacing).num_timesteps == 10
+
+
+def test_choices_of_the_diffusion() -> None:
+    made = su.create_gaussian_diffusion
+    assert made().model_var_type == gd.ModelVarType.FIXED_LARGE
+    assert made(sigma_small=True).model_var_type == gd.ModelVarType.FIXED_SMALL
+    assert made(learn_sigma=True).model_var_type == gd.ModelVarType.LEARNED_RANGE
+    assert made(predict_xstart=True).model_mean_type == gd.ModelMeanType.START_X
+    assert made(use_kl=True).loss_type == gd.LossType.RESCALED_KL
+    assert made(rescale_learned_sigmas=True).loss_type == gd.LossType.RESCALED_MSE
+    assert made().num_timesteps == 1000
+
+
+def test_classifier_has_1000_outputs_unless_told() -> None:
+    small = {**su.classifier_and_diffusion_defaults(), "image_size": 16, "classifier_width": 64, "classifier_depth": 1}
+    classifier, _ = su.create_classifier_and_diffusion(**small)
+    assert isinstance(classifier, su.EncoderUNetModel)
+    x = torch.zeros(2, 3, 16, 16)
+    assert classifier(x, torch.zeros(2)).shape == (2, 1000)
+    only = {name: small[name] for name in su.classifier_defaults()}
+    assert su.create_classifier(**only, num_classes=4)(x, torch.zeros(2)).shape == (2, 4)
+
+
+def test_super_resolution() -> None:
+    flags = {
+        **su.sr_model_and_diffusion_defaults(),
+        "large_size": 16,
+        "small_size": 8,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+    }
+    model, _ = su.sr_create_model_and_diffusion(**flags)
+    assert isinstance(model, su.SuperResModel)
+    assert model(torch.zeros(1, 3, 16, 16), torch.zeros(1), low_res=torch.zeros(1, 3, 8, 8)).shape == (1, 3, 16, 16)
+
+
+def test_names_passed_on() -> None:
+    for name in "SpacedDiffusion space_timesteps UNetModel SuperResModel EncoderUNetModel gd".split():
+        assert hasattr(su, name)
