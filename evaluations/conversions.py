@@ -61,17 +61,17 @@ def _values(
         raise ValueError(f"{name} holds values that are not finite (nan or infinity)")
     if dtype.kind in "iu":
         if low < 0 or high > 255:
-            raise ValueError(f"{name} holds {dtype} from {low:g} to {high:g}, expected 0..255")
-        notes.append(f"{dtype} images within 0..255: taken as uint8")
+            raise ValueError(f"{name} holds {dtype.name} from {low:g} to {high:g}, expected 0..255")
+        notes.append(f"{dtype.name} images within 0..255: taken as uint8")
         return lambda images: images.astype(np.uint8)
     if low >= 0 and high <= 1:
-        notes.append(f"{dtype} images in [0, 1]: taken as round(255 x)")
+        notes.append(f"{dtype.name} images in [0, 1]: taken as round(255 x)")
         return lambda images: np.rint(images.astype(np.float32) * 255).astype(np.uint8)
     if low >= -1 and high <= 1:
-        notes.append(f"{dtype} images in [-1, 1]: taken as round(127.5 (x + 1))")
+        notes.append(f"{dtype.name} images in [-1, 1]: taken as round(127.5 (x + 1))")
         return lambda images: np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8)
     raise ValueError(
-        f"{name} holds {dtype} from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]. "
+        f"{name} holds {dtype.name} from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]. "
         "Convert the images to uint8 0..255 and save them again."
     )
 

@@ -128,7 +128,7 @@ def _suffix(name: str) -> str:
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    return any(part == "__MACOSX" or part.startswith(".") and part != ".." for part in PurePosixPath(name).parts)
 
 
 class FolderSource(PictureSource):

@@ -156,7 +156,8 @@ def load_inception(
             )
         warnings.warn(f"scores rest on unknown Inception weights: {path} ({complaint})", stacklevel=2)
     state = state_from_graph(path) if path.suffix == ".pb" else _state_from_torch(path)
-    net = InceptionV3()
+    with torch.device("meta"):  # no time and memory for numbers that are replaced at once
+        net = InceptionV3()
     _load_strictly(net, state, path)
     net.source, net.sha256, net.verified = str(path), sha256, verified
     if folded:
@@ -298,4 +299,5 @@ def _load_strictly(net: InceptionV3, state: dict[str, torch.Tensor], path: Path)
             raise ValueError(f"{path}: {name} has shape {shapes}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds values that are not finite floating-point numbers")
-    net.load_state_dict(state)
+    net.load_state_dict({name: value.to(torch.float32) for name, value in state.items()}, assign=True)
+    net.requires_grad_(False)

@@ -1,0 +1,266 @@
+"""Features are the same bits for any batch size, thread count, number of processes, order of work and interruption."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations import features
+from evaluations.features import Features, World, extract, extract_blocks, pick_device, world_from_environment
+from evaluations.inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
+
+ROOT = Path(__file__).parents[2]
+
+
+class Toy(torch.nn.Module):
+    """Stands in for the network where only the bookkeeping is tested. It refuses any batch but whole chunks."""
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 3), requires_grad=False)
+        self.sha256, self.folded, self.chunk, self.calls = "toy", True, chunk, 0
+
+    def forward(self, x: torch.Tensor) -> InceptionOutputs:
+        assert x.shape == (self.chunk, 3, 299, 299)
+        self.calls += 1
+        value = (x.mean((2, 3)) * self.weight).sum(1, keepdim=True)
+        place = torch.arange(self.chunk)[:, None]  # the place in the chunk shows, so a shifted chunk is noticed
+        pool = value * torch.linspace(0, 1, POOL_FEATURES) + place
+        return InceptionOutputs(pool, value.expand(-1, SPATIAL_FEATURES), value.expand(-1, NUM_CLASSES))
+
+
+def same(one: Features | None, other: Features | None) -> bool:
+    assert one is not None
+    assert other is not None
+    return all(np.array_equal(a, b) for a, b in zip(one, other))
+
+
+def run(source, net, **settings) -> Features | None:
+    return extract(source, net, progress=False, **settings)
+
+
+@pytest.fixture
+def images(recipes) -> np.ndarray:
+    return recipes.images(3, 11, 20, 24)
+
+
+def test_real_network_batch_size_threads_and_shards(recipes, net, tmp_path):
+    images = recipes.images(3, 5, 20, 24)
+    expected = run(images, net, chunk=2)
+    assert expected is not None
+    assert [value.shape for value in expected] == [(5, 2048), (5, 2023), (5, 1008)]
+    assert all(value.dtype == np.float32 for value in expected)
+    assert same(expected, run(images, net, chunk=2, batch_size=1))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2 if before == 1 else 1)
+        assert same(expected, run(images, net, chunk=2, batch_size=3))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.get_num_threads() == before
+    for rank in (2, 1, 0):
+        shared = run(images, net, chunk=2, shard_images=2, shard_dir=tmp_path, world=(rank, 3))
+    assert same(expected, shared)
+
+
+PROCESS = """
+    import sys, warnings
+    import numpy as np
+    warnings.simplefilter("ignore")
+    from evaluations.features import extract
+    from evaluations.weights import load_inception
+    net = load_inception(sys.argv[1], allow_unknown=True)
+    found = extract(sys.argv[2], net, chunk=2, shard_images=2, progress=False, timeout_s=120)
+    if found is not None:
+        np.savez(sys.argv[3], *found)
+"""
+
+
+def test_real_processes_agree(recipes, net, synthetic_pb, tmp_path):
+    """Two processes started as torchrun and as mpiexec do, sharing the folder beside the file."""
+    images = recipes.images(3, 5, 20, 24)
+    np.savez(tmp_path / "x.npz", images)
+    expected = run(images, net, chunk=2)
+    running = []
+    for rank in range(2):
+        names = {"RANK": str(rank), "WORLD_SIZE": "2"} if rank else {"PMI_RANK": "0", "PMI_SIZE": "2"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(rank + 1), **names}
+        command = [sys.executable, "-c", textwrap.dedent(PROCESS), str(synthetic_pb), "x.npz", f"out{rank}.npz"]
+        running.append(subprocess.Popen(command, cwd=tmp_path, env=env))
+    assert [process.wait(200) for process in running] == [0, 0]
+    with np.load(tmp_path / "out0.npz") as found:
+        assert same(expected, Features(*(found[f"arr_{i}"] for i in range(3))))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out0.npz", "x.npz"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_batch_size_and_number_of_processes(batch_size, size, images, tmp_path):
+    net = Toy(4)
+    expected = run(images, net, chunk=4)
+    for rank in reversed(range(size)):
+        where = {"shard_dir": tmp_path, "world": (rank, size), "shard_images": 3}
+        found = run(images, net, chunk=4, batch_size=batch_size, **where)
+        assert (found is None) == (rank != 0)
+    assert same(expected, found)
+    assert same(expected, run(images, net, chunk=4, batch_size=batch_size))
+    batches = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
+    assert same(expected, run(iter(batches), net, chunk=4, batch_size=2))
+
+
+def test_blocks_come_in_order_and_join_to_the_whole(images):
+    net = Toy(2)
+    blocks = list(extract_blocks(images, net, chunk=2, shard_images=4, progress=False))
+    assert [block.num_images for block in blocks] == [4, 4, 3]
+    whole = run(images, net, chunk=2)
+    assert same(whole, Features(*(np.concatenate(parts) for parts in zip(*blocks))))
+
+
+def test_mixed_sizes_go_through_together(recipes, tmp_path):
+    from PIL import Image
+
+    expected = []
+    for i, (height, width) in enumerate([(20, 20), (20, 20), (31, 9), (299, 299), (20, 20)]):
+        image = recipes.images(i, 1, height, width)
+        Image.fromarray(image[0]).save(tmp_path / f"{i}.png")
+        expected.append(run(image, Toy(1), chunk=1).spatial)
+    assert np.array_equal(run(tmp_path, Toy(2), chunk=2).spatial, np.concatenate(expected))
+
+
+def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
+    expected = run(images, Toy(2), chunk=2)
+    net = Toy(2)
+    write = features.Shards.write
+
+    def third_write_is_cut_off(self, span, block):
+        if span[0] == 8:
+            raise KeyboardInterrupt
+        write(self, span, block)
+
+    where = {"chunk": 2, "shard_images": 4, "shard_dir": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(features.Shards, "write", third_write_is_cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, net, **where)
+    assert len(list(tmp_path.iterdir())) == 2
+    again = Toy(2)
+    assert same(expected, run(images, again, **where))
+    assert again.calls == 2  # the last shard: 3 images in 2 chunks
+    third = Toy(2)
+    assert same(expected, run(images, third, world=(0, 1), **where))
+    assert third.calls == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "shape"])
+def test_a_damaged_shard_is_made_anew(damage, images, tmp_path):
+    where = {"chunk": 2, "shard_images": 4, "shard_dir": tmp_path}
+    expected = run(images, Toy(2), **where)
+    shards = sorted(tmp_path.iterdir())
+    data = bytearray(shards[1].read_bytes())
+    if damage == "cut":
+        shards[1].write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        shards[1].write_bytes(data)
+    elif damage == "empty":
+        shards[1].write_bytes(b"")
+    elif damage == "shape":
+        shards[1].write_bytes(shards[2].read_bytes())
+    else:
+        with np.load(shards[1]) as content:
+            np.savez(shards[1], **{**content, "key": np.zeros(32, np.uint8)})
+    net = Toy(2)
+    assert same(expected, run(images, net, **where))
+    assert net.calls == 2
+
+
+def test_shards_of_other_work_are_not_used(images, tmp_path):
+    where = {"shard_images": 4, "shard_dir": tmp_path}
+    run(images, Toy(2), chunk=2, **where)
+    other = images.copy()
+    other[5] ^= 255
+    net = Toy(2)
+    assert same(run(other, Toy(2), chunk=2), run(other, net, chunk=2, **where))
+    assert net.calls >= 6
+    weights = Toy(2)
+    weights.sha256 = "another"
+    run(images, weights, chunk=2, **where)
+    assert weights.calls == 6
+    chunk = Toy(4)
+    run(images, chunk, chunk=4, **where)
+    assert chunk.calls == 3
+
+
+def test_missing_processes_are_named(images, tmp_path):
+    with pytest.raises(TimeoutError, match=r"2 of 3 feature shards .*process 1: images 4\.\.7, process 2: images 8"):
+        run(images, Toy(2), chunk=2, shard_images=4, shard_dir=tmp_path, world=(0, 3), timeout_s=0.1)
+
+
+def test_errors_of_the_reader_arrive(tmp_path, images):
+    np.savez(tmp_path / "x.npz", images)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[5000] ^= 1
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        run(tmp_path / "x.npz", Toy(2), chunk=2)
+
+
+def test_what_cannot_be_done_is_refused(images, tmp_path):
+    for settings, words in (
+        ({"dtype": "float16"}, "allowed are 'float32' and 'bfloat16'"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"chunk": 0}, "at least 1"),
+        ({"world": (2, 2)}, "rank 2 of 2"),
+        ({"world": (0, 2)}, "give shard_dir"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(images, Toy(2), **settings)
+    with pytest.raises(ValueError, match="one process only, not by 2"):
+        run([images], Toy(2), world=(0, 2), shard_dir=tmp_path)
+
+
+def test_bfloat16_is_near(recipes, net):
+    images = recipes.images(3, 1, 20, 24)
+    exact, quick = run(images, net, chunk=1), run(images, net, chunk=1, dtype="bfloat16")
+    assert quick.pool.dtype == np.float32
+    difference = np.abs(quick.pool - exact.pool).max() / exact.pool.max()
+    assert 0 < difference < 0.05
+
+
+def test_world_from_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_from_environment() == World(0, 1, 0)
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "4")
+    assert world_from_environment() == World(1, 4, 1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    assert world_from_environment() == World(2, 4, 0)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert world_from_environment() == World(5, 8, 1)
+    assert pick_device(World()).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
+def test_graphics_card_agrees_with_the_processor(recipes, synthetic_pb):
+    from evaluations.weights import load_inception
+
+    images = recipes.images(3, 5, 20, 24)
+    with pytest.warns(UserWarning, match="unknown Inception weights"):
+        net = load_inception(synthetic_pb, allow_unknown=True)
+    expected = run(images, net)
+    found = run(images, net, device="cuda")
+    assert same(found, run(images, net, device="cuda", batch_size=2))
+    assert np.abs(found.pool - expected.pool).max() / expected.pool.max() < 5e-6
+    assert np.abs(found.spatial - expected.spatial).max() / expected.spatial.max() < 5e-6
