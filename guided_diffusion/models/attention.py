@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import inside_functorch
+from .layers import transformed
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -30,30 +30,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The fused kernels have neither a forward-mode nor a second derivative; where one is asked for, the written-out
     form takes over.
     """
-    if torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v)
-    if inside_functorch() or any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+    if transformed(q, k, v):
         return plain_attention(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
-    node: Any = out.grad_fn
-    if hasattr(node, "_saved_query"):
-        node.register_hook(_differentiable_gradients)
+    if out.requires_grad and not torch.compiler.is_compiling():
+        out = _TwiceDifferentiable.apply(out, q, k, v)
     return out
 
 
-def _differentiable_gradients(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Under `create_graph`, replace a fused kernel's gradients of q, k, v by ones that can be differentiated again."""
-    if not torch.is_grad_enabled():
-        return None  # an ordinary backward pass: keep what the kernel computed
-    node: Any = torch._C._current_autograd_node()  # the kernel's node; a closure over it would keep q, k and v alive
-    q, k, v, g = node._saved_query, node._saved_key, node._saved_value, grad_outputs[0]
-    scale = 1 / math.sqrt(q.shape[-1])
-    weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-    grad_weights = g @ v.transpose(-1, -2)
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
-    found = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g)
-    wanted = (new if old is not None else None for new, old in zip(found, grad_inputs))
-    return (*wanted, *grad_inputs[3:])
+class _TwiceDifferentiable(torch.autograd.Function):
+    """The identity on a fused kernel's output; under `create_graph` it answers for the gradients of q, k, v itself.
+
+    It keeps the tensors that the kernel keeps anyway, so it costs no memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return g, None, None, None  # an ordinary backward pass: the kernel's own is the faster
+        q, k, v = ctx.saved_tensors
+        scale = 1 / math.sqrt(q.shape[-1])
+        weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+        grad_weights = g @ v.transpose(-1, -2)
+        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
+        return None, grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g
 
 
 def _split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -19,10 +20,27 @@ NORM_GROUPS = 32  # of all released networks; the number is not stored with the 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of tensor dimensions
 
 
+def transformed(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation or a `torch.func` transform is at work: fused kernels cannot follow those."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x` with its channels innermost in memory, where such a layout exists (images, volumes): no copy if it has it."""
     layout = _CHANNELS_LAST.get(x.dim())
-    return x if layout is None else x.contiguous(memory_format=layout)
+    if layout is None or transformed(x):  # derivatives in forward mode, and vmap, know only the plain layout
+        return x.contiguous()
+    return x.contiguous(memory_format=layout)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `channels_last` gave `x` its layout."""
+    layout = _CHANNELS_LAST.get(x.dim())
+    return layout is not None and not transformed(x) and x.is_contiguous(memory_format=layout)
 
 
 def _weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,6 +61,12 @@ class _CastAtUse:
         return _weight_as(self.weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
 
 
+def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
+    """Whether the convolution only mixes the channels of each place."""
+    ones, zeros = (1,) * len(conv.kernel_size), (0,) * len(conv.kernel_size)
+    return conv.kernel_size == ones and conv.stride == ones and conv.padding == zeros and conv.groups == 1
+
+
 class Conv1d(_CastAtUse, nn.Conv1d):
     """Convolution over [N, C, T]. With a kernel of one it is a matrix product on channels-innermost memory.
 
@@ -52,16 +76,19 @@ class Conv1d(_CastAtUse, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_as(x)
-        if self.kernel_size == (1,) and self.stride == (1,) and self.padding == (0,) and self.groups == 1:
-            return F.linear(x.transpose(1, 2), weight.squeeze(-1), bias).transpose(1, 2)
+        if _is_matrix_product(self):
+            return F.linear(x.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
         return self._conv_forward(x, weight, bias)
 
 
 class Conv2d(_CastAtUse, nn.Conv2d):
-    """Convolution over [N, C, H, W]."""
+    """Convolution over [N, C, H, W]. A kernel of one on channels_last images is a matrix product, as in Conv1d."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self._parameters_as(x))
+        weight, bias = self._parameters_as(x)
+        if _is_matrix_product(self) and is_channels_last(x):
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return self._conv_forward(x, weight, bias)
 
 
 class Conv3d(_CastAtUse, nn.Conv3d):
@@ -90,10 +117,15 @@ class GroupNorm32(nn.GroupNorm):
         bias: Tensor = self.bias
         if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        channels_were_last = is_channels_last(x)
+        only_weights_learn = (weight.requires_grad or bias.requires_grad) and not x.requires_grad
+        if transformed(x) or (only_weights_learn and torch.is_grad_enabled()):
+            # In forward mode torch knows this norm in NCHW only, and in channels_last its CPU backward (torch 2.13)
+            # crashes the process where weights have a gradient and x has none, as in fine-tuning attention alone.
+            x = x.contiguous()
         y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        layout = _CHANNELS_LAST.get(x.dim())
-        if layout is not None and x.is_contiguous(memory_format=layout):
-            y = y.contiguous(memory_format=layout)  # some CUDA kernels answer in NCHW whatever they are given
+        if channels_were_last:
+            y = channels_last(y)  # some CUDA kernels answer in NCHW whatever they are given
         return y
 
 
@@ -225,14 +257,9 @@ def checkpoint(func: Callable[..., Any], inputs: Iterable[Any], params: Iterable
     because those cannot recompute.
     """
     inputs = tuple(inputs)
-    if not flag or not torch.is_grad_enabled() or inside_functorch():
+    if not flag or not torch.is_grad_enabled() or transformed():
         return func(*inputs)
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
-
-
-def inside_functorch() -> bool:
-    """Whether a `torch.func` transform (grad, jvp, vmap, ...) is running: fused kernels do not know how to."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def convert_module_to_f16(module: nn.Module) -> None:
@@ -246,8 +273,11 @@ def convert_module_to_f32(module: nn.Module) -> None:
 
 
 def store_convolution(module: nn.Module, dtype: torch.dtype) -> None:
-    """Store weight and bias of `module` in `dtype` if it is a convolution. The Parameter objects stay the same."""
+    """Store weight and bias of `module` in `dtype` if it is a convolution; the Parameter objects stay the same.
+
+    Weights are laid out channels_last on the way, which saves the convolution a transposition per call.
+    """
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        for parameter in (module.weight, module.bias):
-            if parameter is not None:
-                parameter.data = parameter.data.to(dtype)
+        module.weight.data = channels_last(module.weight.data.to(dtype))
+        if module.bias is not None:
+            module.bias.data = module.bias.data.to(dtype)

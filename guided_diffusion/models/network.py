@@ -21,6 +21,7 @@ class Network(nn.Module):
     num_classes: int | None
     num_levels: int
     time_embed: nn.Sequential
+    label_emb: nn.Embedding
 
     def set_compute_dtype(self, dtype: torch.dtype, *, store: bool = False) -> None:
         """Compute the torso in `dtype` from now on: float32, bfloat16 or float16.
@@ -47,7 +48,7 @@ class Network(nn.Module):
     def _stored_dtype(self) -> torch.dtype:
         return next(self.time_embed.parameters()).dtype
 
-    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def embed(self, timesteps: Tensor, num_images: int, y: Tensor | None = None) -> Tensor:
         """timesteps [N] and, if class-conditional, labels y [N] -> time embedding [N, 4 * model_channels]."""
         if y is not None and self.num_classes is None:
             raise ValueError("labels y were given to a network that is not class-conditional.")

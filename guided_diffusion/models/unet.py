@@ -304,7 +304,7 @@ class UNetModel(_Trunk):
 
         Returns [N, out_channels, H, W] in the dtype of x. H and W are multiples of 2 ** (levels - 1).
         """
-        h, emb = self.enter(x), self.embed(timesteps, y)
+        h, emb = self.enter(x), self.embed(timesteps, x.shape[0], y)
         skips: list[Tensor] = []
         for module in self.input_blocks:
             h = module(h, emb)
@@ -388,7 +388,7 @@ class EncoderUNetModel(_Trunk):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: images [N, in_channels, H, W]; timesteps: [N]. Returns [N, out_channels] in the dtype of x."""
-        h, emb = self.enter(x), self.embed(timesteps)
+        h, emb = self.enter(x), self.embed(timesteps, x.shape[0])
         means: list[Tensor] = []
         for module in [*self.input_blocks, self.middle_block]:
             h = module(h, emb)

@@ -1,0 +1,110 @@
+"""Recomputation in backward: only where asked for, and invisible in every result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_networks import classifier, images, times, unet
+from torch import Tensor
+
+from guided_diffusion.models import unet as room
+from guided_diffusion.models.layers import checkpoint
+
+BOTH = pytest.mark.parametrize("use_checkpoint", [False, True])
+
+
+@BOTH
+def test_the_flag_is_obeyed(use_checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def replacement(func: Callable[..., Tensor], inputs: Any, params: Any, flag: bool) -> Tensor:
+        calls.append((inputs, tuple(params), flag))
+        return func(*inputs)
+
+    monkeypatch.setattr(room, "checkpoint", replacement)
+    net = unet(use_checkpoint=use_checkpoint)
+    net(images(), times())
+    blocks = [m for m in net.modules() if isinstance(m, room.ResBlock | room.AttentionBlock)]
+    assert len(calls) == (len(blocks) if use_checkpoint else 0)
+    assert all(isinstance(inputs, tuple) and params and flag is True for inputs, params, flag in calls)
+
+
+@BOTH
+def test_recomputation_happens_once_per_backward(use_checkpoint: bool) -> None:
+    net, x, t = unet(use_checkpoint=use_checkpoint), images(), times()
+    runs = []
+    net.middle_block[0].in_layers.register_forward_hook(lambda *_: runs.append(1))
+    loss = net(x, t).pow(2).mean()
+    assert len(runs) == 1
+    loss.backward()
+    assert len(runs) == 1 + use_checkpoint
+    with torch.no_grad():
+        net(x, t)
+    assert len(runs) == 2 + use_checkpoint
+
+
+def test_gradients_with_dropout_are_those_without_recomputation() -> None:
+    gradients = []
+    for use_checkpoint in (False, True):
+        net = unet(use_checkpoint=use_checkpoint, dropout=0.3).train()
+        torch.manual_seed(3)
+        net(images(), times()).pow(2).mean().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@BOTH
+def test_frozen_weights_and_repeated_backward(use_checkpoint: bool) -> None:
+    net = classifier(use_checkpoint=use_checkpoint).requires_grad_(False)
+    x = images().requires_grad_()
+    loss = net(x, times()).logsumexp(dim=1).sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert first.abs().sum() > 0
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@BOTH
+def test_partly_frozen_weights(use_checkpoint: bool) -> None:
+    net = unet(use_checkpoint=use_checkpoint)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(any(part in name for part in ("qkv", "norm", "proj")))
+    net(images(), times()).pow(2).mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+    assert any(p.requires_grad for p in net.parameters())
+
+
+@BOTH
+def test_second_and_forward_derivatives(use_checkpoint: bool) -> None:
+    net = unet(use_checkpoint=use_checkpoint).double()
+    x, t = images(1).double(), times(1)
+    v, step = torch.randn_like(x), 1e-6
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(net(at, t).pow(2).sum(), at, create_graph=True)[0]
+
+    at = x.clone().requires_grad_()
+    first = torch.autograd.grad(net(at, t).pow(2).sum(), at, create_graph=True)[0]
+    (product,) = torch.autograd.grad((first * v).sum(), at)
+    torch.testing.assert_close(product, ((gradient(x + step * v) - gradient(x - step * v)) / (2 * step)).detach(),
+                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    with torch.no_grad():
+        slope = (net(x + step * v, t) - net(x - step * v, t)) / (2 * step)
+    _, tangent = torch.func.jvp(lambda a: net(a, t), (x,), (v,))
+    torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-6)
+    with torch.autograd.forward_ad.dual_level():
+        dual = net(torch.autograd.forward_ad.make_dual(x, v), t)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.func.grad(lambda a: net(a, t).pow(2).sum())(x), first)
+
+
+def test_checkpoint_takes_parameters_it_does_not_need() -> None:
+    weight = torch.tensor(3.0, requires_grad=True)
+    x = torch.tensor(2.0, requires_grad=True)
+    checkpoint(lambda a: a * weight, (x,), [weight], True).backward()
+    assert (x.grad, weight.grad) == (torch.tensor(3.0), torch.tensor(2.0))
