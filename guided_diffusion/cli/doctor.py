@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     extra = {
         "kind": ("diffusion", "diffusion, super_resolution or classifier"),
         "out": ("", "the run folder, whose disk is looked at; empty = here"),
+        "measure": (False, "also take a few training steps on noise: images per second, memory, days"),
     }
     sections = RunConfig.sections(kind)
     flags = parse(argv, list(sections.values()), program="doctor", description=str(__doc__), extra=extra).flags
@@ -74,6 +75,8 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
     findings.append(_check_memory(config, net, world))
+    if flags["measure"] and findings[-1].status != FAIL:
+        findings.append(_measure(config, world))
     train = config.train
     one_save = 4 * count * (1 + len(train.ema_rates)) + 8 * count
     saves = train.last_step // train.save_interval + 1 if train.last_step else None
@@ -143,8 +146,7 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World) -> Finding:
     from ..runtime.doctor import FAIL, OK, WARN, Finding, available_memory, format_bytes
 
     train = config.train
-    per_process = (train.global_batch_size // world.size) if train.global_batch_size else train.batch_size
-    part = min(per_process, train.microbatch) if train.microbatch > 0 else per_process
+    part = _images_at_a_time(config, world)
     count = sum(p.numel() for p in net.parameters())
     # float32 weights, gradients and two moments of Adam; one copy per EMA rate; the buckets that gradients travel in
     state = count * (16 + 4 * len(train.ema_rates) + (4 if world.size > 1 else 0))
@@ -172,12 +174,7 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
     """
     import torch
 
-    from ..build import DTYPES, choose_precision
-
-    train = config.train
-    use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    dtype = DTYPES[choose_precision(train.precision, use_fp16, torch.device(device_type), lambda text: None)]
-    net.set_compute_dtype(dtype)  # type: ignore[operator]
+    _set_precision(config, net, device_type)
     own = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def kept(batch: int) -> int:
@@ -191,20 +188,82 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
                 alive.append(storage)
             return tensor
 
-        model = config.model
-        x = torch.empty(batch, model.image_channels, model.sample_size, model.sample_size, device="meta")
-        cond: dict[str, Any] = {}
-        if getattr(model, "class_cond", False):
-            cond["y"] = torch.zeros(batch, dtype=torch.int64, device="meta")
-        small = getattr(model, "small_size", None)
-        if config.kind == "super_resolution" and small:
-            cond["low_res"] = torch.empty(batch, model.image_channels, small, small, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _fused_attention():
-            net(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device="meta"), **cond)
+            _forward(config, net, batch, "meta")
         return sum(sizes.values())
 
     one, two = kept(1), kept(2)
     return max(0, 2 * one - two), two - one
+
+
+def _images_at_a_time(config: RunConfig, world: World) -> int:
+    train = config.train
+    own = train.global_batch_size // world.size if train.global_batch_size else train.batch_size
+    return min(own, train.microbatch) if train.microbatch > 0 else own
+
+
+def _set_precision(config: RunConfig, net: nn.Module, device_type: str) -> None:
+    import torch
+
+    from ..build import DTYPES, choose_precision
+
+    use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
+    precision = choose_precision(config.train.precision, use_fp16, torch.device(device_type), lambda text: None)
+    net.set_compute_dtype(DTYPES[precision])  # type: ignore[operator]
+
+
+def _forward(config: RunConfig, net: nn.Module, batch: int, device: Any) -> Any:
+    """The network's answer to `batch` images of noise."""
+    import torch
+
+    model = config.model
+    x = torch.randn(batch, model.image_channels, model.sample_size, model.sample_size, device=device)
+    cond: dict[str, Any] = {}
+    if getattr(model, "class_cond", False):
+        cond["y"] = torch.zeros(batch, dtype=torch.int64, device=device)
+    if config.kind == "super_resolution":
+        small: int = model.small_size  # type: ignore[union-attr]
+        cond["low_res"] = torch.randn(batch, model.image_channels, small, small, device=device)
+    return net(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device=device), **cond)
+
+
+def _measure(config: RunConfig, world: World, steps: int = 3) -> Finding:
+    """Time forward, backward and AdamW on noise, after one step of warm-up; what the processes say to each other is left out."""
+    import torch
+
+    from ..build import build_network
+    from ..runtime.doctor import FAIL, OK, Finding, format_bytes
+
+    part, device = _images_at_a_time(config, world), world.device
+    own = config.train.global_batch_size // world.size or config.train.batch_size
+    try:
+        net = build_network(config.model, config.diffusion, seed=0).to(device)
+        _set_precision(config, net, device.type)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
+        for step in range(steps + 1):
+            if step == 1:
+                _wait_for(device)
+                start = time.perf_counter()
+            optimizer.zero_grad()
+            _forward(config, net, part, device).float().square().mean().backward()
+            optimizer.step()
+        _wait_for(device)
+    except RuntimeError as error:  # out of memory, most of all
+        return Finding(FAIL, "speed", f"{part} images at a time: {str(error).splitlines()[0]}")
+    rate = part * steps / (time.perf_counter() - start)
+    text = f"{rate:.3g} images/s on this process"
+    if world.device.type == "cuda":
+        text += f", {format_bytes(torch.cuda.max_memory_allocated(device))} at most in use"
+    if config.train.last_step:
+        text += f"; {config.train.last_step} steps of {own} images take {config.train.last_step * own / rate / 86400:.3g} days"
+    return Finding(OK, "speed", text)
+
+
+def _wait_for(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _fused_attention() -> Any:

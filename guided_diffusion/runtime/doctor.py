@@ -116,7 +116,7 @@ def check_disk(folder: str, one_save: int, num_saves: int | None) -> Finding:
         return Finding(
             WARN, "disk", f"{text}; {num_saves} are kept, {format_bytes(one_save * num_saves)}. Set --keep_last"
         )
-    return Finding(OK, "disk", f"{text}; {num_saves} are kept")
+    return Finding(OK, "disk", f"{text}; kept: {num_saves}")
 
 
 def available_memory(device: torch.device) -> int:

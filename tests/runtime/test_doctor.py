@@ -44,11 +44,14 @@ def lines_of(text):
 
 
 def test_a_run_that_would_work(pictures, tmp_path, capsys):
-    code = main([*TINY, "--data_dir", str(pictures), "--batch_size", "2", "--out", str(tmp_path / "run")])
+    code = main(
+        [*TINY, "--data_dir", str(pictures), "--batch_size", "2", "--out", str(tmp_path / "run"), "--measure", "True"]
+    )
     lines = lines_of(capsys.readouterr().out)
     assert code == 0 and not any(line.startswith(FAIL) for line in lines.values())
     assert "6 images" in lines["data"] and "3.0 steps per epoch" in lines["batch"]
-    assert "3 are kept" in lines["disk"] and not (tmp_path / "run").exists()  # a doctor changes nothing
+    assert "20 steps of 2 images take" in lines["speed"]
+    assert "kept: 3" in lines["disk"] and not (tmp_path / "run").exists()  # a doctor changes nothing
 
 
 @pytest.mark.parametrize(
