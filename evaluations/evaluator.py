@@ -26,17 +26,16 @@ CLASSIC_WARM_UP = "warming up PyTorch..."
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for a mistake in what was asked, told in one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    before = warnings.showwarning
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
-    try:
-        if arguments and arguments[0] in COMMANDS and not os.path.isfile(arguments[0]):
-            return _other_command(arguments[0], arguments[1:])
-        return _score(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        warnings.showwarning = before
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+        try:
+            if arguments and arguments[0] in COMMANDS and not os.path.isfile(arguments[0]):
+                return _other_command(arguments[0], arguments[1:])
+            return _score(arguments)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ def frechet_distance(
     *,
     sample_features: Any = None,
     reference_features: Any = None,
+    reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     name: str = "FID",
 ) -> float:
@@ -38,7 +39,8 @@ def frechet_distance(
     `A^T A = S`. With more images than features A is a Cholesky factor. With n <= d images the covariance has no full
     rank and A is the matrix of centred features itself (give it as `sample_features` / `reference_features`): exact,
     where the square root of a rank-deficient product is only good to about 2e-5. That case warns, because the number
-    then says more about n than about the images.
+    then says more about n than about the images. `reference_root`: `covariance_root` of the reference, to be shared by
+    several calls.
     """
     if sample.dim != reference.dim:
         raise ValueError(f"cannot compare {sample.dim} features with {reference.dim}")
@@ -52,13 +54,10 @@ def frechet_distance(
                 stacklevel=2,
             )
     shift = sample.mu - reference.mu
-    cross = _trace_sqrt(
-        covariance_root(sample, sample_features, device),
-        covariance_root(reference, reference_features, device),
-        sample,
-        reference,
-        device,
-    )
+    if reference_root is None:
+        reference_root = covariance_root(reference, reference_features, device)
+    scale = float(np.trace(sample.sigma) + np.trace(reference.sigma))
+    cross = _trace_sqrt(covariance_root(sample, sample_features, device), reference_root, scale)
     return float(shift @ shift + np.trace(sample.sigma) + np.trace(reference.sigma) - 2 * cross)
 
 
@@ -105,9 +104,7 @@ def covariance_root(stats: Statistics, features: Any, device: torch.device | str
     return (vectors[:, keep] * values[keep].sqrt()).T
 
 
-def _trace_sqrt(
-    a: torch.Tensor, b: torch.Tensor, sample: Statistics, reference: Statistics, device: torch.device | str
-) -> float:
+def _trace_sqrt(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     """tr (S1 S2)^(1/2) = sum of singular values of A B^T.
 
     Square roots of the eigenvalues of (A B^T)(A B^T)^T are three times faster than singular values, and good unless
@@ -120,7 +117,7 @@ def _trace_sqrt(
     values = torch.linalg.eigvalsh(square).clamp(min=0)
     slack = 32 * _EPS * values.max()
     error = torch.where(values > slack, slack / (2 * values.clamp(min=1e-300).sqrt()), slack.sqrt()).sum()
-    if float(error) <= 1e-10 * float(np.trace(sample.sigma) + np.trace(reference.sigma)):
+    if float(error) <= 1e-10 * scale:
         return float(values.sqrt().sum())
     return float(torch.linalg.svdvals(product).sum())
 
@@ -236,6 +233,7 @@ def fid_infinity(
     points: int = 8,
     smallest: int | None = None,
     seed: int = 0,
+    reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Extrapolation:
     """FID at `points` sample counts, extrapolated to infinitely many (Chong & Forsyth 2020, arXiv:1911.07023).
@@ -254,13 +252,22 @@ def fid_infinity(
         raise ValueError(f"the smallest subset must have between 2 and {count - 1} images, got {smallest}")
     counts = [round(1 / inverse) for inverse in np.linspace(1 / smallest, 1 / count, points)]
     rng = np.random.default_rng(seed)
+    if reference_root is None:
+        reference_root = covariance_root(reference, None, device)
     values = []
     for size in counts:
         chosen = np.sort(rng.choice(count, size, replace=False))
         subset = sample[chosen] if size < count else sample
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RankDeficientWarning)
-            values.append(frechet_distance(from_features(subset), reference, sample_features=subset, device=device))
+            value = frechet_distance(
+                from_features(subset),
+                reference,
+                sample_features=subset,
+                reference_root=reference_root,
+                device=device,
+            )
+            values.append(value)
     design = np.stack([np.ones(points), 1 / np.array(counts)], axis=1)
     (infinity, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)
     residual = float(np.sqrt(np.mean((design @ [infinity, slope] - values) ** 2)))

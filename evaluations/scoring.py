@@ -109,11 +109,12 @@ class Scorer:
         self.algebra = self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")
         self.reference: Side | None = None
         self._radii: np.ndarray | None = None
+        self._roots: dict[str, torch.Tensor] = {}
 
     def read_reference(self, source: Any) -> Side | None:
         """Encode the reference and take its statistics, precomputed ones where its file has them."""
         self.reference = self._read(source, "reference")
-        self._radii = None
+        self._radii, self._roots = None, {}
         return self.reference
 
     def score(self, source: Any) -> Scored | None:
@@ -193,8 +194,12 @@ class Scorer:
             for key, value in values.items()
         )
         line = None
-        if settings.fid_infinity:
-            line = report.Extrapolated(*metrics.fid_infinity(sample.encoded.pool, reference.pool, device=device))
+        if settings.fid_infinity and len(sample.encoded.pool) >= 16:
+            line = report.Extrapolated(
+                *metrics.fid_infinity(
+                    sample.encoded.pool, reference.pool, reference_root=self._roots[name], device=device
+                )
+            )
         classes = self._per_class(sample, reference, around) if settings.per_class else ()
         return Scored(report.SetReport(sample.about, scores, classes, line), errors, around)
 
@@ -207,15 +212,15 @@ class Scorer:
         reference_rows: np.ndarray | None,
         errors: dict[str, uncertainty.Uncertainty],
     ) -> float:
+        if name not in self._roots:
+            self._roots[name] = metrics.covariance_root(reference, reference_rows, self.algebra)
+        root = self._roots[name]
         if self.settings.errors and sample_rows is not None and len(sample_rows) >= 4:
-            errors[name] = uncertainty.of_frechet_distance(sample_rows, sample, reference, device=self.algebra)
+            errors[name] = uncertainty.of_frechet_distance(
+                sample_rows, sample, reference, reference_root=root, device=self.algebra
+            )
         return metrics.frechet_distance(
-            sample,
-            reference,
-            sample_features=sample_rows,
-            reference_features=reference_rows,
-            device=self.algebra,
-            name=name,
+            sample, reference, sample_features=sample_rows, reference_root=root, device=self.algebra, name=name
         )
 
     def _neighbours(self, sample: Side, reference: Side) -> neighbours.Neighbours | None:
@@ -341,16 +346,14 @@ def _warn(text: str) -> None:
 def _recorded() -> Iterator[list[str]]:
     """Warnings shown as usual and also kept for the report."""
     told: list[str] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        before = warnings.showwarning
+    before = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-            told.append(str(message))
-            before(message, category, *rest, **more)
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        told.append(str(message))
+        before(message, category, *rest, **more)
 
-        warnings.showwarning = show
-        try:
-            yield told
-        finally:
-            warnings.showwarning = before
+    warnings.showwarning = show
+    try:
+        yield told
+    finally:
+        warnings.showwarning = before

@@ -66,9 +66,17 @@ def of_proportion(hits: np.ndarray, images: str) -> Uncertainty:
 
 
 def of_frechet_distance(
-    features: Any, sample: Statistics, reference: Statistics, *, device: torch.device | str = "cpu"
+    features: Any,
+    sample: Statistics,
+    reference: Statistics,
+    *,
+    reference_root: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Uncertainty:
-    """Standard error of FID or sFID over the sample's images; `features` [n, d] are those behind `sample`."""
+    """Standard error of FID or sFID over the sample's images; `features` [n, d] are those behind `sample`.
+
+    `reference_root`: `metrics.covariance_root` of the reference, where it is known already.
+    """
     features = np.asarray(features)
     if len(features) != sample.count:
         raise ValueError(f"{len(features)} features were given for statistics of {sample.count} images")
@@ -76,7 +84,9 @@ def of_frechet_distance(
         lower, info = torch.linalg.cholesky_ex(torch.from_numpy(np.ascontiguousarray(sample.sigma)).to(device))
         if int(info) == 0:
             return of_influence(_frechet_influence(features, sample, reference, lower))
-    return _leave_groups_out(features, sample, reference, device)
+    if reference_root is None:
+        reference_root = covariance_root(reference, None, device)
+    return _leave_groups_out(features, sample, reference, reference_root)
 
 
 def _frechet_influence(
@@ -102,15 +112,15 @@ def _frechet_influence(
 
 
 def _leave_groups_out(
-    features: np.ndarray, sample: Statistics, reference: Statistics, device: torch.device | str
+    features: np.ndarray, sample: Statistics, reference: Statistics, reference_root: torch.Tensor
 ) -> Uncertainty:
     """Delete-a-group jackknife with the exact (singular value) form of the distance on what is left."""
-    count = len(features)
+    count, device = len(features), reference_root.device
     parts = min(GROUPS, count // 2)
     if parts < 2:
         raise ValueError(f"an error bar needs at least 4 images, got {count}")
     rows = torch.from_numpy(features.astype(np.float64) - sample.mu).to(device)
-    across = rows @ covariance_root(reference, None, device).T
+    across = rows @ reference_root.T
     shift = torch.from_numpy(sample.mu - reference.mu).to(device)
     values = []
     # Groups of one size, a few last images always in: the bias of the distance, about 1/n, then falls on all alike.

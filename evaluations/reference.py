@@ -1,0 +1,197 @@
+"""`evaluator.py reference IMAGES --image_size 64 --out ref.npz`: a reference of your own, in the format of 2021.
+
+Holds `mu`, `sigma`, `mu_s`, `sigma_s` over all images, `arr_0` with 10,000 of them (a seeded draw, in file order) for
+precision and recall, and `arr_1` their labels where there are any. Images go through the cropping that training uses
+(centre square, box halving, then bicubic), so that a perfect model would score well: a reference prepared otherwise is
+the commonest cause of an FID that is too high.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .features import extract_blocks, pick_device, world_from_environment
+from .inputs import ImageSource, open_images
+from .statistics import Moments
+
+KEPT = 10_000
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> the central [size, size, 3], as the training loader crops.
+
+    Halved by a box filter while the shorter side is at least twice `size`, then resized by bicubic interpolation so
+    that the shorter side is `size`, then cut.
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        width, height = picture.size
+        picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+class CroppedImages(ImageSource):
+    """The images of another source, each cropped to one size."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"image_size is {size}, it must be at least 1")
+        super().__init__(source.name, source.count)
+        self.source, self.size = source, size
+
+    @property
+    def notes(self) -> list[str]:
+        """Those of the source and the cropping."""
+        return [*self.source.notes, f"centre crop to {self.size}x{self.size}: box halving, then bicubic"]
+
+    @notes.setter
+    def notes(self, value: list[str]) -> None:
+        assert not value
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(size, size, 3)."""
+        return self.size, self.size, 3
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Cropped batches; images of one original size per batch become batches of one size anyway."""
+        for batch in self.source.batches(batch_size, start, stop):
+            yield np.stack([center_crop(image, self.size) for image in batch])
+
+    def labels(self) -> np.ndarray | None:
+        """Those of the source."""
+        return self.source.labels()
+
+    def sha256(self) -> str:
+        """That of the uncropped images; the crop is in `notes`."""
+        return self.source.sha256()
+
+
+def make_reference(
+    source: Any,
+    out: str | os.PathLike[str],
+    *,
+    image_size: int,
+    net: Any,
+    keep: int = KEPT,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+    shard_dir: str | None = None,
+) -> dict[str, Any] | None:
+    """Write a reference npz and return its receipt (also inside, as JSON text under `receipt`).
+
+    Memory: two covariances and the `keep` images. None in all processes but the first.
+    """
+    images = CroppedImages(open_images(source), image_size)
+    if not images.count or images.count < 2:
+        raise ValueError(f"{images.name}: a reference needs at least 2 images, found {images.count}")
+    world = world_from_environment()
+    pool, spatial = Moments(net.fc.weight.shape[1]), Moments(17 * 17 * 7)
+    at = 0
+    for block in extract_blocks(
+        images, net, batch_size=batch_size, progress=progress, shard_dir=shard_dir, world=world
+    ):
+        pool.add(block.pool, at)
+        spatial.add(block.spatial, at)
+        at += len(block.pool)
+    if world.rank != 0:
+        return None
+    chosen = np.arange(images.count)
+    if images.count > keep:
+        chosen = np.sort(np.random.default_rng(seed).choice(images.count, keep, replace=False))
+    arrays: dict[str, np.ndarray] = {"arr_0": _take(images, chosen, batch_size)}
+    labels = images.labels()
+    if labels is not None:
+        arrays["arr_1"] = labels[chosen]
+    for moments, suffix in ((pool, ""), (spatial, "_s")):
+        found = moments.statistics()
+        arrays |= {f"mu{suffix}": found.mu, f"sigma{suffix}": found.sigma}
+    receipt = {
+        "images": images.count,
+        "images_sha256": images.sha256(),
+        "image_size": image_size,
+        "preparation": images.notes,
+        "statistics": "over all images",
+        "kept": f"{len(chosen)} images in file order, drawn with numpy.random.default_rng({seed}).choice",
+        "weights_sha256": net.sha256,
+        "weights_published": net.verified,
+    }
+    _write(out, {**arrays, "receipt": np.array(json.dumps(receipt))})
+    return receipt
+
+
+def _take(images: ImageSource, chosen: np.ndarray, batch_size: int) -> np.ndarray:
+    wanted = set(chosen.tolist())
+    kept, at = [], 0
+    for batch in images.batches(batch_size):
+        kept += [image for offset, image in enumerate(batch) if at + offset in wanted]
+        at += len(batch)
+    return np.stack(kept)
+
+
+def _write(out: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
+    folder = os.path.dirname(os.path.abspath(out))
+    handle, partial = tempfile.mkstemp(prefix=".reference-", suffix=".npz", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.chmod(partial, 0o644)
+        os.replace(partial, out)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="evaluator.py reference", description="Make a reference npz from a folder, zip, tar shards or npz."
+    )
+    add = parser.add_argument
+    add("images", help="folder (one sub-folder per class, or flat), zip, tar shards, npz")
+    add("--image_size", type=int, required=True, help="side of the square that the model makes")
+    add("--out", required=True, help="file to write")
+    add("--keep", type=int, default=KEPT, help=f"images kept for precision and recall (default {KEPT})")
+    add("--seed", type=int, default=0, help="of the draw of the kept images (default 0)")
+    add("--batch_size", type=int, default=64)
+    add("--weights", help="Inception weights (.pb or .pth)")
+    add("--allow_other_weights", action="store_true", help="accept weights that are not the published ones")
+    add("--device", help="cpu, cuda, cuda:1, ...")
+    add("--shard_dir", help="keep features there: resumes and shares work")
+    add("--quiet", action="store_true", help="no progress bars")
+    asked = parser.parse_args(arguments)
+    from .weights import load_inception
+
+    if not os.path.isdir(os.path.dirname(os.path.abspath(asked.out))):
+        raise ValueError(f"there is no folder to write {asked.out!r} into")
+    device = asked.device or pick_device()
+    receipt = make_reference(
+        asked.images,
+        asked.out,
+        image_size=asked.image_size,
+        net=load_inception(asked.weights, device=device, allow_unknown=asked.allow_other_weights),
+        keep=asked.keep,
+        seed=asked.seed,
+        batch_size=asked.batch_size,
+        progress=not asked.quiet,
+        shard_dir=asked.shard_dir,
+    )
+    if receipt is not None:
+        print(f"wrote {asked.out}")
+        for key, value in receipt.items():
+            print(f"{key}: {'; '.join(value) if isinstance(value, list) else value}")
+    return 0

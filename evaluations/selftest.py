@@ -1,0 +1,208 @@
+"""`evaluator.py selftest`: does this machine compute what the 2021 evaluator computes?
+
+Needs no weights file and no network. Images, features and weights of the Inception network come from
+`numpy.random.RandomState`, which gives the same bits everywhere; the expected numbers were recorded from the original
+evaluator (TensorFlow 2.21, SciPy 1.17) on these very inputs, and from exact arithmetic where it is noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import metrics, neighbours
+from .encoders import Encoded, InceptionEncoder
+from .features import extract, pick_device
+from .inception import Conv, InceptionV3
+from .resize import tf1_bilinear
+from .scoring import Settings, evaluate
+from .weights import scope_names
+
+_CONV_SHA256 = "3668bf7666429340374164858a3bd8e8eb1d7f703563c9442aa7cd740c7fede3"
+_RESIZED = {
+    (3007, 1, 7, 1000): "8cc86b43397c7b2229395c7d9319cfe614b0882b8f00ef4b4f7c543e6b6d6423",
+    (2005, 2, 2, 3): "d0bdff1ec46bda7ead482eb79ccc7b7ca423b6759d6e1d1e075262802c8c20bb",
+    (2130, 2, 50, 80): "fdd2f157e52b6d6c88d3bd5072ce74aaf7ea175e9a6fb5a0f85196dd58c7d926",
+    (2512, 2, 256, 256): "8b24c5a9c6c610a5e171f4c883bd514c7567f61f111052780dea494f2ceb87bb",
+    (2128, 2, 64, 64): "4c8c425499df8b8488b3d23e731ef2e1e899f78b2c9af09853e0e7f6d4369196",
+    (2064, 3, 32, 32): "56aecc974a937c1cc854acdc9eb6e701cd660b8312d11b7ae770d48735da40ec",
+}
+_POOL_SUMS = (2917.6887170159025, 1847.6005723600683, 2456.9368474541407, 2287.5230885860874)
+_SPATIAL_SUMS = (2253.3724092449993, 1559.5471932645887, 2121.993172965944, 1904.8991069756448)
+
+
+class Check(NamedTuple):
+    """One number: what came, what was expected, the relative tolerance (0: equal)."""
+
+    name: str
+    found: float | str
+    expected: float | str
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the number is within its tolerance."""
+        if isinstance(self.found, str) or isinstance(self.expected, str):
+            return self.found == self.expected
+        return abs(self.found - self.expected) <= self.tolerance * abs(self.expected)
+
+    def line(self) -> str:
+        """One line of the table."""
+        found, expected = (value[:12] if isinstance(value, str) else repr(value) for value in self[1:3])
+        rule = f"within {self.tolerance:g}" if self.tolerance else "equal"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {found}, expected {expected} ({rule})"
+
+
+def synthetic_features(seed: int, n: int, d: int, k: int = 8, **change: float) -> np.ndarray:
+    """float32 [n, d], non-negative, near a k-dimensional plane; element-wise arithmetic only, so the same everywhere."""
+    shift, spread = change.get("shift", 0.3), change.get("spread", 1.0)
+    plane = np.random.RandomState(99).standard_normal((k, d)) / math.sqrt(k)
+    source = np.random.RandomState(seed)
+    place = source.standard_normal((n, k)) * spread
+    points = shift + change.get("noise", 0.2) * source.standard_normal((n, d))
+    for axis in range(k):
+        points = points + place[:, axis : axis + 1] * plane[axis : axis + 1]
+    return np.maximum(points, 0).astype(np.float32)
+
+
+def synthetic_images(seed: int, n: int, height: int, width: int) -> np.ndarray:
+    """uint8 [n, height, width, 3]: a colour, two ramps and noise."""
+    source = np.random.RandomState(seed)
+    colour = source.uniform(0, 255, (n, 1, 1, 3))
+    down, across = source.uniform(-1, 1, (n, 1, 1, 3)), source.uniform(-1, 1, (n, 1, 1, 3))
+    noise = source.standard_normal((n, height, width, 3))
+    rows = np.linspace(-1, 1, height).reshape(1, height, 1, 1)
+    columns = np.linspace(-1, 1, width).reshape(1, 1, width, 1)
+    values = colour + 90 * down * rows + 90 * across * columns + 25 * noise
+    return np.clip(np.floor(values), 0, 255).astype(np.uint8)
+
+
+def synthetic_network(seed: int = 1234) -> InceptionV3:
+    """The Inception network with seeded weights, drawn convolution by convolution in the order of the graph."""
+    net = InceptionV3()
+    modules = dict(net.named_modules())
+    source = np.random.RandomState(seed)
+    state: dict[str, torch.Tensor] = {}
+    for name in scope_names().values():
+        convolution = modules[name]
+        assert isinstance(convolution, Conv)
+        out, channels, height, width = convolution.conv.weight.shape
+        fan_in = height * width * channels
+        kernel = source.standard_normal((height, width, channels, out)) * math.sqrt(2 / fan_in)
+        state[f"{name}.conv.weight"] = _tensor(kernel.transpose(3, 2, 0, 1))
+        state[f"{name}.bn.bias"] = _tensor(source.uniform(-0.1, 0.1, out))
+        state[f"{name}.bn.running_mean"] = _tensor(source.uniform(-0.1, 0.1, out))
+        state[f"{name}.bn.running_var"] = _tensor(source.uniform(0.5, 1.5, out))
+        state[f"{name}.bn.weight"] = torch.ones(out)
+    state["fc.weight"] = _tensor((source.standard_normal((2048, 1008)) * 0.05).T)
+    state["fc.bias"] = _tensor(source.uniform(-1, 1, 1008))
+    net.load_state_dict(state)
+    net.source = f"synthetic weights, seed {seed}"
+    return net
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32)))
+
+
+def checks(device: torch.device, say: Callable[[str], None]) -> Iterator[Check]:
+    """All checks, the quick ones first."""
+    say("resize and metrics on recorded inputs")
+    for (seed, n, height, width), digest in _RESIZED.items():
+        resized = tf1_bilinear(torch.from_numpy(synthetic_images(seed, n, height, width)))
+        rows = resized.permute(0, 2, 3, 1) if resized.shape[1] == 3 else resized
+        found = hashlib.sha256(np.ascontiguousarray(rows.numpy()).tobytes()).hexdigest()
+        yield Check(f"resize of {height}x{width}, every bit", found, digest, 0)
+    algebra = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    yield from _metric_checks(algebra)
+    say("synthetic Inception network")
+    net = synthetic_network()
+    kernel = net.Conv2d_1a_3x3.conv.weight.detach().permute(2, 3, 1, 0).contiguous().numpy()
+    yield Check("synthetic weights, every bit", hashlib.sha256(kernel.tobytes()).hexdigest(), _CONV_SHA256, 0)
+    net = net.fold().to(device)
+    features = extract(synthetic_images(1064, 4, 64, 64), net, progress=False, world=(0, 1))
+    assert features is not None
+    tolerance = 1e-5 if device.type == "cpu" else 1e-4
+    for name, rows, sums in (("pool_3", features.pool, _POOL_SUMS), ("mixed_6", features.spatial, _SPATIAL_SUMS)):
+        for image, expected in enumerate(sums):
+            total = float(rows[image].astype(np.float64).sum())
+            yield Check(f"{name} of image {image}, sum of activations", total, expected, tolerance)
+    say("end to end: 96 reference and 80 sample images")
+    yield from _end_to_end(net, device)
+
+
+def _metric_checks(device: torch.device) -> Iterator[Check]:
+    f = synthetic_features
+    value = metrics.frechet_distance_of_features(f(2, 400, 16, shift=0.35, spread=1.1), f(1, 500, 16), device=device)
+    yield Check("FID, 16 features", value, 0.3182374142085109, 1e-6)
+    value = metrics.frechet_distance_of_features(f(4, 1500, 64, shift=0.25, spread=0.9), f(3, 2000, 64), device=device)
+    yield Check("FID, 64 features", value, 0.7741802407852063, 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", metrics.RankDeficientWarning)
+        value = metrics.frechet_distance_of_features(f(6, 30, 64, shift=0.35), f(5, 40, 64), device=device)
+    yield Check("FID, fewer images than features, exact", value, 8.08618885264578, 1e-9)
+    weight = (np.random.RandomState(5).standard_normal((2048, 1008)) * 0.05).astype(np.float32)
+    score = metrics.inception_score(f(21, 1000, 2048, 32), weight.T.copy(), device=device).score
+    yield Check("Inception Score, float64", score, 3.165239688561377, 1e-9)
+    yield Check("Inception Score, original", score, 3.1652395725250244, 1e-5)
+    x, y = f(12, 800, 64, spread=0.9, shift=0.32), f(11, 1000, 64)
+    found = neighbours.neighbours(x, y, device=device)
+    yield Check("precision, 800 and 1000 images", found.precision, 0.94875, 0)
+    yield Check("recall, 800 and 1000 images", found.recall, 0.82, 0)
+
+
+class _Given(InceptionEncoder):
+    """The Inception encoder around a network that is already there."""
+
+    def __init__(self, net: InceptionV3) -> None:
+        self.net = net
+        self.weight = net.fc.weight.detach()
+        self._dtype = ""
+
+    def encode(self, images: Any, settings: Any, world: Any) -> Encoded | None:
+        return super().encode(images, settings, world)
+
+
+def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(
+            synthetic_images(41, 96, 64, 64),
+            synthetic_images(42, 80, 64, 64),
+            Settings(progress=False, device=str(device)),
+            encoder=_Given(net),
+        )
+    assert found is not None
+    scores = {score.name: score.value for score in found.sets[0].scores}
+    yield Check("end to end: Inception Score, original", scores["Inception Score"], 1.0606019496917725, 1e-5)
+    yield Check("end to end: FID, exact", scores["FID"], 17.5258301184, 5e-6)
+    yield Check("end to end: FID, original", scores["FID"], 17.525388867915865, 5e-5)
+    yield Check("end to end: sFID, exact", scores["sFID"], 85.343085351, 5e-6)
+    yield Check("end to end: sFID, original", scores["sFID"], 85.34279080797592, 5e-5)
+    yield Check("end to end: precision", scores["Precision"], 0.9625, 0)
+    yield Check("end to end: recall", scores["Recall"], 0.9791666666666666, 0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command: status 0 when all checks pass."""
+    parser = argparse.ArgumentParser(
+        prog="evaluator.py selftest", description="Check this machine against recorded numbers."
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a graphics card where there is one")
+    asked = parser.parse_args(arguments)
+    device = torch.device(asked.device) if asked.device else pick_device()
+    begun, failed, total = time.perf_counter(), 0, 0
+    for check in checks(device, lambda text: print(f"-- {text}", flush=True)):
+        print(check.line(), flush=True)
+        total += 1
+        failed += not check.passed
+    print(f"{total - failed} of {total} checks passed in {time.perf_counter() - begun:.0f} s on {device}")
+    return 1 if failed else 0
