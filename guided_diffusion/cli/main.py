@@ -14,6 +14,7 @@ COMMANDS = {
     "train": (".train", "main", "train a diffusion model on a folder of images"),
     "train-classifier": (".train", "main_classifier", "train a classifier of noised images, for guidance"),
     "sample": (".sample", "main", "make images from weights, with or without guidance"),
+    "nll": (".likelihood", "main", "bits per dimension of images, with an error bar"),
     "data": (".data", "main", "look at a folder of images, or pack it"),
     "inspect": (".inspect", "main", "what a file of weights is"),
     "convert": (".convert", "main", "weights to and from safetensors and diffusers, with the difference measured"),

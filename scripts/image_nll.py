@@ -1,0 +1,11 @@
+"""Bits per dimension of images: python scripts/image_nll.py --model_path FILE --data_dir FOLDER ..."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
+
+from guided_diffusion.cli.likelihood import image_nll
+
+if __name__ == "__main__":
+    sys.exit(image_nll())
