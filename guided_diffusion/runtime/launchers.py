@@ -156,7 +156,9 @@ def read_published(path: Path, timeout_s: float) -> int:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         with suppress(OSError, ValueError):
-            return int(path.read_text())
+            # In a temporary folder that all users write, only a file of our own is to be believed.
+            if not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
+                return int(path.read_text())
         time.sleep(0.05)
     raise TimeoutError(
         f"rank 0 did not publish a port in {path} within {timeout_s:.0f} s. Did it fail to start? Are the processes on one host, "

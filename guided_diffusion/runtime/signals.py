@@ -22,6 +22,7 @@ DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1")
 class Stop:
     """A flag that signals set. Use it as a context manager: the handlers that were there before come back afterwards.
 
+    Workers that a data loader forks inherit the handlers, and so live through a first signal that Slurm sends to every process of a step.
     A second signal of the same kind gets the handler from before, so that an impatient second SIGTERM still ends the process.
     Outside the main thread Python allows no handlers; the flag can then only be set by `request`.
     """

@@ -122,11 +122,12 @@ def leave(message: str, code: int = 1) -> NoReturn:
 
 def die(context: Context, error: BaseException) -> NoReturn:
     """Print `error`'s traceback, each line marked with the rank, tell the others and end with a non-zero code."""
-    text = "".join(traceback.format_exception(error))
+    interrupted = isinstance(error, KeyboardInterrupt)  # Ctrl-C reaches every rank; nobody wants all their tracebacks
+    text = "interrupted\n" if interrupted else "".join(traceback.format_exception(error))
     mark = f"[{context.where()}] "
     sys.stderr.write("".join(mark + line for line in text.splitlines(keepends=True)))
     sys.stderr.flush()
-    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    code = 130 if interrupted else 1
     earlier = post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
     leave(f"{mark.strip()} ends because {earlier}\n" if earlier else "", code)
 

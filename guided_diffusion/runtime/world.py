@@ -330,6 +330,8 @@ def _meet_through_file(place: launchers.Place, environ: Mapping[str, str], timeo
         while store.add("arrived", 0) < place.size and time.monotonic() < end:
             time.sleep(0.02)
         path.unlink(missing_ok=True)
+        if (arrived := store.add("arrived", 0)) < place.size:
+            raise TimeoutError(f"{arrived} of {place.size} processes arrived within {timeout_s:.0f} s")
         return store
     store = _tcp_store("127.0.0.1", launchers.read_published(path, timeout_s), place, limit)
     store.add("arrived", 1)
@@ -344,11 +346,16 @@ def _tcp_store(host: str, port: int, place: launchers.Place, limit: timedelta) -
 
 def _exchange(store: Any, key: str, place: launchers.Place, value: Any) -> list[Any]:
     """Every rank's JSON-able `value`, in rank order, before there is a process group."""
-    store.set(f"guided_diffusion/{key}/{place.rank}", json.dumps(value))
-    if place.rank == 0:
-        every = [json.loads(store.get(f"guided_diffusion/{key}/{rank}")) for rank in range(place.size)]
-        store.set(f"guided_diffusion/{key}", json.dumps(every))
-    return json.loads(store.get(f"guided_diffusion/{key}"))
+    names = [f"guided_diffusion/{key}/{rank}" for rank in range(place.size)]
+    store.set(names[place.rank], json.dumps(value))
+    try:
+        if place.rank == 0:
+            store.set(f"guided_diffusion/{key}", json.dumps([json.loads(store.get(name)) for name in names]))
+        return json.loads(store.get(f"guided_diffusion/{key}"))
+    except RuntimeError as error:
+        missing = [str(rank) for rank, name in enumerate(names) if place.rank == 0 and not store.check([name])]
+        who = f"no word from rank {', '.join(missing)}" if missing else str(error)
+        raise CollectiveError(f"[rank {place.rank} of {place.size}] exchanging {key}: {who}") from None
 
 
 def _describe(world: World) -> dict[str, str]:

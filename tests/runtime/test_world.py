@@ -11,7 +11,7 @@ import torch
 from guided_diffusion.runtime import launchers
 from guided_diffusion.runtime.devices import check_devices, choose_device
 from guided_diffusion.runtime.launchers import Place, discover, first_slurm_host, known_address
-from guided_diffusion.runtime.world import World, start, stop
+from guided_diffusion.runtime.world import CollectiveError, World, start, stop
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPENMPI = {
@@ -88,6 +88,31 @@ def test_several_hosts_without_an_address_say_what_to_set(monkeypatch):
     monkeypatch.setattr(launchers, "mpi_communicator", lambda: None)
     with pytest.raises(ValueError, match="MASTER_ADDR.*MASTER_PORT"):
         start("cpu", environ=OPENMPI, announce=None)
+
+
+def test_a_missing_process_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "meeting_file", lambda environ: tmp_path / "port")
+    alone = {**OPENMPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    with pytest.raises(CollectiveError, match="rank 0 of 4.*1 of 4 processes arrived within 1 s"):
+        start("cpu", environ=alone, announce=None, timeout_s=1)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CollectiveError, match="rank 3 of 4.*did not publish a port"):
+        start("cpu", environ={**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, announce=None, timeout_s=0.2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    known = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.raises(CollectiveError, match="no word from rank 1, 2"):
+        start("cpu", environ=known, announce=None, timeout_s=1)
+
+
+def test_a_port_file_of_another_user_is_not_believed(tmp_path, monkeypatch):
+    path = tmp_path / "port"
+    launchers.publish(path, 1234)
+    assert launchers.read_published(path, 1) == 1234 and path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(launchers.os, "getuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(TimeoutError):
+        launchers.read_published(path, 0.1)
 
 
 def test_one_process_makes_no_group_and_collectives_change_nothing():
