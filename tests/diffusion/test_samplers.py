@@ -28,7 +28,8 @@ def test_mean_and_covariance_are_reached(name: str) -> None:
     random = name in ("ancestral", "ddim_eta", "heun_churn")
     process = exact_process(keep="250" if random else "200")
     options = {"noise": seeded(1)} if random else {}
-    x = samplers.last(ALL[name](ideal(process), whitened(4000), process, **options))
+    count = 4000 if random else 50  # without noise the map is affine: exact moments go in, exact moments come out
+    x = samplers.last(ALL[name](ideal(process), whitened(count), process, **options))
     mean, covariance = sample_moments(x)
     tolerance = 0.04 if random else 0.02  # fresh noise leaves the moments of 4000 samples uncertain by about 0.011
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=tolerance)
