@@ -120,22 +120,6 @@ def squared_radii(
     return radii
 
 
-def nearest(sample: Any, reference: Any, *, device: torch.device | str = "cpu", tile: int = 1024) -> np.ndarray:
-    """Index [n] of the reference nearest to each sample: for a look at possibly memorised images."""
-    x, y = _matrix(sample, "sample"), _matrix(reference, "reference")
-    indices = np.empty(len(x), np.int64)
-    with _full_precision_products():
-        for start, stop in _spans(len(x), tile):
-            best, where = None, None
-            for left, right in _spans(len(y), PUBLISHED_BLOCK):
-                values, at = _distances(x[start:stop], y[left:right], torch.float32, device).min(dim=1)
-                better = values < best if best is not None else torch.ones_like(values, dtype=torch.bool)
-                best = values if best is None else torch.where(better, values, best)
-                where = at + left if where is None else torch.where(better, at + left, where)
-            indices[start:stop] = where.cpu().numpy()
-    return indices
-
-
 def _matrix(features: Any, name: str) -> np.ndarray:
     matrix = np.ascontiguousarray(np.asarray(features))
     if matrix.ndim != 2 or matrix.dtype.kind != "f":

@@ -55,7 +55,8 @@ class CroppedImages(ImageSource):
     @property
     def notes(self) -> list[str]:
         """Those of the source and the cropping."""
-        return [*self.source.notes, f"centre crop to {self.size}x{self.size}: box halving, then bicubic"]
+        of_pixels = [note for note in self.source.notes if not note.startswith("images of different sizes")]
+        return [*of_pixels, f"centre crop to {self.size}x{self.size}: box halving, then bicubic"]
 
     @notes.setter
     def notes(self, value: list[str]) -> None:

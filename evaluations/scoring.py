@@ -137,7 +137,9 @@ class Scorer:
         stored = images.statistics() if isinstance(images, ImageSource) and self.encoder.name == "inception" else None
         if stored is not None:
             pool = statistics.checked(stored["mu"], stored["sigma"], name=images.name)
-            spatial = statistics.checked(stored["mu_s"], stored["sigma_s"], name=images.name)
+            spatial: statistics.Statistics | None = statistics.checked(
+                stored["mu_s"], stored["sigma_s"], name=images.name
+            )
         else:
             pool = statistics.from_features(encoded.pool)
             spatial = None if encoded.spatial is None else statistics.from_features(encoded.spatial)
@@ -310,13 +312,13 @@ def evaluate(
         encoder=scorer.encoder.receipt(),
         versions=report.versions(str(scorer.device)),
         differences=tuple(_differences(scored)) if settings.errors else (),
-        warnings=tuple(dict.fromkeys(told)),
+        warnings=tuple(told),
     )
 
 
 def _receipt(settings: Settings, scorer: Scorer) -> dict[str, Any]:
     shown = asdict(settings)
-    for name in ("weights", "shard_dir", "progress", "device", "batch_size"):
+    for name in ("weights", "allow_other_weights", "shard_dir", "progress", "device", "batch_size"):
         del shown[name]  # none of these is able to change a number; weights are named by content elsewhere
     shown["frechet"] = "float64; singular values of the product of covariance roots"
     shown["neighbours"] = f"k = {settings.k}, squared distances, inside when <=, {settings.pr_dtype}"
@@ -334,8 +336,8 @@ def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
                 found = uncertainty.difference(
                     score.value, first.errors[score.name], other.value, second.errors[score.name]
                 )
-                names = (os.path.basename(one.report.samples.name) for one in (first, second))
-                yield report.DifferenceReport(score.name, *names, found.value, found.error, found.paired)
+                a, b = (os.path.basename(one.report.samples.name) for one in (first, second))
+                yield report.DifferenceReport(score.name, a, b, found.value, found.error, found.paired)
 
 
 def _warn(text: str) -> None:
@@ -344,16 +346,17 @@ def _warn(text: str) -> None:
 
 @contextmanager
 def _recorded() -> Iterator[list[str]]:
-    """Warnings shown as usual and also kept for the report."""
+    """Collect all warnings for the report, whatever filters are set; then give each one to the caller's filters."""
     told: list[str] = []
-    before = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        told.append(str(message))
-        before(message, category, *rest, **more)
-
-    warnings.showwarning = show
+    unique: dict[str, warnings.WarningMessage] = {}
     try:
-        yield told
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                yield told
+            finally:
+                unique = {str(one.message): one for one in caught}
+                told += unique
     finally:
-        warnings.showwarning = before
+        for one in unique.values():
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

@@ -19,9 +19,9 @@ BLOCK = 1024
 
 
 class Node(NamedTuple):
-    """Exact-order partial result: number of rows, their mean [d] and their scatter [d, d], float64."""
+    """Partial result: number of rows, their mean [d] and their scatter [d, d], float64."""
 
-    count: int
+    rows: int
     mean: np.ndarray
     scatter: np.ndarray
 
@@ -84,7 +84,7 @@ class Moments:
     def count(self) -> int:
         """Number of images added so far."""
         waiting = sum(len(rows) for pieces in self._pending.values() for rows in pieces.values())
-        return waiting + sum(node.count for node in self._nodes.values())
+        return waiting + sum(node.rows for node in self._nodes.values())
 
     def statistics(self) -> Statistics:
         """Mean and covariance of all images added. ValueError when fewer than two, or when an index is missing."""
@@ -99,12 +99,12 @@ class Moments:
         for first, node in spans:
             if first != expected:
                 raise ValueError(f"images {expected} to {first - 1} were never added, so the set has a hole")
-            expected = ends.get(first, first + node.count)
+            expected = ends.get(first, first + node.rows)
         # Right to left: small last pieces meet each other before they meet the big left ones.
         total = spans[-1][1]
         for _, node in reversed(spans[:-1]):
             total = _combine(node, total)
-        return Statistics(total.mean, total.scatter / (total.count - 1), total.count)
+        return Statistics(total.mean, total.scatter / (total.rows - 1), total.rows)
 
     def _place(self, block: int, at: int, rows: np.ndarray) -> None:
         if self._covered(block):
@@ -155,11 +155,11 @@ def _reduce(rows: np.ndarray) -> Node:
 
 def _combine(left: Node, right: Node) -> Node:
     """Pairwise update of mean and scatter: Chan, Golub & LeVeque (1983), equation 2.1."""
-    count = left.count + right.count
+    count = left.rows + right.rows
     delta = right.mean - left.mean
-    mean = left.mean + delta * (right.count / count)
+    mean = left.mean + delta * (right.rows / count)
     scatter = left.scatter + right.scatter
-    scatter += np.outer(delta, delta) * (left.count * right.count / count)
+    scatter += np.outer(delta, delta) * (left.rows * right.rows / count)
     return Node(count, mean, scatter)
 
 

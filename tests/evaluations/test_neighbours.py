@@ -7,7 +7,7 @@ from evaluation_cases import features, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluations.neighbours import nearest, neighbours, squared_radii
+from evaluations.neighbours import neighbours, squared_radii
 
 CASES = {name: case for name, case in golden()["precision_recall"].items() if "ref" in case}
 
@@ -107,12 +107,6 @@ def test_blind_to_order_and_tile() -> None:
     assert all_four(rng.permutation(x), rng.permutation(y)) == expected
     assert all_four(x, y, tile=17) == expected
     assert all_four(x, y, reference_radii=squared_radii(y)) == expected
-
-
-def test_nearest() -> None:
-    y = features(seed=2, n=50, d=16)
-    order = np.random.default_rng(0).permutation(50)
-    assert nearest(y[order] + np.float32(1e-3), y, tile=7).tolist() == order.tolist()
 
 
 def test_errors_name_the_numbers() -> None:

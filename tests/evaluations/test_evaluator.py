@@ -1,0 +1,153 @@
+"""The command itself, on synthetic weights, against the recorded run of the 2021 evaluator."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluations import evaluator, selftest, statistics
+from evaluations.features import extract
+
+SCRIPT = Path(evaluator.__file__).resolve()
+PROGRESS = [
+    "warming up PyTorch...",
+    "computing reference batch activations...",
+    "computing/reading reference batch statistics...",
+    "computing sample batch activations...",
+    "computing/reading sample batch statistics...",
+    "Computing evaluations...",
+]
+EXACT = {"FID": 17.5258301184, "sFID": 85.343085351}
+
+
+@pytest.fixture(scope="module")
+def place(recipes, net, synthetic_pb, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: weights, two npz files; and the features in a cache, computed once."""
+    folder = tmp_path_factory.mktemp("evaluator")
+    os.link(synthetic_pb, folder / "classify_image_graph_def.pb")
+    np.savez(folder / "ref.npz", recipes.images(41, 96, 64, 64))
+    np.savez(folder / "smp.npz", recipes.images(42, 80, 64, 64), np.arange(80) % 2)
+    reference = extract(str(folder / "ref.npz"), net, progress=False, shard_dir=folder / "cache")
+    extract(str(folder / "smp.npz"), net, progress=False, shard_dir=folder / "cache")
+    pool, spatial = statistics.from_features(reference.pool), statistics.from_features(reference.spatial)
+    np.savez(
+        folder / "ref_stats.npz",
+        arr_0=np.load(folder / "ref.npz")["arr_0"],
+        mu=pool.mu,
+        sigma=pool.sigma,
+        mu_s=spatial.mu,
+        sigma_s=spatial.sigma,
+    )
+    return folder
+
+
+def run(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python evaluator.py ...` as a plain file, in a folder that knows nothing of the package."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    common = ["--allow_other_weights", "--device", "cpu", "--quiet", "--shard_dir", "cache"]
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments, *common],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def numbers(lines: list[str]) -> dict[str, float]:
+    return {name: float(value) for name, value in (line.split(": ", 1) for line in lines)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["ref.npz", "ref_stats.npz"])
+def test_prints_what_the_original_prints(place: Path, golden: dict, reference: str) -> None:
+    done = run(place, reference, "smp.npz")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:6] == PROGRESS and len(lines) == 11
+    assert [line.split(": ")[0] for line in lines[6:]] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    found, recorded = numbers(lines[6:]), golden["end_to_end"]["evaluator_run"]
+    assert all(line.split(": ")[1] == repr(found[line.split(": ")[0]]) for line in lines[6:])
+    assert found["Inception Score"] == pytest.approx(recorded["inception_score"], rel=1e-5)
+    for name, key in (("FID", "fid"), ("sFID", "sfid")):
+        assert found[name] == pytest.approx(recorded[key], rel=5e-5)
+        assert found[name] == pytest.approx(EXACT[name], rel=2e-6)
+    assert (found["Precision"], found["Recall"]) == (0.9625, recorded["recall"])
+    assert "rank deficient" in done.stderr and "unknown Inception weights" in done.stderr
+
+
+@pytest.mark.slow
+def test_all_options_and_the_published_half_precision(place: Path, golden: dict) -> None:
+    done = run(place, "ref.npz", "smp.npz", "--all", "--pr_dtype", "float16", "--json", "a.json", "--plot", "a.png")
+    assert done.returncode == 0, done.stderr
+    recorded = golden["end_to_end"]["evaluator_run"]
+    loaded = json.loads((place / "a.json").read_text())
+    scores = {score["name"]: score for score in loaded["sets"][0]["scores"]}
+    assert scores["Precision"]["value"] == pytest.approx(recorded["precision"], abs=1.01 / 80)
+    assert scores["Recall"]["value"] == pytest.approx(recorded["recall"], abs=1.01 / 96)
+    assert {"KID", "Density", "Coverage"} <= set(scores) and all(score["error"] > 0 for score in scores.values())
+    assert loaded["sets"][0]["fid_infinity"]["counts"][-1] == 80 and len(loaded["sets"][0]["per_class"]) == 2
+    assert len(loaded["encoder"]["weights_sha256"]) == 64 and loaded["encoder"]["weights_published"] is False
+    assert "no half-pixel shift" in loaded["encoder"]["resize"]
+    assert (place / "a.png").stat().st_size > 5000
+    assert "FID infinity: " in done.stdout and "KID standard error: " in done.stdout
+
+
+def test_help_and_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        evaluator.main(["--help"])
+    assert stopped.value.code == 0 and "compare" in capsys.readouterr().out
+    assert evaluator.main(["compare", "a.json", "b.json"]) == 2
+    assert "error: a.json cannot be read" in capsys.readouterr().err
+    assert evaluator.main(["x.npz", "y.npz", "--json", "nowhere/a.json"]) == 2
+    assert "no folder to write" in capsys.readouterr().err
+    assert evaluator.main(["x.npz", "y.npz", "--features", "npz"]) == 2
+    assert "there is no file 'x.npz'" in capsys.readouterr().err
+
+
+def test_a_file_wins_over_a_command_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    with open("compare", "wb") as file:
+        np.savez(file, features=rows)
+    assert evaluator.main(["compare", "compare", "--features", "npz"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("FD npz: ") and printed[-3:-1] == ["Precision: 1.0", "Recall: 1.0"]
+
+
+def test_runs_as_a_module_from_elsewhere(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluations", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage: evaluator.py" in done.stdout
+
+
+def test_selftest_passes_here_and_would_notice() -> None:
+    for check in selftest._metric_checks(evaluator_device()):
+        assert check.passed, check.line()
+    assert not selftest.Check("x", 1.0, 1.1, 1e-3).passed
+    assert selftest.Check("x", 1.0, 1.1, 1e-3).line().startswith("FAIL x: 1.0, expected 1.1")
+
+
+def evaluator_device() -> object:
+    import torch
+
+    return torch.device("cpu")
+
+
+def test_selftest_knows_the_recorded_inputs(recipes, plain_net) -> None:
+    np.testing.assert_array_equal(selftest.synthetic_images(41, 3, 5, 7), recipes.images(41, 3, 5, 7))
+    ours = selftest.synthetic_network().state_dict()
+    theirs = plain_net.state_dict()
+    assert ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)
