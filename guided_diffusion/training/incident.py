@@ -69,7 +69,7 @@ def diverged(trainer: Trainer, batch: Any, in_a_row: int) -> TrainingDiverged:
         return TrainingDiverged(f"{what}. {good}")
     step, world = trainer.steps_done - 1, trainer.world
     part = next(batching.split(batch, trainer.microbatch))
-    ids = batching.positions(part, world.rank, world.size)
+    ids = batching.positions(batch, world.rank, world.size)[: batching.length(part)]
     streams = Streams(trainer.seed, TRAIN, step, ids=ids, device=trainer.device)
     losses: dict[str, list[float]] = {}
 

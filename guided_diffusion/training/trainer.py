@@ -84,10 +84,10 @@ class Trainer:
 
         `batch_size` counts the GLOBAL batch (None: what comes, times the number of processes). `microbatch`: examples per
         forward pass on one process, 0 = all; the result does not depend on it. `max_grad_norm`: clip to this total
-        gradient norm, 0 = off. `max_bad_steps`: end the run after so many non-finite steps in a row, 0 = never.
-        `hooks`: `(n, f)` calls `f(trainer)` on every process after each n-th step. `stop`: asked between steps whether to
-        save and leave (on all processes or none). `make_optimizer` replaces AdamW. `shard_optimizer` divides the
-        optimizer's state among the processes; averages are not divided.
+        gradient norm, 0 = off. `max_bad_steps`: end the run after so many non-finite steps in a row, 0 = never (on a GPU
+        it is noticed at the next log line). `hooks`: `(n, f)` calls `f(trainer)` on every process after each n-th step.
+        `stop`: asked between steps whether to save and leave (on all processes or none). `make_optimizer` replaces AdamW.
+        `shard_optimizer` divides the optimizer's state among the processes; averages are not divided.
         """
         self.world = World() if world is None else world
         self.device = self.world.device
@@ -159,23 +159,23 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         parts = list(batching.split(batch, self.microbatch))
+        positions = batching.positions(batch, self.world.rank, size)
         seen: list[Losses] = []
-        for k, part in enumerate(parts):
-            losses = self._forward_backward(part, global_size, last=k == len(parts) - 1)
+        for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
+            losses = self._forward_backward(part, ids, global_size, last=k == len(parts) - 1)
             self._means.add(losses)
             seen.append(losses)
         loss = torch.cat([losses.loss.detach() for losses in seen]).float().mean()
         grad_norm, bad = self._update(loss)
         self.ema.update()
-        self._tell_feedback(batching.positions(batch, self.world.rank, size), seen)
+        self._tell_feedback(positions, seen)
 
         self._interval += torch.stack([torch.ones_like(grad_norm), torch.where(bad, 0.0, grad_norm), bad.float()])
         self.steps_done += 1
         self.samples_seen += global_size
         return {"loss": loss, "grad_norm": grad_norm, "skipped": bad}
 
-    def _forward_backward(self, part: Any, global_size: int, *, last: bool) -> Losses:
-        ids = batching.positions(part, self.world.rank, self.world.size)
+    def _forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
         streams = Streams(self.seed, TRAIN, self.steps_done, ids=ids, device=self.device)
         # Gradients travel once per step, with the last microbatch.
         quiet = isinstance(self.model, DistributedDataParallel) and not last

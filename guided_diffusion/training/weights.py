@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 import zipfile
@@ -16,6 +17,8 @@ from ..runtime import storage
 
 _WRAPPER_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
+# The header of a safetensors file names its tensors; those of this family need some 100 kB.
+_LARGEST_HEADER = 100 << 20
 
 
 def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -35,6 +38,11 @@ def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, 
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         held = f"a mapping with keys {list(found)[:4]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise ValueError(f"{path} holds {held}, not weights by name; was this an optimizer file (opt*.pt)?")
+    for name, value in found.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path} says that {name} has {value.numel():,} numbers, but holds fewer; it was not made by saving a network"
+            )
     return {_WRAPPER_PREFIXES.sub("", str(name)): value.to(device) for name, value in found.items()}
 
 
@@ -49,6 +57,8 @@ def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
     zipped = zipfile.is_zipfile(source)
     if remote:
         source.seek(0)
+    if zipped:
+        _refuse_bomb(path, source)
     try:
         # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
         return torch.load(source, map_location=device, weights_only=True, mmap=True if zipped and not remote else None)
@@ -62,6 +72,45 @@ def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
         raise ValueError(f"{path} cannot be read: {_diagnosis(path)}") from error
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {_diagnosis(path)} ({_first_line(error)})") from error
+
+
+def _refuse_bomb(path: str, source: Any) -> None:
+    """ValueError for an archive that would unpack to more than it is: torch.save compresses nothing and shares no bytes."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile:
+        return  # torch says what is wrong with it
+    finally:
+        if not isinstance(source, str):
+            source.seek(0)
+    size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else storage.size(path)
+    claimed = sum(member.file_size for member in members)
+    if claimed > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError(
+            f"{path} is a compressed archive ({size:,} bytes that unpack to {claimed:,}), which torch.save never writes; "
+            "it was not opened"
+        )
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """The texts that a `.safetensors` file carries beside its tensors, by name. Reads its header only.
+
+    Raises ValueError that names the file where the header is cut short, larger than the file, or no JSON of that format.
+    """
+    size = storage.size(path)
+    with storage.open_file(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"{path} cannot be read: its header of {length:,} bytes is larger than the file ({size:,})")
+        text = file.read(length)
+    try:
+        told = json.loads(text).get("__metadata__") or {}
+        if not all(isinstance(value, str) for value in told.values()):
+            raise TypeError("metadata must be text")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: its header is no safetensors header ({_first_line(error)})") from error
+    return dict(told)
 
 
 def _load_safetensors(path: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from guided_diffusion.training.checkpoint import find_latest
 from guided_diffusion.training.incident import TrainingDiverged
 from guided_diffusion.training.saver import Checkpoints, SaveError
 
-from .toys import batches, denoising, make, toy_net, weights_of
+from .toys import ToyBatch, batches, denoising, make, toy_net, weights_of
 
 
 def test_steps_are_adamw_on_the_batch_mean():
@@ -43,6 +43,22 @@ def test_microbatches_do_not_matter(microbatch):
     parts.run(3)
     for a, b in zip(weights_of(whole), weights_of(parts)):
         torch.testing.assert_close(a, b)
+
+
+def test_batches_without_positions_are_dealt_out_in_turn():
+    def plain(start):
+        return ({"images": batch.images} for batch in batches(start))
+
+    def loss(net, batch, streams):
+        return denoising(net, ToyBatch(batch["images"], None, 0), streams)
+
+    trainers = [make(), make(batches=plain), make(batches=plain, microbatch=3)]
+    for trainer in trainers:
+        trainer.loss_fn = loss if trainer is not trainers[0] else denoising
+        trainer.run(2)
+    for a, b, c in zip(*map(weights_of, trainers)):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights():
