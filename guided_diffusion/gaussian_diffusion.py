@@ -401,7 +401,16 @@ class GaussianDiffusion:
     ) -> th.Tensor:
         """Samples `shape`. `start`: see `_chain`."""
         steps = self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, **start
+            model,
+            shape,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            device=device,
+            progress=progress,
+            **start,
         )
         return _last(steps)
 
@@ -441,7 +450,17 @@ class GaussianDiffusion:
     ) -> th.Tensor:
         """Samples `shape`. `start`: see `_chain`."""
         steps = self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, **start
+            model,
+            shape,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            device=device,
+            progress=progress,
+            eta=eta,
+            **start,
         )
         return _last(steps)
 
