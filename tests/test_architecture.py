@@ -17,6 +17,7 @@ ROOMS = {
     "config",
     "presets",
     "recognise",
+    "identify",
     "build",
     "diffusion",
     "models",
