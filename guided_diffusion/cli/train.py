@@ -221,15 +221,24 @@ def _records(config: RunConfig) -> tuple[Records, Records | None]:
     records.require_labels()
     if config.data.val_data_dir:
         held_out = list_records(config.data.val_data_dir, labels=config.data.labels)
-        held_out.require_labels()
-        if held_out.class_names != records.class_names:
-            raise ValueError(
-                f"--data_dir has the classes {_some(records.class_names)}, --val_data_dir {_some(held_out.class_names)}; they must agree"
-            )
+        held_out = _same_classes(held_out, records)
         return records, held_out
     if config.data.val_fraction:
         return build.split_records(records, config.data.val_fraction, config.train.seed)
     return records, None
+
+
+def _same_classes(held_out: Records, records: Records) -> Records:
+    """Held-out records with the class numbers of the training records; some classes may be absent there."""
+    import numpy as np
+
+    strange = sorted(set(held_out.class_names) - set(records.class_names))
+    if strange:
+        raise ValueError(
+            f"--val_data_dir has the classes {_some(strange)}, which --data_dir lacks; it has {_some(records.class_names)}"
+        )
+    number = np.array([records.class_names.index(name) for name in held_out.class_names], dtype=np.int64)
+    return replace(held_out, labels=number[held_out.require_labels()], class_names=records.class_names)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,0 +1,236 @@
+"""The scripts as a user runs them: real images in, checkpoints and samples out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 4 "
+DIFFUSION = "--learn_sigma True --noise_schedule cosine --diffusion_steps 100 "
+CRITIC = (
+    "--image_size 8 --image_channels 1 --classifier_width 32 --classifier_depth 1 --classifier_num_head_channels 32 "
+)
+
+
+def run(script: str, words: str, folder: Path, *, code: int = 0, before: tuple[str, ...] = (), **environ: str) -> str:
+    """Run a script from a folder that is not the repository; returns everything it printed."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_LOGDIR")}
+    command = [*before, sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words.split()]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**clean, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real handwritten digits, one folder per class, and a few held out."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("digits")
+    found = datasets.load_digits()
+    for n, (pixels, label) in enumerate(zip(found.images[:220], found.target)):
+        path = root / ("val" if n % 5 == 0 else "train") / f"digit{label}" / f"{n:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion model and a classifier, trained for a few steps."""
+    root = tmp_path_factory.mktemp("trained")
+    words = (
+        f"--data_dir {digits}/train {NETWORK}{DIFFUSION}--class_cond True --batch_size 8 --lr_anneal_steps 6 --lr 1e-3 "
+    )
+    run(
+        "image_train",
+        words + "--save_interval 3 --log_interval 2 --ema_rate 0.5,0.9 --sample_interval 6 --out diffusion",
+        root,
+    )
+    words = f"--data_dir {digits}/train --val_data_dir {digits}/val {CRITIC}{DIFFUSION}--batch_size 8 --iterations 6 --anneal_lr True "
+    run("classifier_train", words + "--save_interval 3 --log_interval 3 --eval_interval 3 --out classifier", root)
+    return root
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_leaves_the_files_of_2021_and_their_meaning(trained: Path) -> None:
+    names = {path.name for path in (trained / "diffusion").iterdir()}
+    assert {
+        "model000003.pt",
+        "ema_0.5_000006.pt",
+        "ema_0.9_000006.pt",
+        "opt000006.pt",
+        "progress.csv",
+        "samples_000006.png",
+    } <= names
+    told = json.loads((trained / "diffusion" / "run000006.json").read_text())
+    assert told["config"]["model"]["num_classes"] == 10 and told["class_names"] == [f"digit{k}" for k in range(10)]
+    columns = rows(trained / "diffusion")[0]
+    assert {"step", "samples", "loss", "mse", "vb", "grad_norm", "param_norm"} <= set(columns)
+    assert [row["step"] for row in rows(trained / "diffusion")] == ["2", "4", "6"]
+    assert json.loads((trained / "diffusion" / "config.json").read_text())["train"]["lr_anneal_steps"] == 6
+
+
+def test_classifier_training_reports_accuracy(trained: Path) -> None:
+    columns = set(rows(trained / "classifier")[-1])
+    assert {
+        "train_loss",
+        "train_acc@1",
+        "train_acc@5",
+        "train_acc@1_q0",
+        "val_loss",
+        "val_acc@1",
+        "val_acc@5",
+    } <= columns
+    by_noise = json.loads((trained / "classifier" / "accuracy_by_noise.json").read_text())
+    assert len(by_noise) == 10 and all(0 <= value <= 1 for value in by_noise.values())
+
+
+def test_guided_samples_without_any_flag_of_the_networks(trained: Path, tmp_path: Path) -> None:
+    words = f"--model_path {trained}/diffusion --classifier_path {trained}/classifier --timestep_respacing 5 "
+    told = run("classifier_sample", words + "--num_samples 10 --batch_size 4 --classifier_scale 2 --out s", tmp_path)
+    assert "EMA 0.9" in told and "guided by" in told
+    with np.load(tmp_path / "s" / "samples_10x8x8x1.npz") as found:
+        assert found["arr_0"].shape == (10, 8, 8, 1) and found["arr_0"].dtype == np.uint8
+        assert found["arr_1"].shape == (10,) and found["arr_1"].min() >= 0 and found["arr_1"].max() < 10
+    assert (tmp_path / "s" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_samples_do_not_depend_on_the_batch_size(trained: Path, tmp_path: Path, sampler: str) -> None:
+    """Equal up to the order of sums: at most one grey level of 256 in a few pixels."""
+    made = []
+    for size in (1, 3, 8):
+        words = f"--model_path {trained}/diffusion/model000006.pt --classifier_path {trained}/classifier --timestep_respacing 5 "
+        more = f"--sampler {sampler} --num_samples 7 --batch_size {size} --out s{size}"
+        run("classifier_sample", words + more, tmp_path)
+        with np.load(tmp_path / f"s{size}" / "samples_7x8x8x1.npz") as found:
+            made.append((found["arr_0"].astype(int), found["arr_1"]))
+    for pixels, labels in made[1:]:
+        assert np.abs(pixels - made[0][0]).max() <= 1
+        assert (pixels != made[0][0]).mean() < 0.02
+        np.testing.assert_array_equal(labels, made[0][1])
+
+
+def test_chosen_and_balanced_classes(trained: Path, tmp_path: Path) -> None:
+    words = f"--model_path {trained}/diffusion --timestep_respacing 2 --num_samples 6 --classes digit3,7 --labels balanced --out s"
+    run("image_sample", words, tmp_path)
+    with np.load(tmp_path / "s" / "samples_6x8x8x1.npz") as found:
+        assert found["arr_1"].tolist() == [3, 7, 3, 7, 3, 7]
+
+
+def test_openai_logdir_names_the_folder(trained: Path, tmp_path: Path) -> None:
+    told = run(
+        "image_sample",
+        f"--model_path {trained}/diffusion --num_samples 2 --timestep_respacing 2",
+        tmp_path,
+        OPENAI_LOGDIR=str(tmp_path / "logs"),
+    )
+    assert "OPENAI_LOGDIR" in told and (tmp_path / "logs" / "samples_2x8x8x1.npz").exists()
+
+
+def test_a_bare_file_and_the_flags_of_2021(trained: Path, tmp_path: Path) -> None:
+    """A weights file without its JSON, as 2021 code wrote it, with the command line that was needed then."""
+    shutil.copy(trained / "diffusion" / "ema_0.9_000006.pt", tmp_path / "mine.pt")
+    shutil.copy(trained / "classifier" / "model000006.pt", tmp_path / "critic.pt")
+    flags = f"{NETWORK}{DIFFUSION}{CRITIC}--class_cond True --num_samples 3 --batch_size 3 --timestep_respacing 3 "
+    run("classifier_sample", f"--model_path mine.pt --classifier_path critic.pt {flags} --out bare", tmp_path)
+    words = f"--model_path {trained}/diffusion --classifier_path {trained}/classifier --num_samples 3 --batch_size 3 --timestep_respacing 3"
+    run("classifier_sample", f"{words} --out known", tmp_path)
+    with (
+        np.load(tmp_path / "bare" / "samples_3x8x8x1.npz") as bare,
+        np.load(tmp_path / "known" / "samples_3x8x8x1.npz") as known,
+    ):
+        np.testing.assert_array_equal(bare["arr_0"], known["arr_0"])
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("classifier_sample", "--model_path {t}/diffusion", "--classifier_path is empty"),
+        ("image_sample", "--model_path {t}/diffusion --num_heads 2", "num_heads is 4 in the file, 2 asked"),
+        ("image_sample", "--model_path {t}/classifier", "is a classifier model"),
+        ("image_sample", "--model_path {t}/diffusion --classes 10", "numbers 0 to 9"),
+        ("image_train", "--data_dir {t}/nowhere", "no such folder"),
+        ("image_train", "--data_dir {t} --num_channel 3", "did you mean --num_channels?"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(trained: Path, tmp_path: Path, script: str, words: str, message: str) -> None:
+    told = run(script, words.format(t=trained) + f" --out {tmp_path}/out", tmp_path, code=2)
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in told
+
+
+def test_a_run_goes_on_without_its_flags(digits: Path, trained: Path, tmp_path: Path) -> None:
+    """Six steps at once and three, then three more, end in the same weights; the second call repeats no network flag."""
+    import torch
+
+    shutil.copytree(trained / "diffusion", tmp_path / "again", ignore=shutil.ignore_patterns("*000006*", "run.lock"))
+    told = run("image_train", "--out again --log_interval 2", tmp_path)
+    assert "at step 3" in told
+    one, two = (
+        torch.load(folder / "model000006.pt", weights_only=True)
+        for folder in (trained / "diffusion", tmp_path / "again")
+    )
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    told = run("image_train", "--out again --num_channels 64", tmp_path, code=2)
+    assert "num_channels is 32 in the file, 64 asked" in told
+
+
+def test_two_processes_train_what_one_does(digits: Path, trained: Path, tmp_path: Path) -> None:
+    """The same global batch on two ranks of mpiexec: the same weights up to the order of sums."""
+    import torch
+
+    mpiexec = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    if mpiexec is None:
+        pytest.skip("mpiexec is not installed")
+    words = (
+        f"--data_dir {digits}/train {NETWORK}{DIFFUSION}--class_cond True --batch_size 4 --lr_anneal_steps 6 --lr 1e-3 "
+    )
+    told = run(
+        "image_train",
+        words + "--ema_rate 0.5,0.9 --save_interval 6 --log_interval 2 --out two",
+        tmp_path,
+        before=(mpiexec, "-n", "2"),
+    )
+    assert "global batch size 8: 4 on each of 2 processes" in told
+    one, two = (
+        torch.load(folder / "model000006.pt", weights_only=True) for folder in (trained / "diffusion", tmp_path / "two")
+    )
+    # Adam divides by the root of the second moment: where gradients are near zero, rounding decides the direction of a step.
+    for name, value in one.items():
+        assert (value - two[name]).abs().mean() < 2e-5, name
+
+
+def test_two_processes_sample_what_one_does(trained: Path, tmp_path: Path) -> None:
+    words = f"--model_path {trained}/diffusion --classifier_path {trained}/classifier --timestep_respacing 3 --num_samples 7 "
+    run("classifier_sample", words + "--batch_size 3 --out one", tmp_path)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
+    run("classifier_sample", words + "--batch_size 3 --out two", tmp_path, before=torchrun)
+    with (
+        np.load(tmp_path / "one" / "samples_7x8x8x1.npz") as one,
+        np.load(tmp_path / "two" / "samples_7x8x8x1.npz") as two,
+    ):
+        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
+        np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
