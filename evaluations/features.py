@@ -216,7 +216,7 @@ class _Worker:
         count = sum(len(piece) for piece in pieces)
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), cudnn if kind == "cuda" else contextlib.nullcontext():
-            parts = [to_inception_range(tf1_bilinear(torch.from_numpy(piece).to(self.device))) for piece in pieces]
+            parts = [to_inception_range(tf1_bilinear(_tensor(piece).to(self.device))) for piece in pieces]
             if count < self.chunk:
                 # mid-grey is 0 for the network; these rows are computed and thrown away
                 grey = parts[0].new_zeros(self.chunk - count, 3, INCEPTION_SIZE, INCEPTION_SIZE)
@@ -228,6 +228,11 @@ class _Worker:
         if not np.isfinite(features.pool).all():
             raise ValueError("the network gave features that are not finite; are the weights damaged?")
         return features
+
+
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    """As a tensor without a copy, unless the array is read-only, which PyTorch cannot express."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
 @contextlib.contextmanager
@@ -292,7 +297,7 @@ def _key(images: ImageSource, worker: _Worker) -> str:
     facts = {
         "format": _FORMAT,
         "images": images.sha256(),
-        "conversions": images.notes,
+        "conversion": images.conversion,
         "weights": weights,
         "folded": net.folded,
         "weight_dtype": str(worker.weight_dtype),

@@ -30,6 +30,8 @@ class ImageSource:
     name: str = ""
     count: int | None = None
     """How many images; None while that is not known (batches as they are made)."""
+    conversion: str = ""
+    """What decides about the pixels beside the content (a declared value range, a crop): part of their identity."""
 
     def __init__(self, name: str, count: int | None) -> None:
         self.name = name
@@ -179,6 +181,7 @@ class ArraySource(ImageSource):
         plan(name, np.dtype(np.uint8), shape, None)  # refuse a wrong layout before a long scan
         bounds = None if dtype == np.uint8 else declared_bounds(value_range, dtype) or self._scan(shape[0])
         self._bounds = bounds if value_range is not None else None
+        self.conversion = f"range {self._bounds}" if self._bounds else ""
         self._conversion = plan(name, dtype, shape, bounds)
         self.notes += self._conversion.notes
         if dtype == np.uint8:
@@ -286,7 +289,7 @@ class IterableSource(ImageSource):
                 raise ValueError(f"a batch holds {array.dtype}; give uint8, or say value_range=(0, 1) or (-1, 1)")
             check_bounds(self.name, array, bounds)
             conversion = plan(self.name, array.dtype, array.shape, bounds)
-            array = conversion.apply(array)
+            array = np.array(conversion.apply(array))  # a copy: the maker of the batch may use its memory again
             for note in conversion.notes:
                 self.tell(note)
             self._shape = (conversion.height, conversion.width, 3)

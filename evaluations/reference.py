@@ -51,6 +51,7 @@ class CroppedImages(ImageSource):
             raise ValueError(f"image_size is {size}, it must be at least 1")
         super().__init__(source.name, source.count)
         self.source, self.size = source, size
+        self.conversion = f"{source.conversion} centre crop to {size}"
 
     @property
     def notes(self) -> list[str]:

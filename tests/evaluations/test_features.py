@@ -15,6 +15,7 @@ import torch
 from evaluations import features
 from evaluations.features import Features, World, extract, extract_blocks, pick_device, world_from_environment
 from evaluations.inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
+from evaluations.inputs import open_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,6 +124,23 @@ def test_blocks_come_in_order_and_join_to_the_whole(images):
     assert same(whole, Features(*(np.concatenate(parts) for parts in zip(*blocks))))
 
 
+def test_batches_in_one_reused_buffer_and_read_only_arrays(images, recwarn):
+    expected = run(images, Toy(2), chunk=2)
+    buffer = np.empty_like(images[:3])
+
+    def batches():
+        for at in range(0, len(images), 3):
+            part = buffer[: len(images[at : at + 3])]
+            part[:] = images[at : at + 3]
+            yield part
+            buffer[:] = 0
+
+    assert same(expected, run(batches(), Toy(2), chunk=2))
+    images.flags.writeable = False
+    assert same(expected, run(images, Toy(2), chunk=2))
+    assert not recwarn.list
+
+
 def test_mixed_sizes_go_through_together(recipes, tmp_path):
     from PIL import Image
 
@@ -196,6 +214,30 @@ def test_shards_of_other_work_are_not_used(images, tmp_path):
     chunk = Toy(4)
     run(images, chunk, chunk=4, **where)
     assert chunk.calls == 3
+
+
+def test_notes_told_while_reading_do_not_change_the_identity(tmp_path, recipes):
+    from PIL import Image
+
+    for i, image in enumerate(recipes.images(1, 3, 9, 8)):
+        Image.fromarray(image[..., 0] if i else image).save(tmp_path / f"{i}.png")
+    source = open_images(tmp_path)
+    shards = tmp_path / "shards"
+    expected = run(source, Toy(1), chunk=1, shard_images=1, shard_dir=shards)
+    assert source.notes
+    net = Toy(1)
+    assert same(expected, run(source, net, chunk=1, shard_images=1, shard_dir=shards))
+    assert net.calls == 0
+
+
+def test_a_declared_range_is_part_of_the_identity(tmp_path):
+    floats = np.full((2, 8, 8, 3), 0.5, np.float32)
+    floats[..., 0] = 0.25
+    found = []
+    for value_range in ((0, 1), (-1, 1)):
+        source = open_images(floats, value_range=value_range)
+        found.append(run(source, Toy(2), chunk=2, shard_images=2, shard_dir=tmp_path))
+    assert not same(*found)
 
 
 def test_missing_processes_are_named(images, tmp_path):
