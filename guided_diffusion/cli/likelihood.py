@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import PRECISIONS, DataConfig, DiffusionConfig, ModelConfig, _Config, _flag
+from ..config import PRECISIONS, DataConfig, DiffusionConfig, ModelConfig, Section, flag
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LikelihoodConfig(_Config):
+class LikelihoodConfig(Section):
     """What is measured, on how many images."""
 
-    model_path: str = _flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
-    clip_denoised: bool = _flag(True, "keep every predicted clean image within [-1, 1]")
-    num_samples: int = _flag(1000, "how many images", low=1)
-    batch_size: int = _flag(1, "images per pass and process", low=1)
-    seed: int = _flag(0, "seed of the choice of images and of the noise", low=0)
-    precision: str = _flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
+    model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
+    clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")
+    num_samples: int = flag(1000, "how many images", low=1)
+    batch_size: int = flag(1, "images per pass and process", low=1)
+    seed: int = flag(0, "seed of the choice of images and of the noise", low=0)
+    precision: str = flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
 
 
 EXTRA: dict[str, tuple[Any, str]] = {"out": ("", "folder for the files of terms and the summary")}

@@ -1,0 +1,26 @@
+"""What a run is: frozen values, spelled as the flags of 2021 where a flag exists. Imports nothing heavy, nothing of ours.
+
+Every field carries its meaning in the metadata, from which the command line makes its help; `validate` refuses
+impossible values by name. Sequences stay strings ("32,16,8") as they are typed and stored; the properties give them as
+numbers.
+"""
+
+from .fields import Section as Section
+from .fields import difference as difference
+from .fields import flag as flag
+from .fields import flatten as flatten
+from .fields import numbers as numbers
+from .fields import to_json as to_json
+from .networks import NETWORKS as NETWORKS
+from .networks import ClassifierConfig as ClassifierConfig
+from .networks import ModelConfig as ModelConfig
+from .networks import Network as Network
+from .networks import SuperResConfig as SuperResConfig
+from .networks import default_multipliers as default_multipliers
+from .runs import PRECISIONS as PRECISIONS
+from .runs import ClassifierTrainConfig as ClassifierTrainConfig
+from .runs import DataConfig as DataConfig
+from .runs import DiffusionConfig as DiffusionConfig
+from .runs import RunConfig as RunConfig
+from .runs import SampleConfig as SampleConfig
+from .runs import TrainConfig as TrainConfig

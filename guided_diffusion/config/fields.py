@@ -1,0 +1,106 @@
+"""What every part of a configuration has: a meaning for each field, checks that name the flag, flags and dicts back and forth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+Numbers = tuple[float, ...]
+C = TypeVar("C", bound="Section")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
+    """ "0.5,1, 2" or a sequence -> (0.5, 1, 2); whole numbers come back as int. ValueError names the flag."""
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    try:
+        found = [float(part) for part in parts if str(part).strip()]
+    except ValueError:
+        raise ValueError(f"--{flag} is {text!r}; it must be numbers separated by commas, such as 32,16,8") from None
+    return tuple(int(value) if value == int(value) else value for value in found)
+
+
+class Section:
+    """Shared by all configs: reading from flags and JSON, comparison in words, one check per field."""
+
+    def validate(self: C) -> C:
+        """Return self if every value is possible, else raise ValueError naming flag, value and what is allowed."""
+        for f in fields(self):  # type: ignore[arg-type]
+            value, meta = getattr(self, f.name), f.metadata
+            wanted = type(f.default)
+            if (
+                wanted in (int, float, bool, str)
+                and type(value) is not wanted
+                and not (wanted is float and type(value) is int)
+            ):
+                raise ValueError(f"--{f.name} is {value!r}; it must be {_KIND_IN_WORDS[wanted]}")
+            if meta.get("choices") and value not in meta["choices"]:
+                raise ValueError(
+                    f"--{f.name} is {value!r}; it must be one of {', '.join(repr(c) for c in meta['choices'])}"
+                )
+            low, high = meta.get("low"), meta.get("high")
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                allowed = " and ".join(
+                    f"at {word} {bound:g}" for word, bound in (("least", low), ("most", high)) if bound is not None
+                )
+                raise ValueError(f"--{f.name} is {value!r}; it must be {allowed}")
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        """Rules between fields."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_flags(cls: type[C], flags: Mapping[str, Any]) -> C:
+        """Take from `flags` what belongs here, leave the rest; missing ones keep their default."""
+        return cls(**{name: flags[name] for name in cls.names() if name in flags}).validate()
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The inverse of `to_dict`; a key that is no field is refused (a newer version's file, or a slip)."""
+        unknown = sorted(set(values) - set(cls.names()))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(cls.names())}")
+        return cls.from_flags(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+_KIND_IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections or flags -> flags. Also reads the JSON beside a checkpoint, whose configuration is under "config"."""
+    values = values["config"] if isinstance(values.get("config"), Mapping) else values
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(value if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def difference(file: Mapping[str, Any], asked: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """In words, where two sets of flags contradict: "attention_resolutions is '32,16,8' in the file, '16,8' asked"."""
+    shared = [name for name in (names or file) if name in file and name in asked and file[name] != asked[name]]
+    return [f"{name} is {file[name]!r} in the file, {asked[name]!r} asked" for name in shared]

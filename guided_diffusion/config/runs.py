@@ -1,0 +1,197 @@
+"""The noise process, the data, training, sampling, and a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .fields import Section, flag, numbers
+from .networks import NETWORKS, ModelConfig, Network
+
+PRECISIONS = ("", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    """The noise process and how the network's output is read."""
+
+    learn_sigma: bool = flag(False, "the network also says the variance of each step")
+    diffusion_steps: int = flag(1000, "number of steps from data to noise", low=1)
+    noise_schedule: str = flag("linear", "how noise grows with the step: linear, cosine")
+    timestep_respacing: str = flag("", "sample in fewer steps: 250, or 90,60,60,20,20 by fifths, or ddim25")
+    use_kl: bool = flag(False, "train on the variational bound")
+    predict_xstart: bool = flag(False, "the network predicts the clean image, not the noise")
+    rescale_timesteps: bool = flag(False, "tell the network steps scaled to 0..1000")
+    rescale_learned_sigmas: bool = flag(False, "weigh the bound of learned variances as the mean squared error")
+    predict: str = flag("", "what the network predicts; empty = by --predict_xstart", choices=("", "eps", "x0", "v"))
+    sigma_small: bool = flag(
+        False, "variance of a step, where not learned: the posterior's (small) instead of beta (large)"
+    )
+
+    def _check(self) -> None:
+        if self.predict and self.predict_xstart and self.predict != "x0":
+            raise ValueError(
+                f"--predict is {self.predict!r} but --predict_xstart True asks for 'x0'; give one of the two"
+            )
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """How to read the network's output: the keyword arguments of `make_denoiser` and of the training losses."""
+        fixed = "fixed_small" if self.sigma_small else "fixed_large"
+        return {
+            "predicts": self.predict or ("x0" if self.predict_xstart else "eps"),
+            "variance": "learned_range" if self.learn_sigma else fixed,
+        }
+
+    @property
+    def loss(self) -> str:
+        """The name of the training loss, as the objectives spell it."""
+        if self.use_kl:
+            return "rescaled_kl"
+        return "rescaled_mse" if self.rescale_learned_sigmas else "mse"
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where images come from and how they are cut."""
+
+    data_dir: str = flag("", "folder of images (local, gs:// or az://)")
+    val_data_dir: str = flag("", "folder of images held out for validation")
+    labels: str = flag("auto", "where classes come from: auto, folders, prefix, none, or a csv or json file")
+    val_fraction: float = flag(
+        0.0, "part of the data held out for validation, where --val_data_dir is empty", low=0.0, high=0.9
+    )
+    random_crop: bool = flag(False, "cut at a random place and scale instead of the centre")
+    random_flip: bool = flag(True, "mirror half of the images")
+    workers: int = flag(0, "processes that read images besides the main one", low=0)
+    on_error: str = flag("raise", "what an unreadable image does", choices=("raise", "skip"))
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """How weights are made."""
+
+    schedule_sampler: str = flag("uniform", "which steps to train on", choices=("uniform", "loss-second-moment"))
+    lr: float = flag(1e-4, "learning rate", low=0.0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", low=0.0)
+    lr_anneal_steps: int = flag(0, "lower the learning rate to 0 over this many steps, then end; 0 = never", low=0)
+    batch_size: int = flag(1, "images per step and process", low=1)
+    microbatch: int = flag(-1, "images per forward and backward pass; -1 = the whole batch", low=-1)
+    ema_rate: str = flag("0.9999", "rates of the averaged weights, separated by commas")
+    log_interval: int = flag(10, "steps between two lines of the log", low=1)
+    save_interval: int = flag(10000, "steps between two checkpoints", low=1)
+    resume_checkpoint: str = flag(
+        "", "go on from this file or folder; empty or auto = the newest save of the run folder; none = start afresh"
+    )
+    fp16_scale_growth: float = flag(1e-3, "growth per step of the logarithm of the loss scale in float16", low=0.0)
+    global_batch_size: int = flag(0, "images per step over all processes; 0 = --batch_size times processes", low=0)
+    max_steps: int = flag(0, "end after this many updates; 0 = with --lr_anneal_steps, else never", low=0)
+    warmup_steps: int = flag(0, "raise the learning rate from 0 over this many steps", low=0)
+    grad_clip: float = flag(0.0, "largest norm of the gradient; 0 = unlimited", low=0.0)
+    seed: int = flag(0, "seed of weights, order, noise and steps", low=0)
+    precision: str = flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
+    keep_last: int = flag(0, "how many of the newest checkpoints stay; 0 = all", low=0)
+    keep_every: int = flag(0, "checkpoints at multiples of this step stay for good; 0 = none", low=0)
+    sample_interval: int = flag(0, "steps between two pictures of samples; 0 = never", low=0)
+    sample_steps: str = flag("ddim25", "respacing of the sampler for those pictures")
+    min_snr_gamma: float = flag(0.0, "weigh the loss by min(SNR, gamma); 0 = not", low=0.0)
+
+    @property
+    def ema_rates(self) -> tuple[float, ...]:
+        rates = tuple(float(rate) for rate in numbers(self.ema_rate, "ema_rate"))
+        if any(not 0 < rate < 1 for rate in rates):
+            raise ValueError(f"--ema_rate is {self.ema_rate!r}; every rate must lie between 0 and 1")
+        return rates
+
+    @property
+    def last_step(self) -> int:
+        """The number of updates after which training ends; 0 = never."""
+        return self.max_steps or self.lr_anneal_steps
+
+    def _check(self) -> None:
+        _ = self.ema_rates
+
+
+@dataclass(frozen=True)
+class ClassifierTrainConfig(TrainConfig):
+    """How a classifier's weights are made; 2021 spelled some flags differently from the generator's."""
+
+    lr: float = flag(3e-4, "learning rate", low=0.0)
+    batch_size: int = flag(4, "images per step and process", low=1)
+    ema_rate: str = flag("", "rates of averaged weights; empty = none")
+    iterations: int = flag(150000, "end after this many updates", low=1)
+    noised: bool = flag(True, "train on noised images, as guidance needs")
+    anneal_lr: bool = flag(False, "lower the learning rate to 0 over --iterations")
+    eval_interval: int = flag(5, "steps between two batches of validation", low=1)
+
+    @property
+    def last_step(self) -> int:
+        return self.max_steps or self.iterations
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    """How images are made from weights."""
+
+    model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
+    classifier_path: str = flag("", "weights of the classifier: a file or a run folder")
+    classifier_scale: float = flag(1.0, "strength of the guidance; 0 = none", low=0.0)
+    clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")
+    num_samples: int = flag(10000, "how many images", low=1)
+    batch_size: int = flag(16, "images per pass and process", low=1)
+    use_ddim: bool = flag(False, "sample with DDIM instead of the ancestral chain")
+    sampler: str = flag("", "empty = by --use_ddim", choices=("", "ancestral", "ddim", "heun", "dpm_solver"))
+    eta: float = flag(0.0, "noise of DDIM: 0 = none, 1 = as much as the ancestral chain", low=0.0, high=1.0)
+    seed: int = flag(0, "image i is the same for a seed, whatever the batch size", low=0)
+    classes: str = flag("", "only these classes, by number or name: 3,7")
+    labels: str = flag("random", "how classes are dealt out", choices=("random", "balanced"))
+    precision: str = flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
+    grid: int = flag(64, "images in the overview picture; 0 = none", low=0)
+
+    @property
+    def method(self) -> str:
+        return self.sampler or ("ddim" if self.use_ddim else "ancestral")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run is; stored beside its weights."""
+
+    model: Network = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def kind(self) -> str:
+        """diffusion, super_resolution or classifier."""
+        return self.model.kind
+
+    def validate(self) -> RunConfig:
+        for section in SECTIONS:
+            getattr(self, section).validate()
+        return self
+
+    @classmethod
+    def sections(cls, kind: str) -> dict[str, type[Section]]:
+        """The config class of each section of a run of this kind."""
+        if kind not in NETWORKS:
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(NETWORKS)}")
+        train = ClassifierTrainConfig if kind == "classifier" else TrainConfig
+        return {"model": NETWORKS[kind], "diffusion": DiffusionConfig, "data": DataConfig, "train": train}
+
+    @classmethod
+    def from_flags(cls, kind: str, flags: Mapping[str, Any]) -> RunConfig:
+        return cls(**{name: config.from_flags(flags) for name, config in cls.sections(kind).items()})  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, kind: str, values: Mapping[str, Any]) -> RunConfig:
+        found = {name: config.from_dict(values.get(name, {})) for name, config in cls.sections(kind).items()}
+        return cls(**found)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return {section: getattr(self, section).to_dict() for section in SECTIONS}
+
+
+SECTIONS = ("model", "diffusion", "data", "train")
