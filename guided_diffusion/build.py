@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from .runtime.streams import TRAIN, Streams, key_of
 from .training.checkpoint import find_latest, load_weights, read_run_json, save_run
 from .training.losses import Losses
 from .training.restore import load_weights_into
+from .training.weights import read_metadata
 
 Tell = Callable[[str], None]
 LossFn = Callable[[Any, Any, Streams], Losses]
@@ -356,46 +358,55 @@ def find(path: str, *, tell: Tell = print) -> Found:
         tell(f"taking the newest {what}: {path}")
         if rate is not None and saved.step < 1 / (1 - float(rate)):
             tell(f"note: after {saved.step} steps an average of rate {rate} still remembers the first, random weights")
-    run = read_run_json(path)
+    run = _inside(path) if path.endswith(".safetensors") else read_run_json(path)
     if run is None:
         return Found(path, None, step=step)
     if not run["config"]:
         return Found(path, None, tuple(run["class_names"]), run["step"])
-    sha256 = run["files"].get(os.path.basename(path), {}).get("sha256", "")
+    sha256 = run.get("files", {}).get(os.path.basename(path), {}).get("sha256", "")
     return Found(path, RunConfig.from_dict(run["kind"], run["config"]), tuple(run["class_names"]), run["step"], sha256)
 
 
-def recognise(
-    path: str, weights: Mapping[str, Tensor], kind: str, flags: Mapping[str, Any], tell: Tell = print
-) -> RunConfig:
-    """The configuration of a file that carries none, from its tensors and the flags that were typed.
+def _inside(path: str) -> dict[str, Any] | None:
+    """What `convert` wrote into a safetensors file beside its tensors, or None for those of others."""
+    text = read_metadata(path).get("guided_diffusion")
+    if text is None:
+        return None
+    try:
+        told = json.loads(text)
+        RunConfig.from_dict(told["kind"], told["config"])
+        return {name: told[name] for name in ("kind", "config", "class_names", "step")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} carries a configuration that cannot be read ({error}); convert it again") from error
 
-    Who types flags as in 2021 leaves out those at their default; so for files that are no released ones, what shapes
-    cannot tell (heads, schedule ...) is the default of 2021 as soon as any flag describes the network.
-    """
+
+def recognise(
+    path: str,
+    weights: Mapping[str, Tensor],
+    flags: Mapping[str, Any],
+    *,
+    kind: str | None = None,
+    tell: Tell = print,
+) -> RunConfig:
+    """The configuration of a file that carries none, from its tensors and the flags that were typed; of `kind`, if given."""
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    flags = dict(flags)
-    if _describes(kind, flags) and identify.released_as(path, shapes) is None:
-        model, diffusion = RunConfig.sections(kind)["model"](), DiffusionConfig()
-        unsaid = {**model.to_dict(), **diffusion.to_dict()}
-        flags = {**{name: unsaid[name] for name in _UNSAID if name in unsaid}, **flags}
-    config = identify.identify(path, shapes, flags=flags, tell=tell)
+    config = identify.identify(path, shapes, flags=flags, kind=kind, tell=tell)
     if config.kind == "classifier":  # its tensors say nothing of the noise it was trained on
         told = {name: flags[name] for name in DiffusionConfig.names() if name in flags}
         config = replace(config, diffusion=replace(config.diffusion, **told))
     return config
 
 
-# What no tensor's shape can tell.
-_UNSAID = (
-    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "rescale_timesteps", "diffusion_steps",
-)  # fmt: skip
+def fitted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as our networks keep them: float32, and attention as 1x1 Conv1d where a file has 1x1 Conv2d. Copies nothing else."""
+    squeezed = set(identify.squeezed_attention({name: tuple(value.shape) for name, value in weights.items()}))
+    return {name: (value.squeeze(-1) if name in squeezed else value).float() for name, value in weights.items()}
 
 
 def load(
     path: str,
     *,
-    kind: str = "diffusion",
+    kind: str | None = None,
     flags: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
@@ -403,22 +414,23 @@ def load(
 ) -> Loaded:
     """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
 
-    Files written by training here carry their configuration. For others `flags` gives it, spelled as in 2021; of `kind`
-    where the flags cannot tell. Flags that contradict the file are refused in words; those that do not concern the
-    weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` "" follows use_fp16.
+    Files written here carry their configuration, released ones are known by their tensors; for others `flags` gives what
+    tensors cannot tell, spelled as in 2021. Flags that contradict the file are refused in words, and so is a file of another
+    `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` ""
+    follows use_fp16. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
     """
     device, flags = torch.device(device), dict(flags or {})
     found = find(path, tell=tell)
-    weights = load_weights(found.path)
+    weights = fitted(load_weights(found.path))
     config = found.config
     if config is None:
-        config = recognise(found.path, weights, kind, flags, tell)
+        config = recognise(found.path, weights, flags, kind=kind, tell=tell)
     else:
+        identify.require_kind(found.path, config.kind, kind)
         config = agree(config, flags, found.path)
     with torch.device("meta"):
         net = build_network(config.model, config.diffusion)
-    net = net.to_empty(device="cpu")
-    load_weights_into(net, weights, found.path)
+    load_weights_into(net, weights, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     chosen = choose_precision(precision, half, device, tell)
@@ -428,31 +440,22 @@ def load(
     return Loaded(net, process, config, found.path, found.class_names, found.step, found.sha256, certain)
 
 
-# Flags that may differ from those of training: they change how a network is used, not what its weights mean.
-FREE = {
-    "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
-}  # fmt: skip
-
-
 def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
-    """The file's configuration with the free ones of `flags`; ValueError where another one contradicts the file."""
-    changed: dict[str, Any] = {}
-    complaints = []
+    """The file's configuration with those of `flags` that concern its use; ValueError where another one contradicts the file."""
+    changed, complaints, own = {}, [], {}
     for section in ("model", "diffusion"):
         values = getattr(config, section)
-        asked = {name: flags[name] for name in values.names() if name in flags and flags[name] != getattr(values, name)}
-        complaints += [
-            f"{n} is {getattr(values, n)!r} in the file, {v!r} asked" for n, v in asked.items() if n not in FREE
-        ]
-        changed[section] = replace(values, **{n: v for n, v in asked.items() if n in FREE}).validate()
+        free = {name: flags[name] for name in identify.FREE if name in flags and name in values.names()}
+        changed[section] = replace(values, **free).validate()
+        found = identify.contradictions(values, {name: v for name, v in flags.items() if name not in identify.FREE})
+        complaints += found.values()
+        own.update({name: getattr(values, name) for name in found})
     if complaints:
-        raise ValueError(f"{path} was trained with other flags: {'; '.join(complaints)}. Leave these flags out")
+        raise ValueError(
+            f"{path} is another network than the flags say: {'; '.join(complaints)}. "
+            f"Leave these flags out, or give its own: {identify.flag_line(own)}"
+        )
     return replace(config, **changed)
-
-
-def _describes(kind: str, flags: Mapping[str, Any]) -> bool:
-    """Whether flags were given that describe a network of this kind."""
-    return bool((set(RunConfig.sections(kind)["model"].names()) & set(flags)) - FREE)
 
 
 def save(loaded: Loaded, folder: str) -> str:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from .config import RunConfig
+from .config import NETWORKS, DiffusionConfig, Network, RunConfig
 from .presets import PRESETS, Preset
-from .recognise import SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys
+from .recognise import SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys, squeezed_attention  # noqa: F401
 
 Tell = Callable[[str], None]
 
@@ -49,78 +49,85 @@ def released_as(path: str, shapes: Shapes) -> tuple[Preset, bool] | None:
     return PRESETS[stem if stem in names else names[0]], stem in names
 
 
-def identify(path: str, shapes: Shapes, *, flags: Mapping[str, Any] | None = None, tell: Tell = print) -> RunConfig:
+def identify(
+    path: str, shapes: Shapes, *, flags: Mapping[str, Any] | None = None, kind: str | None = None, tell: Tell = print
+) -> RunConfig:
     """The configuration of a file that carries none.
 
-    `flags` are those the user typed, spelled as in 2021. Raises ValueError: where
-    a typed flag contradicts the file (a short difference and the flag line that works), or where something that shapes cannot tell
-    was not typed (the candidates, and the flags to choose with).
+    `flags` are those the user typed, spelled as in 2021; `kind` is what is needed, None for any. Raises ValueError where the
+    file is of another kind, where a typed flag contradicts it (a short difference and the flag line that works), or where
+    something that shapes cannot tell was not typed (the candidates, and the flags to choose with).
     """
     flags = dict(flags or {})
-    layout = inspect_shapes(shapes)
-    layout = _read_as(layout, flags)
-    chosen = layout.kind
-    known = flags_of(layout, chosen, flags)
+    layout = _read_as(inspect_shapes(shapes), flags, kind)
+    require_kind(path, layout.kind, kind)
     release = released_as(path, shapes)
-    preset = release[0] if release and release[0].kind == chosen else None
-    complaints = differences(known, layout, flags, chosen)
-    typed_open = _open_of(flags)
-    own_open = _open_of(preset.model.to_dict() | preset.diffusion.to_dict()) if preset else {}
-    if preset is not None and release is not None and release[1]:
+    preset, named = release if release and release[0].kind == layout.kind else (None, False)
+    known = flags_of(layout, layout.kind, flags)
+    asked = {name: value for name, value in flags.items() if name not in FREE}
+    if preset is not None and named:
         # A released file under its own name: what it was trained with is known, also what shapes cannot tell.
-        complaints += [
-            f"{preset.file} was released with {name} {own_open[name]}; you asked for {value}"
-            for name, value in typed_open.items()
-            if own_open.get(name, value) != value and not (name == "num_heads" and own_open["num_head_channels"] != -1)
-        ]
+        complaints = contradictions(preset.model, asked)
+        if layout.kind != "classifier":
+            complaints |= contradictions(preset.diffusion, asked)
+        own: Mapping[str, Any] = preset.flags
+    else:
+        complaints = differences(known, asked, layout.kind)
+        own = {**known, **(_open_of(preset.flags) if preset else {})}
     if complaints:
-        line = flag_line({**known, **(_open_of(preset.flags) if preset else {})})
         raise ValueError(
-            f"{path} is another network than the flags say: {'; '.join(complaints)}. Its own flags are: {line}"
+            f"{path} is another network than the flags say: {'; '.join(complaints.values())}. Its own flags are: {flag_line(own)}"
         )
-    if preset is not None and release is not None and release[1]:
-        return RunConfig.from_flags(chosen, {**preset.flags, **_use(flags)})
-    if preset is not None and all(own_open.get(name) == value for name, value in typed_open.items()):
-        others = ", ".join(f"--{name}" for name in own_open if name not in typed_open)
-        tell(
-            f"{path} has the names and shapes of the released {preset.file} and is taken for it, with its heads, attention "
-            f"order and schedule ({flag_line(_open_of(preset.flags))}). If it was trained with others, give them: {others}"
-        )
-        return RunConfig.from_flags(chosen, {**preset.flags, **_use(flags)})
-    return RunConfig.from_flags(chosen, {**known, **_settle(path, layout, chosen, flags), **_use(flags)})
+    use = {name: value for name, value in flags.items() if name in FREE}
+    if preset is not None and not named:
+        if contradictions(preset.model, asked) or contradictions(preset.diffusion, asked):
+            preset = None  # the layout of a released model, but another training
+        else:
+            tell(
+                f"{path} has the names and shapes of the released {preset.file} and is taken for it, with its heads, "
+                f"attention order and schedule ({flag_line(_open_of(preset.flags))}). If it was trained with others, "
+                f"give them: {', '.join(f'--{name}' for name in _OPEN)}"
+            )
+    if preset is not None:
+        return RunConfig.from_flags(layout.kind, {**preset.flags, **use})
+    return RunConfig.from_flags(layout.kind, {**known, **_settle(path, layout, known, flags, tell), **use})
 
 
-def _read_as(layout: Layout, flags: Mapping[str, Any]) -> Layout:
-    """Six channels in and six out are an RGB upsampler, unless the user says that images have six channels."""
+KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "classifier": "a classifier"}
+
+
+def require_kind(path: str, found: str, wanted: str | None) -> None:
+    """ValueError, in words, where a file is of another kind than the one needed."""
+    if wanted is not None and found != wanted:
+        raise ValueError(f"{path} is {KINDS[found]}; {KINDS[wanted]} is needed here")
+
+
+def _read_as(layout: Layout, flags: Mapping[str, Any], kind: str | None) -> Layout:
+    """Of the readings that the channels allow, the one that the user's number of image channels fixes, else the likeliest."""
     asked = flags.get("image_channels")
-    for kind, channels, learned in layout.readings:
-        if channels == asked and (kind, channels) != (layout.kind, layout.flags["image_channels"]):
+    for reading, channels, learned in layout.readings:
+        if channels == asked and kind in (None, reading):
             known = {**layout.flags, "image_channels": channels, "learn_sigma": learned}
-            return replace(layout, kind=kind, flags=known)
+            return replace(layout, kind=reading, flags=known)
     return layout
 
 
-# What no shape can tell about a generator.
+# Flags that may differ from those of training: they change how a network is used, not what its weights mean.
+FREE = {
+    "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
+}  # fmt: skip
+
+
+# What no shape can tell about a generator; how the output is read, which is nearly always the default; what sizes there are.
 _OPEN = (
-    "num_heads",
-    "num_head_channels",
-    "use_new_attention_order",
-    "noise_schedule",
-    "rescale_timesteps",
-    "diffusion_steps",
-)
+    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "rescale_timesteps", "diffusion_steps",
+)  # fmt: skip
+_ASSUMED = ("num_heads_upsample", "predict", "predict_xstart", "sigma_small")
+_SIZES = ("image_size", "large_size", "small_size")
 
 
 def _open_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: flags[name] for name in _OPEN if name in flags}
-
-
-def _use(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Typed flags about the use of a network, which no file contradicts."""
-    free = ("timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl")
-    return {
-        name: flags[name] for name in (*free, "rescale_learned_sigmas", "predict_xstart", "predict") if name in flags
-    }
 
 
 def flags_of(layout: Layout, kind: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,80 +147,96 @@ def flags_of(layout: Layout, kind: str, flags: Mapping[str, Any]) -> dict[str, A
     return known
 
 
-def differences(known: Mapping[str, Any], layout: Layout, flags: Mapping[str, Any], kind: str) -> list[str]:
-    """In words, what the file has and the typed flags deny."""
-    found = []
-    if (
-        flags.get("class_cond") is False
-        and layout.flags.get("class_cond")
-        or (flags.get("class_cond") is True and layout.flags.get("class_cond") is False)
-    ):
-        has = f"{layout.flags.get('num_classes')} classes" if layout.flags.get("class_cond") else "no classes"
-        found.append(f"the file has {has}; you asked for --class_cond {flags['class_cond']}")
-    for name, asked in flags.items():
-        if name not in known or name in ("class_cond", "image_size", "large_size", "small_size"):
-            continue
-        if name == "num_classes" and not asked:
-            continue
-        has = known[name]
-        if name.endswith("attention_resolutions"):
-            if _pixels(asked) & _levels_of(known, layout) == _pixels(has):
-                continue  # sizes that the network never reaches change nothing
-            found.append(f"the file has attention at {_spaced(has)}; you asked for {_spaced(asked)}")
-        elif name.endswith("channel_mult"):
-            if str(asked).strip() and tuple(float(p) for p in str(asked).split(",")) != tuple(
-                map(float, layout.multipliers)
-            ):
-                found.append(f"the file has channel multipliers {_spaced(has)}; you asked for {_spaced(asked)}")
-        elif asked != has:
-            found.append(f"the file has {name} {has}; you asked for {asked}")
-    size = flags.get("image_size")
-    if size and layout.flags.get("image_size") not in (None, size):
-        found.append(f"the file is for image_size {layout.flags['image_size']}; you asked for {size}")
+def contradictions(values: Network | DiffusionConfig, flags: Mapping[str, Any]) -> dict[str, str]:
+    """By flag, in words: what the file has and the typed flags deny. Other spellings of the same network are none."""
+    found = {}
+    for name in values.names():
+        if name in flags and flags[name] != getattr(values, name) and not _same(values, name, flags[name]):
+            found[name] = _in_words(values, name, flags[name])
     return found
 
 
-def _pixels(text: object) -> set[int]:
-    return {int(float(part)) for part in str(text).split(",") if part.strip()}
+def _same(values: Any, name: str, asked: Any) -> bool:
+    """Whether the flag, though spelled otherwise, asks for what is there."""
+    if name.endswith("attention_resolutions"):  # sizes that the network never reaches change nothing
+        reached = {2**level for level in range(len(values.multipliers))}
+        other = replace(values, **{name: asked})
+        return bool(reached & set(other.attention_downsamplings) == reached & set(values.attention_downsamplings))
+    if name.endswith("channel_mult"):
+        return bool(replace(values, **{name: asked}).multipliers == values.multipliers)
+    if name == "num_classes":
+        return not asked or not getattr(values, "class_cond", True)
+    if name == "num_heads_upsample":
+        return values.num_head_channels != -1 or {asked, values.num_heads_upsample} == {-1, values.num_heads}
+    return name == "num_heads" and values.num_head_channels != -1
 
 
-def _levels_of(known: Mapping[str, Any], layout: Layout) -> set[int]:
-    size = known.get("image_size") or known.get("large_size") or 0
-    return {int(size) // 2**level for level in range(len(layout.multipliers))}
+def _in_words(values: Any, name: str, asked: Any) -> str:
+    has = getattr(values, name)
+    if name == "class_cond":
+        told = f"{values.num_classes} classes" if has else "no classes"
+        return f"the file has {told}; you asked for --class_cond {asked}"
+    if name.endswith("attention_resolutions"):
+        return f"the file has attention at {_spaced(has)}; you asked for {_spaced(asked)}"
+    if name.endswith("channel_mult"):
+        return f"the file has channel multipliers {_spaced(','.join(f'{m:g}' for m in values.multipliers))}; you asked for {_spaced(asked)}"
+    return f"the file has {name} {has}; you asked for {asked}"
+
+
+def differences(known: Mapping[str, Any], flags: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """`contradictions` of what shapes fix, for a file whose heads and schedule are open."""
+    fixed = {name: value for name, value in flags.items() if name in known}
+    sized = {"image_size", "large_size"} & set(known)
+    if not sized:  # without an image size, levels have no pixels to speak of
+        size = 2 ** (str(known["channel_mult"]).count(",") + 3)
+        known = {**known, "image_size": size, "large_size": size, "small_size": 1}
+        fixed.pop("attention_resolutions", None)
+    elif kind == "super_resolution":
+        known = {"small_size": 1, **known}
+    found = contradictions(NETWORKS[kind].from_flags(known), fixed)
+    if kind != "classifier" and fixed.get("learn_sigma", known["learn_sigma"]) != known["learn_sigma"]:
+        found["learn_sigma"] = f"the file has learn_sigma {known['learn_sigma']}; you asked for {fixed['learn_sigma']}"
+    return found
 
 
 def _spaced(text: object) -> str:
-    return ", ".join(part.strip() for part in str(text).split(",")) or "none"
+    return ", ".join(part.strip() for part in str(text).split(",") if part.strip()) or "none"
 
 
-def _settle(path: str, layout: Layout, kind: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def _settle(
+    path: str, layout: Layout, known: Mapping[str, Any], flags: Mapping[str, Any], tell: Tell
+) -> dict[str, Any]:
     """Typed values of what shapes leave open; ValueError lists what is missing, with candidates.
 
-    A user who typed any flag that shapes fix has typed a line of 2021, whose untyped flags have the defaults of 2021.
+    A user who typed any flag that shapes fix has typed a line of 2021, whose untyped flags have the defaults of 2021;
+    `tell` hears which.
     """
-    typed = {name: flags[name] for name in (*_OPEN, "image_size", "large_size", "small_size") if name in flags}
-    if kind == "classifier":
-        typed.update({name: flags[name] for name in ("classifier_num_head_channels",) if name in flags})
+    settled = {name: flags[name] for name in (*_OPEN, *_ASSUMED, *_SIZES) if name in flags}
+    if layout.kind == "classifier":
+        settled.update({name: flags[name] for name in ("classifier_num_head_channels",) if name in flags})
     whole_line = any(name in layout.flags for name in flags if name not in ("num_classes", "image_channels"))
-    if whole_line:
-        return typed
     missing = []
     for name, candidates in layout.open.items():
-        size_flag = "large_size" if name == "image_size" and kind == "super_resolution" else name
-        given = "num_heads" in flags or "num_head_channels" in flags if name == "heads" else size_flag in flags
-        if name == "small_size" and kind != "super_resolution":
-            continue
-        if not given:
-            options = candidates if name == "heads" else [f"--{size_flag} {value}" for value in candidates]
-            missing.append(f"{' | '.join(map(str, options))}")
-    if missing:
-        lines = "\n  ".join(missing)
+        flag = "large_size" if name == "image_size" and layout.kind == "super_resolution" else name
+        given = "num_heads" in flags or "num_head_channels" in flags if name == "heads" else flag in flags
+        if not given and flag not in known:
+            options = candidates if name == "heads" else [f"--{flag} {value}" for value in candidates]
+            missing.append(
+                (("num_heads", "num_head_channels") if name == "heads" else (flag,), " | ".join(map(str, options)))
+            )
+    if missing and not whole_line:
+        lines = "\n  ".join(options for _, options in missing)
         raise ValueError(
             f"{path} carries no configuration, and names and shapes cannot tell everything about it. Known from them: "
-            f"{flag_line(flags_of(layout, kind, flags))}\nChoose one of each line (or let `guided-diffusion inspect {path} "
+            f"{flag_line(known)}\nChoose one of each line (or let `guided-diffusion inspect {path} "
             f"--probe FOLDER_OF_IMAGES` decide by the denoising loss):\n  {lines}"
         )
-    return typed
+    if missing:
+        config = RunConfig.from_flags(layout.kind, {**known, **settled})
+        values = {**config.model.to_dict(), **config.diffusion.to_dict()}
+        assumed = {flag: values[flag] for names, _ in missing for flag in names if flag in values}
+        tell(f"{path}: not typed and in no tensor's shape, so as by default in 2021: {flag_line(assumed)}")
+    return settled
 
 
 def flag_line(flags: Mapping[str, Any]) -> str:

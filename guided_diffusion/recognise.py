@@ -168,8 +168,8 @@ def _generator(shapes: Shapes, width: int) -> Layout:
         raise NotThisFamily(
             f"{channels_in} input and {channels_out} output channels fit neither a generator nor an upsampler"
         )
-    if (channels_in, channels_out) in ((6, 6), (6, 3)):
-        # RGB upsamplers; a six-channel image with a fixed variance is the rarer reading and stays in `readings`.
+    if channels_in in (2, 6):
+        # Upsamplers of grey and RGB images; images of two or six channels are the rarer reading and stay in `readings`.
         readings.sort(key=lambda reading: reading[0] != "super_resolution")
     kind, image_channels, learn_sigma = readings[0]
 

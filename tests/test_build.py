@@ -156,7 +156,7 @@ def test_flags_that_contradict_the_file_are_refused_and_free_ones_taken(tmp_path
     taken = gd.load(str(tmp_path), flags={"timestep_respacing": "10", "image_size": 8}, tell=quiet)
     assert len(taken.process) == 10
     with pytest.raises(
-        ValueError, match="num_heads is 4 in the file, 2 asked; learn_sigma is False in the file, True asked"
+        ValueError, match="the file has num_heads 4; you asked for 2; the file has learn_sigma False; you asked for True.*--num_heads 4 --learn_sigma False"
     ):
         gd.load(str(tmp_path), flags={"num_heads": 2, "learn_sigma": True}, tell=quiet)
 

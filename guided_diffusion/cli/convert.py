@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from .. import build
 
-        loaded = build.load(args.source, kind=_kind_hint(args.source))
+        loaded = build.load(args.source)
         original = loaded.net
     if to == "diffusers":
         converted = save_diffusers(loaded, args.target)
@@ -51,10 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     difference = largest_difference(original, converted, loaded.config)
     print(f"{args.source} -> {args.target} ({to}); largest output difference on the same input: {difference:.3g}")
     return 0
-
-
-def _kind_hint(path: str) -> str:
-    return "classifier" if "classifier" in Path(path).name else "diffusion"
 
 
 def _reload(path: str) -> nn.Module:

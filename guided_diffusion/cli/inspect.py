@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(verdict(trials))
         return 0
     if config is None:
-        config = build.recognise(found.path, weights, inspect_shapes(shapes).kind, {})
+        config = build.recognise(found.path, weights, {})
     _describe(config, found.step, found.class_names)
     return 0
 
@@ -149,13 +149,13 @@ def probe(
     images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures]).to(device)
     x0 = to_float(images)
     noise = Streams(0, EVALUATE, ids=range(len(x0)), device=device).normal(x0.shape[1:])
-    candidates = list(_readings(layout))
+    candidates, fitted = list(_readings(layout)), build.fitted(weights)
     trials = []
     for flags in tqdm(candidates, desc="probe", unit="reading", disable=not progress):
         config = RunConfig.from_flags("diffusion", {**known, **flags})
         with torch.device("meta"):
             net = build.build_network(config.model, config.diffusion)
-        load_weights_into(net, weights, "the file", assign=True)
+        load_weights_into(net, fitted, "the file", assign=True)
         net = net.to(device).eval().requires_grad_(False)
         process = build.build_process(config.diffusion).to(device)
         errors = []

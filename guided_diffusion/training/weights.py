@@ -102,14 +102,18 @@ def read_metadata(path: str) -> dict[str, str]:
     with storage.open_file(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"{path} cannot be read: its header of {length:,} bytes is larger than the file ({size:,})")
+            raise ValueError(
+                f"{path} cannot be read: its header of {length:,} bytes is larger than the file ({size:,})"
+            )
         text = file.read(length)
     try:
         told = json.loads(text).get("__metadata__") or {}
         if not all(isinstance(value, str) for value in told.values()):
             raise TypeError("metadata must be text")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: its header is no safetensors header ({_first_line(error)})") from error
+        raise ValueError(
+            f"{path} cannot be read: its header is no safetensors header ({_first_line(error)})"
+        ) from error
     return dict(told)
 
 
