@@ -196,3 +196,20 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             samplers.last(wrong)
+
+
+def test_churn_raises_a_level_by_at_most_the_square_root_of_2_and_only_within_its_range() -> None:
+    process, heard = exact_process(), []
+
+    def denoise(x: torch.Tensor, i: torch.Tensor) -> Denoised:
+        heard.append(process.at("sqrt_recipm1_alpha_bar", i, i)[0].item())
+        return ideal(process)(x, i)
+
+    samplers.last(samplers.heun(denoise, normal(4, 2), process, num_steps=6, noise=seeded(1)))
+    levels, first = heard[0:1] + heard[1::2], heard[0::2]  # predictor at each level, corrector at the next
+    assert first == pytest.approx(levels)
+    heard.clear()
+    limits = {"churn_min": levels[4] * 0.99, "churn_max": levels[2] * 1.01}
+    samplers.last(samplers.heun(denoise, normal(4, 2), process, num_steps=6, churn=1e9, noise=seeded(1), **limits))
+    factors = [raised / level for raised, level in zip(heard[0::2], levels)]
+    assert factors == pytest.approx([1, 1, 2**0.5, 2**0.5, 2**0.5, 1], rel=1e-6)
