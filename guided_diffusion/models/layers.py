@@ -123,7 +123,7 @@ class GroupNorm32(nn.GroupNorm):
             # In forward mode torch knows this norm in NCHW only, and in channels_last its CPU backward (torch 2.13)
             # crashes the process where weights have a gradient and x has none, as in fine-tuning attention alone.
             x = x.contiguous()
-        y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        y = torch.group_norm(x, self.num_groups, weight, bias, self.eps)
         if channels_were_last:
             y = channels_last(y)  # some CUDA kernels answer in NCHW whatever they are given
         return y

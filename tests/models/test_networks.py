@@ -90,9 +90,14 @@ def test_time_may_be_integer_or_fractional() -> None:
     assert not torch.allclose(between, net(x, torch.tensor([4, 7])))
 
 
-@pytest.mark.parametrize("size", [(8, 16), (16, 6), (2, 2)])
+@pytest.mark.parametrize("size", [(8, 16), (16, 6), (2, 8), (2, 2)])
 def test_height_and_width_need_not_agree(size: tuple[int, int]) -> None:
-    assert unet()(images(size=size), times()).shape == (2, 6, *size)
+    for n in (1, 2):  # one image down to one place is as good as two
+        x = images(n, size=size).requires_grad_()
+        out = unet()(x, times(n))
+        assert out.shape == (n, 6, *size)
+        out.pow(2).sum().backward()
+        assert x.grad.isfinite().all()
 
 
 def test_what_is_refused() -> None:
