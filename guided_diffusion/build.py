@@ -209,7 +209,7 @@ def build_batches(
     """Endless batches of this process; `batch_size` counts the global batch."""
     return make_batches(
         records,
-        image_size=model.sample_size,
+        image_size=model.size,
         batch_size=batch_size,
         rank=rank,
         size=size,
@@ -293,7 +293,7 @@ def build_sample(
 def check_pair(model: Loaded, critic: Loaded) -> None:
     """ValueError, in words, unless the classifier was trained for what the diffusion model makes."""
     ours, theirs = model.config, critic.config
-    pairs = {"image size": (ours.model.sample_size, theirs.model.sample_size)}
+    pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
     pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
     if getattr(ours.model, "class_cond", False):
         pairs["number of classes"] = (_classes(ours.model), _classes(theirs.model))

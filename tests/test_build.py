@@ -156,7 +156,8 @@ def test_flags_that_contradict_the_file_are_refused_and_free_ones_taken(tmp_path
     taken = gd.load(str(tmp_path), flags={"timestep_respacing": "10", "image_size": 8}, tell=quiet)
     assert len(taken.process) == 10
     with pytest.raises(
-        ValueError, match="the file has num_heads 4; you asked for 2; the file has learn_sigma False; you asked for True.*--num_heads 4 --learn_sigma False"
+        ValueError,
+        match="the file has num_heads 4; you asked for 2; the file has learn_sigma False; you asked for True.*--num_heads 4 --learn_sigma False",
     ):
         gd.load(str(tmp_path), flags={"num_heads": 2, "learn_sigma": True}, tell=quiet)
 
@@ -184,7 +185,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_size": 16}, "image size 8 and 16"),
+        ({"image_size": 16}, r"image size \(8, 8\) and \(16, 16\)"),
         ({"num_classes": 5}, "number of classes 4 and 5"),
         ({"noise_schedule": "cosine"}, "noise_schedule linear and cosine"),
     ],

@@ -94,7 +94,7 @@ def _run(parsed: arguments.Parsed, config: SampleConfig, world: World, stop: Any
         eta=config.eta,
         clip=config.clip_denoised,
     )
-    shape = (model.config.model.image_channels, model.config.model.sample_size, model.config.model.sample_size)
+    shape = (model.config.model.image_channels, *model.config.model.size)
     classes = choose_classes(config.classes, count, names)
     receipt = {
         "model": _identity(model),

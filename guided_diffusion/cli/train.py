@@ -374,9 +374,7 @@ class _Pictures:
             net.eval()
             loaded = build.Loaded(net, process, config, "")
             sample = build.build_sample(loaded, process, method="ddim")
-            images = sample(
-                streams.normal((model.image_channels, model.sample_size, model.sample_size)), streams.randn_like, cond
-            )
+            images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
         trainer.net.train()
         path = storage.join(self._folder, f"samples_{trainer.steps_done:06d}.png")
         writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)

@@ -54,13 +54,18 @@ class _DenoiserConfig(Section):
     image_channels: int = flag(3, "1 = grey, 3 = colour", low=1)
 
     def _check(self) -> None:
-        _check_network(self.sample_size, self.multipliers, "channel_mult")
+        _check_network(self.size, self.multipliers, "channel_mult")
         _ = self.attention_downsamplings
 
     @property
     def sample_size(self) -> int:
-        """Height and width of what the network makes, in pixels."""
+        """Height of what the network makes in pixels, by which levels and attention are chosen."""
         raise NotImplementedError
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the network makes, in pixels."""
+        return self.sample_size, self.sample_size
 
     @property
     def multipliers(self) -> Numbers:
@@ -80,10 +85,15 @@ class ModelConfig(_DenoiserConfig):
     kind: ClassVar[str] = "diffusion"
 
     image_size: int = flag(64, "height and width of the images in pixels", low=1)
+    image_width: int = flag(0, "width in pixels, where it is not --image_size; 0 = square", low=0)
 
     @property
     def sample_size(self) -> int:
         return self.image_size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image_size, self.image_width or self.image_size
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class ClassifierConfig(Section):
     kind: ClassVar[str] = "classifier"
 
     image_size: int = flag(64, "height and width of the images in pixels", low=1)
+    image_width: int = flag(0, "width in pixels, where it is not --image_size; 0 = square", low=0)
     classifier_use_fp16: bool = flag(False, "compute in float16 on a GPU; --precision says more")
     classifier_width: int = flag(128, "channels of the first level", low=1)
     classifier_depth: int = flag(2, "residual blocks per level", low=1)
@@ -132,12 +143,23 @@ class ClassifierConfig(Section):
     image_channels: int = flag(3, "1 = grey, 3 = colour", low=1)
 
     def _check(self) -> None:
-        _check_network(self.image_size, self.multipliers, "classifier_channel_mult")
+        _check_network(self.size, self.multipliers, "classifier_channel_mult")
         _ = self.attention_downsamplings
+        if self.classifier_pool == "attention" and self.size[0] != self.size[1]:
+            raise ValueError(
+                f"--classifier_pool is 'attention', which needs square images; these are {self.size[0]}x{self.size[1]}. "
+                "Take adaptive, spatial or spatial_v2"
+            )
 
     @property
     def sample_size(self) -> int:
+        """Height of the images in pixels, by which levels and attention are chosen."""
         return self.image_size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.image_size, self.image_width or self.image_size
 
     @property
     def multipliers(self) -> Numbers:
@@ -158,12 +180,12 @@ def _downsamplings(text: str, image_size: int, flag: str) -> tuple[int, ...]:
     return tuple(image_size // int(resolution) for resolution in found)
 
 
-def _check_network(size: int, multipliers: Numbers, flag: str) -> None:
+def _check_network(size: tuple[int, int], multipliers: Numbers, flag: str) -> None:
     if any(value <= 0 for value in multipliers):
         raise ValueError(f"--{flag} gives {multipliers}; every multiplier must be larger than 0")
-    if size % 2 ** (len(multipliers) - 1):
+    if any(length % 2 ** (len(multipliers) - 1) for length in size):
         raise ValueError(
-            f"image size {size} cannot be halved {len(multipliers) - 1} times, as the {len(multipliers)} levels of "
+            f"image size {size[0]}x{size[1]} cannot be halved {len(multipliers) - 1} times, as the {len(multipliers)} levels of "
             f"--{flag} {','.join(map(str, multipliers))} need; give fewer levels or another size"
         )
 
