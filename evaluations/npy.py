@@ -194,6 +194,10 @@ class DiskArray:
         """Map an array in column order; a compressed one is unpacked to a nameless temporary file first."""
         header = self.header
         if not self.compressed:
+            if self.member is not None and self._crc == 0:
+                self._crc = self._stored_checksum()  # once: later slices jump about
+                if self._crc != self.member.CRC:
+                    raise ValueError(f"{self.name} is damaged: its checksum does not agree with its content")
             place = self.offset + header.header_bytes
             return np.memmap(self.path, header.dtype, "r", offset=place, shape=header.shape, order="F")
         if self._file is None:
@@ -203,6 +207,14 @@ class DiskArray:
             unpacked.flush()
             self._file = unpacked
         return np.memmap(self._file, header.dtype, "r", offset=header.header_bytes, shape=header.shape, order="F")
+
+    def _stored_checksum(self) -> int:
+        assert self.member is not None
+        left, checksum = self.member.file_size, 0
+        with self._open() as file:
+            while left and (block := file.read(min(1 << 20, left))):
+                checksum, left = zlib.crc32(block, checksum), left - len(block)
+        return checksum
 
     def close(self) -> None:
         """Close the file; reading again opens it anew."""

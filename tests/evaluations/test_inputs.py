@@ -423,7 +423,7 @@ def test_a_truncated_npz_is_an_error(kind, images, tmp_path):
             open_images(tmp_path / "cut.npz")
 
 
-@pytest.mark.parametrize("kind", ["npz", "deflated"])
+@pytest.mark.parametrize("kind", ["npz", "deflated", "fortran", "fortran deflated"])
 def test_a_flipped_bit_in_the_pixels_is_found(kind, images, tmp_path):
     data = bytearray(Path(store(images, kind, tmp_path)).read_bytes())
     data[900] ^= 4
