@@ -64,7 +64,7 @@ class Plan:
             "--image_size 8 --image_channels 1 --class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 "
             "--attention_resolutions 4 --num_head_channels 16 --resblock_updown True --use_scale_shift_norm True "
             "--learn_sigma True --noise_schedule cosine --diffusion_steps 1000 --dropout 0.1 --random_flip False "
-            "--batch_size 64 --lr 1e-3 --warmup_steps 100 --lr_anneal_steps 4000 --ema_rate 0.998 "
+            "--batch_size 64 --lr 1e-3 --warmup_steps 100 --lr_anneal_steps 3000 --ema_rate 0.998 "
             "--save_interval 1000 --sample_interval 1000 --log_interval 50"
         ).split()
         self.classifier = (
@@ -74,7 +74,7 @@ class Plan:
             "--lr 1e-3 --iterations 1000 --anneal_lr True --weight_decay 0.05 --save_interval 1000 --log_interval 50 "
             "--eval_interval 50"
         ).split()
-        self.sample = "--num_samples 500 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50".split()
+        self.sample = "--num_samples 400 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50".split()
 
     @classmethod
     def quick(cls) -> Plan:
@@ -185,8 +185,9 @@ def print_table(rows: list[dict[str, float]]) -> None:
 
 
 def write_pictures(out: Path, rows: list[dict[str, float]]) -> None:
-    """`grid_scale_*.png` (a row per digit would do; here ten columns, one per digit), `curves.png` and `trade.png`."""
+    """`grid_scale_*.png` (a column per digit, enlarged with bicubic interpolation), `curves.png` and `trade.png`."""
     import numpy as np
+    from PIL import Image
 
     from ..sampling.writers import write_grid
 
@@ -194,10 +195,11 @@ def write_pictures(out: Path, rows: list[dict[str, float]]) -> None:
         path = next((out / "samples" / f"scale_{scale:g}").glob("samples_*.npz"))
         with np.load(path, allow_pickle=False) as held:
             images, labels = held["arr_0"], held["arr_1"]
-        order = np.concatenate(
-            [np.flatnonzero(labels == digit)[row : row + 1] for row in range(6) for digit in range(10)]
-        )
-        write_grid(str(out / f"grid_scale_{scale:g}.png"), images[order], [str(labels[k]) for k in order], columns=10)
+        of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
+        chosen = [column[row] for row in range(6) for column in of_digit if row < len(column)]
+        large = [Image.fromarray(images[k, ..., 0]).resize((64, 64), Image.Resampling.BICUBIC) for k in chosen]
+        pixels = np.stack([np.asarray(picture) for picture in large])[..., None]
+        write_grid(str(out / f"grid_scale_{scale:g}.png"), pixels, [str(labels[k]) for k in chosen], columns=10)
     _write_plots(out, rows)
 
 
