@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,16 @@ def _tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32)))
 
 
+def write_trial(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the network and images of the end-to-end check as files: `synthetic.pth`, `ref.npz`, `smp.npz`."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    torch.save(synthetic_network().state_dict(), place / "synthetic.pth")
+    np.savez(place / "ref.npz", synthetic_images(41, 96, 64, 64))
+    np.savez(place / "smp.npz", synthetic_images(42, 80, 64, 64))
+    return [place / name for name in ("synthetic.pth", "ref.npz", "smp.npz")]
+
+
 def checks(device: torch.device, say: Callable[[str], None]) -> Iterator[Check]:
     """All checks, the quick ones first."""
     say("resize and metrics on recorded inputs")
@@ -197,7 +208,14 @@ def main(arguments: Sequence[str]) -> int:
         prog="evaluator.py selftest", description="Check this machine against recorded numbers."
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a graphics card where there is one")
+    parser.add_argument(
+        "--write", metavar="FOLDER", help="only write the synthetic weights and images there, to try out"
+    )
     asked = parser.parse_args(arguments)
+    if asked.write:
+        for path in write_trial(asked.write):
+            print(f"wrote {path}")
+        return 0
     device = torch.device(asked.device) if asked.device else pick_device()
     begun, failed, total = time.perf_counter(), 0, 0
     for check in checks(device, lambda text: print(f"-- {text}", flush=True)):

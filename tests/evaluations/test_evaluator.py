@@ -57,7 +57,7 @@ def run(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1000,
     )
 
 
@@ -66,6 +66,7 @@ def numbers(lines: list[str]) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("reference", ["ref.npz", "ref_stats.npz"])
 def test_prints_what_the_original_prints(place: Path, golden: dict, reference: str) -> None:
     done = run(place, reference, "smp.npz")
@@ -84,6 +85,7 @@ def test_prints_what_the_original_prints(place: Path, golden: dict, reference: s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_all_options_and_the_published_half_precision(place: Path, golden: dict) -> None:
     done = run(place, "ref.npz", "smp.npz", "--all", "--pr_dtype", "float16", "--json", "a.json", "--plot", "a.png")
     assert done.returncode == 0, done.stderr
