@@ -199,28 +199,23 @@ def test_a_run_goes_on_without_its_flags(digits: Path, trained: Path, tmp_path: 
 
 
 def test_two_processes_train_what_one_does(digits: Path, trained: Path, tmp_path: Path) -> None:
-    """The same global batch on two ranks of mpiexec: the same weights up to the order of sums."""
-    import torch
-
+    """The same global batch on two ranks of mpiexec: the same losses and gradients, quartile by quartile."""
     mpiexec = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
     if mpiexec is None:
         pytest.skip("mpiexec is not installed")
     words = (
         f"--data_dir {digits}/train {NETWORK}{DIFFUSION}--class_cond True --batch_size 4 --lr_anneal_steps 6 --lr 1e-3 "
     )
-    told = run(
-        "image_train",
-        words + "--ema_rate 0.5,0.9 --save_interval 6 --log_interval 2 --out two",
-        tmp_path,
-        before=(mpiexec, "-n", "2"),
-    )
+    more = "--ema_rate 0.5,0.9 --save_interval 6 --log_interval 2 --out two"
+    told = run("image_train", words + more, tmp_path, before=(mpiexec, "-n", "2"))
     assert "global batch size 8: 4 on each of 2 processes" in told
-    one, two = (
-        torch.load(folder / "model000006.pt", weights_only=True) for folder in (trained / "diffusion", tmp_path / "two")
-    )
-    # Adam divides by the root of the second moment: where gradients are near zero, rounding decides the direction of a step.
-    for name, value in one.items():
-        assert (value - two[name]).abs().mean() < 2e-5, name
+    # Figures, not weights: Adam turns the sign of a gradient that is zero but for rounding into a whole step.
+    for one, two in zip(rows(trained / "diffusion"), rows(tmp_path / "two"), strict=True):
+        assert one["step"] == two["step"] and one["samples"] == two["samples"]
+        for column in ("loss", "mse", "grad_norm", "param_norm", "mse_q0", "mse_q3"):
+            assert one[column] == two[column] == "" or float(one[column]) == pytest.approx(
+                float(two[column]), rel=1e-3
+            ), column
 
 
 def test_two_processes_sample_what_one_does(trained: Path, tmp_path: Path) -> None:
