@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .arithmetic import full_float32
 from .inception import InceptionV3
 from .inputs import ImageSource, open_images
 from .resize import INCEPTION_SIZE, tf1_bilinear, to_inception_range
@@ -134,8 +135,9 @@ def extract_blocks(
         missing = [span for span in mine if shards.read(span) is None]
         bar.add(sum(stop - start for start, stop in mine) - sum(stop - start for start, stop in missing))
         whole_shard = shards.ranges[0][1]  # the first is the longest, so each shard comes as one block
-        for span, block in zip(missing, worker.run(images, batch_size, missing, whole_shard, bar.add)):
-            shards.write(span, block)
+        with contextlib.closing(worker.run(images, batch_size, missing, whole_shard, bar.add)) as blocks:
+            for span, block in zip(missing, blocks):
+                shards.write(span, block)
         if team.rank != 0:
             return
         for index, span in enumerate(shards.ranges):
@@ -162,7 +164,7 @@ class _Worker:
         spans: Sequence[tuple[int, int | None]],
         block_images: int,
         done: Callable[[int], None],
-    ) -> Iterator[Features]:
+    ) -> Generator[Features, None, None]:
         """Yield features of each span, cut into blocks of at most `block_images` (rounded up to whole chunks)."""
         size = -(-block_images // self.chunk) * self.chunk
         for start, stop in spans:
@@ -183,11 +185,13 @@ class _Worker:
         """Fill chunks and run them; on a CPU several at a time, each in one thread, results in order."""
         if self.device.type != "cpu":
             for pieces in self._filled(batches):
-                yield self._forward(pieces)
+                with full_float32():
+                    features = self._forward(pieces)
+                yield features
             return
         threads = torch.get_num_threads()
         running: deque[Future[Features]] = deque()
-        with _single_threaded(threads) as pool:
+        with full_float32(), _single_threaded(threads) as pool:
             for pieces in self._filled(batches):
                 running.append(pool.submit(self._forward, pieces))
                 if len(running) > threads:
@@ -214,8 +218,7 @@ class _Worker:
     def _forward(self, pieces: list[np.ndarray]) -> Features:
         kind = self.device.type
         count = sum(len(piece) for piece in pieces)
-        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), cudnn if kind == "cuda" else contextlib.nullcontext():
+        with torch.inference_mode():
             parts = [to_inception_range(tf1_bilinear(_tensor(piece).to(self.device))) for piece in pieces]
             if count < self.chunk:
                 # mid-grey is 0 for the network; these rows are computed and thrown away

@@ -276,6 +276,36 @@ def test_bfloat16_is_near(recipes, net):
     assert 0 < difference < 0.05
 
 
+@pytest.mark.parametrize("chosen", ["legacy", "matmul"])
+def test_fast_settings_of_the_process_do_not_leak_in(chosen):
+    """In a process of its own, because some of these settings cannot be taken back."""
+    code = f"""
+        import torch
+        from evaluations.arithmetic import full_float32
+        if {chosen == "legacy"}:
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.set_float32_matmul_precision("medium")
+        elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.backends.cudnn.benchmark = True
+        def read():
+            if {chosen == "legacy"}:
+                return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+            return getattr(torch.backends.cuda.matmul, "fp32_precision", ""), torch.backends.cudnn.benchmark
+        before = read()
+        a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
+        exact = a.double() @ b.double()
+        with full_float32():
+            assert not torch.backends.cudnn.benchmark
+            assert ((a @ b) - exact).abs().max() < 1e-4
+        assert read() == before, (before, read())
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
 def test_world_from_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK"):
         monkeypatch.delenv(name, raising=False)
