@@ -442,7 +442,9 @@ def load(
 
 def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
     """The file's configuration with those of `flags` that concern its use; ValueError where another one contradicts the file."""
-    changed, complaints, own = {}, [], {}
+    changed: dict[str, Any] = {}
+    complaints: list[str] = []
+    own: dict[str, Any] = {}
     for section in ("model", "diffusion"):
         values = getattr(config, section)
         free = {name: flags[name] for name in identify.FREE if name in flags and name in values.names()}
