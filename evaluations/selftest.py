@@ -15,13 +15,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from . import metrics, neighbours
-from .encoders import Encoded, InceptionEncoder
+from .encoders import InceptionEncoder
 from .features import extract, pick_device
 from .inception import Conv, InceptionV3
 from .resize import tf1_bilinear
@@ -178,9 +178,6 @@ class _Given(InceptionEncoder):
         self.net = net
         self.weight = net.fc.weight.detach()
         self._dtype = ""
-
-    def encode(self, images: Any, settings: Any, world: Any) -> Encoded | None:
-        return super().encode(images, settings, world)
 
 
 def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
