@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
+from ..runtime.lock import RunLock
 from ..runtime.world import World
 from . import checkpoint
 from .checkpoint import SavedRun
-from .lock import RunLock
 
 ON_ERROR = ("warn", "stop")
 _HALF = re.compile(r"^\.(model|opt|run|ema_).*\.(pt|json)\.[0-9a-f]{8}\.tmp$")

@@ -265,7 +265,7 @@ def test_one_job_per_folder(tmp_path):
 
 
 def test_the_lock_of_a_dead_job_is_taken_over(tmp_path):
-    code = f"from guided_diffusion.training.lock import RunLock; import os; RunLock({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
+    code = f"from guided_diffusion.runtime.lock import RunLock; import os; RunLock({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], check=False, cwd=__file__.rsplit("/tests/", 1)[0])
     assert (tmp_path / "run.lock").exists()
     Checkpoints(str(tmp_path)).close()

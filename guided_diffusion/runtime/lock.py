@@ -1,4 +1,4 @@
-"""One job per run folder: a second one is refused instead of mixing its files with the first one's."""
+"""One job per folder of results: a second one is refused instead of mixing its files with the first one's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platform
 import time
 from typing import Any
 
-from ..runtime import storage
+from . import storage
 
 LOCK_NAME = "run.lock"
 _PATIENCE_S = 10.0

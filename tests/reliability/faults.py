@@ -1,0 +1,242 @@
+"""Kill training and sampling at random moments, let them go on, and compare with runs that nobody disturbed.
+
+    python -m tests.reliability.faults --moments 20          # the long form, some minutes on two cores
+    python -m tests.reliability.faults --moments 2           # what the tests run
+
+Training: at each moment one rank or all get SIGKILL, SIGTERM or SIGUSR1, and the same command starts again. Every save that the disturbed
+run writes is compared with the save of the undisturbed one at that step: SHA-256 of weights, averages and optimizer, and every counter.
+Sampling: the same, each time continued on another number of ranks; the npz is compared byte for byte with that of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .jobs import Job
+
+REQUEUE = 85
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
+SECONDS_TO_DIE = 20.0  # a rank that was not killed must notice that another was
+
+NETWORK = (
+    "--image_size 4 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4 --num_heads 2 "
+    "--diffusion_steps 40 --dropout 0.1"
+).split()
+TRAINING = (
+    "--global_batch_size 8 --microbatch 2 --lr 1e-3 --warmup_steps 5 --ema_rate 0.9,0.99 --schedule_sampler loss-second-moment "
+    "--random_crop True --log_interval 5 --seed 3 --resume_checkpoint auto --progress False"
+).split()
+
+
+@dataclass
+class Tally:
+    """What happened."""
+
+    what: str
+    ranks: str
+    moments: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    compared: int = 0
+    differing: list[str] = field(default_factory=list)
+    slowest_end_s: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def good(self) -> bool:
+        return not self.differing and not self.problems
+
+    def row(self) -> str:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.kinds.items()))
+        verdict = "equal" if self.good() else f"{len(self.differing)} DIFFER, {len(self.problems)} problems"
+        return f"| {self.what} | {self.ranks} | {self.moments} | {kinds} | {self.compared} | {verdict} | {self.slowest_end_s:.1f} |"
+
+
+TABLE_HEAD = (
+    "| run | ranks | moments | signals | files compared | verdict | slowest end after a signal, s |\n|---|---|---|---|---|---|---|"
+)
+
+
+def make_images(folder: Path, count: int = 40, size: int = 11, seed: int = 0) -> Path:
+    """A folder of small PNG files of random smooth colours."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for k in range(count):
+        coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"picture{k:04d}.png")
+    return folder
+
+
+def train_words(data: Path, out: Path, steps: int, save: int = 5, *more: str) -> list[str]:
+    words = ["train", "--data_dir", str(data), "--out", str(out), "--max_steps", str(steps), "--save_interval", str(save)]
+    return [*words, *NETWORK, *TRAINING, *more]
+
+
+def sample_words(model: Path, out: Path, count: int, batch: int = 4, *more: str) -> list[str]:
+    words = ["sample", "--model_path", str(model), "--out", str(out), "--num_samples", str(count), "--batch_size", str(batch)]
+    return [*words, "--timestep_respacing", "8", "--seed", "5", *more]
+
+
+def saves(folder: Path) -> dict[int, dict[str, Any]]:
+    """Every whole save of a run: step -> the SHA-256 of its files and its counters."""
+    found = {}
+    for path in folder.glob("run*.json"):
+        told = json.loads(path.read_text())
+        found[told["step"]] = {"state": told["state"], **{name: entry["sha256"] for name, entry in told["files"].items()}}
+    return found
+
+
+def compare_saves(undisturbed: Path, disturbed: Path) -> tuple[int, list[str]]:
+    """(files and states compared, names of those that differ)."""
+    ours, theirs = saves(disturbed), saves(undisturbed)
+    shared = [(step, name) for step in sorted(set(ours) & set(theirs)) for name in ours[step]]
+    return len(shared), [f"step {step}: {name}" for step, name in shared if ours[step][name] != theirs[step].get(name)]
+
+
+class Disturber:
+    """Chooses the moments and the victims."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def strike(self, job: Job, within_s: float, tally: Tally) -> bool:
+        """Wait a random time, then signal one rank or all. False if the job had ended by then."""
+        time.sleep(self.random.uniform(0.0, within_s))
+        if not job.running():
+            return False
+        number = self.random.choice(SIGNALS)
+        size = len(job.ranks)
+        victims = list(range(size)) if self.random.random() < 0.5 else [self.random.randrange(size)]
+        job.signal(number, victims)
+        began = time.monotonic()
+        try:
+            codes = job.wait(SECONDS_TO_DIE)
+        except TimeoutError as error:
+            tally.problems.append(str(error))
+            return True
+        tally.slowest_end_s = max(tally.slowest_end_s, time.monotonic() - began)
+        tally.moments += 1
+        name = f"{signal.Signals(number).name} to {'all' if len(victims) == size else 'one'}"
+        tally.kinds[name] = tally.kinds.get(name, 0) + 1
+        if number == signal.SIGKILL and any(code == 0 for code in codes) and not all(code == 0 for code in codes):
+            tally.problems.append(f"{name}: exit codes {codes}\n{job.text()}")
+        return True
+
+
+def finish(job: Job, tally: Tally) -> bool:
+    codes = job.wait(300)
+    if any(codes):
+        tally.problems.append(f"exit codes {codes}\n{job.text()}")
+    return not any(codes)
+
+
+def disturb_training(work: Path, moments: int, *, ranks: int, steps: int, seed: int, more: tuple[str, ...] = ()) -> Tally:
+    """Interrupt runs `moments` times; compare every save with the undisturbed run's."""
+    tally = Tally("training", str(ranks))
+    data = work / "data" if (work / "data").exists() else make_images(work / "data")
+    calm = work / f"calm{ranks}"
+    logs = work / f"logs{ranks}"
+    job = Job(ranks, [train_words(data, calm, steps, 5, *more)], logs)
+    if not finish(job, tally):
+        return tally
+    whole_s, disturber = job.seconds(), Disturber(seed)
+    for number in range(10 * moments):
+        if tally.moments >= moments or tally.problems:
+            break
+        folder = work / f"storm{ranks}_{number}"
+        for job in _again(ranks, train_words(data, folder, steps, 5, *more), logs):
+            if tally.moments >= moments or not disturber.strike(job, 0.7 * whole_s, tally):
+                if finish(job, tally):
+                    break
+                return tally
+        count, differing = compare_saves(calm, folder)
+        tally.compared += count
+        tally.differing += [f"{folder.name}: {name}" for name in differing]
+        if steps not in saves(folder):
+            tally.problems.append(f"{folder.name} has no save at step {steps}")
+        if tally.good():
+            shutil.rmtree(folder)
+    return tally
+
+
+def disturb_sampling(work: Path, moments: int, *, model: Path, count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 4)) -> Tally:
+    """Interrupt sampling `moments` times, going on each time with another number of ranks; compare the npz bytes."""
+    tally = Tally("sampling", "/".join(map(str, sizes)))
+    logs = work / "logs_sampling"
+    job = Job(1, [sample_words(model, work / "calm_samples", count)], logs)
+    if not finish(job, tally):
+        return tally
+    whole_s, disturber = job.seconds(), Disturber(seed)
+    (expected,) = (work / "calm_samples").glob("*.npz")
+    for number in range(10 * moments):
+        if tally.moments >= moments or tally.problems:
+            break
+        folder = work / f"storm_samples_{number}"
+        turn = 0
+        while True:
+            size = sizes[(number + turn) % len(sizes)]
+            job, turn = Job(size, [sample_words(model, folder, count)], logs), turn + 1
+            if tally.moments >= moments or not disturber.strike(job, 0.6 * whole_s, tally):
+                if finish(job, tally):
+                    break
+                return tally
+            if tally.problems:
+                return tally
+        tally.compared += 1
+        if (folder / expected.name).read_bytes() != expected.read_bytes():
+            tally.differing.append(folder.name)
+    return tally
+
+
+def _again(ranks: int, words: list[str], logs: Path) -> Iterator[Job]:
+    while True:
+        yield Job(ranks, [words], logs)
+
+
+def run(work: Path, moments: int, *, steps: int = 60, images: int = 96, ranks: tuple[int, ...] = (2,), seed: int = 1) -> list[Tally]:
+    """All of it; the first of `ranks` trains the model that is sampled."""
+    tallies = [disturb_training(work, moments, ranks=size, steps=steps, seed=seed + size) for size in ranks]
+    model = work / f"calm{ranks[0]}"
+    return [*tallies, disturb_sampling(work, moments, model=model, count=images, seed=seed)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=20, help="interruptions of each kind of run")
+    parser.add_argument("--ranks", default="2", help="numbers of ranks to train on, such as 1,2,4")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments, the victims and the signals")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--keep", default="", help="work in this folder and leave it")
+    args = parser.parse_args()
+    work = Path(args.keep or tempfile.mkdtemp(prefix="faults-"))
+    work.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    sizes = tuple(int(word) for word in args.ranks.split(","))
+    tallies = run(work, args.moments, steps=args.steps, images=args.images, ranks=sizes, seed=args.seed)
+    print(TABLE_HEAD)
+    for tally in tallies:
+        print(tally.row())
+    for tally in tallies:
+        for line in [*tally.differing, *tally.problems]:
+            print(f"{tally.what}: {line}", file=sys.stderr)
+    print(f"{time.monotonic() - began:.0f} s, seed {args.seed}")
+    if not args.keep:
+        shutil.rmtree(work, ignore_errors=True)
+    return 0 if all(tally.good() for tally in tallies) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
