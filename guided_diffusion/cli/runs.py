@@ -7,10 +7,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from ..config import to_json
 from .arguments import Parsed
+
+if TYPE_CHECKING:
+    from ..runtime.world import World
 
 REQUEUE = 85  # stopped on request, everything saved: start me again
 USER_ERROR = 2
@@ -79,3 +84,18 @@ def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None
 
     storage.makedirs(folder)
     storage.write_text_atomic(storage.join(folder, "config.json"), to_json(values))
+
+
+@contextmanager
+def session(flags: Mapping[str, Any], **options: Any) -> Iterator[World]:
+    """`runtime.world.session`; with several processes, a user's error ends the job with one line per process, not a page."""
+    from ..runtime import watch, world
+
+    with world.session(flags["device"], **options) as here:
+        try:
+            yield here
+        except (ValueError, OSError) as error:
+            if here.size == 1 or flags["debug"]:
+                raise
+            watch.post_note(here.context, f"{here.context.where()} failed: {error}")
+            watch.leave(f"[{here.context.where()}] error: {error}\n", USER_ERROR)

@@ -53,10 +53,10 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False, guide
             "--classifier_path is empty; give the weights of a classifier, or --classifier_scale 0 for none"
         )
 
-    from ..runtime import signals, world
+    from ..runtime import signals
     from ..sampling.generate import Interrupted
 
-    with world.session(parsed.flags["device"], timeout_s=_PATIENCE_S) as here, signals.Stop() as stop:
+    with runs.session(parsed.flags, timeout_s=_PATIENCE_S) as here, signals.Stop() as stop:
         try:
             return _run(parsed, config, here, stop)
         except Interrupted as told:

@@ -75,9 +75,9 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
     if not parsed.flags["data_dir"] and not parsed.flags["resume_checkpoint"] and not parsed.flags["out"]:
         raise ValueError("--data_dir is empty; give the folder of training images")
 
-    from ..runtime import signals, world
+    from ..runtime import signals
 
-    with world.session(parsed.flags["device"]) as here, signals.Stop() as stop:
+    with runs.session(parsed.flags) as here, signals.Stop() as stop:
         return _run(parsed, kind, here, stop)
 
 
