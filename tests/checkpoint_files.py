@@ -73,8 +73,10 @@ def tensor_of(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 def filled(kind: str, flags: dict[str, Any]) -> build.Loaded:
     """The network of these flags with the values of the recipe, ready to use."""
     config = RunConfig.from_flags(kind, flags)
-    net = build.build_network(config.model, config.diffusion)
-    net.load_state_dict({key: tensor_of(key, tuple(value.shape)) for key, value in net.state_dict().items()})
+    with torch.device("meta"):
+        net = build.build_network(config.model, config.diffusion)
+    state = {key: tensor_of(key, tuple(value.shape)) for key, value in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
     return build.Loaded(net.eval().requires_grad_(False), build.build_process(config.diffusion), config, "")
 
 

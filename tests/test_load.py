@@ -1,0 +1,280 @@
+"""load(path) through real files: bit-equal to the network built by flags, whatever wrote the file; damage and attacks told."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import TWINS, filled, layouts, meta_shapes, outputs, quiet, shapes_of
+
+import guided_diffusion as gd
+from guided_diffusion import build, identify
+from guided_diffusion.cli import convert
+from guided_diffusion.training.weights import load_weights, read_metadata
+
+
+def line(kind: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """What a user of 2021 types, but for the parts that this package adds."""
+    return {name: value for name, value in flags.items() if name not in ("num_classes",)}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_load_bit_equal_by_flags_by_folder_and_by_safetensors(name: str, tmp_path: Path) -> None:
+    kind, flags = TWINS[name]
+    before = filled(kind, flags)
+    expected = outputs(before)
+    assert expected.abs().max() > 0.1
+
+    torch.save(before.net.state_dict(), tmp_path / "bare.pt")
+    bare = gd.load(str(tmp_path / "bare.pt"), flags=line(kind, flags), tell=quiet)
+    gd.save(before, str(tmp_path / "run"))
+    run = gd.load(str(tmp_path / "run"), tell=quiet)
+    convert.save_file(before, str(tmp_path / "one.safetensors"), "safetensors")
+    one = gd.load(str(tmp_path / "one.safetensors"), tell=quiet)
+    for after in (bare, run, one):
+        assert after.kind == kind and after.config.model.multipliers == before.config.model.multipliers
+        assert torch.equal(outputs(after), expected)
+        assert torch.equal(after.process.alpha_bar, before.process.alpha_bar) or kind == "classifier"
+        assert torch.equal(after.process.time, before.process.time)
+    assert run.config == one.config == before.config
+
+
+@pytest.mark.parametrize("name", ["64x64_diffusion", "128x128_diffusion", "64_256_upsampler", "256x256_classifier"])
+def test_a_released_layout_loads_without_a_flag(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small twin stands for the released file: its layout is entered as the released one, with the twin's own flags."""
+    kind, flags = TWINS[name]
+    before = filled(kind, flags)
+    preset = identify.Preset(name, kind, {**gd.presets.PRESETS[name].flags, **flags, "attention_resolutions": "8"})
+    monkeypatch.setattr(identify, "SIGNATURES", {identify.signature(meta_shapes(kind, flags)): (name,)})
+    monkeypatch.setattr(identify, "PRESETS", {name: preset})
+    torch.save(before.net.state_dict(), tmp_path / f"{name}.pt")
+    after = gd.load(str(tmp_path / f"{name}.pt"), tell=pytest.fail)
+    assert torch.equal(outputs(after), outputs(before))
+    told: list[str] = []
+    (tmp_path / f"{name}.pt").rename(tmp_path / "mine.pt")
+    assert torch.equal(outputs(gd.load(str(tmp_path / "mine.pt"), tell=told.append)), outputs(before))
+    assert "is taken for it" in told[0]
+
+
+def test_attention_kept_as_2d_convolutions_is_squeezed(tmp_path: Path) -> None:
+    """As in the consistency models' code, whose attention convolves images and not rows."""
+    kind, flags = TWINS["64x64_diffusion"]
+    before = filled(kind, flags)
+    ends = ("qkv.weight", "proj_out.weight")
+    state = {k: v.unsqueeze(-1) if k.endswith(ends) else v for k, v in before.net.state_dict().items()}
+    assert sum(v.dim() == 4 and k.endswith(ends) for k, v in state.items()) > 4
+    torch.save(state, tmp_path / "cm.pt")
+    after = gd.load(str(tmp_path / "cm.pt"), flags=line(kind, flags), tell=quiet)
+    assert torch.equal(outputs(after), outputs(before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    kind, flags = TWINS["256x256_diffusion_uncond"]
+    before = filled(kind, flags)
+    torch.save({k: v.to(dtype) for k, v in before.net.state_dict().items()}, tmp_path / "half.pt")
+    after = gd.load(str(tmp_path / "half.pt"), flags=line(kind, flags), tell=quiet)
+    assert {p.dtype for p in after.net.parameters()} == {torch.float32}
+    before.net.load_state_dict({k: v.to(dtype).float() for k, v in before.net.state_dict().items()})
+    assert torch.equal(outputs(after), outputs(before))
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"state_dict": s}])
+def test_wrapped_files_load(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    kind, flags = TWINS["256x256_diffusion_uncond"]
+    before = filled(kind, flags)
+    torch.save(wrap(before.net.state_dict()), tmp_path / "wrapped.pt")
+    after = gd.load(str(tmp_path / "wrapped.pt"), flags=line(kind, flags), tell=quiet)
+    assert torch.equal(outputs(after), outputs(before))
+
+
+def test_the_network_takes_the_mapped_file_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    before = filled(*TWINS["256x256_diffusion"])
+    gd.save(before, str(tmp_path))
+    path = tmp_path / "model000000.pt"
+    content = path.read_bytes()
+    after = gd.load(str(tmp_path), tell=quiet)
+    parameters = list(after.net.parameters())
+    assert not any(p.is_meta for p in parameters) and not any(p.requires_grad for p in parameters)
+    # One storage per saved tensor or fewer: nothing was copied out of the mapping.
+    sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+    assert sum(sizes.values()) <= 1.01 * path.stat().st_size
+    with torch.no_grad():
+        parameters[0].add_(1)
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
+    upsampler = filled(*TWINS["64_256_upsampler"])
+    gd.save(upsampler, str(tmp_path))
+    with pytest.raises(ValueError, match="is an upsampler; a diffusion model is needed here"):
+        gd.load(str(tmp_path), kind="diffusion", flags={"num_channels": 3}, tell=quiet)
+
+
+def test_flags_that_deny_a_file_of_ours_are_told_with_the_line_that_works(tmp_path: Path) -> None:
+    kind, flags = TWINS["256x256_diffusion"]
+    gd.save(filled(kind, flags), str(tmp_path))
+    with pytest.raises(ValueError, match="the file has attention at 8; you asked for 16, 8.*--attention_resolutions 8"):
+        gd.load(str(tmp_path), flags={"attention_resolutions": "16,8"}, tell=quiet)
+    same = {"attention_resolutions": " 8", "channel_mult": "1, 2", "num_heads": 1, "num_classes": 0, "dropout": 0.3}
+    assert gd.load(str(tmp_path), flags=same, tell=quiet).config.model.dropout == 0.3  # type: ignore[union-attr]
+
+
+def test_other_shapes_than_the_configuration_says(tmp_path: Path) -> None:
+    """A run whose weights were exchanged for another network's."""
+    before = filled(*TWINS["256x256_diffusion"])
+    gd.save(before, str(tmp_path))
+    other = filled(*TWINS["128x128_diffusion"]).net.state_dict()
+    torch.save({k: v for k, v in other.items() if "label" not in k}, tmp_path / "model000000.pt")
+    with pytest.raises(ValueError, match=r"model000000.pt is of another network: 1 tensors missing \(first: label_emb"):
+        gd.load(str(tmp_path / "model000000.pt"), tell=quiet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage and attacks
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("this must not be printed",))
+
+
+def archive(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(f"archive/{name}", content)
+
+
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        gd.load(str(path), tell=quiet)
+    assert path.name in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    archive(tmp_path / "bomb.pt", {"data.pkl": bytes(50_000_000), "version": b"3\n"}, zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    refused(tmp_path / "bomb.pt", "compressed archive")
+
+
+def test_overlapping_members_are_refused(tmp_path: Path) -> None:
+    """A bomb without compression: many names for the same bytes."""
+    archive(tmp_path / "one.pt", {"data.pkl": bytes(100_000)})
+    content = (tmp_path / "one.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.pt") as file:
+        start = file.start_dir
+    end = content.rindex(b"PK\x05\x06")
+    entry = content[start:end]
+    many = content[:start] + entry * 50
+    many += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 50, 50, 50 * len(entry), start, 0)
+    (tmp_path / "overlap.pt").write_bytes(many)
+    refused(tmp_path / "overlap.pt", "unpack to 5,000,000")
+
+
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"time_embed.0.weight": torch.zeros(1).expand(1 << 40)}, tmp_path / "wide.pt")
+    refused(tmp_path / "wide.pt", "but holds fewer")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_nothing_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"time_embed.0.weight": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": Evil()}))
+    legacy = io.BytesIO()
+    torch.save({"a": Evil()}, legacy, _use_new_zipfile_serialization=False)
+    (tmp_path / "legacy.pt").write_bytes(legacy.getvalue())
+    for name in ("evil", "old", "legacy"):
+        refused(tmp_path / f"{name}.pt", "run code|pickle")
+    assert "must not" not in capsys.readouterr().out
+
+
+def test_a_legacy_file_that_claims_too_much(tmp_path: Path) -> None:
+    """The format before zip archives notes sizes in a pickle; a file that lies about them is cut short."""
+    buffer = io.BytesIO()
+    torch.save({"w": torch.zeros(1000)}, buffer, _use_new_zipfile_serialization=False)
+    (tmp_path / "short.pt").write_bytes(buffer.getvalue()[:-2000])
+    refused(tmp_path / "short.pt", "cannot be read")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 100, 4096, -1, -100])
+def test_truncated_files_of_every_form(keep: int, tmp_path: Path) -> None:
+    before = filled(*TWINS["256x256_diffusion_uncond"])
+    convert.save_file(before, str(tmp_path / "a.safetensors"), "safetensors")
+    torch.save(before.net.state_dict(), tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:keep])
+        refused(tmp_path / name, "cannot be read")
+
+
+def safetensors(header: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors(b"{}", 1 << 60),
+        safetensors(b"{}", 3),
+        safetensors(b"[1, 2]"),
+        safetensors(b"{" * 60_000),
+        safetensors(b'{"a":' * 20_000),
+        safetensors(b'{"__metadata__": {"guided_diffusion": 3}}'),
+        safetensors(b'{"__metadata__": ["guided_diffusion"]}'),
+        safetensors(b"\xff\xfe"),
+    ],
+)
+def test_malformed_headers(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    refused(tmp_path / "bad.safetensors", "header")
+
+
+@pytest.mark.parametrize(
+    "told", ["", "[]", "{}", '{"kind": "cat", "config": {}}', '{"kind": "diffusion", "config": {"model": {"legs": 4}}}']
+)
+def test_a_configuration_that_cannot_be_read(told: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"guided_diffusion": told})
+    refused(tmp_path / "odd.safetensors", "carries a configuration that cannot be read")
+
+
+def test_foreign_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"conv.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors", metadata={"format": "pt"})
+    assert read_metadata(str(tmp_path / "foreign.safetensors")) == {"format": "pt"}
+    with pytest.raises(ValueError, match="begins with conv.weight"):
+        gd.load(str(tmp_path / "foreign.safetensors"), tell=quiet)
+    kind, flags = TWINS["256x256_diffusion_uncond"]
+    before = filled(kind, flags)
+    save_file(before.net.state_dict(), tmp_path / "bare.safetensors")
+    after = gd.load(str(tmp_path / "bare.safetensors"), flags=line(kind, flags), tell=quiet)
+    assert torch.equal(outputs(after), outputs(before))
+
+
+def test_the_configuration_inside_is_plain_json(tmp_path: Path) -> None:
+    before = filled(*TWINS["64x64_diffusion"])
+    convert.save_file(before, str(tmp_path / "one.safetensors"), "safetensors")
+    told = json.loads(read_metadata(str(tmp_path / "one.safetensors"))["guided_diffusion"])
+    assert told["kind"] == "diffusion" and told["config"]["model"]["num_head_channels"] == 16
+    assert load_weights(str(tmp_path / "one.safetensors")).keys() == before.net.state_dict().keys()
+
+
+def test_flags_of_every_released_layout_build_it_again() -> None:
+    """On the meta device: what is recognised and what the flags of 2021 say are the same network, all fifteen times."""
+    for name, layout in layouts().items():
+        config = identify.identify(f"{name}.pt", shapes_of(layout), tell=quiet)
+        with torch.device("meta"):
+            net = build.build_network(config.model, config.diffusion)
+        found = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+        assert list(found.items()) == list(shapes_of(layout).items()), name
+        assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]
