@@ -229,3 +229,37 @@ def test_two_processes_sample_what_one_does(trained: Path, tmp_path: Path) -> No
     ):
         np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
         np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+
+
+def test_asked_to_stop_it_saves_and_says_start_me_again(digits: Path, tmp_path: Path) -> None:
+    """SIGTERM, as a cluster sends it before the time is up: exit code 85, and the same command goes on."""
+    import signal
+
+    words = f"--data_dir {digits}/train {NETWORK}{DIFFUSION}--batch_size 4 --log_interval 1 --max_steps 100000 --out stopped"
+    command = [sys.executable, str(ROOT / "scripts" / "image_train.py"), *words.split()]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("| step"):
+            child.send_signal(signal.SIGTERM)
+            break
+    rest = child.stdout.read()
+    assert child.wait(timeout=120) == 85 and "the same command goes on" in rest
+    step = json.loads(next((tmp_path / "stopped").glob("run*.json")).read_text())["step"]
+    told = run("image_train", f"--out stopped --max_steps {step + 1}", tmp_path)
+    assert f"at step {step}" in told
+
+
+def test_a_mistake_on_two_processes_is_a_line_each(trained: Path, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
+    told = run("image_sample", f"--model_path {trained}/diffusion --classes 99", tmp_path, code=1, before=torchrun)
+    lines = [line for line in told.splitlines() if "error: --classes has '99'" in line]
+    assert 1 <= len(lines) <= 2 and "choose_classes" not in told
+
+
+def test_grey_images_that_are_not_square(digits: Path, tmp_path: Path) -> None:
+    words = f"--data_dir {digits}/train {NETWORK}--image_width 16 "
+    run("image_train", words + f"{DIFFUSION}--batch_size 4 --max_steps 1 --out wide", tmp_path)
+    run("image_sample", "--model_path wide --num_samples 2 --timestep_respacing 2 --out s", tmp_path)
+    with np.load(tmp_path / "s" / "samples_2x8x16x1.npz") as found:
+        assert found["arr_0"].shape == (2, 8, 16, 1)
