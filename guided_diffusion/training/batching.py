@@ -78,6 +78,8 @@ class Clock:
         self._begin = self._start = time.perf_counter()
         self._images = 0
         self._waited = self._paused = self._rate = 0.0
+        self._waits_in_a_row = 0
+        self._hinted = False
 
     def count(self, images: int) -> None:
         """One step over `images` examples is done."""
@@ -114,6 +116,14 @@ class Clock:
         self._start, self._images, self._waited, self._paused = now, 0, 0.0, 0.0
         self._rate = figures["images_per_second"]
         return figures
+
+    def hint_due(self, much: bool) -> bool:
+        """Whether to give advice: once in a run, at the third interval in a row with `much` waiting (the first ones start workers)."""
+        self._waits_in_a_row = self._waits_in_a_row + 1 if much else 0
+        if self._hinted or self._waits_in_a_row < 3:
+            return False
+        self._hinted = True
+        return True
 
     def show(self, loss: float | None) -> None:
         """Refresh the figures beside the bar."""

@@ -21,7 +21,11 @@ _HALF = re.compile(r"^\.(model|opt|run|ema_).*\.(pt|json)\.[0-9a-f]{8}\.tmp$")
 
 
 class SaveError(RuntimeError):
-    """A save could not be written and the run was told to stop then; the message names the last good save."""
+    """A save could not be written, and that ends the run; the message names the last good save."""
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Checkpoints:
@@ -55,7 +59,8 @@ class Checkpoints:
         """Path of the JSON file of the newest save that is whole."""
         self._about: dict[str, Any] = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._on_error, self._background, self._tell = on_error, background, tell
+        self.on_error = on_error
+        self._background, self._tell = background, tell
         self._world = World() if world is None else world
         self._thread: threading.Thread | None = None
         self._errors: list[tuple[int, Exception]] = []
@@ -123,16 +128,22 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
+    def failure(self) -> SaveError | None:
+        """The latest save's failure, if it failed and this was not asked before."""
+        if not self._errors:
+            return None
+        step, error = self._errors[-1]
+        self._errors.clear()
+        good = self.last_good or "none yet"
+        return SaveError(f"the save at step {step} could not be written: {error}. The last good save is {good}", step)
+
     def failed(self) -> SaveError | None:
-        """The failure to stop for, if there was one. Failures that only deserve a warning are told here."""
-        while self._errors:
-            step, error = self._errors.pop(0)
-            good = self.last_good or "none yet"
-            what = f"the save at step {step} could not be written: {error}. The last good save is {good}"
-            if self._on_error == "stop":
-                return SaveError(what)
-            self._tell(f"warning: {what}. Training goes on")
-        return None
+        """The failure to stop for, if there was one. One that only deserves a warning is told here."""
+        failure = self.failure()
+        if failure is not None and self.on_error == "warn":
+            self._tell(f"warning: {failure}. Training goes on")
+            return None
+        return failure
 
     def close(self) -> SaveError | None:
         """Finish writing and let other jobs use the folder; returns what `failed` returns."""

@@ -23,13 +23,13 @@ from ..runtime.log import Log
 from ..runtime.signals import Stop
 from ..runtime.streams import TRAIN, Streams, key_of
 from ..runtime.world import World
-from . import batching, incident, optimizer, restore
+from . import batching, incident, logline, optimizer, restore
 from .checkpoint import SavedRun
 from .ema import Averages
 from .losses import Feedback, Losses, LossMeans
 from .lr import learning_rate, stop_step
 from .optimizer import total_norm
-from .parallel import distributed, unwrapped
+from .parallel import distributed, repacks, unwrapped
 from .precision import Precision
 from .saver import Checkpoints
 
@@ -123,13 +123,14 @@ class Trainer:
         self.samples_seen = 0
 
         self._make_batches = batches if callable(batches) else None
-        self._source: Any = None if callable(batches) else batches
+        self.source: Any = None if callable(batches) else batches
         self._iterator: Iterator[Any] | None = None
         self._batch: Any = None
         self._saved_at: int | None = None
-        self._means = LossMeans(self.device)
+        self._unsettled = repacks(self.model, self.world.size)
+        self.means = LossMeans(self.device)
         # Per interval: steps, sum of gradient norms, skipped steps. Per run: skipped steps, bad ones in a row.
-        self._interval = torch.zeros(3, device=self.device)
+        self.interval = torch.zeros(3, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -150,6 +151,10 @@ class Trainer:
             )
         if not self.net.training:
             self.net.train()
+        parts = list(batching.split(batch, self.microbatch))
+        positions = batching.positions(batch, self.world.rank, size)
+        if self._unsettled:
+            self._settle(parts[0], positions[: batching.length(parts[0])], global_size)
         torch.manual_seed(key_of(self.seed, TRAIN, self.steps_done, self.world.rank))
         rate = learning_rate(
             self.steps_done, self.lr, anneal_steps=self.lr_anneal_steps, warmup_steps=self.lr_warmup_steps
@@ -158,22 +163,26 @@ class Trainer:
             group["lr"] = rate
 
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(batching.split(batch, self.microbatch))
-        positions = batching.positions(batch, self.world.rank, size)
         seen: list[Losses] = []
         for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
             losses = self._forward_backward(part, ids, global_size, last=k == len(parts) - 1)
-            self._means.add(losses)
+            self.means.add(losses)
             seen.append(losses)
         loss = torch.cat([losses.loss.detach() for losses in seen]).float().mean()
         grad_norm, bad = self._update(loss)
         self.ema.update()
         self._tell_feedback(positions, seen)
 
-        self._interval += torch.stack([torch.ones_like(grad_norm), torch.where(bad, 0.0, grad_norm), bad.float()])
+        self.interval += torch.stack([torch.ones_like(grad_norm), torch.where(bad, 0.0, grad_norm), bad.float()])
         self.steps_done += 1
         self.samples_seen += global_size
         return {"loss": loss, "grad_norm": grad_norm, "skipped": bad}
+
+    def _settle(self, part: Any, ids: Tensor, global_size: int) -> None:
+        """Once per process: a backward pass for nothing, after which gradients keep their places in the messages (`repacks`)."""
+        self._forward_backward(part, ids, global_size, last=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._unsettled = False
 
     def _forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
         streams = Streams(self.seed, TRAIN, self.steps_done, ids=ids, device=self.device)
@@ -233,11 +242,11 @@ class Trainer:
         """
         target = stop_step(until, self.lr_anneal_steps)
         if target is None:
-            self._say(
+            self.say(
                 "training without end: neither a maximum of steps nor lr_anneal_steps is set; interrupt it when done"
             )
         elif self.steps_done >= target:
-            self._say(f"nothing to do: {self.steps_done} steps are done, {target} were asked for")
+            self.say(f"nothing to do: {self.steps_done} steps are done, {target} were asked for")
         clock = batching.Clock(self.world.is_main and self.progress, self.steps_done, target)
         outcome: Literal["finished", "stopped"] = "finished"
         try:
@@ -247,7 +256,7 @@ class Trainer:
                     break
                 batch = self._next_batch(clock)
                 if batch is None:
-                    self._say("the data ended")
+                    self.say("the data ended")
                     break
                 self.world.at_step(self.steps_done)
                 self.step(batch)
@@ -257,7 +266,7 @@ class Trainer:
                 if self._saved_at != self.steps_done:
                     self.save()
                 self.checkpoints.wait()
-            self._raise_save_failure()
+            self._raise_save_failure(last=True)
         finally:
             clock.close()
             if self.checkpoints is not None:
@@ -275,7 +284,7 @@ class Trainer:
                 for hook in due:
                     hook(self)
         if log_line:
-            self._log_line(clock)
+            logline.write(self, clock)
         if self.checkpoints is not None and self.save_every > 0 and self.steps_done % self.save_every == 0:
             with clock.paused(self.device):
                 self.save()
@@ -283,9 +292,9 @@ class Trainer:
     def _next_batch(self, clock: batching.Clock) -> Any:
         if self._iterator is None:
             if self._make_batches is not None:
-                self._source = self._make_batches(self.steps_done)
-            self._iterator = iter(self._source)
-        with clock.waiting(self._source):
+                self.source = self._make_batches(self.steps_done)
+            self._iterator = iter(self.source)
+        with clock.waiting(self.source):
             batch = next(self._iterator, None)
         expected = getattr(batch, "step", None)
         if expected is not None and int(expected) != self.steps_done:
@@ -302,10 +311,22 @@ class Trainer:
         self._raise_save_failure()
         return self.stop is not None and self.stop.agreed(self.world)
 
-    def _raise_save_failure(self) -> None:
-        failure = self.checkpoints.failed() if self.checkpoints is not None else None
-        if self.world.any_true(failure is not None, name="did a save fail?"):
+    def _raise_save_failure(self, *, last: bool = False) -> None:
+        """A failed save ends the run where it was told so, or where no other one follows; else it is a warning, and saved again."""
+        if self.checkpoints is None:
+            return
+        failure = self.checkpoints.failure()  # only ever on the main process
+        fatal = failure is not None and (
+            self.checkpoints.on_error == "stop" or (last and failure.step == self.steps_done)
+        )
+        told = torch.tensor([failure is not None, fatal], dtype=torch.float32, device=self.device)
+        failed, fatal = (self.world.all_reduce_sum_(told, name="did a save fail?") > 0).tolist()
+        if failed:
+            self._saved_at = None
+        if fatal:
             raise failure or restore.failure_elsewhere()
+        if failed:
+            self.say(f"warning: {failure}. Training goes on")
 
     def _check_health(self) -> None:
         """Read the count of bad steps in a row; too many end the run, with the evidence on disk."""
@@ -313,33 +334,7 @@ class Trainer:
         if in_a_row >= self.max_bad_steps:
             raise incident.diverged(self, self._batch, in_a_row)
 
-    def _log_line(self, clock: batching.Clock) -> None:
-        """Read everything since the last line in one go; all processes take part, the main one writes."""
-        sums = self._means.tensor()
-        flat = self.world.all_reduce_sum_(torch.cat([sums.flatten(), self._interval]), name="log line").cpu()
-        sums, (steps, norms, skipped) = flat[:-3].view(sums.shape), flat[-3:].tolist()
-        numbers = self._means.means(sums)
-        if steps > skipped:
-            numbers["grad_norm"] = norms / (steps - skipped)
-        with torch.no_grad():
-            numbers["param_norm"] = total_norm([p.detach() for p in self.params]).item()
-        if self.precision.scales:
-            numbers["lg_loss_scale"] = self.precision.lg_loss_scale.item()
-        if skipped:
-            numbers["skipped_steps"] = skipped / self.world.size
-        numbers["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        numbers.update(clock.read())
-        self._means.clear()
-        self._interval.zero_()
-        clock.show(numbers.get("loss"))
-        if self.log is not None:
-            self.log.put("step", self.steps_done)
-            self.log.put("samples", self.samples_seen)
-            for name, value in numbers.items():
-                self.log.put(name, value)
-            self.log.dump(self.steps_done)
-
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.world.is_main:
             self.log.info(text) if self.log is not None else print(text)
 
@@ -394,5 +389,5 @@ class Trainer:
         lines = restore.restore(self, saved)
         self._saved_at = self.steps_done
         for line in lines:
-            self._say(line)
+            self.say(line)
         return lines

@@ -61,9 +61,7 @@ class Tally:
         return f"| {self.what} | {self.ranks} | {self.moments} | {kinds} | {self.compared} | {verdict} | {self.slowest_end_s:.1f} |"
 
 
-TABLE_HEAD = (
-    "| run | ranks | moments | signals | files compared | verdict | slowest end after a signal, s |\n|---|---|---|---|---|---|---|"
-)
+TABLE_HEAD = "| run | ranks | moments | signals | files compared | verdict | slowest end after a signal, s |\n|---|---|---|---|---|---|---|"
 
 
 def make_images(folder: Path, count: int = 40, size: int = 11, seed: int = 0) -> Path:
@@ -80,12 +78,32 @@ def make_images(folder: Path, count: int = 40, size: int = 11, seed: int = 0) ->
 
 
 def train_words(data: Path, out: Path, steps: int, save: int = 5, *more: str) -> list[str]:
-    words = ["train", "--data_dir", str(data), "--out", str(out), "--max_steps", str(steps), "--save_interval", str(save)]
+    words = [
+        "train",
+        "--data_dir",
+        str(data),
+        "--out",
+        str(out),
+        "--max_steps",
+        str(steps),
+        "--save_interval",
+        str(save),
+    ]
     return [*words, *NETWORK, *TRAINING, *more]
 
 
 def sample_words(model: Path, out: Path, count: int, batch: int = 4, *more: str) -> list[str]:
-    words = ["sample", "--model_path", str(model), "--out", str(out), "--num_samples", str(count), "--batch_size", str(batch)]
+    words = [
+        "sample",
+        "--model_path",
+        str(model),
+        "--out",
+        str(out),
+        "--num_samples",
+        str(count),
+        "--batch_size",
+        str(batch),
+    ]
     return [*words, "--timestep_respacing", "8", "--seed", "5", *more]
 
 
@@ -94,7 +112,10 @@ def saves(folder: Path) -> dict[int, dict[str, Any]]:
     found = {}
     for path in folder.glob("run*.json"):
         told = json.loads(path.read_text())
-        found[told["step"]] = {"state": told["state"], **{name: entry["sha256"] for name, entry in told["files"].items()}}
+        found[told["step"]] = {
+            "state": told["state"],
+            **{name: entry["sha256"] for name, entry in told["files"].items()},
+        }
     return found
 
 
@@ -142,7 +163,9 @@ def finish(job: Job, tally: Tally) -> bool:
     return not any(codes)
 
 
-def disturb_training(work: Path, moments: int, *, ranks: int, steps: int, seed: int, more: tuple[str, ...] = ()) -> Tally:
+def disturb_training(
+    work: Path, moments: int, *, ranks: int, steps: int, seed: int, more: tuple[str, ...] = ()
+) -> Tally:
     """Interrupt runs `moments` times; compare every save with the undisturbed run's."""
     tally = Tally("training", str(ranks))
     data = work / "data" if (work / "data").exists() else make_images(work / "data")
@@ -171,7 +194,9 @@ def disturb_training(work: Path, moments: int, *, ranks: int, steps: int, seed: 
     return tally
 
 
-def disturb_sampling(work: Path, moments: int, *, model: Path, count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 4)) -> Tally:
+def disturb_sampling(
+    work: Path, moments: int, *, model: Path, count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 4)
+) -> Tally:
     """Interrupt sampling `moments` times, going on each time with another number of ranks; compare the npz bytes."""
     tally = Tally("sampling", "/".join(map(str, sizes)))
     logs = work / "logs_sampling"
@@ -205,7 +230,9 @@ def _again(ranks: int, words: list[str], logs: Path) -> Iterator[Job]:
         yield Job(ranks, [words], logs)
 
 
-def run(work: Path, moments: int, *, steps: int = 60, images: int = 96, ranks: tuple[int, ...] = (2,), seed: int = 1) -> list[Tally]:
+def run(
+    work: Path, moments: int, *, steps: int = 60, images: int = 96, ranks: tuple[int, ...] = (2,), seed: int = 1
+) -> list[Tally]:
     """All of it; the first of `ranks` trains the model that is sampled."""
     tallies = [disturb_training(work, moments, ranks=size, steps=steps, seed=seed + size) for size in ranks]
     model = work / f"calm{ranks[0]}"

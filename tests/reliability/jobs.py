@@ -18,8 +18,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # Names that launchers set: a test that itself runs under one must not pass them on.
 _INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PRELOAD = ["torch", "numpy", "PIL.Image", "guided_diffusion.build", "guided_diffusion.cli.train", "guided_diffusion.cli.sample"]
-_PRELOAD += ["guided_diffusion.training.trainer", "guided_diffusion.training.saver", "guided_diffusion.sampling.generate"]
+_PRELOAD = [
+    "torch",
+    "numpy",
+    "PIL.Image",
+    "guided_diffusion.build",
+    "guided_diffusion.cli.train",
+    "guided_diffusion.cli.sample",
+]
+_PRELOAD += [
+    "guided_diffusion.training.trainer",
+    "guided_diffusion.training.saver",
+    "guided_diffusion.sampling.generate",
+]
 
 
 def command(words: Sequence[str]) -> int:
@@ -33,7 +44,13 @@ class Job:
     """One job of `size` ranks, running since construction. `run(*arguments)` is what every rank calls; its int is the exit code."""
 
     def __init__(
-        self, size: int, arguments: Sequence[Any], logs: Path, *, run: Callable[..., Any] = command, env: dict[str, str] | None = None
+        self,
+        size: int,
+        arguments: Sequence[Any],
+        logs: Path,
+        *,
+        run: Callable[..., Any] = command,
+        env: dict[str, str] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.glob("job*_rank0.log")))
@@ -45,7 +62,12 @@ class Job:
         for rank, log in enumerate(self.logs):
             place = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(env or {})}
             if size > 1:
-                place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+                place |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(size),
+                    "LOCAL_WORLD_SIZE": str(size),
+                }
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             log.touch()
             self.ranks.append(context.Process(target=_rank, args=(run, tuple(arguments), place, str(log))))
@@ -110,7 +132,10 @@ def _rank(run: Callable[..., Any], arguments: tuple[Any, ...], env: dict[str, st
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", buffering=1, closefd=False),
+        os.fdopen(2, "w", buffering=1, closefd=False),
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
