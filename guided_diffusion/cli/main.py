@@ -13,7 +13,10 @@ from . import runs
 COMMANDS = {
     "train": (".train", "main", "train a diffusion model on a folder of images"),
     "train-classifier": (".train", "main_classifier", "train a classifier of noised images, for guidance"),
+    "train-upsampler": (".upsample", "main_train", "train a model that enlarges images"),
     "sample": (".sample", "main", "make images from weights, with or without guidance"),
+    "upsample": (".upsample", "main", "enlarge samples or a folder of images"),
+    "cascade": (".cascade", "main", "small images from noise, then enlarged, in one command"),
     "nll": (".likelihood", "main", "bits per dimension of images, with an error bar"),
     "data": (".data", "main", "look at a folder of images, or pack it"),
     "inspect": (".inspect", "main", "what a file of weights is"),

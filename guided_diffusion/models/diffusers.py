@@ -167,7 +167,7 @@ def to_diffusers(
 ) -> dict[str, Tensor]:
     """Our state dict under diffusers' names. Raises ValueError when a tensor is left over."""
     out: dict[str, Tensor] = {}
-    used = set()
+    used: set[str] = set()
     for ours, theirs in _name_pairs(levels, depth, attention_ds, resblock_updown):
         for end in ("weight", "bias"):
             value = state.get(f"{ours}.{end}")
@@ -196,7 +196,7 @@ def from_diffusers(
 ) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`: a `UNet2DModel` state dict under our names and packing."""
     out: dict[str, Tensor] = {}
-    used = set()
+    used: set[str] = set()
     for ours, theirs in _name_pairs(levels, depth, attention_ds, resblock_updown):
         for end in ("weight", "bias"):
             parts = [state[f"{name}.{end}"] for name in theirs if f"{name}.{end}" in state]

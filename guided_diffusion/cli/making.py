@@ -1,0 +1,187 @@
+"""What every command that makes images from noise shares: its networks, its sampler, what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig
+from . import arguments, runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..build import Loaded, Sample
+    from ..runtime.world import World
+    from ..sampling.generate import LabelPlan
+
+# A batch of large images can take longer than the usual patience of a process for the others.
+PATIENCE_S = 3600.0
+# What a classifier and the model it guides must agree on.
+_SHARED_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
+Work = Callable[["World", Any], Any]
+Tell = Callable[[str], None]
+
+
+def session(parsed: arguments.Parsed, work: Work) -> int:
+    """Call `work(world, stop)`; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
+    from ..runtime import signals
+    from ..sampling.generate import Interrupted
+
+    with runs.session(parsed.flags, timeout_s=PATIENCE_S) as here, signals.Stop() as stop:
+        try:
+            work(here, stop)
+        except Interrupted as told:
+            if here.is_main:
+                print(f"stopped on request: {told}")
+            return runs.REQUEUE
+    return 0
+
+
+def teller(world: World) -> Tell:
+    """print on the main process, nothing on the others."""
+    return print if world.is_main else _silent
+
+
+def _silent(*_: object) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Networks and how they are used.
+
+    num_classes  of the model, else of the classifier; 0 where neither knows any
+    receipt      all that the images depend on, besides seed and labels
+    """
+
+    model: Loaded
+    critic: Loaded | None
+    sample: Sample
+    names: tuple[str, ...]
+    num_classes: int
+    receipt: dict[str, Any]
+
+
+def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: World) -> Pieces:
+    """Read the model of `kind`, and the classifier where one is asked for; ValueError where they do not fit together."""
+    from .. import build
+
+    tell = teller(world)
+    model = _load(config.model_path, kind, parsed, config, world)
+    critic = None
+    if config.classifier_path and config.classifier_scale:
+        critic = _load(config.classifier_path, "classifier", parsed, config, world)
+        build.check_pair(model, critic)
+        tell(f"guided by {critic.path} at scale {config.classifier_scale:g}")
+    knows = getattr(model.config.model, "class_cond", False)
+    sample = build.build_sample(
+        model,
+        model.process,
+        critic=critic,
+        scale=config.classifier_scale,
+        method=config.method,
+        eta=config.eta,
+        clip=config.clip_denoised,
+    )
+    receipt = {
+        "model": _identity(model),
+        "classifier": _identity(critic) if critic else None,
+        "classifier_scale": config.classifier_scale if critic else 0.0,
+        "sampler": config.method,
+        "eta": config.eta if config.method == "ddim" else None,
+        "steps": len(model.process),
+        "timestep_respacing": model.config.diffusion.timestep_respacing,
+        "clip_denoised": config.clip_denoised,
+        "precision": config.precision,
+    }
+    classes = _classes(model) if knows else _classes(critic) if critic else 0
+    return Pieces(model, critic, sample, model.class_names or (critic.class_names if critic else ()), classes, receipt)
+
+
+def make(
+    parsed: arguments.Parsed,
+    config: SampleConfig,
+    pieces: Pieces,
+    labels: LabelPlan,
+    world: World,
+    stop: Any,
+    *,
+    folder: str,
+    seed: int | None = None,
+    conditions: Callable[[Sequence[int]], dict[str, Tensor]] | None = None,
+    depends: Mapping[str, Any] | None = None,
+) -> str:
+    """Make the images into a folder and return the path of their npz.
+
+    `folder` begins the folder's name where none is given; `seed` replaces the config's; `conditions` are further inputs of
+    the network by image number, `depends` what those depend on.
+    """
+    from ..data.images import to_uint8
+    from ..sampling import generate as g
+
+    tell, model, critic = teller(world), pieces.model, pieces.critic
+    out, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], folder), name=f"folder of {folder}")
+    height, width = model.config.model.size
+    job = g.Job(
+        out=out,
+        num_samples=config.num_samples,
+        shape=(model.config.model.image_channels, height, width),
+        batch_size=config.batch_size,
+        to_uint8=to_uint8,
+        seed=config.seed if seed is None else seed,
+        labels=labels,
+        receipt={**pieces.receipt, **(depends or {})},
+        about={"model": model.path, "classifier": critic.path if critic else None, "device": str(world.device)},
+        conditions=conditions,
+        grid=config.grid,
+        class_names=pieces.names,
+    )
+    what = f"{config.method}, {len(model.process)} steps"
+    what += f", {len(labels.classes)} classes" if labels.classes else ""
+    tell(f"{config.num_samples} images of {height}x{width}, {what}, seed {config.seed}, into {out} ({chosen})")
+    if world.is_main:
+        runs.write_config(out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
+    return g.generate(pieces.sample, job, world=world, tell=tell, should_stop=lambda: stop.requested)
+
+
+def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, world: World) -> Loaded:
+    from .. import build
+
+    own = set((ClassifierConfig if kind == "classifier" else NETWORKS[kind]).names())
+    shared = set(DiffusionConfig.names())
+    if kind == "classifier":  # respacing and the meaning of the output are the generator's business
+        shared &= set(_SHARED_PROCESS)
+    typed = {name: value for name, value in parsed.typed.items() if name in own | shared}
+    if kind == "classifier" and "large_size" in parsed.typed:
+        typed["image_size"] = parsed.typed["large_size"]
+    return build.load(path, kind=kind, flags=typed, device=world.device, precision=config.precision, tell=teller(world))
+
+
+def _classes(loaded: Loaded) -> int:
+    return int(loaded.config.model.num_classes)
+
+
+def _identity(loaded: Loaded) -> dict[str, Any]:
+    from ..runtime import storage
+
+    return {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "step": loaded.step}
+
+
+def choose_classes(text: str, count: int, names: Sequence[str]) -> tuple[int, ...]:
+    """ "3,7" or "cat,dog" -> class numbers; "" -> all `count` of them. ValueError for those that do not exist."""
+    if not text:
+        return tuple(range(count))
+    if not count:
+        raise ValueError(f"--classes is {text!r}, but this model knows no classes and there is no classifier")
+    chosen = []
+    for word in (part.strip() for part in text.split(",")):
+        if word in names:
+            chosen.append(names.index(word))
+        elif word.isdigit() and int(word) < count:
+            chosen.append(int(word))
+        else:
+            known = f" or names such as {', '.join(names[:5])}" if names else ""
+            raise ValueError(f"--classes has {word!r}; there are the numbers 0 to {count - 1}{known}")
+    return tuple(chosen)

@@ -1,0 +1,11 @@
+"""Train a model that enlarges images: python scripts/super_res_train.py --data_dir FOLDER ..."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
+
+from guided_diffusion.cli.train import super_res_train
+
+if __name__ == "__main__":
+    sys.exit(super_res_train())
