@@ -17,13 +17,13 @@ _PATIENCE_S = 10.0
 
 
 class RunLock:
-    """Holds `run.lock` in a folder from construction to `release()`, or to the end of the process, however it ends.
+    """Holds the lock file `name` in a folder from construction to `release()`, or to the end of the process, however it ends.
 
     The lock is the operating system's (flock), so nothing stale can stay behind: a lock file without a living holder is
     simply taken over. Remote folders and file systems without locks are not guarded.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, name: str = LOCK_NAME) -> None:
         self._file: Any = None
         if storage.is_remote(directory):
             return
@@ -32,7 +32,7 @@ class RunLock:
         except ImportError:  # Windows
             return
         storage.makedirs(directory)
-        path = os.path.join(directory, LOCK_NAME)
+        path = os.path.join(directory, name)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held open as long as the lock
         end = time.monotonic() + _PATIENCE_S
         while True:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 _REMOTE_SCHEMES = ("gs://", "az://", "https://")
+# The hidden names that `atomic_write` gives to files as we write them.
+_UNFINISHED = re.compile(r"^\..*\.(pt|safetensors|json|png|npz|npy)\.[0-9a-f]{8}\.tmp$")
 
 PathLike = str | os.PathLike[str]
 
@@ -160,6 +163,16 @@ def _atomic_upload(path: str) -> Iterator[IO[bytes]]:
         with open(local, "xb") as file:
             yield file
         blobfile.copy(local, path, overwrite=True)
+
+
+def remove_unfinished(folder: PathLike) -> int:
+    """Delete what killed writers left in a local folder, gigabytes perhaps; returns how many files. Only where nobody else writes."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return 0
+    left = [name for name in os.listdir(folder) if _UNFINISHED.match(name)]
+    for name in left:
+        remove(join(folder, name))
+    return len(left)
 
 
 def _sync_folder(folder: str) -> None:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
+from ..runtime.lock import RunLock
 from ..runtime.streams import LABELS, SAMPLE, Streams, key_of
 from ..runtime.world import World
 from . import writers
 
-PARTS, RECEIPT = "parts", "sampling.json"
+PARTS, RECEIPT, LOCK = "parts", "sampling.json", "sampling.lock"
 _PART = re.compile(r"^images_(\d+)_(\d+)\.npy$")
 
 # (noise [B, C, H, W], source of further noise, conditions of the network) -> images in [-1, 1], [B, C, H, W]
@@ -97,14 +98,32 @@ def generate(
     """Make `job.num_samples` images and return the path of their npz (`arr_0` uint8 `[N, H, W, C]`, `arr_1` labels).
 
     Called on every rank. Raises Interrupted after the batch in which `should_stop` became true on any rank, and
-    ValueError if the folder holds part of a job with other settings.
+    ValueError if the folder holds part of a job with other settings, or another job is at work in it.
     """
     world = world or World()
-    todo = world.broadcast_object(_prepare(job, tell) if world.is_main else None, name="what is left to sample")
-    assert todo is not None
-    if isinstance(todo, str):
-        raise ValueError(todo)
-    batches = [todo[k : k + job.batch_size] for k in range(0, len(todo), job.batch_size)]
+    lock, todo = _open(job, tell) if world.is_main else (None, None)
+    try:
+        todo = world.broadcast_object(todo, name="what is left to sample")
+        if isinstance(todo, str):
+            raise ValueError(todo)
+        if todo is not None:
+            _make(sample, job, todo, world, tell, should_stop, progress)
+    finally:
+        if lock is not None:
+            lock.release()
+    return job.npz
+
+
+def _make(
+    sample: Sample,
+    job: Job,
+    todo: list[int],
+    world: World,
+    tell: Callable[[str], None],
+    should_stop: Callable[[], bool],
+    progress: bool,
+) -> None:
+    batches = _groups(todo, job.batch_size)
     bar = _Progress(job.num_samples - len(todo), job.num_samples, shown=progress and world.is_main)
     for first in range(0, len(batches), world.size):
         round_ = batches[first : first + world.size]
@@ -121,20 +140,35 @@ def generate(
     if world.is_main:
         _assemble(job, tell)
     world.barrier("the npz is written")
-    return job.npz
+
+
+def _groups(todo: Sequence[int], size: int) -> list[list[int]]:
+    """The images to make, by batch: image `i` always has place `i % size` in batch `i // size`, also when a job goes on.
+
+    So that it sees the same shapes and comes out the same to the last bit, wherever the job was interrupted.
+    """
+    groups: dict[int, list[int]] = {}
+    for i in todo:
+        groups.setdefault(i // size, []).append(i)
+    return list(groups.values())
 
 
 def make_batch(sample: Sample, job: Job, ids: Sequence[int], device: torch.device) -> None:
-    """Make the images `ids` and write them. A short batch is filled up, so that shapes never change between batches."""
-    padded = [*ids, *[ids[-1]] * (job.batch_size - len(ids))]
-    streams = Streams(job.seed, SAMPLE, ids=padded, device=device)
-    labels = job.labels.of(padded)
-    conditions = job.conditions(padded) if job.conditions else {}
+    """Make the images `ids` of one batch and write them.
+
+    The whole batch is computed, also where some of it is there already or beyond the last image: shapes never change.
+    """
+    start = ids[0] // job.batch_size * job.batch_size
+    assert ids[-1] < start + job.batch_size, "images of two batches"
+    whole = [min(i, job.num_samples - 1) for i in range(start, start + job.batch_size)]
+    streams = Streams(job.seed, SAMPLE, ids=whole, device=device)
+    labels = job.labels.of(whole)
+    conditions = job.conditions(whole) if job.conditions else {}
     if labels is not None:
         conditions["y"] = torch.from_numpy(labels)
     conditions = {name: value.to(device) for name, value in conditions.items()}
     images = sample(streams.normal(job.shape), streams.randn_like, conditions)
-    pixels = job.to_uint8(images)[: len(ids)].cpu().numpy()
+    pixels = job.to_uint8(images).cpu().numpy()[[i - start for i in ids]]
     for first, last in _runs(ids):
         name = f"images_{ids[first]:08d}_{ids[last]:08d}.npy"
         writers.write_part(storage.join(job.out, PARTS, name), pixels[first : last + 1])
@@ -155,12 +189,30 @@ def _parts(job: Job) -> list[tuple[int, int, str]]:
     return sorted((int(m[1]), int(m[2]), storage.join(folder, name)) for m, name in found)
 
 
-def _prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str:
-    """The images still to make, or a complaint. On the main rank."""
-    storage.makedirs(storage.join(job.out, PARTS))
-    path, receipt, parts = storage.join(job.out, RECEIPT), _fingerprint(job), _parts(job)
-    if parts and storage.exists(path):
-        before = json.loads(storage.read_bytes(path))["settings"]
+def _open(job: Job, tell: Callable[[str], None]) -> tuple[RunLock | None, list[int] | str | None]:
+    """(lock of the folder, what `_prepare` says). On the main rank."""
+    try:
+        lock = RunLock(job.out, LOCK)
+    except ValueError as error:
+        return None, str(error)
+    return lock, _prepare(job, tell)
+
+
+def _prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str | None:
+    """The images still to make; None if the npz is there; or a complaint."""
+    folder = storage.join(job.out, PARTS)
+    storage.makedirs(folder)
+    storage.remove_unfinished(folder)
+    storage.remove_unfinished(job.out)
+    path, receipt, parts = storage.join(job.out, RECEIPT), _fingerprint(job), _whole_parts(job, tell)
+    told = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    if _is_done(job, told, receipt):
+        tell(f"{job.npz} is there already, with these settings")
+        for _, _, left in parts:
+            storage.remove(left)
+        return None
+    if parts and told:
+        before = told["settings"]
         differing = [
             f"{k} was {before.get(k)!r} and is {receipt.get(k)!r}"
             for k in sorted({*before, *receipt})
@@ -178,6 +230,25 @@ def _prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str:
     if done.any():
         tell(f"{int(done.sum())} of {job.num_samples} images are there already; going on with the rest")
     return np.flatnonzero(~done).tolist()
+
+
+def _whole_parts(job: Job, tell: Callable[[str], None]) -> list[tuple[int, int, str]]:
+    """`_parts` without those that a failing disk cut short; they are removed, to be made again."""
+    bytes_each, parts = int(np.prod(job.shape)), _parts(job)
+    short = (
+        [] if storage.is_remote(job.out) else [p for p in parts if storage.size(p[2]) <= bytes_each * (p[1] - p[0] + 1)]
+    )
+    for part in short:
+        tell(f"{part[2]} is cut short; its images are made again")
+        storage.remove(part[2])
+    return [part for part in parts if part not in short]
+
+
+def _is_done(job: Job, told: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    same = (
+        told.get("settings") == settings and told.get("num_samples") == job.num_samples and told.get("file") == job.npz
+    )
+    return same and storage.exists(job.npz) and storage.size(job.npz) == told.get("bytes")
 
 
 def _fingerprint(job: Job) -> dict[str, Any]:

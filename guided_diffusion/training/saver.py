@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,6 @@ from . import checkpoint
 from .checkpoint import SavedRun
 
 ON_ERROR = ("warn", "stop")
-_HALF = re.compile(r"^\.(model|opt|run|ema_).*\.(pt|json)\.[0-9a-f]{8}\.tmp$")
 
 
 class SaveError(RuntimeError):
@@ -69,7 +67,7 @@ class Checkpoints:
         if self._world.is_main:
             try:
                 self._lock = RunLock(directory)
-                _remove_halves(directory)
+                storage.remove_unfinished(directory)  # nobody else writes here now
             except (ValueError, OSError) as error:
                 refused = str(error)
         refused = self._world.broadcast_object(refused, name="opening the run folder")
@@ -175,15 +173,6 @@ class Checkpoints:
         for step in steps[: -self._keep_last]:
             if not (self._keep_every and step % self._keep_every == 0):
                 checkpoint.remove_run(self.directory, step)
-
-
-def _remove_halves(directory: str) -> None:
-    """Delete what a job killed while writing left behind, gigabytes perhaps. Only under the lock: nobody else writes here."""
-    if storage.is_remote(directory) or not storage.isdir(directory):
-        return
-    for name in storage.listdir(directory):
-        if _HALF.match(name):
-            storage.remove(storage.join(directory, name))
 
 
 def _on_host(value: Any) -> Any:

@@ -86,7 +86,7 @@ def test_a_killed_job_goes_on_with_any_number_of_processes(tmp_path: Path, ranks
     goes_on = job(tmp_path / "cut", batch_size=batch_size)
     todo = g._prepare(goes_on, quiet)
     assert todo == list(range(4, 11))
-    batches = [todo[k : k + batch_size] for k in range(0, len(todo), batch_size)]
+    batches = g._groups(todo, batch_size)
     for rank in range(1, ranks):
         for batch in batches[rank::ranks]:
             g.make_batch(chain, goes_on, batch, torch.device("cpu"))
