@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -98,17 +98,20 @@ class CsvWriter:
         self._file.close()
 
     def _grow(self, new: Sequence[str]) -> None:
-        self._file.close()
-        with open(self._path, newline="") as file:
-            rows = list(csv.reader(file))[1:]
-        self.columns += new
+        rows = []
+        if self._path.exists():  # else somebody removed it: begin again
+            with open(self._path, newline="") as file:
+                rows = list(csv.reader(file))[1:]
+        columns = [*self.columns, *new]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(row + [""] * (len(self.columns) - len(row)) for row in rows)
+        writer.writerow(columns)
+        writer.writerows(row + [""] * (len(columns) - len(row)) for row in rows)
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text(text.getvalue(), newline="")
         os.replace(temporary, self._path)  # a crash leaves the old file or the new one
+        self._file.close()
+        self.columns = columns
         self._file = open(self._path, "a", newline="")  # noqa: SIM115
 
 
@@ -183,6 +186,7 @@ class Log:
         self._seconds: dict[str, float] = {}
         self._since = time.perf_counter()
         self._writers: list[Writer] = []
+        self._troubled: set[int] = set()
         if unknown := [name for name in writers if name not in WRITERS]:
             raise ValueError(f"unknown log format {unknown[0]!r}; choose among {', '.join(WRITERS)}")
         if directory is not None and "://" in str(directory):
@@ -246,7 +250,7 @@ class Log:
         row.setdefault("step", step)
         row = {name: row[name] for name in (*FIRST_COLUMNS, *sorted(row)) if name in row}
         for writer in self._writers:
-            writer.write(row)
+            self._attempt(writer, lambda writer=writer: writer.write(row))
         self._values, self._sums, self._seconds = {}, {}, {}
         self._since = time.perf_counter()
         return {name: float(value) for name, value in row.items() if isinstance(value, (int, float))}
@@ -254,7 +258,18 @@ class Log:
     def info(self, text: str) -> None:
         """Say something, on rank 0."""
         for writer in self._writers:
-            writer.note(text)
+            self._attempt(writer, lambda writer=writer: writer.note(text))
+
+    def _attempt(self, writer: Writer, action: Callable[[], None]) -> None:
+        """A full disk, or a folder that is gone, costs rows of the log and not the run; it is said once per writer."""
+        try:
+            action()
+        except BrokenPipeError:  # whoever read our words has left
+            raise
+        except OSError as error:
+            if id(writer) not in self._troubled:
+                self._troubled.add(id(writer))
+                print(f"warning: the log cannot be written: {error}. Training goes on", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Say something that deserves attention, on rank 0."""
@@ -263,7 +278,7 @@ class Log:
     def close(self) -> None:
         """Close the files; values not dumped are lost."""
         for writer in self._writers:
-            writer.close()
+            self._attempt(writer, writer.close)
         self._writers = []
 
 
