@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from guided_diffusion.models.layers import Downsample, GroupNorm32, Upsample, timestep_embedding
+from guided_diffusion.models.layers import GroupNorm32, timestep_embedding
 from guided_diffusion.models.pools import AttentionPool2d
+from guided_diffusion.models.resizing import Downsample, Upsample
 from guided_diffusion.models.unet import AttentionBlock, EncoderUNetModel, QKVAttention, ResBlock, UNetModel
 
 

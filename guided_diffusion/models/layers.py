@@ -179,47 +179,6 @@ def scale_module(module: ModuleT, scale: float) -> ModuleT:
     return module
 
 
-class Upsample(nn.Module):
-    """Twice the size by repetition, with a 3x3 convolution after it if `use_conv`. In 3-D only height and width grow."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.dims = dims
-        self.scale = (1.0, 2.0, 2.0) if dims == 3 else 2.0
-        if use_conv:
-            self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")
-        return self.conv(x) if self.use_conv else x
-
-
-class Downsample(nn.Module):
-    """Half the size, by a strided 3x3 convolution if `use_conv`, else by averaging. In 3-D only height and width."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.dims = dims
-        stride = (1, 2, 2) if dims == 3 else 2
-        if use_conv:
-            self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=1)
-        elif self.channels != self.out_channels:
-            raise ValueError(f"averaging cannot turn {channels} channels into {out_channels}: set use_conv.")
-        else:
-            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        return self.op(x)
-
-
 class TimestepBlock(nn.Module):
     """A module whose `forward` takes a time embedding as second argument."""
 

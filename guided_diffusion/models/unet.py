@@ -27,10 +27,8 @@ from .attention import (
     count_flops_attn,  # noqa: F401
 )
 from .layers import (
-    Downsample,
     TimestepBlock,
     TimestepEmbedSequential,
-    Upsample,
     avg_pool_nd,  # noqa: F401
     checkpoint,
     conv_nd,
@@ -43,6 +41,7 @@ from .layers import (
 )
 from .network import Network
 from .pools import AttentionPool2d, make_pool  # noqa: F401
+from .resizing import Downsample, Upsample, resized_conv
 
 
 class ResBlock(TimestepBlock):
@@ -111,8 +110,7 @@ class ResBlock(TimestepBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.updown:
             h = self.in_layers[:-1](x)
-            h, x = self.h_upd(h), self.x_upd(x)
-            h = self.in_layers[-1](h)
+            h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
         else:
             h = self.in_layers(x)
         emb_out = self.emb_layers(emb).to(h.dtype)
