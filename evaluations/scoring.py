@@ -321,8 +321,8 @@ def _receipt(settings: Settings, scorer: Scorer) -> dict[str, Any]:
     for name in ("weights", "allow_other_weights", "shard_dir", "progress", "device", "batch_size"):
         del shown[name]  # none of these is able to change a number; weights are named by content elsewhere
     shown["frechet"] = "float64; singular values of the product of covariance roots"
-    shown["neighbours"] = f"k = {settings.k}, squared distances, inside when <=, {settings.pr_dtype}"
-    shown["splits"] = f"consecutive, {settings.split_size} images each, in file order, no bias, float64"
+    shown["neighbours"] = "squared distances, inside when <= the distance to the k-th other point"
+    shown["splits"] = "consecutive images in file order, no bias, float64, splits weigh alike"
     return shown
 
 

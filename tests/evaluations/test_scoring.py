@@ -69,7 +69,7 @@ def test_receipt_holds_identity_and_json_is_strict(files: tuple[str, str], encod
     assert loaded["sets"][0]["samples"]["count"] == 50 and loaded["sets"][0]["samples"]["shape"] == [8, 8, 3]
     assert loaded["encoder"]["weights_sha256"] == "0" * 64
     assert {"python", "torch", "numpy", "device"} <= set(loaded["versions"])
-    assert loaded["settings"]["k"] == 3 and "k = 3" in loaded["settings"]["neighbours"]
+    assert loaded["settings"]["k"] == 3 and "<=" in loaded["settings"]["neighbours"]
     assert any("60 reference images" in text for text in loaded["warnings"])
     assert report.classic_lines(found.sets[0])[0].startswith("Precision: ")
 
