@@ -205,6 +205,7 @@ def build_batches(
     size: int = 1,
     seed: int = 0,
     start_step: int = 0,
+    start_image: int | None = None,
 ) -> Batches:
     """Endless batches of this process; `batch_size` counts the global batch."""
     return make_batches(
@@ -215,6 +216,7 @@ def build_batches(
         size=size,
         seed=seed,
         start_step=start_step,
+        start_image=start_image,
         crop="random" if data.random_crop else "center",
         flip=data.random_flip,
         channels=model.image_channels,

@@ -96,6 +96,9 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
     batch_size = config.train.global_batch_size or config.train.batch_size * world.size
     if batch_size % world.size:
         raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
+    # Stored, so that the run goes on with the same batches on another number of processes.
+    config = replace(config, train=replace(config.train, global_batch_size=batch_size))
+    _same_everywhere(world, config, records)
 
     process = build.build_process(config.diffusion).to(world.device)
     names = records.class_names if records.labels is not None else ()
@@ -135,6 +138,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
             size=world.size,
             seed=config.train.seed,
             start_step=start,
+            start_image=trainer.samples_seen if start else None,
         )
 
     batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
@@ -167,7 +171,10 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
     if failure is not None:
         raise failure
     if outcome == "stopped":
-        print(f"stopped on request after {trainer.steps_done} steps, all saved in {folder}; the same command goes on")
+        if world.is_main:
+            print(
+                f"stopped on request after {trainer.steps_done} steps, all saved in {folder}; the same command goes on"
+            )
         return runs.REQUEUE
     return 0
 
@@ -201,7 +208,30 @@ def _configuration(parsed: arguments.Parsed, kind: str, folder: str) -> RunConfi
             f"{source} holds a run of kind {before['kind']!r}, this command trains {kind!r}; give another --out"
         )
     build.agree(RunConfig.from_dict(kind, before["config"]), parsed.typed, source)
-    return RunConfig.from_flags(kind, {**parsed.flags, **flatten(before["config"]), **parsed.typed})
+    stored = flatten(before["config"])
+    if parsed.typed.get("batch_size", stored.get("batch_size")) != stored.get("batch_size"):
+        stored["global_batch_size"] = 0  # another batch per process is asked for
+    return RunConfig.from_flags(kind, {**parsed.flags, **stored, **parsed.typed})
+
+
+def _same_everywhere(world: World, config: RunConfig, records: Records) -> None:
+    """ValueError, on all processes, where one of them sees other images or another configuration than the first."""
+    if world.size == 1:
+        return
+    rows = world.all_gather_object(
+        (records.digest(), f"{len(records)} images in {records.root}", config.to_dict()), "do all see the same data?"
+    )
+    for rank, (digest, told, settings) in enumerate(rows):
+        if digest != rows[0][0]:
+            raise ValueError(
+                f"the processes see different data: rank 0 has {rows[0][1]}, rank {rank} {told}, and names, order or labels differ; "
+                "give all of them the same folder, on storage that every machine sees, or complete the copies"
+            )
+        if settings != rows[0][2]:
+            raise ValueError(
+                f"rank {rank} has another configuration than rank 0; start all with the same flags, and put --out on storage "
+                "that every machine sees"
+            )
 
 
 def _records(config: RunConfig) -> tuple[Records, Records | None]:

@@ -6,6 +6,7 @@ made from file-name prefixes agree with checkpoints trained then.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,16 @@ class Records:
         paths = self.paths[places] if isinstance(places, slice) else tuple(self.paths[k] for k in places)
         labels = None if self.labels is None else self.labels[places]
         return replace(self, paths=paths, labels=labels)
+
+    def digest(self) -> str:
+        """SHA-256 of names (relative to the root), order and labels: equal on two machines if they would train on the same records."""
+        digest, cut = hashlib.sha256(), len(self.root) if self.kind == "files" else 0
+        for path in self.paths:
+            name = path[cut:] if path.startswith(self.root) else path
+            digest.update(name.replace(os.sep, "/").encode("utf-8", "surrogateescape") + b"\0")
+        if self.labels is not None:
+            digest.update(self.labels.tobytes() + "\0".join(self.class_names).encode())
+        return digest.hexdigest()
 
     def without_labels(self) -> Records:
         """The same pictures, unlabeled."""

@@ -58,16 +58,26 @@ class _Plan(Sampler[list[tuple[int, Place]]]):
     """Endless: for each step the (step, place) of every example of this process."""
 
     def __init__(
-        self, count: int, batch_size: int, rank: int, size: int, seed: int, start_step: int, shuffle: bool
+        self,
+        count: int,
+        batch_size: int,
+        rank: int,
+        size: int,
+        seed: int,
+        start_step: int,
+        shuffle: bool,
+        start_image: int | None = None,
     ) -> None:
         self.count, self.batch_size, self.rank, self.size = count, batch_size, rank, size
         self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
+        self.start_image = start_step * batch_size if start_image is None else start_image
 
     def __iter__(self) -> Iterator[list[tuple[int, Place]]]:
         orders: dict[int, np.ndarray] = {}
         step = self.start_step
         while True:
-            walk = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.size)
+            begin = self.start_image + (step - self.start_step) * self.batch_size
+            walk = range(begin + self.rank, begin + self.batch_size, self.size)
             first, last = walk[0] // self.count, walk[-1] // self.count
             if last not in orders:  # a batch reaches into two epochs at most, being no larger than the data
                 orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in {first, last}}
@@ -197,6 +207,7 @@ def make_batches(
     size: int = 1,
     seed: int = 0,
     start_step: int = 0,
+    start_image: int | None = None,
     crop: str = "center",
     flip: bool = True,
     channels: int = 3,
@@ -206,15 +217,17 @@ def make_batches(
 ) -> Batches:
     """Endless batches of process `rank` of `size`: positions rank, rank + size, ... of each global batch of `batch_size`.
 
-    `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: mirror half of the examples. `workers`: processes that
-    decode; 0 decodes in this one. `on_error`: "raise" a ValueError that names an unreadable file, or "skip": take the next record in
-    its place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes. Pinned memory where CUDA is.
+    `start_image`: the place in the endless walk of the first image of `start_step`, None = `start_step * batch_size`; it matters to a
+    run that goes on with another batch size. `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: mirror half of
+    the examples. `workers`: processes that decode; 0 decodes in this one. `on_error`: "raise" a ValueError that names an unreadable
+    file, or "skip": take the next record in its place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes.
+    Pinned memory where CUDA is.
     """
     _check(records, image_size, batch_size, rank, size, crop, channels, on_error)
-    if workers < 0 or start_step < 0:
-        raise ValueError(f"workers={workers}, start_step={start_step}: must not be negative")
+    if workers < 0 or start_step < 0 or (start_image or 0) < 0:
+        raise ValueError(f"workers={workers}, start_step={start_step}, start_image={start_image}: must not be negative")
     dataset = _Pictures(records, image_size, channels, crop, flip, seed, on_error == "skip")
-    plan = _Plan(len(records), batch_size, rank, size, seed, start_step, shuffle)
+    plan = _Plan(len(records), batch_size, rank, size, seed, start_step, shuffle, start_image)
     extra: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
     loader: DataLoader[Any] = DataLoader(
         dataset,

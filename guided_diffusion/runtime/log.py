@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -250,7 +251,7 @@ class Log:
         row.setdefault("step", step)
         row = {name: row[name] for name in (*FIRST_COLUMNS, *sorted(row)) if name in row}
         for writer in self._writers:
-            self._attempt(writer, lambda writer=writer: writer.write(row))
+            self._attempt(writer, partial(writer.write, row))
         self._values, self._sums, self._seconds = {}, {}, {}
         self._since = time.perf_counter()
         return {name: float(value) for name, value in row.items() if isinstance(value, (int, float))}
@@ -258,7 +259,7 @@ class Log:
     def info(self, text: str) -> None:
         """Say something, on rank 0."""
         for writer in self._writers:
-            self._attempt(writer, lambda writer=writer: writer.note(text))
+            self._attempt(writer, partial(writer.note, text))
 
     def _attempt(self, writer: Writer, action: Callable[[], None]) -> None:
         """A full disk, or a folder that is gone, costs rows of the log and not the run; it is said once per writer."""
