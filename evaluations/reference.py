@@ -94,7 +94,7 @@ def make_reference(
     progress: bool = True,
     shard_dir: str | None = None,
 ) -> dict[str, Any] | None:
-    """Write a reference npz and return its receipt (also inside, as JSON text under `receipt`).
+    """Write a reference npz and return its receipt (also inside: JSON text as bytes under `receipt`).
 
     Memory: two covariances and the `keep` images. None in all processes but the first.
     """
@@ -132,7 +132,7 @@ def make_reference(
         "weights_sha256": net.sha256,
         "weights_published": net.verified,
     }
-    _write(out, {**arrays, "receipt": np.array(json.dumps(receipt))})
+    _write(out, {**arrays, "receipt": np.frombuffer(json.dumps(receipt).encode(), np.uint8)})
     return receipt
 
 
