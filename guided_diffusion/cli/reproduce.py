@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reference", default="", help="reference npz of the data set; without it images are made but not scored"
     )
     parser.add_argument("--inception", default="", help="Inception weights (default: looked for as the evaluator does)")
+    parser.add_argument("--allow_other_weights", action="store_true", help="accept Inception weights of others")
     parser.add_argument("--model_path", default="", help="the released model (default: from the cache, or downloaded)")
     parser.add_argument("--classifier_path", default="", help="the released classifier (default: likewise)")
     parser.add_argument("--precision", default="", help="fp32, bf16 or fp16 (default: as released)")
@@ -129,6 +130,8 @@ def evaluate(reference: str, npz: str, out: Path, args: argparse.Namespace) -> d
     words = [reference, npz, "--json", str(report), "--errors"]
     if args.inception:
         words += ["--weights", args.inception]
+    if args.allow_other_weights:
+        words.append("--allow_other_weights")
     if args.device != "auto":
         words += ["--device", args.device]
     code = evaluator(words)
@@ -138,17 +141,19 @@ def evaluate(reference: str, npz: str, out: Path, args: argparse.Namespace) -> d
     return found
 
 
+# The evaluator's names of the published figures.
+_NAMES = {"fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
+
+
 def compare(recipe: Recipe, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows: metric, published, measured, and the error bar of the measured one where there is one."""
+    """Rows: metric, published, measured, and the standard error of the measured one where there is one."""
     if recipe.expected is None:
         return []
-    scores = evaluation["samples"][0]["metrics"] if "samples" in evaluation else evaluation["metrics"]
+    scores = {score["name"]: score for score in evaluation["sets"][0]["scores"]}
     rows = []
     for metric, published in recipe.expected._asdict().items():
-        measured = scores[metric]
-        value = measured["value"] if isinstance(measured, dict) else measured
-        error = measured.get("error") if isinstance(measured, dict) else None
-        rows.append({"metric": metric, "published": published, "measured": value, "error": error})
+        found = scores[_NAMES[metric]]
+        rows.append({"metric": metric, "published": published, "measured": found["value"], "error": found["error"]})
     return rows
 
 
@@ -156,6 +161,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """Published beside measured."""
     lines = [f"{'metric':10s} {'published':>10s} {'measured':>10s} {'± error':>9s}"]
     for row in rows:
-        error = f"{row['error']:9.4f}" if row["error"] is not None else f"{'':9s}"
-        lines.append(f"{row['metric']:10s} {row['published']:10.4f} {row['measured']:10.4f} {error}")
+        measured, error = (f"{'-':>9s}" if row[k] is None else f"{row[k]:9.4f}" for k in ("measured", "error"))
+        lines.append(f"{row['metric']:10s} {row['published']:10.4f}  {measured} {error}")
     return "\n".join(lines)

@@ -1,0 +1,348 @@
+"""Upsampling and the cascade: real small images in, labels kept, guidance, resumption, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import guided_diffusion as gd
+from guided_diffusion import build
+from guided_diffusion.cli import upsample
+from guided_diffusion.cli.main import main
+from guided_diffusion.config import RunConfig
+from guided_diffusion.data.images import center_crop, low_res, read_image, to_float
+from guided_diffusion.diffusion.process import add_noise
+
+ROOT = Path(__file__).resolve().parents[2]
+SIDES = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_heads": 2, "diffusion_steps": 100}
+KNOWS = {"class_cond": True, "num_classes": 2, "learn_sigma": True}
+BASE = {**SIDES, **KNOWS, "image_size": 8, "attention_resolutions": "4"}
+LARGE = {**SIDES, **KNOWS, "large_size": 16, "small_size": 8, "attention_resolutions": "8", "resblock_updown": True}
+CRITIC = {
+    "image_size": 16, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8",
+    "classifier_channel_mult": "1,2", "classifier_num_head_channels": 32, "num_classes": 2, "diffusion_steps": 100,
+}  # fmt: skip
+
+
+def save(folder: Path, kind: str, flags: dict[str, Any], names: tuple[str, ...] = ("china", "flower")) -> Path:
+    config = RunConfig.from_flags(kind, flags)
+    net = build.build_network(config.model, config.diffusion, seed=1)
+    with torch.no_grad():
+        for number, p in enumerate(net.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    gd.save(build.Loaded(net, build.build_process(config.diffusion), config, "", names), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pieces of two real photographs, classes by prefix."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("photos")
+    for name, photo in zip(("china", "flower"), datasets.load_sample_images().images):
+        for k in range(12):
+            Image.fromarray(photo[30 * k : 30 * k + 48, 40 * k : 40 * k + 48]).save(root / f"{name}_{k}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save(root / "base", "diffusion", BASE)
+    save(root / "large", "super_resolution", LARGE)
+    save(root / "critic", "classifier", CRITIC)
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five small images with labels, as sample commands write them."""
+    path = tmp_path_factory.mktemp("small") / "samples_5x8x8x3.npz"
+    pixels = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    np.savez(path, pixels, np.array([1, 0, 1, 1, 0]))
+    return path
+
+
+def enlarge(models: Path, base: Path, out: Path, *words: str, code: int = 0) -> np.lib.npyio.NpzFile:
+    command = ["upsample", "--model_path", str(models / "large"), "--base_samples", str(base), "--out", str(out)]
+    assert main([*command, "--timestep_respacing", "4", "--grid", "0", *words]) == code
+    return np.load(next(out.glob("samples_*.npz"))) if not code else None
+
+
+def test_labels_are_kept_and_every_small_image_is_enlarged(models: Path, small: Path, tmp_path: Path) -> None:
+    found = enlarge(models, small, tmp_path, "--batch_size", "2")
+    assert found["arr_0"].shape == (5, 16, 16, 3) and found["arr_0"].dtype == np.uint8
+    assert found["arr_1"].tolist() == [1, 0, 1, 1, 0]
+
+
+def test_small_images_are_read_in_turn_again_and_again(models: Path, small: Path, tmp_path: Path) -> None:
+    found = enlarge(models, small, tmp_path, "--num_samples", "7", "--batch_size", "3")
+    assert found["arr_1"].tolist() == [1, 0, 1, 1, 0, 1, 0]
+    again = upsample.open_base(str(small), 8, 3).conditions([0, 5, 6, 1])["low_res"]
+    assert torch.equal(again[0], again[1]) and torch.equal(again[2], again[3])
+    assert not np.array_equal(found["arr_0"][0], found["arr_0"][5])  # other noise
+
+
+def test_conditions_are_the_small_images_themselves(small: Path) -> None:
+    base = upsample.open_base(str(small), 8, 3)
+    with np.load(small) as found:
+        expected = found["arr_0"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    torch.testing.assert_close(base.conditions(range(5))["low_res"], torch.from_numpy(expected))
+    np.savez_compressed(small.parent / "packed.npz", np.load(small)["arr_0"])
+    packed = upsample.open_base(str(small.parent / "packed.npz"), 8, 3)
+    assert torch.equal(packed.conditions([4, 2])["low_res"], base.conditions([4, 2])["low_res"])
+    assert packed.labels is None
+
+
+@pytest.mark.parametrize("sampler", [["--use_ddim", "True"], [], ["--sampler", "heun"]])
+def test_images_do_not_depend_on_the_batch_size(models: Path, small: Path, tmp_path: Path, sampler: list[str]) -> None:
+    one = enlarge(models, small, tmp_path / "one", "--batch_size", "1", *sampler)["arr_0"].astype(int)
+    five = enlarge(models, small, tmp_path / "five", "--batch_size", "5", *sampler)["arr_0"].astype(int)
+    assert np.abs(one - five).max() <= 1 and (one != five).mean() < 0.02
+
+
+def test_ddim_is_honoured(models: Path, small: Path, tmp_path: Path) -> None:
+    """DDIM without noise: what comes out is the sampler applied to the first noise, step by step."""
+    made = enlarge(models, small, tmp_path, "--use_ddim", "True", "--batch_size", "5")["arr_0"]
+    model = gd.load(str(models / "large"), flags={"timestep_respacing": "4"}, tell=lambda _: None)
+    from guided_diffusion.runtime.streams import SAMPLE, Streams, key_of
+
+    noise = Streams(key_of(0, upsample._NOISE_OF_UPSAMPLERS), SAMPLE, ids=range(5)).normal((3, 16, 16))
+    cond = {**upsample.open_base(str(small), 8, 3).conditions(range(5)), "y": torch.tensor([1, 0, 1, 1, 0])}
+    denoise = gd.make_denoiser(model.net, model.process, cond, **model.config.diffusion.reading)
+    images = gd.last(gd.ddim(denoise, noise, model.process))
+    expected = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_base_and_upsampler_do_not_begin_with_the_same_noise(models: Path) -> None:
+    from guided_diffusion.runtime.streams import SAMPLE, Streams, key_of
+
+    base = Streams(0, SAMPLE, ids=[0]).normal((3, 8, 8)).flatten()
+    large = Streams(key_of(0, upsample._NOISE_OF_UPSAMPLERS), SAMPLE, ids=[0]).normal((3, 16, 16)).flatten()
+    assert abs(float((base * large[: len(base)]).mean())) < 0.3 and not torch.equal(base, large[: len(base)])
+
+
+def test_guidance_changes_the_images_and_wants_the_large_size(models: Path, small: Path, tmp_path: Path) -> None:
+    plain = enlarge(models, small, tmp_path / "plain")["arr_0"]
+    words = ["--classifier_path", str(models / "critic"), "--classifier_scale"]
+    guided = enlarge(models, small, tmp_path / "guided", *words, "20")
+    assert not np.array_equal(plain, guided["arr_0"]) and guided["arr_1"].tolist() == [1, 0, 1, 1, 0]
+    np.testing.assert_array_equal(plain, enlarge(models, small, tmp_path / "zero", *words, "0")["arr_0"])
+
+
+def test_a_classifier_of_the_small_size_is_refused(
+    models: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "critic8", "classifier", {**CRITIC, "image_size": 8, "classifier_attention_resolutions": "4"})
+    enlarge(models, small, tmp_path / "out", "--classifier_path", str(tmp_path / "critic8"), code=2)
+    assert "they differ in image size" in capsys.readouterr().err
+
+
+def test_an_interrupted_job_makes_only_what_is_missing(models: Path, small: Path, tmp_path: Path) -> None:
+    whole = enlarge(models, small, tmp_path / "whole", "--batch_size", "2")["arr_0"]
+    from guided_diffusion.sampling import generate
+
+    made: list[int] = []
+    real = generate.make_batch
+
+    def stop_after_two(sample: Any, job: Any, ids: Any, device: Any) -> None:
+        if len(made) == 2:
+            raise OSError("the machine is gone")
+        made.append(len(ids))
+        real(sample, job, ids, device)
+
+    generate.make_batch = stop_after_two  # type: ignore[assignment]
+    try:
+        enlarge(models, small, tmp_path / "cut", "--batch_size", "2", code=2)
+    finally:
+        generate.make_batch = real
+    assert not list((tmp_path / "cut").glob("samples_*.npz"))
+    np.testing.assert_array_equal(whole, enlarge(models, small, tmp_path / "cut", "--batch_size", "2")["arr_0"])
+
+
+def test_a_folder_of_pictures_is_enlarged_with_its_classes(models: Path, photos: Path, tmp_path: Path) -> None:
+    found = enlarge(models, photos, tmp_path)
+    assert found["arr_0"].shape == (24, 16, 16, 3)
+    assert found["arr_1"].tolist() == [0] * 12 + [1] * 12
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ([np.zeros((2, 16, 16, 3), np.uint8)], r"holds uint8 images \[2, 16, 16, 3\]; this upsampler enlarges uint8"),
+        ([np.zeros((2, 8, 8, 3), np.float32)], "holds float32 images"),
+        ([np.zeros((2, 8, 8, 3), np.uint8)], r"has no labels \(arr_1\), and the networks want classes; give --classes"),
+        ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 7])], "has the label 7; the networks know the classes 0 to 1"),
+        ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0])], r"2 images and labels of shape \[1\]"),
+        ([np.array([{"a": 1}], dtype=object)], "cannot be read as an npz of samples"),
+    ],
+)
+def test_unsuitable_small_images_are_refused_in_words(
+    models: Path, tmp_path: Path, arrays: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    np.savez(tmp_path / "base.npz", *arrays)
+    enlarge(models, tmp_path / "base.npz", tmp_path / "out", code=2)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and re.search(words, errors[0])
+
+
+def test_classes_can_be_given_where_small_images_have_none(models: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "base.npz", np.zeros((3, 8, 8, 3), np.uint8))
+    found = enlarge(models, tmp_path / "base.npz", tmp_path / "out", "--classes", "flower")
+    assert found["arr_1"].tolist() == [1, 1, 1]
+
+
+def test_kinds_are_not_confused(models: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--out", str(tmp_path / "x")]
+    assert main(["sample", "--model_path", str(models / "large"), *words]) == 2
+    assert "is an upsampler; a diffusion model is needed here" in capsys.readouterr().err
+    assert main(["upsample", "--model_path", str(models / "base"), "--base_samples", str(small), *words]) == 2
+    assert "is a diffusion model; an upsampler is needed here" in capsys.readouterr().err
+    assert main(["upsample", "--model_path", str(models / "large"), *words]) == 2
+    assert "--base_samples is empty" in capsys.readouterr().err
+
+
+def test_cascade_is_the_two_commands_in_one(models: Path, tmp_path: Path) -> None:
+    shared = ["--num_samples", "5", "--timestep_respacing", "3", "--seed", "4", "--grid", "0"]
+    first = ["--model_path", str(models / "base"), *shared, "--batch_size", "5"]
+    second = ["--upsampler_timestep_respacing", "4", "--upsampler_use_ddim", "True", "--upsampler_batch_size", "3"]
+    guide = ["--upsampler_classifier_path", str(models / "critic"), "--upsampler_classifier_scale", "5"]
+    command = ["cascade", *first, "--upsampler_path", str(models / "large"), *second, *guide]
+    assert main([*command, "--out", str(tmp_path / "both")]) == 0
+
+    assert main(["sample", *first, "--out", str(tmp_path / "s")]) == 0
+    words = ["--use_ddim", "True", "--timestep_respacing", "4", "--batch_size", "3", "--seed", "4", "--grid", "0"]
+    words += ["--classifier_path", str(models / "critic"), "--classifier_scale", "5"]
+    enlarged = [
+        "upsample",
+        "--model_path",
+        str(models / "large"),
+        "--base_samples",
+        f"{tmp_path}/s/samples_5x8x8x3.npz",
+    ]
+    assert main([*enlarged, *words, "--out", str(tmp_path / "u")]) == 0
+    for one, other in (
+        ("both/base/samples_5x8x8x3", "s/samples_5x8x8x3"),
+        ("both/upsampled/samples_5x16x16x3", "u/samples_5x16x16x3"),
+    ):
+        with np.load(tmp_path / f"{one}.npz") as a, np.load(tmp_path / f"{other}.npz") as b:
+            np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+            np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
+
+    before = (tmp_path / "both/base/samples_5x8x8x3.npz").stat().st_mtime_ns
+    assert main([*command, "--out", str(tmp_path / "both")]) == 0  # nothing is made twice
+    assert (tmp_path / "both/base/samples_5x8x8x3.npz").stat().st_mtime_ns == before
+
+
+def test_cascade_tells_what_is_missing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cascade", "--model_path", str(models / "base")]) == 2
+    assert "--upsampler_path is empty" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts of 2021
+
+
+def script(name: str, words: str, folder: Path, *, before: tuple[str, ...] = (), **environ: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_LOGDIR")}
+    command = [*before, sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words.split()]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**clean, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+NETWORK = (
+    "--large_size 16 --small_size 8 --num_channels 32 --num_res_blocks 1 --num_heads 2 --num_heads_upsample -1 "
+    "--num_head_channels -1 --attention_resolutions 8 --dropout 0.0 --class_cond True --use_checkpoint False "
+    "--use_scale_shift_norm True --resblock_updown True --use_fp16 False --learn_sigma True --diffusion_steps 100 "
+    "--noise_schedule linear --use_kl False --predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False "
+)
+TRAIN = (
+    "--schedule_sampler uniform --lr 1e-3 --weight_decay 0.0 --lr_anneal_steps 4 --batch_size 4 --microbatch 2 "
+    "--ema_rate 0.9 --log_interval 2 --save_interval 2 --fp16_scale_growth 1e-3 "
+)
+
+
+@pytest.mark.slow
+def test_the_scripts_of_2021_with_every_old_flag(photos: Path, small: Path, tmp_path: Path) -> None:
+    told = script(
+        "super_res_train", f"--data_dir {photos} {NETWORK}{TRAIN}", tmp_path, OPENAI_LOGDIR=str(tmp_path / "run")
+    )
+    assert "OPENAI_LOGDIR" in told
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model000004.pt", "ema_0.9_000004.pt", "opt000004.pt", "progress.csv"} <= names
+    told = script(
+        "super_res_train",
+        f"--data_dir {photos} {NETWORK}{TRAIN.replace('steps 4', 'steps 6')} --resume_checkpoint {tmp_path}/run/model000004.pt",
+        tmp_path,
+        OPENAI_LOGDIR=str(tmp_path / "on"),
+    )
+    assert "resuming from" in told and (tmp_path / "on" / "model000006.pt").exists()
+
+    shutil.copy(tmp_path / "run" / "ema_0.9_000004.pt", tmp_path / "mine.pt")  # as 2021 code left it: no configuration
+    sample = f"--clip_denoised True --num_samples 7 --batch_size 3 --timestep_respacing ddim5 --base_samples {small} "
+    made = []
+    for path, flags in (("mine.pt", NETWORK), (f"{tmp_path}/run", "")):
+        out = tmp_path / f"made{len(made)}"
+        script(
+            "super_res_sample", f"--model_path {path} {sample}--use_ddim True {flags}", tmp_path, OPENAI_LOGDIR=str(out)
+        )
+        with np.load(out / "samples_7x16x16x3.npz") as found:
+            made.append(found["arr_0"])
+            assert found["arr_1"].tolist() == [1, 0, 1, 1, 0, 1, 0]
+    np.testing.assert_array_equal(made[0], made[1])
+    settings = json.loads((tmp_path / "made0" / "sampling.json").read_text())["settings"]
+    assert settings["sampler"] == "ddim" and settings["steps"] == 5
+
+
+@pytest.mark.slow
+def test_two_processes_enlarge_what_one_does(models: Path, small: Path, tmp_path: Path) -> None:
+    words = f"--model_path {models}/large --base_samples {small} --num_samples 7 --batch_size 2 --timestep_respacing 3 "
+    script("super_res_sample", words + f"--out {tmp_path}/one", tmp_path)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
+    script("super_res_sample", words + f"--out {tmp_path}/two", tmp_path, before=torchrun)
+    one, two = (np.load(tmp_path / name / "samples_7x16x16x3.npz") for name in ("one", "two"))
+    np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
+    np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+
+
+def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
+    """After some steps the network uses what it is shown: with its own small image it predicts better than with another's."""
+    flags = {**SIDES, "large_size": 16, "small_size": 8, "attention_resolutions": "8", "diffusion_steps": 100}
+    words = [f"--{name}={value}" for name, value in {**flags, "channel_mult": "1,2", "learn_sigma": False}.items()]
+    run = ["--lr", "2e-3", "--batch_size", "8", "--lr_anneal_steps", "80", "--save_interval", "80", "--ema_rate", "0.9"]
+    command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--log_interval", "40", "--labels", "none"]
+    assert main([*command, "--out", str(tmp_path), "--progress", "False"]) == 0
+    model = gd.load(str(tmp_path), tell=lambda _: None)
+    pixels = [center_crop(read_image(str(path)), 16) for path in sorted(photos.iterdir())]
+    x0 = to_float(torch.from_numpy(np.stack(pixels)))
+    i = torch.full((len(x0),), 60)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    noisy = add_noise(model.process, x0, i, noise)
+    shown = low_res(x0, 8)
+    errors = [
+        float((model.net(noisy, model.process.time_at(i), low_res=given) - noise).square().mean())
+        for given in (shown, shown.roll(1, dims=0))
+    ]
+    assert errors[0] < 0.8 * errors[1]
