@@ -238,6 +238,8 @@ def trainer_options(train: TrainConfig) -> dict[str, Any]:
         "microbatch": max(0, train.microbatch),
         "max_grad_norm": train.grad_clip,
         "seed": train.seed,
+        "shard_optimizer": train.shard_optimizer,
+        "shard_ema": train.shard_ema,
         "log_every": train.log_interval,
         "save_every": train.save_interval,
     }

@@ -149,7 +149,9 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World) -> Finding:
     part = _images_at_a_time(config, world)
     count = sum(p.numel() for p in net.parameters())
     # float32 weights, gradients and two moments of Adam; one copy per EMA rate; the buckets that gradients travel in
-    state = count * (16 + 4 * len(train.ema_rates) + (4 if world.size > 1 else 0))
+    moments = 8 / (world.size if train.shard_optimizer else 1)
+    averages = 4 * len(train.ema_rates) / (world.size if train.shard_ema else 1)
+    state = int(count * (8 + moments + averages + (4 if world.size > 1 else 0)))
     fixed, per_image = activation_bytes(config, net, world.device.type)
     need = state + fixed + part * per_image
     free = available_memory(world.device) // (1 if world.device.type == "cuda" else max(1, world.local_size))

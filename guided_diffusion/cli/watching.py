@@ -90,8 +90,6 @@ class Pictures:
         self._config, self._names, self._folder, self._log = config, names, folder, log
 
     def __call__(self, trainer: Trainer) -> None:
-        if not trainer.world.is_main:
-            return
         import contextlib
 
         import torch
@@ -112,14 +110,19 @@ class Pictures:
             captions = [self._names[int(k)] if int(k) < len(self._names) else str(int(k)) for k in labels]
         rate = max(trainer.ema.rates, key=float, default=None)
         with trainer.ema.swapped_in(rate) if rate else contextlib.nullcontext(trainer.net) as net:
+            if not trainer.world.is_main:
+                return
             net.eval()
             loaded = build.Loaded(net, process, config, "")
             sample = build.build_sample(loaded, process, method="ddim")
             images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
         trainer.net.train()
         path = storage.join(self._folder, f"samples_{trainer.steps_done:06d}.png")
-        writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)
-        self._log.info(f"wrote {path}{f' (EMA {rate})' if rate else ''}")
+        try:
+            writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)
+            self._log.info(f"wrote {path}{f' (EMA {rate})' if rate else ''}")
+        except OSError as error:  # no reason to end training
+            self._log.warn(str(error))
 
 
 def _possible(config: RunConfig) -> str:

@@ -93,6 +93,8 @@ class TrainConfig(Section):
     precision: str = flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
     keep_last: int = flag(0, "how many of the newest checkpoints stay; 0 = all", low=0)
     keep_every: int = flag(0, "checkpoints at multiples of this step stay for good; 0 = none", low=0)
+    shard_optimizer: bool = flag(False, "divide the optimizer's state among the processes: less memory on each")
+    shard_ema: bool = flag(False, "divide the averaged weights among the processes: less memory on each")
     sample_interval: int = flag(0, "steps between two pictures of samples; 0 = never", low=0)
     sample_steps: str = flag("ddim25", "respacing of the sampler for those pictures")
     min_snr_gamma: float = flag(0.0, "weigh the loss by min(SNR, gamma); 0 = not", low=0.0)

@@ -56,6 +56,7 @@ class Trainer:
         betas: tuple[float, float] = (0.9, 0.999),
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         shard_optimizer: bool = False,
+        shard_ema: bool = False,
         ema_rates: Sequence[float] = (0.9999,),
         precision: str = "fp32",
         fp16_scale_growth: float = 1e-3,
@@ -87,7 +88,7 @@ class Trainer:
         gradient norm, 0 = off. `max_bad_steps`: end the run after so many non-finite steps in a row, 0 = never (on a GPU
         it is noticed at the next log line). `hooks`: `(n, f)` calls `f(trainer)` on every process after each n-th step.
         `stop`: asked between steps whether to save and leave (on all processes or none). `make_optimizer` replaces AdamW.
-        `shard_optimizer` divides the optimizer's state among the processes; averages are not divided.
+        `shard_optimizer` divides the optimizer's state among the processes, `shard_ema` the averages; results do not change.
         """
         self.world = World() if world is None else world
         self.device = self.world.device
@@ -106,7 +107,7 @@ class Trainer:
             self.optimizer = optimizer.make_adamw(
                 self.params, lr=lr, weight_decay=weight_decay, betas=betas, shard=shard
             )
-        self.ema = Averages(unwrapped(net), ema_rates)
+        self.ema = Averages(unwrapped(net), ema_rates, world=self.world if shard_ema else None)
         self.lr, self.lr_anneal_steps, self.lr_warmup_steps = lr, lr_anneal_steps, lr_warmup_steps
         self.batch_size, self.microbatch = batch_size, microbatch
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
