@@ -4,7 +4,7 @@ Floating-point addition is not associative, so a running sum depends on batch si
 the order of additions is fixed by the *absolute index* of each image instead. Rows are grouped into blocks of 1024
 consecutive indices; each block is reduced in one go; blocks are combined along the one binary tree over block numbers
 (node `(level, j)` covers blocks `j * 2**level` up to `(j + 1) * 2**level`). Any batches, shards or order of merging
-give the same tree, hence the same bits on one machine.
+give the same tree, hence the same bits on one machine with one number of BLAS threads.
 """
 
 from __future__ import annotations
