@@ -213,7 +213,12 @@ def _settle(
     """
     settled = {name: flags[name] for name in (*_OPEN, *_ASSUMED, *_SIZES) if name in flags}
     if layout.kind == "classifier":
-        settled.update({name: flags[name] for name in ("classifier_num_head_channels",) if name in flags})
+        heads = "classifier_num_head_channels"
+        settled.update({name: flags[name] for name in (heads,) if name in flags})
+        if heads not in flags:
+            tell(
+                f"{path}: taken to have 64 channels per attention head, as every classifier of 2021; --{heads} says otherwise"
+            )
     whole_line = any(name in layout.flags for name in flags if name not in ("num_classes", "image_channels"))
     missing = []
     for name, candidates in layout.open.items():

@@ -47,16 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         converted = save_diffusers(loaded, args.target)
     else:
         save_file(loaded, args.target, to)
-        converted = _reload(args.target)
+        converted = _reload(args.target, loaded.config)
     difference = largest_difference(original, converted, loaded.config)
     print(f"{args.source} -> {args.target} ({to}); largest output difference on the same input: {difference:.3g}")
     return 0
 
 
-def _reload(path: str) -> nn.Module:
+def _flags(config: RunConfig) -> dict[str, Any]:
+    return {**config.model.to_dict(), **config.diffusion.to_dict()}
+
+
+def _reload(path: str, config: RunConfig) -> nn.Module:
     from .. import build
 
-    return build.load(path).net
+    return build.load(path, flags=_flags(config)).net
 
 
 def metadata_of(loaded: Loaded) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def metadata_of(loaded: Loaded) -> dict[str, Any]:
 
 
 def save_file(loaded: Loaded, target: str, to: str) -> None:
-    """Write one file: safetensors with its configuration inside, or a plain 2021 state dict with a run JSON beside it."""
+    """Write one file: safetensors with its configuration inside, or a plain state dict as in 2021, whose flags are printed."""
     import torch
 
     from ..runtime import storage
@@ -92,7 +96,10 @@ def save_file(loaded: Loaded, target: str, to: str) -> None:
         return
     with storage.atomic_write(target) as file:
         torch.save(state, file)
-    print(f"note: {target} is a plain state dict as in 2021; safetensors would carry the configuration inside")
+    from ..identify import flag_line
+
+    told = flag_line(_flags(loaded.config))
+    print(f"note: a plain state dict as in 2021 carries no configuration; to load {target}, type {told}")
 
 
 def _architecture(config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""A published figure end to end, with stand-ins: small twins of the networks, synthetic Inception weights, a tiny reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import guided_diffusion as gd
+from guided_diffusion.cli import reproduce
+from guided_diffusion.cli.main import main
+from guided_diffusion.presets import PRESETS
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+
+from checkpoint_files import filled  # noqa: E402
+
+SMALL = {
+    "image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "8", "num_res_blocks": 1,
+    "num_head_channels": 16, "learn_sigma": True, "class_cond": True, "num_classes": 10, "noise_schedule": "linear",
+}  # fmt: skip
+CRITIC = {
+    "image_size": 16, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8",
+    "classifier_channel_mult": "1,2", "classifier_num_head_channels": 16, "num_classes": 10,
+}  # fmt: skip
+
+
+def test_every_published_figure_has_a_name() -> None:
+    known = reproduce.targets()
+    assert known["imagenet256-guided"].recipe.expected.fid == 4.59  # type: ignore[union-attr]
+    assert known["imagenet256-guided-ddim25"].recipe.use_ddim
+    assert known["imagenet128-unguided"].recipe.scale == 0
+    assert known["lsun-bedroom-sweep"].recipe.respacing == "90,60,60,20,20"
+    recipes = sum(len(preset.recipes) for preset in PRESETS.values() if preset.kind == "diffusion")
+    assert len(known) == recipes
+
+
+def test_unknown_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "cifar"]) == 2
+    assert "no published figure called 'cifar'; there are imagenet64-unguided" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the published layout, numbers from a seed."""
+    place = TESTS / "golden" / "evaluation" / "recipes.py"
+    spec = importlib.util.spec_from_file_location("recipes_of_evaluation", place)
+    assert spec and spec.loader
+    recipes: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipes)
+    path = tmp_path_factory.mktemp("inception") / "classify_image_graph_def.pb"
+    recipes.write_synthetic_graphdef(path, recipes.synthetic_weights(1234))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:scores rest on unknown")
+def test_from_weights_to_the_score(inception: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gd.save(filled("diffusion", SMALL), str(tmp_path / "model"))
+    gd.save(filled("classifier", CRITIC), str(tmp_path / "critic"))
+    images = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+    np.savez(tmp_path / "ref.npz", images)
+    words = [
+        "--num_samples",
+        "6",
+        "--batch_size",
+        "6",
+        "--reference",
+        str(tmp_path / "ref.npz"),
+        "--out",
+        f"{tmp_path}/out",
+    ]
+    words += ["--model_path", f"{tmp_path}/model", "--classifier_path", f"{tmp_path}/critic"]
+    words += ["--inception", str(inception), "--allow_other_weights", "--precision", "fp32", "--device", "cpu"]
+    assert main(["reproduce", "imagenet256-guided-ddim25", *words]) == 0
+    told = capsys.readouterr().out
+    assert "published" in told and "5.4400" in told
+
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    rows = {row["metric"]: row for row in manifest["comparison"]}
+    assert {name: row["published"] for name, row in rows.items()} == {
+        "fid": 5.44, "sfid": 5.32, "precision": 0.81, "recall": 0.49,
+    }  # fmt: skip
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    scores = {score["name"]: score["value"] for score in report["sets"][0]["scores"]}
+    assert rows["fid"]["measured"] == scores["FID"] and rows["recall"]["measured"] == scores["Recall"]
+    assert rows["sfid"]["measured"] == scores["sFID"] and np.isfinite(scores["sFID"])
+
+    settings = manifest["sampling"]["sampling.json"]["settings"]
+    assert settings["sampler"] == "ddim" and settings["steps"] == 25 and settings["classifier_scale"] == 2.5
+    assert settings["seed"] == 0 and len(settings["model"]["sha256"]) == len(settings["classifier"]["sha256"]) == 64
+    assert {"flags", "label_draw", "quantisation", "samples_sha256", "versions", "hardware"} <= set(manifest)
+    assert manifest["evaluation"]["reference"]["sha256"]
+    with np.load(tmp_path / "out" / "samples_6x16x16x3.npz") as found:
+        assert found["arr_1"].shape == (6,)
+
+
+def test_without_a_reference_images_are_made_and_this_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gd.save(filled("diffusion", SMALL), str(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--num_samples", "2", "--batch_size", "2", "--model_path", "model", "--device", "cpu"]
+    assert main(["reproduce", "imagenet256-unguided", *words]) == 0
+    assert "not scored: no --reference was given" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "runs/reproduce/imagenet256-unguided/manifest.json").read_text())
+    assert "comparison" not in manifest and manifest["recipe"] == "imagenet256-unguided"
+    assert torch.__version__ == manifest["versions"]["torch"]

@@ -1,0 +1,145 @@
+"""The released models by name: lists, downloads from a server on this machine, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import TWINS, filled, meta_shapes
+
+from guided_diffusion import identify, presets
+from guided_diffusion.cli import zoo
+from guided_diffusion.cli.main import main
+
+NAME = "256x256_diffusion_uncond"
+
+
+class Server:
+    """Serves one folder on 127.0.0.1; `cut` sends only so many bytes of what it announced."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cut: int | None = None
+        self.asked: list[str] = []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked.append(self.path)
+                file = folder / self.path.strip("/")
+                if not file.is_file():
+                    self.send_error(404)
+                    return
+                content = file.read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: server.cut])
+
+            def log_message(self, *_: Any) -> None:
+                return None
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server with a small twin in the place of the released file, whose layout is entered as the released one."""
+    (tmp_path / "www").mkdir()
+    torch.save(filled(*TWINS[NAME]).net.state_dict(), tmp_path / "www" / f"{NAME}.pt")
+    monkeypatch.setattr(identify, "SIGNATURES", {identify.signature(meta_shapes(*TWINS[NAME])): (NAME,)})
+    found = Server(tmp_path / "www")
+    monkeypatch.setattr(presets, "BASE_URL", found.url)
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    yield found
+    found.close()
+
+
+def test_a_download_is_checked_and_kept(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "get", NAME]) == 0
+    told = capsys.readouterr()
+    kept = tmp_path / "cache" / f"{NAME}.pt"
+    assert kept.read_bytes() == (tmp_path / "www" / f"{NAME}.pt").read_bytes()
+    assert hashlib.sha256(kept.read_bytes()).hexdigest() in told.out and str(kept) in told.out
+    assert f"{NAME}.pt" in told.err and "100%" in told.err  # the progress bar
+    assert main(["zoo", "get", f"{NAME}.pt"]) == 0
+    assert server.asked == [f"/{NAME}.pt"]  # the second time from the cache
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_another_file_under_that_name_is_not_kept(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(filled(*TWINS["128x128_diffusion"]).net.state_dict(), tmp_path / "www" / f"{NAME}.pt")
+    assert main(["zoo", "get", NAME]) == 2
+    assert f"does not have the names and shapes of {NAME}.pt" in capsys.readouterr().err
+    (tmp_path / "www" / f"{NAME}.pt").write_bytes(b"<html>please log in</html>")
+    assert main(["zoo", "get", NAME]) == 2
+    assert "web page" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_broken_connection_says_where_to_place_the_file(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.cut = 5000
+    assert main(["zoo", "get", NAME]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "5000 of" in told or "IncompleteRead" in told
+    assert f"place it at {tmp_path}/cache/{NAME}.pt" in told
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_missing_file_and_no_network(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "www" / f"{NAME}.pt").unlink()
+    assert main(["zoo", "get", NAME]) == 2
+    assert "404" in capsys.readouterr().err
+    with socket.socket() as free:  # nobody listens there
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(presets, "BASE_URL", f"http://127.0.0.1:{free.getsockname()[1]}/")
+    assert main(["zoo", "get", NAME]) == 2
+    told = capsys.readouterr().err
+    assert "cannot download" in told and "Bring the file from a machine that can, and place it at" in told
+    # Who placed it there needs no network.
+    torch.save({}, tmp_path / "cache" / f"{NAME}.pt")
+    assert main(["zoo", "get", NAME]) == 0
+
+
+def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo"]) == 0
+    table = capsys.readouterr().out
+    for name, preset in presets.PRESETS.items():
+        assert name in table and preset.url.startswith("https://openaipublic.blob.core.windows.net/diffusion/jul-2021/")
+    row = next(line for line in table.splitlines() if line.startswith("256x256_diffusion ") and " 1 " in line)
+    assert row.split()[-4:] == ["4.59", "5.25", "0.82", "0.52"] and "256x256_classifier" in row
+    assert main(["zoo", "show", "128x128_diffusion"]) == 0
+    card = capsys.readouterr().out
+    assert "--num_heads 4" in card and "FID 2.97" in card and "scale 0.5" in card
+
+
+def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "get", "imagenet"]) == 2
+    assert "there are 64x64_diffusion" in capsys.readouterr().err
+    assert main(["zoo", "show"]) == 2
+    assert "zoo show needs a name" in capsys.readouterr().err
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", "/some/where")
+    assert zoo.cache_folder() == "/some/where"
+    monkeypatch.delenv("GUIDED_DIFFUSION_CACHE")
+    assert zoo.cache_folder().endswith("guided_diffusion")
