@@ -5,6 +5,7 @@ Each rank is a process of its own with the environment that torchrun would give 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -91,12 +92,19 @@ class Job:
             process.join(max(0.0, end - time.monotonic()))
         late = [rank for rank, process in enumerate(self.ranks) if process.is_alive()]
         self.signal(signal.SIGCONT)
+        if late:
+            self.signal(signal.SIGUSR2)  # every thread's stack into the output
+            time.sleep(1.0)
         self.signal(signal.SIGKILL)
         for process in self.ranks:
             process.join()
         if late:
             raise TimeoutError(f"ranks {late} still ran after {timeout_s:.0f} s\n{self.text()}")
         return [int(process.exitcode) for process in self.ranks]
+
+    def met(self) -> bool:
+        """Whether all ranks have found each other."""
+        return len(self.ranks) == 1 or "rank  host" in self.logs[0].read_text(errors="replace")
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -137,6 +145,7 @@ def _rank(run: Callable[..., Any], arguments: tuple[Any, ...], env: dict[str, st
         os.fdopen(2, "w", buffering=1, closefd=False),
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     import torch
 
     torch.set_num_threads(1)
