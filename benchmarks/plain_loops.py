@@ -52,8 +52,11 @@ class PlainLoops:
         recip, recipm1 = self.tables["sqrt_recip_alpha_bar"], self.tables["sqrt_recipm1_alpha_bar"]
         return (cut(recip, t, x) * x - x0) / cut(recipm1, t, x)
 
-    def _mean(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return cut(self.tables["posterior_mean_x0"], t, x) * x0 + cut(self.tables["posterior_mean_x"], t, x) * x
+    def _posterior(self, x0: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_{t-1} | x_t, x0)."""
+        mean = cut(self.tables["posterior_mean_x0"], t, x) * x0 + cut(self.tables["posterior_mean_x"], t, x) * x
+        variance = cut(self.tables["posterior_variance"], t, x)
+        return mean, variance, cut(self.tables["posterior_log_variance"], t, x)
 
     def _reading(self, model: Model, x: Tensor, t: Tensor, cond: dict[str, Tensor], clip: bool) -> dict[str, Tensor]:
         eps, raw = model(x, self.told(t), **cond).split(x.shape[1], dim=1)
@@ -62,7 +65,7 @@ class PlainLoops:
         log_variance = share * high + (1 - share) * low
         x0 = self._x0(x, t, eps)
         x0 = x0.clamp(-1, 1) if clip else x0
-        mean = self._mean(x0, x, t)
+        mean, _, _ = self._posterior(x0, x, t)
         return {"x0": x0, "eps": eps, "mean": mean, "variance": log_variance.exp(), "log_variance": log_variance}
 
     @torch.no_grad()
@@ -78,7 +81,7 @@ class PlainLoops:
             if cond_fn is not None:
                 eps = self._eps(x, t, found["x0"]) - (1 - alpha_bar).sqrt() * cond_fn(x, self.told(t))
                 found["x0"] = self._x0(x, t, eps)
-                found["mean"] = self._mean(found["x0"], x, t)
+                found["mean"], _, _ = self._posterior(found["x0"], x, t)
             eps = self._eps(x, t, found["x0"])
             sigma = 0.0 * torch.sqrt((1 - previous) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / previous)
             mean = found["x0"] * torch.sqrt(previous) + torch.sqrt(1 - previous - sigma**2) * eps
@@ -93,8 +96,7 @@ class PlainLoops:
         eps, raw = model(x, self.told(t), **cond).split(x.shape[1], dim=1)
         frozen = torch.cat([eps.detach(), raw], dim=1)
         found = self._reading(lambda *_, **__: frozen, x, t, {}, False)
-        truth = self._mean(x0, x, t)
-        truth_log_variance = cut(self.tables["posterior_log_variance"], t, x)
+        truth, _, truth_log_variance = self._posterior(x0, x, t)
         kl = normal_kl(truth, truth_log_variance, found["mean"], found["log_variance"]).mean(dim=(1, 2, 3))
         nll = -discretized_gaussian_log_likelihood(x0, means=found["mean"], log_scales=0.5 * found["log_variance"])
         vb = torch.where(t == 0, nll.mean(dim=(1, 2, 3)), kl) / math.log(2.0)

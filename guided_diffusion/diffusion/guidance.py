@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoised, Denoiser, Net, Spread
-from .process import Process, Tables, eps_from_x0, x0_from_eps
+from .process import Process, Tables
 
 # (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as a classifier is told it.
 GradLogProb = Callable[[Tensor, Tensor], Tensor]
@@ -35,16 +35,19 @@ def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, 
 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
-        gradient = grad_log_prob(x, process.time_at(i)) * scale
-        return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient), plain.spread)
+        gradient = grad_log_prob(x, process.time_at(i))
+        return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient, scale), plain.spread)
 
     return guided
 
 
-def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient: Tensor) -> Tensor:
-    """The clean prediction after the score has moved by `gradient` (Song et al. 2020, arXiv 2011.13456)."""
-    eps = eps_from_x0(tables, x, i, x0) - tables.at("sqrt_one_minus_alpha_bar", i, x) * gradient
-    return x0_from_eps(tables, x, i, eps)
+def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
+    """The clean prediction after the score has moved by `scale * gradient` (Song et al. 2020, arXiv 2011.13456).
+
+    eps moves by -sqrt(1 - alpha_bar) gradient, and so x0 by (1 - alpha_bar) / sqrt(alpha_bar) gradient.
+    """
+    share = tables.at("sqrt_recipm1_alpha_bar", i, x) * tables.at("sqrt_one_minus_alpha_bar", i, x)
+    return torch.addcmul(x0, share, gradient, value=scale)
 
 
 def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:

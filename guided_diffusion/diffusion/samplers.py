@@ -52,7 +52,7 @@ def ancestral(
     from_x0, from_x = tables["posterior_mean_x0"].tolist(), tables["posterior_mean_x"].tolist()
     for k, i in zip(steps, _positions(steps, process, x)):
         denoised = denoise(x, i)
-        x = from_x0[k] * denoised.x0 + from_x[k] * x
+        x = torch.add(from_x0[k] * denoised.x0, x, alpha=from_x[k])
         if k > 0:
             x = ancestral_update(x, denoised.log_variance, noise(x))
         yield Step(k, x, denoised.x0)
@@ -80,9 +80,9 @@ def ddim(
     alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        eps = eps_between(x, x0, alpha_bar[k])
         sigma = ddim_sigma(alpha_bar[k], previous[k], eta)
-        x = ddim_update(x0, eps, previous[k], sigma)
+        from_x0, from_x = ddim_weights(alpha_bar[k], previous[k], sigma)
+        x = torch.add(from_x0 * x0, x, alpha=from_x)
         if sigma > 0:
             x = x + sigma * noise(x)
         yield Step(k, x, x0)
@@ -103,6 +103,12 @@ def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_to: Number, sigma: Number = 0
     return x0 * alpha_bar_to**0.5 + (1 - alpha_bar_to - sigma**2) ** 0.5 * eps
 
 
+def ddim_weights(alpha_bar: float, alpha_bar_to: float, sigma: float = 0.0) -> tuple[float, float]:
+    """(weight of x0, weight of x) of `ddim_update` with the eps between them, which is a mean of the two."""
+    from_x = math.sqrt(1 - alpha_bar_to - sigma**2) / math.sqrt(1 - alpha_bar)
+    return math.sqrt(alpha_bar_to) - from_x * math.sqrt(alpha_bar), from_x
+
+
 @torch.no_grad()
 def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step]:
     """Data back to the noise that deterministic DDIM would turn into it (arXiv 2010.02502, section 4.3).
@@ -112,7 +118,8 @@ def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step
     alpha_bar, steps = tables_of(process.betas)["alpha_bar"].tolist(), range(len(process) - 1)
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        x = ddim_update(x0, eps_between(x, x0, alpha_bar[k]), alpha_bar[k + 1])
+        from_x0, from_x = ddim_weights(alpha_bar[k], alpha_bar[k + 1])
+        x = torch.add(from_x0 * x0, x, alpha=from_x)
         yield Step(k, x, x0)
 
 
