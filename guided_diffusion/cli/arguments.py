@@ -8,10 +8,10 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..config import flatten
+from ..runtime import storage
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -135,7 +135,7 @@ def _underscored(argv: Sequence[str]) -> list[str]:
 
 def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"--config {path}: there is no such file") from None
     except ValueError as error:

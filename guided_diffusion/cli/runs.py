@@ -39,9 +39,15 @@ def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
         if type(error) is RuntimeError:
             raise
         return _told(error, words)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "blobfile":  # a remote path that cannot be reached
+            raise
+        return _told(error, words)
 
 
 def _told(error: Exception, words: Sequence[str]) -> int:
+    if getattr(error, "told_elsewhere", False):
+        return USER_ERROR
     if any(word.startswith("--debug") for word in words):
         traceback.print_exc()
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
@@ -88,14 +94,17 @@ def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None
 
 @contextmanager
 def session(flags: Mapping[str, Any], **options: Any) -> Iterator[World]:
-    """`runtime.world.session`; with several processes, a user's error ends the job with one line per process, not a page."""
+    """`runtime.world.session`; with several processes, a user's error ends the job with one line, not with a page from each."""
     from ..runtime import watch, world
+    from ..training.incident import TrainingDiverged
+    from ..training.saver import SaveError
 
     with world.session(flags["device"], **options) as here:
         try:
             yield here
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, NotImplementedError, SaveError, TrainingDiverged) as error:
             if here.size == 1 or flags["debug"]:
                 raise
-            watch.post_note(here.context, f"{here.context.where()} failed: {error}")
-            watch.leave(f"[{here.context.where()}] error: {error}\n", USER_ERROR)
+            earlier = watch.post_note(here.context, f"{here.context.where()} failed: {error}")
+            same = earlier is not None and earlier.endswith(f" failed: {error}")
+            watch.leave("" if same else f"[{here.context.where()}] error: {error}\n", USER_ERROR)

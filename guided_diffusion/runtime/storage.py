@@ -1,23 +1,27 @@
 """Files, wherever they lie: local paths by the standard library, `gs://`, `az://` and `https://` (Azure blobs) through blobfile.
 
 blobfile is imported when, and only when, a path is remote; a machine without it works on local files. Paths are plain strings with `/`
-between their parts (local ones may be anything `os.fspath` takes). Nothing here keeps state.
+between their parts (local ones may be anything `os.fspath` takes). Nothing here keeps state but
+the connections that blobfile holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 _REMOTE_SCHEMES = ("gs://", "az://", "https://")
+# Tries of one request, with growing pauses between them: about half a minute.
+_RETRIES = 10
 # The hidden names that `atomic_write` gives to files as we write them.
 _UNFINISHED = re.compile(r"^\..*\.(pt|safetensors|json|png|npz|npy)\.[0-9a-f]{8}\.tmp$")
 
@@ -34,7 +38,14 @@ def _blobfile(path: PathLike) -> Any:
         import blobfile
     except ImportError as error:
         raise ImportError(f"{os.fspath(path)!r} is a remote path and needs blobfile: pip install blobfile") from error
-    return blobfile
+    # Left alone, blobfile tries for ever: without a network a command would hang instead of saying so.
+    return _patient(blobfile.create_context) if hasattr(blobfile, "create_context") else blobfile
+
+
+@functools.cache
+def _patient(create_context: Callable[..., Any]) -> Any:
+    """blobfile with an end to its patience; made once, as it holds connections and credentials."""
+    return create_context(retry_limit=_RETRIES)
 
 
 def open_file(path: PathLike, mode: str = "rb") -> IO[Any]:

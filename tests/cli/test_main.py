@@ -69,6 +69,16 @@ def test_own_mistakes_keep_their_traceback() -> None:
         runs.guarded(broken, [])
 
 
+def test_an_unreachable_remote_path_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    failure = type("RequestFailure", (Exception,), {"__module__": "blobfile._common"})
+
+    def unreachable(_: object) -> int:
+        raise failure("cannot resolve the host")
+
+    assert runs.guarded(unreachable, []) == 2
+    assert capsys.readouterr().err == "error: cannot resolve the host\n"
+
+
 def test_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt

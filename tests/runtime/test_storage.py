@@ -267,3 +267,16 @@ def test_pictures_in_a_bucket_are_listed_and_read(bucket):
     records = list_records(bucket, labels="prefix")
     assert records.paths == (f"{bucket}/a/x_1.png", f"{bucket}/x_2.png")
     assert Reader().read(records.paths[0])[0, 0].tolist() == [1, 2, 3]
+
+
+def test_an_unreachable_bucket_is_given_up(monkeypatch):
+    """By itself blobfile tries again without end."""
+    asked = []
+
+    def create_context(**options):
+        asked.append(options)
+        return SimpleNamespace(exists=lambda path: True)
+
+    monkeypatch.setitem(sys.modules, "blobfile", SimpleNamespace(create_context=create_context))
+    assert storage.exists("gs://bucket/a") and storage.exists("gs://bucket/b")
+    assert len(asked) == 1 and 1 <= asked[0]["retry_limit"] <= 20
