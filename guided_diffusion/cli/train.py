@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXTRA: dict[str, tuple[Any, str]] = {
     "out": ("", "run folder for checkpoints, log and pictures"),
     "progress": (True, "show a progress bar"),
+    "timeout_s": (600.0, "seconds that a process waits for the others before it ends with an error"),
     "tensorboard": (False, "also write curves for TensorBoard"),
 }
 _DESCRIPTIONS = {
@@ -77,7 +78,7 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 
     from ..runtime import signals
 
-    with runs.session(parsed.flags) as here, signals.Stop() as stop:
+    with runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here, signals.Stop() as stop:
         return _run(parsed, kind, here, stop)
 
 

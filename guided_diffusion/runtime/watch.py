@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 POLL_S = 0.5
 GRACE_S = 30.0  # between the first and the second of two alarms, so that they do not talk at once
 DEATH_NOTE = "guided_diffusion/death"
+BEAT = "guided_diffusion/beat"
+BEAT_S = 2.0  # how often a rank says that it lives
+SILENCE_S = 60.0  # without such a word a rank counts as dead; long imports and compilations stay below
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Context:
     operation: str | None = None
     since: float = 0.0
     patience_s: float = 600.0
+    silence_s: float = SILENCE_S
     pending: list[tuple[str, float, Any]] = field(default_factory=list)  # NCCL works that the host has not waited for
     store: Any = None
     watch: Watch | None = None
@@ -54,19 +58,33 @@ class Context:
 
 
 class Watch(threading.Thread):
-    """Ends this process when another rank has left a note, or when an operation here is long overdue."""
+    """Ends this process when another rank has left a note or died without one, or when an operation here is long overdue."""
 
     def __init__(self, context: Context, store: Any) -> None:
         super().__init__(name="guided-diffusion-watch", daemon=True)
         self._context, self._store = context, store
         self._stopped = threading.Event()
+        self._rounds = 0
+        self._heard: dict[int, tuple[bytes, int]] = {}  # rank -> its last word, rounds since then
+        self._say_alive()  # before the process group is made, so that nobody asks too early
 
     def run(self) -> None:
         while not self._stopped.wait(POLL_S):
             try:
                 note = self._store.get(DEATH_NOTE).decode() if self._store.check([DEATH_NOTE]) else None
-            except RuntimeError:  # the store's host has left; if it died, our next collective says so
-                return
+                self._rounds += 1
+                if self._rounds % round(BEAT_S / POLL_S) == 0:
+                    self._say_alive()
+                    if self._context.rank == 0:
+                        self._listen()
+            except RuntimeError:
+                # The process that hosts the store has gone without the last barrier. A collective that waits for it usually fails
+                # in the main thread too, and says more; over NCCL it may wait for ever.
+                if self._stopped.wait(10 * POLL_S):
+                    return
+                leave(
+                    f"[{self._context.where()}] ends because the process that hosts the store (rank 0, or torchrun) has gone\n"
+                )
             if note is not None and not note.startswith(f"{self._context.rank}\n"):
                 # The collective that waits for the dead rank usually fails in the main thread too, once that rank is gone: let it
                 # have the word.
@@ -80,6 +98,25 @@ class Watch(threading.Thread):
                 print(timeout_message(self._context, operation, waited), file=sys.stderr)
                 faulthandler.dump_traceback(all_threads=True)
                 post_note(self._context, f"{self._context.where()} waited {waited:.0f} s for {operation}")
+                leave("")
+
+    def _say_alive(self) -> None:
+        self._store.set(f"{BEAT}/{self._context.rank}", str(self._rounds))
+
+    def _listen(self) -> None:
+        """Find the ranks that were killed, by the out-of-memory killer say, and could leave no note.
+
+        Counted in rounds and not in seconds, so that a job that was suspended as a whole wakes up in peace.
+        """
+        others = range(1, self._context.size)
+        for rank, word in zip(others, self._store.multi_get([f"{BEAT}/{rank}" for rank in others])):
+            before, silent = self._heard.get(rank, (b"", 0))
+            silent = silent + 1 if word == before else 0
+            self._heard[rank] = (word, silent)
+            if silent * BEAT_S > self._context.silence_s:
+                told = f"rank {rank} gave no sign of life for {silent * BEAT_S:.0f} s: killed (out of memory?), stopped, or cut off"
+                print(f"[{self._context.where()}] ends because {told}", file=sys.stderr, flush=True)
+                post_note(self._context, told)
                 leave("")
 
     def stop(self) -> None:

@@ -32,6 +32,14 @@ REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me 
 _BUCKET_BYTES = 64 << 20
 
 
+class AgreedError(ValueError):
+    """A user's error that all ranks raise alike. `told_elsewhere`: another rank is the one to say it."""
+
+    def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.told_elsewhere = told_elsewhere
+
+
 class CollectiveError(RuntimeError):
     """A collective failed or timed out; the message names rank, operation and step."""
 
@@ -223,27 +231,38 @@ def start(
         if announce is not None:
             announce(table([_describe(world)]))
         return world
-    store = _meet(place, environ, timeout_s)
+    store = _meet(place, environ, min(timeout_s, DEFAULT_TIMEOUT_S))
     hosts = _exchange(store, "hosts", place, platform.node())
     same_host = [r for r, host in enumerate(hosts) if host == hosts[place.rank]]
     local_rank = same_host.index(place.rank) if place.local_rank is None else place.local_rank
     local_size = len(same_host) if place.local_size is None else place.local_size
-    chosen = choose_device(device, local_rank, local_size)
     context = watch.Context(rank=place.rank, size=place.size, store=store, owns_group=True)
+    row, chosen = {}, torch.device("cpu")
+    try:
+        chosen = choose_device(device, local_rank, local_size)
+    except ValueError as error:  # told to the others, who would wait for us
+        row = {"problem": str(error)}
     backend = _backend(chosen)
     world = World(place.rank, place.size, local_rank, local_size, chosen, backend, place.launcher, context)
-    rows = _exchange(store, "devices", place, _describe(world))
-    check_devices(rows)
+    rows = _exchange(store, "devices", place, row or _describe(world))
+    try:
+        if problems := [row["problem"] for row in rows if "problem" in row]:
+            raise ValueError(problems[0])
+        check_devices(rows)
+    except ValueError as error:
+        raise AgreedError(str(error), told_elsewhere=not world.is_main) from None
     # gloo raises its own timeout in the main thread; NCCL would abort the process without our words, so there the watch comes first.
     nccl = backend == "nccl"
     context.patience_s = timeout_s if nccl else timeout_s + watch.GRACE_S
+    context.silence_s = min(watch.SILENCE_S, timeout_s)
+    if watching:
+        context.watch = watch.Watch(context, store.clone())
     limit = timedelta(seconds=timeout_s + watch.GRACE_S if nccl else timeout_s)
     device_id = chosen if nccl else None
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.size, timeout=limit, device_id=device_id
     )
-    if watching:
-        context.watch = watch.Watch(context, store.clone())
+    if context.watch is not None:
         context.watch.start()
         atexit.register(context.watch.stop)  # a thread inside the store at the interpreter's end would abort it
     if announce is not None and world.is_main:
@@ -259,9 +278,10 @@ def stop(world: World) -> None:
     if not world.context.owns_group or not dist.is_initialized():
         return
     try:
+        # In this order: a rank that waits here for the others must go on saying that it lives.
+        world.barrier("last barrier before the end")
         if world.context.watch is not None:
             world.context.watch.stop()
-        world.barrier("last barrier before the end")
     finally:
         dist.destroy_process_group()
         world.context.owns_group = False
