@@ -39,7 +39,10 @@ def hooks(
 
 
 class Validation:
-    """One batch of held-out images, all processes together; columns val_loss, val_acc@1, val_acc@5 of the next log row."""
+    """One batch of held-out images, all processes together: columns val_loss, val_acc@1, val_acc@5 of the next log row.
+
+    Each also by quarter of the noise steps: val_acc@1_q0 (little noise) to val_acc@1_q3 (almost only noise).
+    """
 
     def __init__(self, config: RunConfig, process: Any, records: Records, batch_size: int, log: Log) -> None:
         from .. import build
@@ -58,6 +61,7 @@ class Validation:
         from .. import build
         from ..runtime.streams import EVALUATE, Streams
         from ..training.batching import to_device
+        from ..training.losses import QUARTILES
 
         world, train = trainer.world, self._config.train
         if self._batches is None:
@@ -79,8 +83,13 @@ class Validation:
         trainer.net.eval()
         with torch.no_grad():
             losses = self._loss(trainer.net, to_device(batch, world.device), streams)
+        assert losses.i is not None
+        quarter = losses.i * QUARTILES // losses.num_steps
         for name, values in losses.terms.items():
             self._log.mean(name, values)
+            for q in range(QUARTILES):
+                here = quarter == q
+                self._log.total(f"{name}_q{q}", torch.where(here, values, 0.0).sum(), here.sum())
 
 
 class Pictures:

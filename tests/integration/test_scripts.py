@@ -103,6 +103,10 @@ def test_classifier_training_reports_accuracy(trained: Path) -> None:
         "val_acc@1",
         "val_acc@5",
     } <= columns
+    # By quarter of the noise steps, accuracy lies around that of all of them.
+    last = rows(trained / "classifier")[-1]
+    quarters = [float(last[name]) for name in (f"val_acc@1_q{q}" for q in range(4)) if last.get(name)]
+    assert quarters and min(quarters) <= float(last["val_acc@1"]) <= max(quarters)
     by_noise = json.loads((trained / "classifier" / "accuracy_by_noise.json").read_text())
     assert len(by_noise) == 10 and all(0 <= value <= 1 for value in by_noise.values())
 
