@@ -29,7 +29,7 @@ def session(parsed: arguments.Parsed, work: Work) -> int:
     from ..runtime import signals
     from ..sampling.generate import Interrupted
 
-    with runs.session(parsed.flags, timeout_s=PATIENCE_S) as here, signals.Stop() as stop:
+    with signals.Stop() as stop, runs.session(parsed.flags, timeout_s=PATIENCE_S) as here:
         try:
             work(here, stop)
         except Interrupted as told:

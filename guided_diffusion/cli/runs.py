@@ -99,12 +99,16 @@ def session(flags: Mapping[str, Any], **options: Any) -> Iterator[World]:
     from ..training.incident import TrainingDiverged
     from ..training.saver import SaveError
 
+    ours = (SaveError, TrainingDiverged, world.CollectiveError)
+
     with world.session(flags["device"], **options) as here:
         try:
             yield here
-        except (ValueError, OSError, ImportError, NotImplementedError, SaveError, TrainingDiverged) as error:
+        except (ValueError, OSError, ImportError, NotImplementedError, *ours) as error:
             if here.size == 1 or flags["debug"]:
                 raise
             earlier = watch.post_note(here.context, f"{here.context.where()} failed: {error}")
             same = earlier is not None and earlier.endswith(f" failed: {error}")
-            watch.leave("" if same else f"[{here.context.where()}] error: {error}\n", USER_ERROR)
+            mark = "" if str(error).startswith("[") else f"[{here.context.where()}] "
+            code = 1 if isinstance(error, world.CollectiveError) else USER_ERROR
+            watch.leave("" if same else f"{mark}error: {error}\n", code)

@@ -78,7 +78,8 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 
     from ..runtime import signals
 
-    with runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here, signals.Stop() as stop:
+    # A signal that comes while the processes meet must not be lost.
+    with signals.Stop() as stop, runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here:
         return _run(parsed, kind, here, stop)
 
 
@@ -265,6 +266,7 @@ def _same_classes(held_out: Records, records: Records) -> Records:
             f"--val_data_dir has the classes {_some(strange)}, which --data_dir lacks; it has {_some(records.class_names)}"
         )
     number = np.array([records.class_names.index(name) for name in held_out.class_names], dtype=np.int64)
+    held_out = replace(held_out, empty_folders=())
     return replace(held_out, labels=number[held_out.require_labels()], class_names=records.class_names)
 
 

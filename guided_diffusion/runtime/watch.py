@@ -144,6 +144,8 @@ def post_note(context: Context, reason: str) -> str | None:
     except RuntimeError:
         return None  # the store's host is gone: the others know already
     if standing != own:
+        if context.rank == 0:
+            time.sleep(3 * POLL_S)  # as below, and longer than the one who was first
         return standing.partition("\n")[2]
     time.sleep(2 * POLL_S)  # this process may host the store: let the others read
     return None

@@ -30,6 +30,19 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 600.0
 REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
 _BUCKET_BYTES = 64 << 20
+# In the words of gloo, NCCL, TCPStore and the operating system when a partner does not answer.
+_NETWORK_WORDS = (
+    "imed out",
+    "imeout",
+    "onnection",
+    "gloo",
+    "NCCL",
+    "TCPStore",
+    "socket",
+    "roken pipe",
+    "remote",
+    "peer",
+)
 
 
 class AgreedError(ValueError):
@@ -68,7 +81,7 @@ class World:
 
     @contextmanager
     def operation(self, name: str) -> Iterator[None]:
-        """Name what the body waits for; a failure inside is raised as `CollectiveError` with rank, step and `name`."""
+        """Name what the body waits for; a lost or silent partner is raised as `CollectiveError` with rank, step and `name`."""
         context, start = self.context, time.monotonic()
         outer = (context.operation, context.since)
         context.operation, context.since = name, start
@@ -77,6 +90,8 @@ class World:
         except CollectiveError:
             raise
         except RuntimeError as error:
+            if not any(word in str(error) for word in _NETWORK_WORDS):
+                raise
             waited = time.monotonic() - start
             if "imed out" in str(error) or "imeout" in str(error):
                 text = watch.timeout_message(context, name, waited)

@@ -193,7 +193,8 @@ class Trainer:
             losses = self.loss_fn(self.model, batching.to_device(part, self.device), streams)
             # DistributedDataParallel divides by the number of processes; what remains is the mean over the global batch.
             share = losses.loss.float().sum() * (self.world.size / global_size)
-            self.precision.scale(share).backward()
+            with self.world.operation("sum of the gradients") if self.world.size > 1 else contextlib.nullcontext():
+                self.precision.scale(share).backward()
         return Losses(losses.loss.detach(), losses.terms or {"loss": losses.loss}, *losses[2:])
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,9 +142,11 @@ class Disturber:
         victims = list(range(size)) if self.random.random() < 0.5 else [self.random.randrange(size)]
         job.signal(number, victims)
         began = time.monotonic()
-        if number == signal.SIGKILL and len(victims) < size and not job.met():
-            # Nobody waits for a rank that died before the ranks had met, except launchers: they end the rest, and so do we.
-            job.signal(signal.SIGKILL)
+        while len(victims) < size and not job.met() and job.running() and time.monotonic() - began < SECONDS_TO_DIE:
+            # Before the ranks have met nobody misses one that died, except its launcher: that ends the rest, and so do we.
+            if any(not process.is_alive() for process in job.ranks):
+                job.signal(signal.SIGKILL)
+            time.sleep(0.05)
         try:
             codes = job.wait(SECONDS_TO_DIE)
         except TimeoutError as error:
