@@ -81,6 +81,11 @@ def test_impossible_values_are_refused_by_name(config: Any, flags: dict[str, Any
     assert words in str(told.value)
 
 
+def test_sections_that_contradict_each_other_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="--min_snr_gamma 5 .* --use_kl True"):
+        c.RunConfig.from_flags("diffusion", {"use_kl": True, "min_snr_gamma": 5.0})
+
+
 def test_unknown_keys_and_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="ModelConfig has no field widht"):
         c.ModelConfig.from_dict({"widht": 3})

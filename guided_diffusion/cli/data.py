@@ -184,6 +184,9 @@ def _print_labels(records: Records) -> None:
         print(f"  ... and {len(counts) - _SHOWN_CLASSES} more")
     if (counts == 0).any():
         print(f"  {int((counts == 0).sum())} classes have no image")
+    if records.empty_folders:
+        shown = ", ".join(map(repr, records.empty_folders[:_SHOWN_FILES]))
+        print(f"  {len(records.empty_folders)} folders hold no image: {shown}")
 
 
 def _print_sizes(sizes: Counter[tuple[int, int]]) -> None:

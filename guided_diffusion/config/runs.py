@@ -173,6 +173,15 @@ class RunConfig:
     def validate(self) -> RunConfig:
         for section in SECTIONS:
             getattr(self, section).validate()
+        return self._agreed()
+
+    def _agreed(self) -> RunConfig:
+        """Rules between sections."""
+        if self.diffusion.use_kl and self.train.min_snr_gamma:
+            raise ValueError(
+                f"--min_snr_gamma {self.train.min_snr_gamma:g} weighs the mean squared error, which --use_kl True does not have; "
+                "give one of the two"
+            )
         return self
 
     @classmethod
@@ -185,7 +194,8 @@ class RunConfig:
 
     @classmethod
     def from_flags(cls, kind: str, flags: Mapping[str, Any]) -> RunConfig:
-        return cls(**{name: config.from_flags(flags) for name, config in cls.sections(kind).items()})  # type: ignore[arg-type]
+        run = cls(**{name: config.from_flags(flags) for name, config in cls.sections(kind).items()})  # type: ignore[arg-type]
+        return run._agreed()
 
     @classmethod
     def from_dict(cls, kind: str, values: Mapping[str, Any]) -> RunConfig:

@@ -53,7 +53,7 @@ def by_folder(names: Sequence[str]) -> Labels:
     loose = [name for name in names if "/" not in name]
     if loose:
         raise ValueError(
-            f"labels='folders': {len(loose)} of {len(names)} images lie in no sub-folder{_first(loose)}; "
+            f"labels='folders': {len(loose)} of {len(names)} images lie in no sub-folder{first(loose)}; "
             "move them into one folder per class, or use labels='prefix', 'none' or a csv/json file"
         )
     return from_names([name.rsplit("/", 1)[0] for name in names], "folders")
@@ -130,7 +130,7 @@ def _csv_rows(text: str, source: str) -> list[tuple[str, Label]]:
         rows = rows[1:]
     short = [",".join(row) for row in rows if len(row) <= max(path_at, label_at)]
     if short:
-        raise ValueError(f"{source}: {len(short)} rows lack a path or a label{_first(short)}")
+        raise ValueError(f"{source}: {len(short)} rows lack a path or a label{first(short)}")
     cells = [(row[path_at].strip(), row[label_at].strip()) for row in rows]
     # Numbers only if all are: 'n01440764' beside '7' are two names.
     numeric = all(re.fullmatch(r"\d+", label) for _, label in cells)
@@ -145,9 +145,9 @@ def match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labe
     if missing or unlabeled:
         problems = []
         if missing:
-            problems.append(f"{len(missing)} of its {len(table)} entries name no image{_first(missing)}")
+            problems.append(f"{len(missing)} of its {len(table)} entries name no image{first(missing)}")
         if unlabeled:
-            problems.append(f"{len(unlabeled)} of {len(names)} images have no label{_first(unlabeled)}")
+            problems.append(f"{len(unlabeled)} of {len(names)} images have no label{first(unlabeled)}")
         raise ValueError(f"{source}: {'; '.join(problems)}; paths are relative to the data folder")
     values = [table[name] for name in names]
     if all(isinstance(value, int) for value in values):
@@ -161,7 +161,7 @@ def match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labe
     return from_names([str(value) for value in values], source)
 
 
-def _first(items: Iterable[str]) -> str:
+def first(items: Iterable[str]) -> str:
     """' (first: a, b, c)' for an error message."""
     listed = list(items)
     return f" (first: {', '.join(repr(item) for item in listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''})"

@@ -32,6 +32,7 @@ class Records:
     root: str = ""
     preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
     stored_size: tuple[int, int] | None = None  # (height, width) of packed pictures
+    empty_folders: tuple[str, ...] = ()  # beside the class folders, but without a picture
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.paths):
@@ -61,11 +62,16 @@ class Records:
         return replace(self, labels=None, class_names=(), label_source="none")
 
     def require_labels(self) -> np.ndarray:
-        """The labels, int64 `[N]`; ValueError with the ways to give them where there are none."""
+        """The labels, int64 `[N]`; ValueError with the ways to give them where there are none, and for a class folder without images."""
         if self.labels is None:
             raise ValueError(
                 f"{self.root or 'these records'}: a class-conditional run needs labels and {len(self)} images have none; put the "
                 "images in one folder per class, start their names with 'class_', or give a csv/json file of path,label"
+            )
+        if self.empty_folders:
+            raise ValueError(
+                f"{self.root}: {len(self.empty_folders)} class folders hold no images{tables.first(self.empty_folders)}; "
+                "put images into them or remove them"
             )
         return self.labels
 
@@ -88,6 +94,7 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
             f"{place!r}: no images found; looked for {', '.join('.' + e for e in EXTENSIONS)} in all sub-folders"
         )
     found = _choose_labels(source, labels)
+    empty = _empty_folders(place, source) if found.source == "folders" and source.kind == "files" else ()
     return Records(
         source.paths,
         found.numbers,
@@ -97,7 +104,15 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
         place,
         source.preprocessing,
         source.stored_size,
+        empty,
     )
+
+
+def _empty_folders(root: str, source: sources.Source) -> tuple[str, ...]:
+    """Folders in the root below which there is no picture; hidden ones are not looked at."""
+    held = {name.split("/")[0] for name in source.names}
+    others = [name for name in storage.listdir(root) if name not in held and not name.startswith(".")]
+    return tuple(name for name in others if storage.isdir(storage.join(root, name)))
 
 
 def _choose_labels(source: sources.Source, labels: str) -> tables.Labels:

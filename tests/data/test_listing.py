@@ -183,6 +183,19 @@ def test_other_mistakes_say_what_to_do(write_pictures, tmp_path):
         list_records(root).require_labels()
 
 
+def test_a_class_folder_without_images_is_told(write_pictures):
+    root = write_pictures("cat/1.png", "dog/2.png")
+    (root / "ox" / "calf").mkdir(parents=True)
+    (root / ".cache").mkdir()
+    records = list_records(root)
+    assert records.class_names == ("cat", "dog") and records.empty_folders == ("ox",)
+    with pytest.raises(
+        ValueError, match="1 class folders hold no images .*'ox'.*; put images into them or remove them"
+    ):
+        records.require_labels()
+    assert list_records(root, labels="none").empty_folders == ()
+
+
 def test_taking_some_records_keeps_class_numbers(write_pictures):
     records = list_records(write_pictures("a/1.png", "b/1.png", "b/2.png"))
     assert records.take(slice(1, None)).labels.tolist() == [1, 1]
