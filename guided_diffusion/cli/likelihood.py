@@ -68,9 +68,14 @@ def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> in
     tell = print if world.is_main else _silent
     own = {*ModelConfig.names(), *DiffusionConfig.names()}
     typed = {name: value for name, value in parsed.typed.items() if name in own}
-    model = build.load(config.model_path, flags=typed, device=world.device, precision=config.precision, tell=tell)
-    if model.kind != "diffusion":
-        raise ValueError(f"--model_path {model.path} is a {model.kind} model; likelihoods need a diffusion model")
+    model = build.load(
+        config.model_path,
+        kind="diffusion",
+        flags=typed,
+        device=world.device,
+        precision=config.precision,
+        tell=tell,
+    )
     data = DataConfig.from_flags({**parsed.flags, "random_flip": False, "random_crop": False})
     records = list_records(data.data_dir, labels=data.labels)
     if getattr(model.config.model, "class_cond", False):
@@ -116,6 +121,10 @@ def measure(
     from ..diffusion.likelihood import bits_per_dim
     from ..runtime.streams import EVALUATE, Streams
 
+    if len(records) < world.size:
+        raise ValueError(
+            f"{data.data_dir} has {len(records)} images for {world.size} processes; start no more than that"
+        )
     per_step = min(config.batch_size * world.size, len(records) - len(records) % world.size)
     batches = build.build_batches(
         records, data, model.config.model, batch_size=per_step, rank=world.rank, size=world.size, seed=config.seed

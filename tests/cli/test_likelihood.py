@@ -1,0 +1,209 @@
+"""Bits per dimension of real images: independent of batches and processes, in the files of 2021, equal to the old loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import guided_diffusion as gd
+from guided_diffusion import build
+from guided_diffusion.cli import likelihood
+from guided_diffusion.cli.main import main
+from guided_diffusion.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+NETWORK = {
+    "image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
+    "attention_resolutions": "4", "learn_sigma": True, "class_cond": True, "num_classes": 10,
+    "diffusion_steps": STEPS, "noise_schedule": "cosine",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real handwritten digits in folders by class, and a network that has something to say."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("nll")
+    found = datasets.load_digits()
+    for n, (pixels, label) in enumerate(zip(found.images[:30], found.target)):
+        path = root / "digits" / str(label) / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(path)
+    config = RunConfig.from_flags("diffusion", NETWORK)
+    net = build.build_network(config.model, config.diffusion, seed=0)
+    with torch.no_grad():
+        for number, p in enumerate(net.parameters()):
+            p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    process = build.build_process(config.diffusion)
+    gd.save(build.Loaded(net, process, config, "", tuple("0123456789")), str(root / "model"))
+    return root
+
+
+def measure(place: Path, out: Path, *words: str) -> dict[str, Any]:
+    command = ["nll", "--model_path", f"{place}/model", "--data_dir", f"{place}/digits", "--device", "cpu"]
+    assert main([*command, "--num_samples", "7", "--out", str(out), *words]) == 0
+    return json.loads((out / "likelihood.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_by_one(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    measure(place, out)
+    return out
+
+
+def test_the_files_of_2021(one_by_one: Path) -> None:
+    for name in ("vb", "mse", "xstart_mse"):
+        with np.load(one_by_one / f"{name}_terms.npz") as found:
+            assert found.files == ["arr_0"] and found["arr_0"].shape == (STEPS,)
+            assert np.isfinite(found["arr_0"]).all()
+    with np.load(
+        one_by_one / "mse_terms.npz"
+    ) as found:  # the noisiest step comes first: its noise is the easiest to see
+        assert found["arr_0"][-1] > found["arr_0"][0]
+
+
+def test_the_number_its_error_bar_and_its_parts(one_by_one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads((one_by_one / "likelihood.json").read_text())
+    values = np.array(told["by_image"])
+    assert told["images"] == len(values) == 7
+    assert told["bits_per_dim"] == pytest.approx(values.mean())
+    assert told["standard_error"] == pytest.approx(values.std(ddof=1) / np.sqrt(7))
+    assert sum(told["breakdown"].values()) == pytest.approx(told["bits_per_dim"], rel=1e-5)
+    assert set(told["breakdown"]) == {"prior", "pixels (step 0)", *(f"steps, quarter {k}" for k in (1, 2, 3, 4))}
+    with np.load(one_by_one / "vb_terms.npz") as found:
+        assert found["arr_0"][-1] == pytest.approx(told["breakdown"]["pixels (step 0)"], rel=1e-5)
+        assert found["arr_0"].sum() + told["breakdown"]["prior"] == pytest.approx(told["bits_per_dim"], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", ["2", "3", "7", "50"])
+def test_batches_change_nothing(place: Path, one_by_one: Path, tmp_path: Path, size: str) -> None:
+    found, before = (
+        measure(place, tmp_path, "--batch_size", size),
+        json.loads((one_by_one / "likelihood.json").read_text()),
+    )
+    np.testing.assert_allclose(found["by_image"], before["by_image"], rtol=2e-5)
+    for name in ("vb", "mse", "xstart_mse"):
+        with np.load(tmp_path / f"{name}_terms.npz") as a, np.load(one_by_one / f"{name}_terms.npz") as b:
+            np.testing.assert_allclose(a["arr_0"], b["arr_0"], rtol=1e-4, atol=1e-6)
+
+
+def test_another_seed_measures_other_images(place: Path, one_by_one: Path, tmp_path: Path) -> None:
+    found = measure(place, tmp_path, "--seed", "1")
+    assert found["by_image"] != json.loads((one_by_one / "likelihood.json").read_text())["by_image"]
+
+
+def test_equal_noise_gives_what_the_old_loop_gives(place: Path) -> None:
+    """`GaussianDiffusion.calc_bpd_loop` draws its noise step by step from the global generator; ours is handed the same."""
+    from guided_diffusion.data.images import to_float
+    from guided_diffusion.diffusion.likelihood import bits_per_dim
+    from guided_diffusion.script_util import create_gaussian_diffusion
+
+    model = gd.load(f"{place}/model", tell=lambda _: None)
+    old = create_gaussian_diffusion(steps=STEPS, learn_sigma=True, noise_schedule="cosine")
+    x0 = to_float(torch.from_numpy(np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1)).astype(np.uint8)))
+    y = torch.tensor([1, 2, 3])
+    torch.manual_seed(5)
+    expected = old.calc_bpd_loop(model.net, x0, clip_denoised=True, model_kwargs={"y": y})
+    torch.manual_seed(5)
+    denoise = gd.make_denoiser(model.net, model.process, {"y": y}, clip=True, **model.config.diffusion.reading)
+    found = bits_per_dim(denoise, model.process, x0)
+    for ours, theirs in (
+        ("total", "total_bpd"),
+        ("prior", "prior_bpd"),
+        ("vb", "vb"),
+        ("eps_mse", "mse"),
+        ("x0_mse", "xstart_mse"),
+    ):
+        torch.testing.assert_close(getattr(found, ours), expected[theirs], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_close(place: Path, one_by_one: Path, tmp_path: Path, precision: str) -> None:
+    found, before = (
+        measure(place, tmp_path, "--precision", precision),
+        json.loads((one_by_one / "likelihood.json").read_text()),
+    )
+    assert np.isfinite(found["by_image"]).all()
+    np.testing.assert_allclose(found["by_image"], before["by_image"], rtol=0.03)
+    assert found["by_image"] != before["by_image"]
+
+
+def test_the_prior_lies_within_what_the_process_allows(place: Path, tmp_path: Path) -> None:
+    """No pixel lies outside [-1, 1], and the prior of the process alone is largest there."""
+    model = gd.load(f"{place}/model", tell=lambda _: None)
+    found = measure(place, tmp_path, "--num_samples", "3")
+    prior = found["breakdown"]["prior"]
+    # Of this process alone: the KL between q(x_T | x0) and a standard normal, in bits.
+    alpha_bar = float(model.process.alpha_bar[-1])
+    highest = 0.5 * (alpha_bar * 1.0 + (1 - alpha_bar) - 1 - np.log(1 - alpha_bar)) / np.log(2)
+    assert 0 < prior <= highest * (1 + 1e-6)
+
+
+def test_more_images_than_there_are(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measure(place, tmp_path, "--num_samples", "99", "--batch_size", "30", "--timestep_respacing", "3")
+    assert found["images"] == 30 and "has 30 images: each is used once" in capsys.readouterr().out
+
+
+def test_mistakes_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nll", "--model_path", f"{place}/model"]) == 2
+    assert "--data_dir is empty" in capsys.readouterr().err
+    critic = RunConfig.from_flags("classifier", {"image_size": 64, "classifier_width": 64, "num_classes": 3})
+    net = build.build_network(critic.model)
+    gd.save(build.Loaded(net, build.build_process(critic.diffusion), critic, ""), str(tmp_path / "critic"))
+    assert main(["nll", "--model_path", f"{tmp_path}/critic", "--data_dir", f"{place}/digits"]) == 2
+    assert "is a classifier; a diffusion model is needed here" in capsys.readouterr().err
+
+
+def test_one_image_has_no_error_bar(place: Path, tmp_path: Path) -> None:
+    command = ["nll", "--model_path", f"{place}/model", "--data_dir", f"{place}/digits", "--timestep_respacing", "2"]
+    assert main([*command, "--num_samples", "1", "--out", str(tmp_path)]) == 0
+    assert np.isnan(likelihood.standard_error(np.array([3.0])))
+
+
+def script(words: str, folder: Path, *before: str, **environ: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_LOGDIR")}
+    command = [*before, sys.executable, str(ROOT / "scripts" / "image_nll.py"), *words.split()]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**clean, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_script_of_2021_and_two_processes(place: Path, one_by_one: Path, tmp_path: Path) -> None:
+    flags = (
+        "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 4 "
+        f"--learn_sigma True --class_cond True --diffusion_steps {STEPS} --noise_schedule cosine "
+    )
+    (tmp_path / "mine.pt").write_bytes((place / "model" / "model000000.pt").read_bytes())
+    words = (
+        f"--model_path mine.pt --data_dir {place}/digits --num_samples 7 --batch_size 2 --clip_denoised True {flags}"
+    )
+    told = script(words, tmp_path, OPENAI_LOGDIR=str(tmp_path / "logs"))
+    assert "bpd=" in told and (tmp_path / "logs" / "vb_terms.npz").exists()
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
+    script(words + "--out two", tmp_path, *torchrun)
+    before = json.loads((one_by_one / "likelihood.json").read_text())["by_image"]
+    for folder in ("logs", "two"):
+        found = json.loads((tmp_path / folder / "likelihood.json").read_text())
+        np.testing.assert_allclose(found["by_image"], before, rtol=2e-5)
+        with np.load(tmp_path / folder / "vb_terms.npz") as a, np.load(one_by_one / "vb_terms.npz") as b:
+            np.testing.assert_allclose(a["arr_0"], b["arr_0"], rtol=1e-4, atol=1e-6)
