@@ -89,7 +89,7 @@ def against_diffusers(shape: Shape, *, device: str, rounds: int) -> list[Ratio]:
         num_classes=model.num_classes,
         **common,
     )
-    other = UNet2DModel(**arguments)
+    other: Any = UNet2DModel(**arguments)
     other.load_state_dict(state)
     other = other.to(device).eval().requires_grad_(False)
     net = ready(net)

@@ -72,8 +72,8 @@ def tiny() -> Shape:
 
 def released(size: int, batch: int, train_batch: int) -> Shape:
     """The class-conditional network released for this image size, with its classifier."""
-    model = presets.get(f"{size}x{size}_diffusion").config
-    classifier = presets.get(f"{size}x{size}_classifier").config
+    model = presets.get(f"{size}x{size}_diffusion")
+    classifier = presets.get(f"{size}x{size}_classifier")
     assert isinstance(model.model, ModelConfig) and isinstance(classifier.model, ClassifierConfig)
     return Shape(f"released {size}px", model.model, classifier.model, batch, train_batch, model.diffusion)
 

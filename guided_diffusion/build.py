@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import identify
 from .config import (
@@ -107,6 +108,25 @@ def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, s
         if seed is not None:
             torch.manual_seed(key_of(seed, TRAIN))
         return build_classifier(model) if isinstance(model, ClassifierConfig) else build_model(model, diffusion)
+
+
+def build_empty(model: Network, diffusion: DiffusionConfig | None = None) -> nn.Module:
+    """The network of any config on the meta device, without weights: to be given those of a file (`assign=True`)."""
+    with torch.device("meta"), _Unfilled():
+        return build_network(model, diffusion)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors as they are where they would be filled with first weights.
+
+    On the meta device filling does nothing, slowly: its normal_ imports the whole compiler, which takes a second or two.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.zero_, Tensor.fill_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _classes(model: Network) -> int:
@@ -432,8 +452,7 @@ def load(
     else:
         identify.require_kind(found.path, config.kind, kind)
         config = agree(config, flags, found.path)
-    with torch.device("meta"):
-        net = build_network(config.model, config.diffusion)
+    net = build_empty(config.model, config.diffusion)
     load_weights_into(net, weights, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)

@@ -80,7 +80,7 @@ def ddim(
     alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        sigma = ddim_sigma(alpha_bar[k], previous[k], eta)
+        sigma = float(ddim_sigma(alpha_bar[k], previous[k], eta))
         from_x0, from_x = ddim_weights(alpha_bar[k], previous[k], sigma)
         x = torch.add(from_x0 * x0, x, alpha=from_x)
         if sigma > 0:
