@@ -55,7 +55,7 @@ def small(num_channels: int = 64, image_size: int = 64, batch: int = 2, train_ba
     )
     classifier = ClassifierConfig(
         image_size=image_size,
-        classifier_width=num_channels // 2,
+        classifier_width=max(32, num_channels // 2),
         classifier_depth=1,
         classifier_num_head_channels=32,
         classifier_channel_mult="1,2,3,4",
