@@ -337,7 +337,9 @@ def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) 
     limit = timedelta(seconds=timeout_s)
     try:
         if place.launcher == "torchrun":
-            return next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+            store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+            # The store outlives a restart by torchrun; what the last attempt left in it, such as its death note, is not ours.
+            return dist.PrefixStore(f"attempt{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         if known := launchers.known_address(place, environ):
             return _tcp_store(known[0], known[1], place, limit)
         if launchers.one_host(place):
