@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "demo": ["scikit-learn>=1.3", "matplotlib>=3.7"],
-    "eval": ["matplotlib>=3.7", "timm>=1.0", "transformers>=4.40"],
+    "eval": ["matplotlib>=3.7", "transformers>=4.40"],
     "plots": ["matplotlib>=3.7"],
     "tensorboard": ["tensorboard>=2.14"],
     "safetensors": ["safetensors>=0.4"],

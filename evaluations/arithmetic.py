@@ -16,10 +16,11 @@ def full_float32() -> Iterator[None]:
     Scores while training would otherwise inherit the trainer's fast settings and differ from scores of saved samples.
     All settings are put back at the end.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
     settings: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        kinds = (torch.backends.cuda.matmul, cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+        kinds = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
         settings += [(kind, "fp32_precision", "ieee") for kind in kinds]
     else:  # PyTorch before 2.9
         settings += [(torch.backends.cuda.matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]

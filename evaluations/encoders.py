@@ -8,6 +8,7 @@ nothing is downloaded.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 from .features import World, extract
 from .inception import POOL_FEATURES, SPATIAL_FEATURES
 from .inputs import ImageSource, file_sha256, open_images
+from .npy import open_npz
 
 RESIZE = "TensorFlow 1 bilinear to 299x299, no half-pixel shift, no antialiasing, float32"
+_FAMILIES = {"dinov2": ("dinov2", "dinov2_with_registers"), "clip": ("clip", "clip_vision_model")}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -171,13 +174,21 @@ class StoredFeatures:
         path = os.fspath(images)
         if not os.path.isfile(path):
             raise ValueError(f"there is no file {path!r}")
-        with np.load(path, allow_pickle=False) as npz:
-            key = next((key for key in ("features", "arr_0") if key in npz.files), None)
-            matrix = npz[key] if key else None
-            labels = npz["arr_1"].astype(np.int64) if "arr_1" in npz.files else None
-        if matrix is None or matrix.ndim != 2 or matrix.dtype.kind != "f":
-            held = "nothing of that kind" if matrix is None else f"{matrix.dtype} {list(matrix.shape)}"
+        arrays = open_npz(path)
+        stored = arrays.get("features", arrays.get("arr_0"))
+        if stored is None or len(stored.header.shape) != 2 or stored.header.dtype.kind != "f":
+            held = "nothing of that kind" if stored is None else f"{stored.header.dtype} {list(stored.header.shape)}"
             raise ValueError(f"{path}: expected a float matrix [images, features] under 'features', found {held}")
+        matrix = stored.read(0, stored.header.shape[0])
+        labels = None
+        if "arr_1" in arrays:
+            header = arrays["arr_1"].header
+            if header.shape != (len(matrix),) or header.dtype.kind not in "iu":
+                raise ValueError(
+                    f"arr_1 in {path} has shape {header.shape} and dtype {header.dtype}; labels are whole numbers, one "
+                    f"for each of the {len(matrix)} rows of features"
+                )
+            labels = arrays["arr_1"].read(0, len(matrix)).astype(np.int64)
         return Encoded(path, file_sha256(path), None, ("features made elsewhere",), labels, matrix, None)
 
     def receipt(self) -> dict[str, Any]:
@@ -196,11 +207,21 @@ def vision_transformer(kind: str, folder: str, device: torch.device) -> Callable
     if not (path / "config.json").is_file():
         raise ValueError(f"{folder!r} is no model folder: it has no config.json (save one with save_pretrained)")
     try:
+        family = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / 'config.json'} does not name its model_type: {error}") from error
+    if family not in _FAMILIES[kind]:
+        raise ValueError(f"{folder!r} holds a model of type {family!r}; --features {kind} takes {_FAMILIES[kind]}")
+    try:
         import transformers
     except ImportError as error:
         raise ValueError(f"--features {kind} needs the transformers package: pip install transformers") from error
     loader = transformers.AutoModel if kind == "dinov2" else transformers.CLIPVisionModelWithProjection
-    model = loader.from_pretrained(str(path), local_files_only=True).eval().to(device)
+    model, loaded = loader.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+    if loaded["missing_keys"]:
+        # transformers fills what is missing with random numbers
+        raise ValueError(f"{folder!r} lacks weights of the model, first {sorted(loaded['missing_keys'])[:3]}")
+    model = model.eval().to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (_IMAGENET, _CLIP)[kind == "clip"])
     size = 224 if kind == "dinov2" else int(model.config.image_size)
 

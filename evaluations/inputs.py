@@ -95,6 +95,8 @@ def open_images(source: Any, *, value_range: tuple[float, float] | None = None) 
         start = file.read(6)
     if start == b"\x93NUMPY":
         return ArraySource(text, DiskArray(path), value_range=value_range)
+    if start[:1] == b"\x80":
+        raise ValueError(f"{text} is a Python pickle, which can run code when read; save images with numpy.savez")
     if start[:2] == b"PK" or path.suffix == ".npz":
         try:
             with zipfile.ZipFile(path) as archive:
@@ -102,8 +104,6 @@ def open_images(source: Any, *, value_range: tuple[float, float] | None = None) 
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{text} is cut off or damaged: {error}. Copy or make it again.") from error
         return _from_npz(text, value_range) if is_npz else pictures.ZipSource(text)
-    if start[:1] == b"\x80":
-        raise ValueError(f"{text} is a Python pickle, which can run code when read; save images with numpy.savez")
     raise ValueError(
         f"{text} is no known kind of image file (it starts with {start!r}); "
         "npz, npy, zip of images, tar shards or a folder can be read"

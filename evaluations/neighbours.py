@@ -22,21 +22,33 @@ import numpy as np
 import torch
 
 PUBLISHED_BLOCK = 10_000
+GROUPS = 20
 _SPARE = 4  # candidates kept beyond the k + 1 nearest, so that rounding does not lose one
 
 
 class Neighbours(NamedTuple):
     """What the balls say about each image; every metric here is a mean of one of these.
 
-    inside_reference [n samples] bool: within some reference ball. inside_sample [m references] bool: within some
-    sample ball. ball_counts [n] int: in how many reference balls. occupied [m] bool: own ball holds some sample.
+    inside_reference [n samples] bool: within some reference ball. ball_counts [n] int: in how many reference balls.
+    by_group [20 or fewer, m references] bool: within some ball of the samples i, i + 20, i + 40, ... occupied_by_group
+    likewise: own ball holds one of these samples. The groups serve the error bars of recall and coverage.
     """
 
     inside_reference: np.ndarray
-    inside_sample: np.ndarray
+    by_group: np.ndarray
     ball_counts: np.ndarray
-    occupied: np.ndarray
+    occupied_by_group: np.ndarray
     k: int
+
+    @property
+    def inside_sample(self) -> np.ndarray:
+        """[m] bool: within some sample ball."""
+        return np.asarray(self.by_group.any(axis=0))
+
+    @property
+    def occupied(self) -> np.ndarray:
+        """[m] bool: own ball holds some sample."""
+        return np.asarray(self.occupied_by_group.any(axis=0))
 
     @property
     def precision(self) -> float:
@@ -85,7 +97,11 @@ def neighbours(
         raise ValueError(f"reference_radii must have shape [{len(y)}], got {list(reference_radii.shape)}")
     sample_radii = squared_radii(x, k=k, dtype=dtype, device=device, tile=tile)
     found = Neighbours(
-        np.zeros(len(x), bool), np.zeros(len(y), bool), np.zeros(len(x), np.int64), np.zeros(len(y), bool), k
+        inside_reference=np.zeros(len(x), bool),
+        by_group=np.zeros((min(GROUPS, len(x)), len(y)), bool),
+        ball_counts=np.zeros(len(x), np.int64),
+        occupied_by_group=np.zeros((min(GROUPS, len(x)), len(y)), bool),
+        k=k,
     )
     with _full_precision_products():
         for rows, columns in _blocks(len(x), len(y)):
@@ -253,9 +269,14 @@ def _count_block(
         u = x[at]
         distances = _distances(u, v, dtype, device)
         in_reference, in_sample = _inside(u, v, distances, sample_radii[at], ball_v, dtype, exact)
-        found.ball_counts[at] += in_reference.sum(dim=1).cpu().numpy()
-        found.occupied[here] |= in_reference.any(dim=0).cpu().numpy()
-        found.inside_sample[here] |= in_sample.any(dim=0).cpu().numpy()
+        found.ball_counts[at] += in_reference.view(torch.uint8).sum(dim=1, dtype=torch.int32).cpu().numpy()
+        groups = len(found.by_group)
+        for offset in range(min(groups, len(u))):
+            group = (at.start + offset) % groups
+            # The greatest byte, not any(): the same answer, thirty times faster on a CPU.
+            for mask, reached in ((in_sample, found.by_group), (in_reference, found.occupied_by_group)):
+                part = mask[offset::groups].view(torch.uint8).amax(dim=0)
+                reached[group, here] |= part.cpu().numpy().view(bool)
 
 
 def _inside(

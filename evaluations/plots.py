@@ -22,7 +22,8 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
         color, name = f"C{number % 10}", os.path.basename(one.samples.name)
         _frechet(left, one, color, name)
         _tradeoff(right, one, color, name)
-    left.set(xlabel="samples N", ylabel="FID")
+    distances = {score.name for one in report.sets for score in one.scores if _is_distance(score.name)}
+    left.set(xlabel="samples N", ylabel=", ".join(sorted(distances)))
     left.margins(y=0.15)
     right.set(xlabel="recall", ylabel="precision")
     right.grid(alpha=0.3)
@@ -32,8 +33,12 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _is_distance(name: str) -> bool:
+    return name == "FID" or name.startswith("FD ")
+
+
 def _frechet(axes: Any, one: SetReport, color: str, name: str) -> None:
-    found = next((score for score in one.scores if score.name in ("FID",) or score.name.startswith("FD ")), None)
+    found = next((score for score in one.scores if _is_distance(score.name)), None)
     if found is not None:
         axes.errorbar([one.samples.count], [found.value], yerr=found.error, fmt="o", color=color, capsize=3, label=name)
     if one.fid_infinity is not None:

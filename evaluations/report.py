@@ -52,6 +52,7 @@ class Extrapolated:
     residual: float
     counts: tuple[int, ...]
     values: tuple[float, ...]
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
             report = json.load(file)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a report: {error}") from error
-    if not isinstance(report, dict) or report.get("format") != FORMAT or not report.get("sets"):
+    sets = report.get("sets") if isinstance(report, dict) and report.get("format") == FORMAT else None
+    whole = isinstance(sets, list) and all(
+        isinstance(one, dict) and {"samples", "scores"} <= one.keys() for one in sets
+    )
+    if not sets or not whole:
         raise ValueError(f"{path} is no report of this evaluator (format {FORMAT}); write one with --json")
     return report
 
@@ -165,23 +170,24 @@ def classic_lines(report: SetReport) -> list[str]:
 
 def extra_lines(report: SetReport) -> list[str]:
     """Further scores, error bars, the extrapolation and the table of classes."""
+    distance = next((score.name for score in report.scores if score.name.startswith("FD ")), "FID")
     lines = [f"{score.name}: {score.value!r}" for score in report.scores if score.name not in CLASSIC]
     lines += [f"{s.name} standard error: {s.error!r} ({s.method})" for s in report.scores if s.error is not None]
     if report.fid_infinity is not None:
         line = report.fid_infinity
-        lines.append(f"FID infinity: {line.infinity!r} (residual {line.residual:.3g}, {_points(line)})")
+        points = ", ".join(f"{count}: {value:.4f}" for count, value in zip(line.counts, line.values))
+        told = f"residual {line.residual:.3g}, {distance} at N: {points}"
+        lines.append(f"{distance} infinity: {line.infinity!r} ({told})")
+        if line.error is not None:
+            lines.append(f"{distance} infinity standard error: {line.error!r} (propagated from that of {distance})")
     if report.per_class:
-        lines += ["", *class_table(report.per_class)]
+        lines += ["", *class_table(report.per_class, distance)]
     return lines
 
 
-def _points(line: Extrapolated) -> str:
-    return "FID at N: " + ", ".join(f"{count}: {value:.4f}" for count, value in zip(line.counts, line.values))
-
-
-def class_table(classes: Sequence[ClassScores]) -> list[str]:
-    """One line per class, worst precision first."""
-    head = ("class", "samples", "references", "precision", "recall", "density", "FID", "KID")
+def class_table(classes: Sequence[ClassScores], distance: str = "FID") -> list[str]:
+    """One line per class, worst precision first; `distance` is the name of the Frechet distance."""
+    head = ("class", "samples", "references", "precision", "recall", "density", distance, "KID")
     rows = [
         (
             str(row.label),

@@ -133,6 +133,11 @@ class Scorer:
         encoded = self.encoder.encode(images, self.settings, self.world)
         if encoded is None:
             return None
+        if self.encoder.takes_images:
+            for note in encoded.notes:
+                _warn(f"{encoded.name}: {note}")
+        if not np.isfinite(encoded.pool).all():
+            raise ValueError(f"{encoded.name}: features hold values that are not finite (nan or infinity)")
         self.say(f"computing/reading {role} batch statistics...")
         stored = images.statistics() if isinstance(images, ImageSource) and self.encoder.name == "inception" else None
         if stored is not None:
@@ -140,6 +145,8 @@ class Scorer:
             spatial: statistics.Statistics | None = statistics.checked(
                 stored["mu_s"], stored["sigma_s"], name=images.name
             )
+        elif len(encoded.pool) < 2:
+            raise ValueError(f"{encoded.name} holds {len(encoded.pool)} images; scores need at least 2, better 50,000")
         else:
             pool = statistics.from_features(encoded.pool)
             spatial = None if encoded.spatial is None else statistics.from_features(encoded.spatial)
@@ -158,7 +165,7 @@ class Scorer:
         errors: dict[str, uncertainty.Uncertainty] = {}
         values: dict[str, float] = {}
         if self.encoder.weight is not None:
-            if sample.labels is not None and len(set(sample.labels)) > 1 and (np.diff(sample.labels) >= 0).all():
+            if sample.labels is not None and _sorted_across_splits(sample.labels, settings.split_size):
                 _warn(
                     f"{sample.about.name}: the samples are sorted by class. The Inception Score looks at consecutive "
                     f"runs of {settings.split_size} images and comes out low; shuffle the file"
@@ -180,12 +187,12 @@ class Scorer:
         else:
             values |= {"Precision": around.precision, "Recall": around.recall}
             errors["Precision"] = uncertainty.of_proportion(around.inside_reference, "samples")
-            errors["Recall"] = uncertainty.of_proportion(around.inside_sample, "references")
+            errors["Recall"] = uncertainty.of_groups(around.by_group)
         if settings.density_coverage and around is not None:
             values |= {"Density": around.density, "Coverage": around.coverage}
             density = uncertainty.of_influence(around.ball_counts / around.k, "spread of counts over samples")
             errors["Density"] = density
-            errors["Coverage"] = uncertainty.of_proportion(around.occupied, "references")
+            errors["Coverage"] = uncertainty.of_groups(around.occupied_by_group)
         if settings.kid and len(reference.encoded.pool) > 1:
             kernel = metrics.kernel_distance(sample.encoded.pool, reference.encoded.pool, device=device)
             values["KID"] = kernel.value
@@ -197,11 +204,11 @@ class Scorer:
         )
         line = None
         if settings.fid_infinity and len(sample.encoded.pool) >= 16:
-            line = report.Extrapolated(
-                *metrics.fid_infinity(
-                    sample.encoded.pool, reference.pool, reference_root=self._roots[name], device=device
-                )
+            found = metrics.fid_infinity(
+                sample.encoded.pool, reference.pool, reference_root=self._roots[name], device=device
             )
+            error = uncertainty.of_extrapolation(found, errors[name]) if name in shown else None
+            line = report.Extrapolated(*found, error)
         classes = self._per_class(sample, reference, around) if settings.per_class else ()
         return Scored(report.SetReport(sample.about, scores, classes, line), errors, around)
 
@@ -338,6 +345,10 @@ def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
                 )
                 a, b = (os.path.basename(one.report.samples.name) for one in (first, second))
                 yield report.DifferenceReport(score.name, a, b, found.value, found.error, found.paired)
+
+
+def _sorted_across_splits(labels: np.ndarray, split_size: int) -> bool:
+    return len(labels) > split_size and len(set(labels)) > 1 and bool((np.diff(labels) >= 0).all())
 
 
 def _warn(text: str) -> None:

@@ -34,10 +34,16 @@ class Probe(torch.nn.Module):
 @pytest.fixture
 def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Probe:
     model = Probe()
-    loader = SimpleNamespace(from_pretrained=lambda path, local_files_only: model if local_files_only else None)
+    model.missing = []
+
+    def from_pretrained(path: str, local_files_only: bool, output_loading_info: bool) -> object:
+        assert local_files_only and output_loading_info
+        return model, {"missing_keys": model.missing}
+
+    loader = SimpleNamespace(from_pretrained=from_pretrained)
     fake = SimpleNamespace(AutoModel=loader, CLIPVisionModelWithProjection=loader)
     monkeypatch.setitem(sys.modules, "transformers", fake)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     return model
 
@@ -52,14 +58,27 @@ def test_dinov2_takes_the_class_token_of_normalised_images(tmp_path: Path, probe
 
 
 def test_clip_gives_directions(tmp_path: Path, probe: Probe) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     encoder = make_encoder(Settings(features=f"clip:{tmp_path}"), torch.device("cpu"))
     found = encoder.encode(open_images(IMAGES), Settings(), World())
     assert probe.seen.shape == (5, 3, 32, 32)
     np.testing.assert_allclose(np.linalg.norm(found.pool, axis=1), 1, rtol=1e-6)
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_or_half_a_model_is_refused(tmp_path: Path, probe: Probe) -> None:
+    """transformers would fill in random weights with a warning, and the score would look like one."""
+    with pytest.raises(ValueError, match="holds a model of type 'dinov2'; --features clip takes"):
+        make_encoder(Settings(features=f"clip:{tmp_path}"), torch.device("cpu"))
+    probe.missing = ["layernorm.weight"]
+    with pytest.raises(ValueError, match=r"lacks weights of the model, first \['layernorm.weight'\]"):
+        make_encoder(Settings(features=f"dinov2:{tmp_path}"), torch.device("cpu"))
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not name its model_type"):
+        make_encoder(Settings(features=f"dinov2:{tmp_path}"), torch.device("cpu"))
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install transformers"):
         make_encoder(Settings(features=f"clip:{tmp_path}"), torch.device("cpu"))

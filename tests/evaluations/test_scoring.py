@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,10 @@ def test_every_metric_is_there(files: tuple[str, str], encoder: Encoder) -> None
     assert all(math.isfinite(score.value) and score.error > 0 and score.method for score in one.scores)
     x, y = (corners(torch.from_numpy(images)).numpy() for images in (SAMPLES, REFERENCE))
     assert one.score("FD corners").value == metrics.frechet_distance_of_features(x, y)
-    assert one.fid_infinity.counts[-1] == 50
+    assert one.fid_infinity.counts[-1] == 50 and one.fid_infinity.error > one.score("FD corners").error
+    lines = report.extra_lines(one)
+    assert sum(line.startswith("FD corners infinity") for line in lines) == 2
+    assert not any("FID" in line for line in lines)  # other features never pass for FID
     assert [row.label for row in one.per_class] == [0, 1, 2]
     assert sum(row.samples for row in one.per_class) == 50
     total = sum(row.precision * row.samples for row in one.per_class) / 50
@@ -84,7 +88,7 @@ def test_several_sets_are_compared(files: tuple[str, str], encoder: Encoder, tmp
     )
     assert len(found.sets) == 3 and len(found.differences) == 3 * 3
     assert [d.paired for d in found.differences if d.score == "FD corners"] == [True, False, False]
-    assert all(d.paired for d in found.differences if d.score == "Recall")  # the references are the same
+    assert all(d.paired for d in found.differences if d.score == "Recall")  # by groups of samples
     lines = report.difference_lines(found.differences)
     assert "standard errors" in lines[0] and "matched by position" in lines[0]
     plots.draw(found, tmp_path / "p.png")
@@ -116,8 +120,26 @@ def test_what_is_doubtful_is_said(encoder: Encoder) -> None:
     encoder.weight = torch.randn(5, 6)
     with pytest.warns(UserWarning, match="sorted by class"):
         source = ((SAMPLES[i : i + 25], np.full(25, i)) for i in (0, 25))
-        found = evaluate(REFERENCE, source, PLAIN, encoder=encoder)
+        found = evaluate(REFERENCE, source, replace(PLAIN, split_size=20), encoder=encoder)
     assert found.sets[0].score("Inception Score").value >= 1
+    source = ((SAMPLES[i : i + 25], np.full(25, i)) for i in (0, 25))
+    found = evaluate(REFERENCE, source, PLAIN, encoder=encoder)  # one split: order has no effect on it
+    assert not any("sorted" in text for text in found.warnings)
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest")
+def test_a_conversion_is_told_on_the_spot(encoder: Encoder) -> None:
+    with pytest.warns(UserWarning, match=r"array in memory: float32 images in \[0, 1\]: taken as round"):
+        found = evaluate(REFERENCE, SAMPLES.astype(np.float32) / 255, PLAIN, encoder=encoder)
+    assert found.warnings and found.sets[0].samples.notes
+
+
+def test_features_and_counts_without_a_score() -> None:
+    broken = CallableEncoder("broken", lambda images: images.float().mean((1, 2)) / 0)
+    with pytest.raises(ValueError, match="array in memory: features hold values that are not finite"):
+        evaluate(REFERENCE, SAMPLES, PLAIN, encoder=broken)
+    with pytest.raises(ValueError, match="holds 1 images; scores need at least 2"):
+        evaluate(REFERENCE, SAMPLES[:1], PLAIN, encoder=CallableEncoder("corners", corners))
 
 
 def test_features_made_elsewhere(tmp_path: Path) -> None:
@@ -131,6 +153,12 @@ def test_features_made_elsewhere(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", np.zeros((3, 3), int))
     with pytest.raises(ValueError, match="expected a float matrix"):
         evaluate(str(tmp_path / "bad.npz"), str(tmp_path / "x.npz"), Settings(features="npz"))
+    np.savez(tmp_path / "bad.npz", features=x, arr_1=np.arange(39))
+    with pytest.raises(ValueError, match=r"arr_1 in .* has shape \(39,\) .* each of the 40 rows"):
+        evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz"))
+    (tmp_path / "bad.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz"))
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
@@ -159,9 +187,10 @@ def test_compare_names_the_first_difference(
     assert any(line.startswith("FD corners: A ") and "+-" in line for line in told)
     assert compare.main([paths[0], paths[2]]) == 0
     assert "nothing that bears on a score differs" in capsys.readouterr().out
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="no report of this evaluator"):
-        report.read_report(tmp_path / "other.json")
+    for text in ("{}", "[]", '{"format": 1, "sets": [1]}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match="no report of this evaluator"):
+            report.read_report(tmp_path / "other.json")
     with pytest.raises(ValueError, match="cannot be read"):
         report.read_report(tmp_path / "absent.json")
 

@@ -79,6 +79,31 @@ def test_precision_error_is_the_spread_over_sets() -> None:
     assert np.mean(errors) == pytest.approx(np.std([one.precision for one in found], ddof=1), rel=0.25)
 
 
+def test_recall_and_coverage_errors_are_near_the_spread_over_sets() -> None:
+    """Not sharp, but they must not promise far more than is known, whatever the sizes of both sets."""
+    for samples, references in ((300, 300), (200, 800)):
+        y = REFERENCE[:references]
+        radii = neighbours.squared_radii(y)
+        found = [neighbours.neighbours(draw(samples, seed), y, reference_radii=radii) for seed in range(40)]
+        errors = [uncertainty.of_groups(one.by_group).error for one in found]
+        spread = np.std([one.recall for one in found], ddof=1)
+        assert 0.75 * spread < np.mean(errors) < 1.8 * spread
+        errors = [uncertainty.of_groups(one.occupied_by_group).error for one in found]
+        spread = np.std([one.coverage for one in found], ddof=1)
+        assert 0.75 * spread < np.mean(errors) < 1.8 * spread
+
+
+def test_extrapolated_distance_error_is_the_spread_over_sets() -> None:
+    values, errors = [], []
+    for seed in range(60):
+        x = draw(400, seed)
+        stats = statistics.from_features(x)
+        values.append(metrics.fid_infinity(x, REFERENCE_STATISTICS, points=5, seed=seed))
+        distance = uncertainty.of_frechet_distance(x, stats, REFERENCE_STATISTICS)
+        errors.append(uncertainty.of_extrapolation(values[-1], distance))
+    assert np.mean(errors) == pytest.approx(np.std([one.infinity for one in values], ddof=1), rel=0.25)
+
+
 def test_proportion_is_binomial() -> None:
     hits = np.arange(100) < 30
     assert uncertainty.of_proportion(hits, "samples").error == pytest.approx(np.sqrt(0.3 * 0.7 / 99), rel=1e-12)
