@@ -234,10 +234,9 @@ def _prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str | None:
 
 def _whole_parts(job: Job, tell: Callable[[str], None]) -> list[tuple[int, int, str]]:
     """`_parts` without those that a failing disk cut short; they are removed, to be made again."""
-    bytes_each, parts = int(np.prod(job.shape)), _parts(job)
-    short = (
-        [] if storage.is_remote(job.out) else [p for p in parts if storage.size(p[2]) <= bytes_each * (p[1] - p[0] + 1)]
-    )
+    bytes_each, header, parts = int(np.prod(job.shape)), 128, _parts(job)
+    wanted = {part: header + bytes_each * (part[1] - part[0] + 1) for part in parts}
+    short = [] if storage.is_remote(job.out) else [part for part in parts if storage.size(part[2]) < wanted[part]]
     for part in short:
         tell(f"{part[2]} is cut short; its images are made again")
         storage.remove(part[2])
