@@ -54,14 +54,19 @@ _API = {
     "training.trainer": ("Trainer",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _API.items() for name in names}
-# `respace` is the 2021 module of that name, which can also be called as the function.
-_MODULES = {"guidance": "diffusion.guidance", "presets": "presets", "respace": "respace"}
+_MODULES = {"guidance": "diffusion.guidance", "presets": "presets"}
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first touch (PEP 562)."""
-    if name in _MODULES:
-        value: Any = import_module(f".{_MODULES[name]}", __name__)
+    if name == "respace":
+        # Importing the 2021 module of that name binds it here, so it can be called as the function; without it, the function itself.
+        try:
+            value: Any = import_module(".respace", __name__)
+        except ModuleNotFoundError:
+            value = import_module(".diffusion.process", __name__).respace
+    elif name in _MODULES:
+        value = import_module(f".{_MODULES[name]}", __name__)
     elif name in _HOME:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     else:
@@ -71,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *_MODULES})
+    return sorted({*globals(), *_HOME, *_MODULES, "respace"})

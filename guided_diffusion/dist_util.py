@@ -7,7 +7,7 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,19 +122,31 @@ class _Communicator:
         return _world()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "MPI":
-        # mpi4py's world is the job only if MPI launched it: under torchrun every process would be rank 0 of 1.
-        if (
-            _launchers.discover(os.environ).launcher in ("openmpi", "mpich", "mpi4py")
-            and _launchers.mpi_communicator() is not None
-        ):
-            from mpi4py import MPI
+def _mpi() -> Any:
+    # mpi4py's world is the job only if MPI launched it: under torchrun every process would be rank 0 of 1.
+    launched_by_mpi = _launchers.discover(os.environ).launcher in ("openmpi", "mpich", "mpi4py")
+    if launched_by_mpi and _launchers.mpi_communicator() is not None:
+        from mpi4py import MPI
 
-            return MPI
-        return SimpleNamespace(COMM_WORLD=_Communicator())
-    if name == "bf":
-        import blobfile
+        return MPI
+    return SimpleNamespace(COMM_WORLD=_Communicator())
 
-        return blobfile
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def _blobfile() -> Any:
+    import blobfile
+
+    return blobfile
+
+
+class _Lazy:
+    """A module's name that star imports bind too, loaded when an attribute is first asked for."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load(), name)
+
+
+MPI = _Lazy(_mpi)
+bf = _Lazy(_blobfile)

@@ -17,6 +17,7 @@ from .data import labels as _labels
 from .data import loader as _loader
 from .data import sources as _sources
 from .data.listing import Records as _Records
+from .dist_util import MPI, bf  # noqa: F401  2021 names of this module
 
 _EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # what 2021 looked at; the rooms know more
 
@@ -114,8 +115,6 @@ def random_crop_arr(
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("MPI", "bf"):
-        return getattr(_dist_util, name)
     if name in ("Image", "math"):  # 2021 names of this module, loaded when asked for
         import math
 

@@ -53,3 +53,14 @@ def test_a_copy_under_another_package_works(tmp_path: Path) -> None:
         "assert 'guided_diffusion' not in sys.modules\ns.create_gaussian_diffusion()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_respace_needs_no_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the 2021 modules deleted the public name still answers."""
+    import guided_diffusion
+    from guided_diffusion.diffusion import process
+
+    monkeypatch.delitem(vars(guided_diffusion), "respace", raising=False)
+    monkeypatch.setitem(sys.modules, "guided_diffusion.respace", None)
+    assert guided_diffusion.respace is process.respace
+    monkeypatch.delitem(vars(guided_diffusion), "respace", raising=False)

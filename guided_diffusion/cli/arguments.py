@@ -142,6 +142,13 @@ def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
         raise UsageError(f"--config {path} is no JSON file: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold an object of flags or sections, not a {type(values).__name__}")
+    values = values["config"] if isinstance(values.get("config"), dict) else values
+    # In the file of another command (a training run's, given to `sample`) the sections on data and training are not meant.
+    foreign = [
+        name for name in ("data", "train") if isinstance(values.get(name), dict) and set(values[name]) - set(known)
+    ]
+    if set(values) <= {"model", "diffusion", "data", "train"} and "data_dir" not in known:
+        values = {name: section for name, section in values.items() if name not in foreign}
     flat = flatten(values)
     for name in flat:
         if name not in known:

@@ -33,8 +33,9 @@ def hooks(
         found.append(
             (getattr(config.train, "eval_interval", 5), Validation(config, process, held_out, batch_size, log))
         )
-    if config.train.sample_interval and config.kind == "diffusion":
-        found.append((config.train.sample_interval, Pictures(config, names, folder, log)))
+    if config.train.sample_interval >= 0 and config.kind == "diffusion":
+        every = config.train.sample_interval or config.train.save_interval
+        found.append((every, Pictures(config, names, folder, log)))
     return found
 
 

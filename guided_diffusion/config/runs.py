@@ -77,7 +77,11 @@ class TrainConfig(Section):
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0.0)
     lr_anneal_steps: int = flag(0, "lower the learning rate to 0 over this many steps, then end; 0 = never", low=0)
     batch_size: int = flag(1, "images per step and process", low=1)
-    microbatch: int = flag(-1, "images per forward and backward pass; -1 = the whole batch", low=-1)
+    microbatch: int = flag(
+        -1,
+        "images per forward and backward pass; -1 = the whole batch; 0 = the whole or half, a quarter ... as fits",
+        low=-1,
+    )
     ema_rate: str = flag("0.9999", "rates of the averaged weights, separated by commas")
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
     save_interval: int = flag(10000, "steps between two checkpoints", low=1)
@@ -94,8 +98,15 @@ class TrainConfig(Section):
     keep_last: int = flag(0, "how many of the newest checkpoints stay; 0 = all", low=0)
     keep_every: int = flag(0, "checkpoints at multiples of this step stay for good; 0 = none", low=0)
     shard_optimizer: bool = flag(False, "divide the optimizer's state among the processes: less memory on each")
+    compile: bool = flag(False, "the network through torch.compile: minutes at first, then faster on a GPU")
+    compress_gradients: bool = flag(False, "send gradients between processes in bfloat16: half the bytes, less exact")
+    static_graph: bool = flag(
+        False, "promise that every step uses the same weights, which saves work between processes"
+    )
     shard_ema: bool = flag(False, "divide the averaged weights among the processes: less memory on each")
-    sample_interval: int = flag(0, "steps between two pictures of samples; 0 = never", low=0)
+    sample_interval: int = flag(
+        0, "steps between two pictures of samples; 0 = with every checkpoint, -1 = never", low=-1
+    )
     sample_steps: str = flag("ddim25", "respacing of the sampler for those pictures")
     min_snr_gamma: float = flag(0.0, "weigh the loss by min(SNR, gamma); 0 = not", low=0.0)
 
@@ -138,10 +149,10 @@ class SampleConfig(Section):
 
     model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
     classifier_path: str = flag("", "weights of the classifier: a file or a run folder")
-    classifier_scale: float = flag(1.0, "strength of the guidance; 0 = none", low=0.0)
+    classifier_scale: float = flag(1.0, "strength of the guidance; 0 = none, below 0 = away from the class")
     clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")
     num_samples: int = flag(10000, "how many images", low=1)
-    batch_size: int = flag(16, "images per pass and process", low=1)
+    batch_size: int = flag(16, "images per pass and process; 0 = as many as fit, found by trying", low=0)
     use_ddim: bool = flag(False, "sample with DDIM instead of the ancestral chain")
     sampler: str = flag("", "empty = by --use_ddim", choices=("", "ancestral", "ddim", "heun", "dpm_solver"))
     eta: float = flag(0.0, "noise of DDIM: 0 = none, 1 = as much as the ancestral chain", low=0.0, high=1.0)
@@ -150,6 +161,8 @@ class SampleConfig(Section):
     labels: str = flag("random", "how classes are dealt out", choices=("random", "balanced"))
     precision: str = flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
     grid: int = flag(64, "images in the overview picture; 0 = none", low=0)
+    compile: bool = flag(False, "networks through torch.compile: minutes at first, then faster on a GPU")
+    cuda_graphs: bool = flag(False, "each guided step as one CUDA graph: faster where batches are small")
 
     @property
     def method(self) -> str:

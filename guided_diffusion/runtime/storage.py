@@ -29,8 +29,13 @@ PathLike = str | os.PathLike[str]
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether `path` is reached through blobfile."""
-    return os.fspath(path).startswith(_REMOTE_SCHEMES)
+    """Whether `path` is reached through blobfile. ValueError for a scheme that nothing here can reach."""
+    text = os.fspath(path)
+    if "://" in text and not text.startswith(_REMOTE_SCHEMES) and re.match(r"[a-z][a-z0-9+.-]*://", text):
+        raise ValueError(
+            f"{text}: only {', '.join(_REMOTE_SCHEMES)} and local paths can be reached; copy the files or mount the bucket"
+        )
+    return text.startswith(_REMOTE_SCHEMES)
 
 
 def _blobfile(path: PathLike) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guided_diffusion.cli import arguments
-from guided_diffusion.config import RunConfig
+from guided_diffusion.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 
 CONFIGS = list(RunConfig.sections("diffusion").values())
 
@@ -86,3 +86,16 @@ def test_dict_helpers_are_those_of_2021() -> None:
     assert arguments.args_to_dict(args, "abcde") == {"a": 2, "b": True, "c": "3", "d": "x", "e": 0.5}
     with pytest.raises(argparse.ArgumentTypeError):
         arguments.str2bool("perhaps")
+
+
+def test_a_training_run_s_file_gives_sample_its_network_and_nothing_else(tmp_path: Path) -> None:
+    config = RunConfig.from_flags(
+        "diffusion", {"image_size": 32, "batch_size": 7, "labels": "folders", "data_dir": "d"}
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    configs = (SampleConfig, ModelConfig, DiffusionConfig)
+    parsed = arguments.parse(["--config", str(file)], configs, program="p", description="d")
+    assert parsed.flags["image_size"] == 32
+    assert parsed.flags["batch_size"] == SampleConfig().batch_size
+    assert parsed.flags["labels"] == "random"

@@ -138,3 +138,10 @@ def test_pickles_that_run_code_are_refused_unless_asked_for(tmp_path):
     with pytest.raises(Exception, match="[Ww]eights_only"):
         dist_util.load_state_dict(str(tmp_path / "odd.pt"))
     assert dist_util.load_state_dict(str(tmp_path / "odd.pt"), weights_only=False)["odd"] == Path("x")
+
+
+def test_star_imports_bind_what_2021_bound() -> None:
+    names: dict[str, object] = {}
+    exec("from guided_diffusion.dist_util import *", names)
+    assert names["MPI"].COMM_WORLD.Get_size() == 1  # type: ignore[attr-defined]
+    assert {"th", "dist", "os", "io", "bf", "setup_dist", "dev"} <= set(names)

@@ -280,3 +280,9 @@ def test_an_unreachable_bucket_is_given_up(monkeypatch):
     monkeypatch.setitem(sys.modules, "blobfile", SimpleNamespace(create_context=create_context))
     assert storage.exists("gs://bucket/a") and storage.exists("gs://bucket/b")
     assert len(asked) == 1 and 1 <= asked[0]["retry_limit"] <= 20
+
+
+def test_a_scheme_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"s3://bucket/x: only gs://, az://, https:// and local paths"):
+        storage.exists("s3://bucket/x")
+    assert not storage.is_remote(tmp_path / "a:b")
