@@ -18,12 +18,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .jobs import Job
+from .jobs import Job, command
 
 REQUEUE = 85
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
@@ -200,24 +200,31 @@ def disturb_training(
 
 
 def disturb_sampling(
-    work: Path, moments: int, *, model: Path, count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 4)
+    work: Path,
+    moments: int,
+    words: Callable[[Path], list[str]],
+    *,
+    seed: int,
+    sizes: tuple[int, ...] = (1, 2, 4),
+    what: str = "sampling",
+    run: Callable[..., Any] = command,
 ) -> Tally:
-    """Interrupt sampling `moments` times, going on each time with another number of ranks; compare the npz bytes."""
-    tally = Tally("sampling", "/".join(map(str, sizes)))
-    logs = work / "logs_sampling"
-    job = Job(1, [sample_words(model, work / "calm_samples", count)], logs)
+    """Interrupt `words(folder)` `moments` times, going on each time with another number of ranks; compare the bytes of the npz."""
+    tally = Tally(what, "/".join(map(str, sizes)))
+    logs = work / f"logs_{what}"
+    job = Job(1, [words(work / f"calm_{what}")], logs, run=run)
     if not finish(job, tally):
         return tally
     whole_s, disturber = job.seconds(), Disturber(seed)
-    (expected,) = (work / "calm_samples").glob("*.npz")
+    (expected,) = (work / f"calm_{what}").glob("*.npz")
     for number in range(10 * moments):
         if tally.moments >= moments or tally.problems:
             break
-        folder = work / f"storm_samples_{number}"
+        folder = work / f"storm_{what}_{number}"
         turn = 0
         while True:
             size = sizes[(number + turn) % len(sizes)]
-            job, turn = Job(size, [sample_words(model, folder, count)], logs), turn + 1
+            job, turn = Job(size, [words(folder)], logs, run=run), turn + 1
             if tally.moments >= moments or not disturber.strike(job, 0.6 * whole_s, tally):
                 if finish(job, tally):
                     break
@@ -241,7 +248,7 @@ def run(
     """All of it; the first of `ranks` trains the model that is sampled."""
     tallies = [disturb_training(work, moments, ranks=size, steps=steps, seed=seed + size) for size in ranks]
     model = work / f"calm{ranks[0]}"
-    return [*tallies, disturb_sampling(work, moments, model=model, count=images, seed=seed)]
+    return [*tallies, disturb_sampling(work, moments, lambda out: sample_words(model, out, images), seed=seed)]
 
 
 def main() -> int:

@@ -66,6 +66,32 @@ def failing(words: Sequence[str], call: int) -> int:
     return command(words)
 
 
+def features(words: Sequence[str]) -> int:
+    """Features of the images of `words[0]` into folder `words[1]`, by a network of three numbers in place of Inception."""
+    import numpy as np
+    import torch
+
+    from evaluations.features import extract
+
+    class Tiny(torch.nn.Module):
+        sha256, folded = "tiny", False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.arange(1.0, 4.0))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            mean = (x * self.weight[:, None, None]).mean(dim=(1, 2, 3))[:, None]
+            return mean.expand(-1, 2048), mean.expand(-1, 2023), mean.expand(-1, 1008)
+
+    out = Path(words[1])
+    out.mkdir(parents=True, exist_ok=True)
+    found = extract(words[0], Tiny(), chunk=2, shard_images=4, shard_dir=out / "shards", progress=False, timeout_s=20)  # type: ignore[arg-type]
+    if found is not None:
+        np.savez(out / "features.npz", *found)
+    return 0
+
+
 def with_other_data(words: Sequence[str], data: str) -> int:
     """Rank 1 is given another folder."""
     words = list(words)
