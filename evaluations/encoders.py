@@ -242,4 +242,6 @@ def vision_transformer(kind: str, folder: str, device: torch.device) -> Callable
 
 
 def _encoded(images: ImageSource, pool: np.ndarray, spatial: np.ndarray | None) -> Encoded:
-    return Encoded(images.name, images.sha256(), images.shape, tuple(images.notes), images.labels(), pool, spatial)
+    return Encoded(
+        images.name, images.sha256(), images.shape, tuple(sorted(images.notes)), images.labels(), pool, spatial
+    )

@@ -35,7 +35,7 @@ from .shards import Features, Shards
 CHUNK_ON_CPU = 4
 CHUNK_ON_GPU = 64
 MAX_SHARD_IMAGES = 512
-_FORMAT = 1
+_FORMAT = 2
 
 
 def _joined(blocks: list[Features]) -> Features:
@@ -137,11 +137,14 @@ def extract_blocks(
         whole_shard = shards.ranges[0][1]  # the first is the longest, so each shard comes as one block
         with contextlib.closing(worker.run(images, batch_size, missing, whole_shard, bar.add)) as blocks:
             for span, block in zip(missing, blocks):
-                shards.write(span, block)
+                shards.write(span, block, images.notes)
         if team.rank != 0:
             return
         for index, span in enumerate(shards.ranges):
-            yield shards.wait(span, index % team.size, team.size, timeout_s)
+            block = shards.wait(span, index % team.size, team.size, timeout_s)
+            for note in shards.notes:  # of images that this process has not seen
+                images.tell(note)
+            yield block
             bar.add(span[1] - span[0] if index % team.size else 0)
         if shard_dir is None:
             shutil.rmtree(folder, ignore_errors=True)

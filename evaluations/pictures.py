@@ -19,6 +19,7 @@ from .npy import MAX_DEFLATE_RATIO
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_FILE_BYTES = 1 << 28
 MAX_PIXELS = 1 << 26
+_MIXED = "images of different sizes: each is resized to 299x299 from its own size"
 
 
 class PictureSource(ImageSource):
@@ -54,6 +55,7 @@ class PictureSource(ImageSource):
                 first = first or size
                 if size != first:
                     same = False
+                    self.tell(_MIXED)
                     break
             assert first is not None
             self._shape = (first[1], first[0], 3) if same else None
@@ -65,7 +67,7 @@ class PictureSource(ImageSource):
         for index in range(start, min(stop if stop is not None else len(self.members), len(self.members))):
             image = self._decode(index)
             if pending and pending[0].shape != image.shape:
-                self.tell("images of different sizes: each is resized to 299x299 from its own size")
+                self.tell(_MIXED)
                 yield np.stack(pending)
                 pending = []
             pending.append(image)

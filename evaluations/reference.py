@@ -63,6 +63,11 @@ class CroppedImages(ImageSource):
     def notes(self, value: list[str]) -> None:
         assert not value
 
+    def tell(self, note: str) -> None:
+        """To the source, which keeps the notes."""
+        if note not in self.notes:
+            self.source.tell(note)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(size, size, 3)."""

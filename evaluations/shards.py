@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,17 +36,21 @@ class Shards:
 
     def __init__(self, folder: Path, key: str, ranges: list[tuple[int, int]]) -> None:
         self.folder, self.key, self.ranges = folder, key, ranges
+        self.notes: list[str] = []
+        """What was told of the images of all shards read so far."""
 
     def path(self, span: tuple[int, int]) -> Path:
         return self.folder / f"features-{self.key[:16]}-{span[0]:09d}-{span[1]:09d}.npz"
 
-    def write(self, span: tuple[int, int], features: Features) -> None:
-        """Write one shard whole or not at all: temporary name, flush to disk, rename."""
+    def write(self, span: tuple[int, int], features: Features, notes: Sequence[str] = ()) -> None:
+        """Write one shard whole or not at all: temporary name, flush to disk, rename. `notes`: told of its images."""
         assert features.num_images == span[1] - span[0]
         handle, partial = tempfile.mkstemp(prefix=".features-", suffix=".part", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, key=np.frombuffer(bytes.fromhex(self.key), np.uint8), **features._asdict())
+                key = np.frombuffer(bytes.fromhex(self.key), np.uint8)
+                told = np.frombuffer(json.dumps(list(notes)).encode(), np.uint8)
+                np.savez(file, key=key, notes=told, **features._asdict())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path(span))
@@ -69,6 +75,8 @@ class Shards:
                 if arrays[name].header.shape != (count, width) or arrays[name].header.dtype != np.float32:
                     return None
                 values.append(arrays[name].read(0, count))
+            told = json.loads(arrays["notes"].read(0, arrays["notes"].header.shape[0]).tobytes())
+            self.notes += [note for note in map(str, told) if note not in self.notes]
             return Features(*values)
         except (ValueError, KeyError, OSError):
             return None

@@ -157,10 +157,10 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
     net = Toy(2)
     write = features.Shards.write
 
-    def third_write_is_cut_off(self, span, block):
+    def third_write_is_cut_off(self, span, block, notes=()):
         if span[0] == 8:
             raise KeyboardInterrupt
-        write(self, span, block)
+        write(self, span, block, notes)
 
     where = {"chunk": 2, "shard_images": 4, "shard_dir": tmp_path}
     with monkeypatch.context() as patch:
@@ -336,3 +336,23 @@ def test_graphics_card_agrees_with_the_processor(recipes, synthetic_pb):
     assert same(found, run(images, net, device="cuda", batch_size=2))
     assert np.abs(found.pool - expected.pool).max() / expected.pool.max() < 5e-6
     assert np.abs(found.spatial - expected.spatial).max() / expected.spatial.max() < 5e-6
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_told_of_images_does_not_depend_on_who_read_them(size, tmp_path):
+    """A report from stored shards, or from several processes, names the same conversions as a fresh one."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate([(9, 9, 3), (9, 9, 3), (9, 9), (9, 9), (7, 9, 3), (7, 9, 3)]):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+    fresh = open_images(folder)
+    run(fresh, Toy(2), chunk=2)
+    assert fresh.shape is None and len(fresh.notes) == 2
+    for rank in [*reversed(range(size)), 0]:
+        again, net = open_images(folder), Toy(2)
+        run(again, net, chunk=2, shard_images=2, shard_dir=tmp_path / "shards", world=(rank, size))
+    assert net.calls == 0  # all from shards
+    assert again.shape is None and sorted(again.notes) == sorted(fresh.notes)

@@ -1,0 +1,73 @@
+"""Image sets written in every readable kind of file, for the tests of reading."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluations.inputs import open_images
+
+
+def all_of(source, batch_size: int = 3, **where) -> np.ndarray:
+    return np.concatenate(list(open_images(source).batches(batch_size, **where)))
+
+
+def store(images: np.ndarray, kind: str, folder: Path):
+    """Save the images in one of the readable kinds and return what to open."""
+    path = folder / f"images.{kind}"
+    if kind == "npz":
+        np.savez(path, images, np.arange(len(images)))
+    elif kind == "deflated":
+        path = folder / "deflated.npz"
+        np.savez_compressed(path, images)
+    elif kind == "fortran":
+        path = folder / "fortran.npz"
+        np.savez(path, np.asfortranarray(images))
+    elif kind == "fortran deflated":
+        path = folder / "fortran_deflated.npz"
+        np.savez_compressed(path, np.asfortranarray(images))
+    elif kind == "npy":
+        np.save(path, images)
+    elif kind == "npy 2.0":
+        path = folder / "two.npy"
+        with open(path, "wb") as file:
+            np.lib.format.write_array(file, images, version=(2, 0))
+    elif kind == "folder":
+        path = folder / "pictures"
+        for i, image in enumerate(images):
+            (path / f"sub{i // 4}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path / f"sub{i // 4}" / f"{i:03d}.png")
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for i in reversed(range(len(images))):
+                archive.writestr(f"a/{i:03d}.png", encoded(images[i]))
+    elif kind == "tar":
+        path = folder / "shard-{000..001}.tar"
+        for shard in range(2):
+            with tarfile.open(folder / f"shard-{shard:03d}.tar", "w") as archive:
+                for i in range(shard * 4, min(shard * 4 + 4, len(images))):
+                    add(archive, f"{i:03d}.png", encoded(images[i]))
+                    add(archive, f"{i:03d}.cls", str(i).encode())
+    elif kind == "list":
+        return [images[:2], torch.from_numpy(images[2:6]), images[6:]]
+    elif kind == "array":
+        return images
+    return str(path)
+
+
+def encoded(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "png")
+    return stream.getvalue()
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
