@@ -29,11 +29,13 @@ from .data.images import low_res, to_float
 from .data.listing import Records
 from .data.loader import Batches, make_batches
 from .diffusion import guidance, samplers
-from .diffusion.denoiser import make_denoiser
+from .diffusion.denoiser import Denoiser, make_denoiser
+from .diffusion.graphs import Graphed
 from .diffusion.objectives import training_losses
 from .diffusion.process import Process, add_noise, make_process, rescale_time, respace, space_timesteps
 from .diffusion.schedules import SCHEDULES, named_betas
 from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
+from .models.network import Network as Torso
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .runtime import storage
 from .runtime.streams import TRAIN, Streams, key_of
@@ -260,6 +262,7 @@ def trainer_options(train: TrainConfig) -> dict[str, Any]:
         "seed": train.seed,
         "shard_optimizer": train.shard_optimizer,
         "shard_ema": train.shard_ema,
+        "ddp_options": {"static_graph": train.static_graph, "compress_gradients": train.compress_gradients},
         "log_every": train.log_interval,
         "save_every": train.save_interval,
     }
@@ -286,22 +289,43 @@ def build_sample(
     method: str = "ancestral",
     eta: float = 0.0,
     clip: bool = True,
+    compile: bool = False,
+    graphs: bool = False,
 ) -> Sample:
     """(noise, source of noise, conditions) -> images in [-1, 1]. `process` on the sampling device.
 
     Guidance by `critic` shifts the mean where `method` is ancestral, as algorithm 1 of the paper, and the score
-    elsewhere, as algorithm 2.
+    elsewhere, as algorithm 2. `compile`: networks through torch.compile, as one graph each. `graphs`: on CUDA, network
+    and guidance of a step as one CUDA graph; all batches must then have the same size.
     """
     config, net = model.config, model.net
     assert isinstance(config.model, (ModelConfig, SuperResConfig))
     known = (("y",) if config.model.class_cond else ()) + (("low_res",) if config.kind == "super_resolution" else ())
     guide = guidance.classifier_mean if method == "ancestral" else guidance.classifier
+    for part in (model, critic):
+        if part is not None:
+            make_ready(part.net, compile=compile)
 
-    def sample(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+    def denoiser(cond: Mapping[str, Tensor]) -> Denoiser:
         heard = {name: cond[name] for name in known}
         denoise = make_denoiser(net, process, heard, clip=clip, **config.diffusion.reading)  # type: ignore[arg-type]
         if critic is not None and scale:
             denoise = guide(denoise, process, guidance.log_prob_gradient(critic.net, cond["y"]), scale)
+        return denoise
+
+    kept: dict[str, Tensor] = {}  # the conditions in the memory that a graph reads
+    recorded: list[Graphed] = []
+
+    def sample(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+        if graphs and noise.is_cuda:
+            if not recorded or any(kept[name].shape != value.shape for name, value in cond.items()):
+                kept.update({name: value.clone() for name, value in cond.items()})
+                recorded[:] = [Graphed(denoiser(kept))]
+            for name, value in cond.items():
+                kept[name].copy_(value)
+            denoise: Denoiser = recorded[0]
+        else:
+            denoise = denoiser(cond)
         if method == "ddim":
             return samplers.last(samplers.ddim(denoise, noise, process, eta=eta, noise=randn_like))
         if method == "heun":
@@ -312,6 +336,23 @@ def build_sample(
         return samplers.last(samplers.ancestral(denoise, noise, process, noise=randn_like))
 
     return sample
+
+
+def make_ready(net: nn.Module, *, compile: bool = False) -> None:
+    """Lay a frozen network's weights out as convolutions read them, which saves a transposition per call; maybe compile it.
+
+    Networks whose weights ask for gradients are left as they are: they belong to training.
+    """
+    if not isinstance(net, Torso) or any(parameter.requires_grad for parameter in net.parameters()):
+        return
+    net.set_compute_dtype(net.dtype, store=True)
+    if compile:
+        compile_network(net)
+
+
+def compile_network(net: nn.Module) -> None:
+    """Send calls of `net` through torch.compile, as one graph per shape of input; names of parameters stay as they are."""
+    net.compile(fullgraph=True, dynamic=False)
 
 
 def check_pair(model: Loaded, critic: Loaded) -> None:

@@ -84,6 +84,8 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
         method=config.method,
         eta=config.eta,
         clip=config.clip_denoised,
+        compile=config.compile,
+        graphs=config.cuda_graphs,
     )
     receipt = {
         "model": _identity(model),
@@ -128,7 +130,7 @@ def make(
         out=out,
         num_samples=config.num_samples,
         shape=(model.config.model.image_channels, height, width),
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or _batch_that_fits(config, pieces, world),
         to_uint8=to_uint8,
         seed=config.seed if seed is None else seed,
         labels=labels,
@@ -144,6 +146,42 @@ def make(
     if world.is_main:
         runs.write_config(out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
     return g.generate(pieces.sample, job, world=world, tell=tell, should_stop=lambda: stop.requested)
+
+
+_ON_CPU = 16  # images per pass where nobody says and memory is no question: more bring no speed there
+_LARGEST_TRIED = 1024
+
+
+def _batch_that_fits(config: SampleConfig, pieces: Pieces, world: World) -> int:
+    """How many images at a time fit into the main process's device, found by one step of each size; all use the same."""
+    import torch
+
+    from .. import build
+    from ..diffusion.process import respace
+    from ..runtime.fitting import largest_that_fits
+
+    limit = max(1, -(-config.num_samples // world.size))
+    if world.device.type == "cpu":
+        return min(limit, _ON_CPU)
+    model = pieces.model
+    one = respace(model.process, [len(model.process) - 1])
+    sample = build.build_sample(model, one, critic=pieces.critic, scale=config.classifier_scale)
+    small = getattr(model.config.model, "small_size", 0)
+
+    def attempt(count: int) -> None:
+        noise = torch.randn(count, model.config.model.image_channels, *model.config.model.size, device=world.device)
+        cond = {"y": torch.zeros(count, dtype=torch.int64, device=world.device)}
+        if small:
+            cond["low_res"] = torch.zeros(count, noise.shape[1], small, small, device=world.device)
+        with torch.compiler.set_stance("force_eager"):  # no minutes of compiling for a size that is only tried
+            sample(noise, torch.randn_like, cond)
+
+    found = largest_that_fits(attempt, min(limit, _LARGEST_TRIED)) if world.is_main else None
+    size = world.broadcast_object(found, name="images that fit")
+    if not size:
+        raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
+    teller(world)(f"--batch_size 0: {size} images at a time fit")
+    return int(size)
 
 
 def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, world: World) -> Loaded:

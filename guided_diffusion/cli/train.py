@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -80,17 +81,18 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 
     # A signal that comes while the processes meet must not be lost.
     with signals.Stop() as stop, runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here:
-        return _run(parsed, kind, here, stop)
+        return _run(parsed, kind, here, stop, script=script)
 
 
-def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
+def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script: bool = False) -> int:
     from .. import build
     from ..runtime.log import Log
+    from ..training.fitting import fitting_microbatch
     from ..training.saver import Checkpoints
     from ..training.trainer import Trainer
 
     folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
-    config = _configuration(parsed, kind, folder)
+    config = _configuration(parsed, kind, folder, modern=not script and _has_bfloat16(world))
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
     records, held_out = _records(config)
@@ -161,8 +163,14 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any) -> int:
     )
     if world.is_main:
         log.info(f"{sum(p.numel() for p in net.parameters()):,} parameters, computing in {precision} on {world.device}")
+    if config.train.compile:
+        build.compile_network(net)
     if saved is not None:
         trainer.restore(saved)
+    if config.train.microbatch == 0 and world.device.type == "cuda":
+        with contextlib.closing(batches(trainer.steps_done)) as trial:
+            trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
+        tell(f"--microbatch 0: {trainer.microbatch} images per forward and backward pass fit")
     try:
         outcome = trainer.run(config.train.last_step)
         if outcome == "finished" and held_out is not None and world.is_main:
@@ -195,8 +203,17 @@ def _terminal() -> bool:
 # Before the first step
 
 
-def _configuration(parsed: arguments.Parsed, kind: str, folder: str) -> RunConfig:
-    """Flags, completed by what the save that is continued was trained with; typed ones that contradict it are refused."""
+def _has_bfloat16(world: World) -> bool:
+    import torch
+
+    return world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _configuration(parsed: arguments.Parsed, kind: str, folder: str, *, modern: bool = False) -> RunConfig:
+    """Flags, completed by what the save that is continued was trained with; typed ones that contradict it are refused.
+
+    A new run that is `modern` computes in bfloat16 unless a flag says otherwise.
+    """
     from .. import build
     from ..training.checkpoint import read_run_json
 
@@ -204,7 +221,8 @@ def _configuration(parsed: arguments.Parsed, kind: str, folder: str) -> RunConfi
     source = folder if resume in ("", "auto") else resume
     before = read_run_json(source) if resume != "none" else None
     if before is None or not before["config"]:
-        return RunConfig.from_flags(kind, parsed.flags)
+        chosen = any(name in parsed.typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
+        return RunConfig.from_flags(kind, {**parsed.flags, **({"precision": "bf16"} if modern and not chosen else {})})
     if before["kind"] != kind:
         raise ValueError(
             f"{source} holds a run of kind {before['kind']!r}, this command trains {kind!r}; give another --out"

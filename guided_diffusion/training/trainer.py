@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..runtime.log import Log
-from ..runtime.signals import Stop
+from ..runtime.signals import Agreement, Stop
 from ..runtime.streams import TRAIN, Streams, key_of
 from ..runtime.world import World
 from . import batching, incident, logline, optimizer, restore
@@ -35,9 +35,6 @@ from .saver import Checkpoints
 
 LossFn = Callable[[Any, Any, Streams], Losses]
 Hook = tuple[int, Callable[["Trainer"], None]]
-
-AGREE_EVERY_STEPS = 10
-"""How often several processes ask each other whether to stop; each time costs one wait for the device."""
 
 
 class Trainer:
@@ -118,7 +115,7 @@ class Trainer:
         self.hooks = list(hooks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
-        self.stop = stop
+        self._agreement = Agreement(self.world, stop)
 
         self.steps_done = 0
         self.samples_seen = 0
@@ -166,7 +163,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         seen: list[Losses] = []
         for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
-            losses = self._forward_backward(part, ids, global_size, last=k == len(parts) - 1)
+            losses = self.forward_backward(part, ids, global_size, last=k == len(parts) - 1)
             self.means.add(losses)
             seen.append(losses)
         loss = torch.cat([losses.loss.detach() for losses in seen]).float().mean()
@@ -181,11 +178,12 @@ class Trainer:
 
     def _settle(self, part: Any, ids: Tensor, global_size: int) -> None:
         """Once per process: a backward pass for nothing, after which gradients keep their places in the messages (`repacks`)."""
-        self._forward_backward(part, ids, global_size, last=True)
+        self.forward_backward(part, ids, global_size, last=True)
         self.optimizer.zero_grad(set_to_none=True)
         self._unsettled = False
 
-    def _forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
+    def forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
+        """Add the gradients of one microbatch to those there; with the `last`, processes exchange them."""
         streams = Streams(self.seed, TRAIN, self.steps_done, ids=ids, device=self.device)
         # Gradients travel once per step, with the last microbatch.
         quiet = isinstance(self.model, DistributedDataParallel) and not last
@@ -308,10 +306,10 @@ class Trainer:
 
     def _should_leave(self) -> bool:
         """Whether to stop early, the same answer on all processes."""
-        if self.world.size > 1 and self.steps_done % AGREE_EVERY_STEPS:
+        if not self._agreement.due(self.steps_done):
             return False
         self._raise_save_failure()
-        return self.stop is not None and self.stop.agreed(self.world)
+        return self._agreement.stop(self.steps_done)
 
     def _raise_save_failure(self, *, last: bool = False) -> None:
         """A failed save ends the run where it was told so, or where no other one follows; else it is a warning, and saved again."""

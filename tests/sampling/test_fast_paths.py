@@ -1,0 +1,194 @@
+"""Every faster path against the plain one: weights laid out, bfloat16, recorded steps, compiled networks, sizes that fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.plain_loops import PlainLoops, plain_cond_fn
+from benchmarks.shapes import critic, generator, plainly, small
+from guided_diffusion import build
+from guided_diffusion.diffusion.denoiser import Denoised, Spread
+from guided_diffusion.diffusion.graphs import Graphed
+from guided_diffusion.diffusion.process import Process, respace, space_timesteps
+from guided_diffusion.runtime import fitting
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SHAPE = small(num_channels=32, image_size=16)
+
+
+def process(steps: int = 5, device: str = "cpu") -> Process:
+    return respace(build.build_process(SHAPE.diffusion), space_timesteps(1000, str(steps))).to(device)
+
+
+def loaded(device: str = "cpu") -> tuple[Any, Any]:
+    nets = generator(SHAPE, device).requires_grad_(False), critic(SHAPE, device).requires_grad_(False)
+    configs = SHAPE.config, build.RunConfig(model=SHAPE.classifier, diffusion=SHAPE.diffusion)
+    return tuple(build.Loaded(net, process(device=device), config, "") for net, config in zip(nets, configs))
+
+
+def noise(count: int = 3, device: str = "cpu") -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def labels(count: int = 3, device: str = "cpu") -> Tensor:
+    return torch.arange(count, device=device)
+
+
+def test_guided_sampling_is_the_plain_one() -> None:
+    model, guide = loaded()
+    steps = process()
+    plain = PlainLoops(steps).ddim(
+        plainly(model.net), noise(), {"y": labels()}, plain_cond_fn(plainly(guide.net), labels(), 1.0)
+    )
+    sample = build.build_sample(model, steps, critic=guide, scale=1.0, method="ddim")
+    assert model.net.middle_block[0].in_layers[2].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(sample(noise(), torch.randn_like, {"y": labels()}), plain, rtol=0, atol=1e-4)
+    one = PlainLoops(process(1)).ddim(plainly(model.net), noise(), {"y": labels()})
+    ours = build.build_sample(model, process(1), method="ddim")(noise(), torch.randn_like, {"y": labels()})
+    torch.testing.assert_close(ours, one, rtol=0, atol=1e-5)
+
+
+def test_networks_in_training_keep_their_layout() -> None:
+    net = generator(SHAPE)
+    before = net.middle_block[0].in_layers[2].weight.stride()
+    build.build_sample(build.Loaded(net, process(), SHAPE.config, ""), process())
+    assert net.middle_block[0].in_layers[2].weight.stride() == before
+
+
+def test_bfloat16_stays_within_three_percent_for_one_call() -> None:
+    net, x, t = generator(SHAPE), noise(), torch.tensor([1.0, 400.0, 999.0])
+    plain = plainly(net)(x, t, labels())
+    net.set_compute_dtype(torch.bfloat16)
+    with torch.no_grad():
+        found = net(x, t, labels())
+    assert (found - plain).norm() < 0.03 * plain.norm()
+
+
+def again(run: Any) -> Any:
+    """A recorder without a graph: doing it again is calling it again, into the memory of the first answer."""
+    answer = run()
+
+    def replay() -> None:
+        fresh = run()
+        answer.x0.copy_(fresh.x0)
+        for old, new in zip(answer.both(), fresh.both()):
+            old.copy_(new)
+
+    return answer, replay
+
+
+def test_a_recorded_step_follows_new_inputs_and_new_labels() -> None:
+    kept = torch.zeros(2)
+
+    def denoise(x: Tensor, i: Tensor) -> Denoised:
+        return Denoised(x * i.view(-1, 1) + kept.view(-1, 1), Spread(x + 1, x + 2))
+
+    graphed = Graphed(denoise, record=again)
+    answers = []
+    for k in range(3):
+        kept.fill_(10.0 * k)
+        x, i = torch.full((2, 3), float(k)), torch.tensor([k, k + 1])
+        answers.append(graphed(x, i))
+        torch.testing.assert_close(answers[-1].x0, denoise(x, i).x0)
+        torch.testing.assert_close(answers[-1].log_variance, x + 2)
+    assert float(answers[0].x0.sum()) == 0.0  # what was handed out earlier is not overwritten
+    kept.resize_(1).fill_(5.0)
+    assert graphed(torch.ones(4, 3), torch.ones(4, dtype=torch.long)).x0.shape == (4, 3)  # another shape, recorded anew
+
+
+def test_what_cannot_be_recorded_is_computed_plainly() -> None:
+    def refuse(run: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = Graphed(lambda x, i: Denoised(2 * x, Spread(x, x)), record=refuse)
+    assert torch.equal(graphed(torch.ones(1, 2), torch.zeros(1)).x0, torch.full((1, 2), 2.0))
+    assert "capturing" in str(graphed.failure)
+
+
+def test_compiled_networks_make_the_same_images_and_are_compiled_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, _ = loaded()
+    eager = build.build_sample(model, process(), method="ddim")(noise(), torch.randn_like, {"y": labels()})
+    model.net.compile(backend=counter, fullgraph=True, dynamic=False)
+    sample = build.build_sample(model, process(), method="ddim")
+    for _ in range(2):
+        found = sample(noise(), torch.randn_like, {"y": labels()})
+    torch.testing.assert_close(found, eager, rtol=0, atol=1e-4)
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+
+
+def out_of_memory_above(limit: int, tried: list[int]) -> Any:
+    def attempt(size: int) -> None:
+        tried.append(size)
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return attempt
+
+
+@pytest.mark.parametrize(("limit", "most", "expected"), [(0, 64, 0), (1, 64, 1), (20, 64, 16), (100, 50, 50)])
+def test_the_largest_batch_that_fits(limit: int, most: int, expected: int) -> None:
+    tried: list[int] = []
+    assert fitting.largest_that_fits(out_of_memory_above(limit, tried), most) == expected
+    assert max(tried) <= most
+
+
+@pytest.mark.parametrize(("limit", "size", "expected"), [(0, 8, 0), (3, 10, 3), (3, 9, 3), (64, 8, 8)])
+def test_halving_until_it_fits(limit: int, size: int, expected: int) -> None:
+    assert fitting.halved_until_it_fits(out_of_memory_above(limit, []), size) == expected
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    def attempt(_: int) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        fitting.largest_that_fits(attempt, 4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["ddim", "ancestral", "heun", "dpm_solver"])
+def test_cuda_graphs_make_the_same_images(method: str) -> None:
+    model, guide = loaded("cuda")
+    steps, results = process(device="cuda"), []
+    for graphs in (False, True):
+        sample = build.build_sample(model, steps, critic=guide, scale=1.0, method=method, graphs=graphs)
+        for shift in (0, 1):
+            torch.manual_seed(0)
+            cond = {"y": (labels(device="cuda") + shift) % 10}
+            results.append(sample(noise(device="cuda"), torch.randn_like, cond))
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=2e-5)
+    torch.testing.assert_close(results[1], results[3], rtol=0, atol=2e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_guided_sampling_does_not_wait_for_the_gpu(graphs: bool) -> None:
+    model, guide = loaded("cuda")
+    sample = build.build_sample(
+        model, process(device="cuda"), critic=guide, scale=1.0, method="dpm_solver", graphs=graphs
+    )
+    cond = {"y": labels(device="cuda")}
+    sample(noise(device="cuda"), torch.randn_like, cond)
+    from guided_diffusion.diffusion import guidance, samplers
+    from guided_diffusion.diffusion.denoiser import make_denoiser
+
+    denoise = make_denoiser(model.net, process(device="cuda"), cond)
+    gradient = guidance.log_prob_gradient(guide.net, cond["y"])
+    steps = samplers.ddim(
+        guidance.classifier(denoise, process(device="cuda"), gradient), noise(device="cuda"), process(device="cuda")
+    )
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(steps)) == 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
