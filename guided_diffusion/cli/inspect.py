@@ -23,6 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--probe", metavar="FOLDER", help="images like those of its training; decides heads and schedule"
     )
     parser.add_argument("--probe_images", type=int, default=4, help="how many of them are used (default 4)")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=0,
+        help="for --probe, where the channel multipliers belong to no standard size",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args(argv)
     if args.probe_images < 1:
@@ -49,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..runtime import world
 
         with world.session(args.device) as here:
-            trials = probe(weights, layout, args.probe, args.probe_images, here.device)
+            trials = probe(weights, layout, args.probe, args.probe_images, here.device, image_size=args.image_size)
         print(verdict(trials))
         return 0
     if config is None:
@@ -111,6 +117,9 @@ def cost_of(config: RunConfig) -> Cost:
     return Cost(counter.get_total_flops(), 4 * sum(p.numel() for p in net.parameters()), per_image)
 
 
+LEVELS = (0.99, 0.9, 0.6, 0.3, 0.05)  # alpha-bar: the part of the signal in the variance of a noised image
+
+
 class Trial(NamedTuple):
     """One reading of the file, and its denoising error: mean squared error of the noise, relative to its variance 1."""
 
@@ -119,12 +128,19 @@ class Trial(NamedTuple):
 
 
 def probe(
-    weights: Mapping[str, Tensor], layout: Layout, folder: str, count: int, device: Any, *, progress: bool = True
+    weights: Mapping[str, Tensor],
+    layout: Layout,
+    folder: str,
+    count: int,
+    device: Any,
+    *,
+    image_size: int = 0,
+    progress: bool = True,
 ) -> list[Trial]:
     """Every reading of heads, attention order, schedule and time scale, best first.
 
-    A network hears a wrong reading as a wrong question: its noise estimate gets worse. All readings see the same images and the same noise
-    at five steps; ValueError where the folder has too few images.
+    A network hears a wrong reading as a wrong question: its noise estimate gets worse. All readings see the same noised images,
+    at five levels of noise; each is told the step at which its schedule has that level.
     """
     import torch
     from tqdm import tqdm
@@ -133,21 +149,18 @@ def probe(
     from ..config import RunConfig
     from ..data.images import center_crop, read_image, to_float
     from ..data.listing import list_records
-    from ..diffusion.process import add_noise
     from ..identify import flags_of
     from ..runtime.streams import EVALUATE, Streams
     from ..training.restore import load_weights_into
 
-    known = flags_of(layout, "diffusion", {})
+    known = flags_of(layout, "diffusion", {"image_size": image_size} if image_size else {})
     if "image_size" not in known:
-        raise ValueError(
-            "the channel multipliers belong to no standard image size; give --image_size when loading instead"
-        )
+        raise ValueError("the channel multipliers belong to no standard image size; give --image_size")
     size, channels = int(known["image_size"]), int(known["image_channels"])
     records = list_records(folder, labels="none")
     pictures = [center_crop(read_image(path, channels), size) for path in records.paths[:count]]
-    images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures]).to(device)
-    x0 = to_float(images)
+    images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures])
+    x0 = to_float(images).to(device)
     noise = Streams(0, EVALUATE, ids=range(len(x0)), device=device).normal(x0.shape[1:])
     candidates, fitted = list(_readings(layout)), build.fitted(weights)
     trials = []
@@ -157,15 +170,16 @@ def probe(
             net = build.build_network(config.model, config.diffusion)
         load_weights_into(net, fitted, "the file", assign=True)
         net = net.to(device).eval().requires_grad_(False)
-        process = build.build_process(config.diffusion).to(device)
+        process = build.build_process(config.diffusion)
         errors = []
-        for part in (0.1, 0.3, 0.5, 0.7, 0.9):
-            i = torch.full((len(x0),), int(part * len(process)), device=device)
-            cond = {}
+        for level in LEVELS:
+            i = int((process.alpha_bar - level).abs().argmin())
+            time = process.time[i].expand(len(x0)).to(device)
+            x, cond = level**0.5 * x0 + (1 - level) ** 0.5 * noise, {}
             if config.model.class_cond:  # type: ignore[union-attr]
                 cond["y"] = torch.zeros(len(x0), dtype=torch.int64, device=device)
             with torch.no_grad():
-                out = net(add_noise(process, x0, i, noise), process.time_at(i), **cond)
+                out = net(x, time, **cond)
             errors.append((out[:, :channels].float() - noise).square().mean())
         trials.append(Trial(float(torch.stack(errors).mean()), flags))
     return sorted(trials, key=lambda trial: trial.loss)
@@ -194,16 +208,23 @@ def _readings(layout: Layout) -> Iterator[dict[str, object]]:
             }
 
 
+# Readings whose errors differ by less than this part cannot be told apart by a few images.
+_NEAR = 0.01
+
+
 def verdict(trials: Sequence[Trial]) -> str:
-    """The five best readings, and whether the first is clearly the best."""
+    """The five best readings, and in which flags all that are about as good as the best agree."""
     from ..identify import flag_line
 
-    best, second = trials[0], trials[1]
     lines = [f"  {trial.loss:.4f}  {flag_line(trial.flags)}" for trial in trials[:5]]
-    gain = second.loss / max(best.loss, 1e-12)
-    clear = (
-        f"{gain:.2f} times better than the next"
-        if gain > 1.02
-        else "no clearer than the next: use more images, or compare samples"
-    )
-    return "\n".join(["denoising error (1 = no idea at all) by reading:", *lines, f"the first is {clear}"])
+    near = [trial.flags for trial in trials if trial.loss <= trials[0].loss * (1 + _NEAR)]
+    names = list(dict.fromkeys(name for flags in near for name in flags))
+    agreed = {name: near[0][name] for name in names if all(f.get(name) == near[0].get(name) for f in near)}
+    open_ = [name for name in names if name not in agreed]
+    lines.append(f"settled: {flag_line(agreed) or 'nothing'}")
+    if open_:
+        told = ", ".join(f"--{name}" for name in open_)
+        lines.append(
+            f"not told apart by these images: {told} ({len(near)} readings within {_NEAR:.0%}); use more images, or compare samples"
+        )
+    return "\n".join(["denoising error (1 = no idea at all) by reading:", *lines])
