@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
 from .world import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 from .world import World
+
+AGREE_S = 2.0
+"""About how often several processes ask each other whether to stop; each time costs one wait for the device."""
 
 # Names, because Windows has no SIGUSR1
 DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1")
@@ -69,3 +75,31 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request(f"received {signal.Signals(number).name}")
         signal.signal(number, self._before.get(number, signal.SIG_DFL))
+
+
+class Agreement:
+    """At which steps the processes ask each other whether to stop: steps that all know without talking, about `AGREE_S` apart."""
+
+    def __init__(self, world: World, stop: Stop | None) -> None:
+        self._world, self._stop = world, stop
+        self._next: int | None = None
+        self._asked = (0, 0.0)
+
+    def due(self, step: int) -> bool:
+        """Whether this is such a step, the same answer on all processes."""
+        return self._world.size == 1 or self._next is None or step >= self._next
+
+    def stop(self, step: int) -> bool:
+        """Whether anybody was asked to stop. A collective, for steps that are due."""
+        requested = self._stop is not None and self._stop.requested
+        if self._world.size == 1:
+            return requested
+        now, (asked_step, asked_at) = time.monotonic(), self._asked
+        pace = (now - asked_at) / max(1, step - asked_step) if self._next is not None else AGREE_S
+        told = torch.tensor([float(requested), pace], device=self._world.device)
+        count, pace = self._world.all_reduce_sum_(told, "agreement to stop").tolist()
+        self._next = step + min(100, max(1, int(AGREE_S * self._world.size / max(pace, 1e-6))))
+        self._asked = (step, now)
+        if count and self._stop is not None:
+            self._stop.request("another rank was asked to stop")
+        return bool(count)

@@ -98,7 +98,7 @@ def test_a_signal_saves_once_on_all_ranks_and_asks_to_be_started_again(data, tmp
     assert job.wait(40) == [REQUEUE, REQUEUE], job.text()
     assert job.text().count("stopped on request after") == 1
     (step,) = saves(tmp_path / "run")
-    assert step % 10 == 0
+    assert step > 0
     job = Job(2, [[*words, "--max_steps", str(step + 1)]], logs)
     assert job.wait() == [0, 0] and f"at step {step}" in job.text(), job.text()
 
