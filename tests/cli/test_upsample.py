@@ -331,13 +331,13 @@ def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
     """After some steps the network uses what it is shown: with its own small image it predicts better than with another's."""
     flags = {**SIDES, "large_size": 16, "small_size": 8, "attention_resolutions": "8", "diffusion_steps": 100}
     words = [f"--{name}={value}" for name, value in {**flags, "channel_mult": "1,2", "learn_sigma": False}.items()]
-    run = ["--lr", "2e-3", "--batch_size", "8", "--lr_anneal_steps", "80", "--save_interval", "80", "--ema_rate", "0.9"]
+    run = ["--lr", "5e-3", "--batch_size", "4", "--lr_anneal_steps", "150", "--save_interval", "150", "--ema_rate", "0.9"]
     command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--log_interval", "40", "--labels", "none"]
     assert main([*command, "--out", str(tmp_path), "--progress", "False"]) == 0
     model = gd.load(str(tmp_path), tell=lambda _: None)
     pixels = [center_crop(read_image(str(path)), 16) for path in sorted(photos.iterdir())]
     x0 = to_float(torch.from_numpy(np.stack(pixels)))
-    i = torch.full((len(x0),), 60)
+    i = torch.full((len(x0),), 25)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     noisy = add_noise(model.process, x0, i, noise)
     shown = low_res(x0, 8)
@@ -345,4 +345,4 @@ def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
         float((model.net(noisy, model.process.time_at(i), low_res=given) - noise).square().mean())
         for given in (shown, shown.roll(1, dims=0))
     ]
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.8 * errors[1], errors
