@@ -331,7 +331,18 @@ def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
     """After some steps the network uses what it is shown: with its own small image it predicts better than with another's."""
     flags = {**SIDES, "large_size": 16, "small_size": 8, "attention_resolutions": "8", "diffusion_steps": 100}
     words = [f"--{name}={value}" for name, value in {**flags, "channel_mult": "1,2", "learn_sigma": False}.items()]
-    run = ["--lr", "5e-3", "--batch_size", "4", "--lr_anneal_steps", "150", "--save_interval", "150", "--ema_rate", "0.9"]
+    run = [
+        "--lr",
+        "5e-3",
+        "--batch_size",
+        "4",
+        "--lr_anneal_steps",
+        "150",
+        "--save_interval",
+        "150",
+        "--ema_rate",
+        "0.9",
+    ]
     command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--log_interval", "40", "--labels", "none"]
     assert main([*command, "--out", str(tmp_path), "--progress", "False"]) == 0
     model = gd.load(str(tmp_path), tell=lambda _: None)
