@@ -35,7 +35,7 @@ NETWORK = (
 ).split()
 TRAINING = (
     "--global_batch_size 8 --microbatch 2 --lr 1e-3 --warmup_steps 5 --ema_rate 0.9,0.99 --schedule_sampler loss-second-moment "
-    "--random_crop True --log_interval 5 --seed 3 --resume_checkpoint auto --progress False"
+    "--random_crop True --log_interval 5 --sample_interval -1 --seed 3 --resume_checkpoint auto --progress False"
 ).split()
 
 
