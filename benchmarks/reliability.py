@@ -24,7 +24,7 @@ Figures = dict[str, float]
 _NETWORK = "--image_size 16 --num_channels {width} --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 8 --num_heads 2"
 
 
-def checkpoints(width: int = 64, steps: int = 24, every: int = 8) -> Figures:
+def checkpoints(width: int = 64, steps: int = 12, every: int = 4) -> Figures:
     """Seconds per step without saves, with saves in the background and with saves that are waited for; and what one save stalls.
 
     The steps of a save are timed with the save; everything (weights, two moments, one average) is written and hashed.
@@ -113,7 +113,7 @@ def memory(counts: tuple[int, int] = (1000, 4000)) -> Figures:
     }
 
 
-def scaling(width: int = 32, steps: int = 30) -> Figures:
+def scaling(width: int = 32, steps: int = 15) -> Figures:
     """Images per second of the training command on one and on two processes, one thread each, the same global batch."""
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "data").mkdir()
@@ -157,7 +157,7 @@ def _train(words: list[str], size: int) -> None:
         raise RuntimeError("\n".join(errors))
 
 
-def feeding(count: int = 128) -> Figures:
+def feeding(count: int = 48) -> Figures:
     """The loader against plain decoding of the same pictures: ratios of images per second (see `images.loader`)."""
     return {f"{row.name} / {row.other}": row.ratio for row in loader(rounds=3, count=count)}
 
