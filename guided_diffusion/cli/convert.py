@@ -164,9 +164,10 @@ def save_diffusers(loaded: Loaded, folder: str) -> nn.Module:
     net.save_pretrained(folder)
     about = Path(folder) / "guided_diffusion.json"
     about.write_text(json.dumps(metadata_of(loaded), indent=1), encoding="utf-8")
-    print(
-        "note: UNet2DModel.forward also returns the learned variance channels; schedulers of diffusers expect them split off"
-    )
+    if loaded.config.diffusion.learn_sigma:
+        print(
+            "note: UNet2DModel.forward also returns the learned variance channels; schedulers of diffusers expect them split off"
+        )
     return _as_ours(net.eval())
 
 
@@ -179,7 +180,7 @@ def load_diffusers(folder: Path, noise_schedule: str) -> tuple[Loaded, nn.Module
     from ..models.diffusers import from_diffusers
     from ..training.restore import load_weights_into
 
-    theirs = _unet2d_class().from_pretrained(str(folder)).eval()
+    theirs = _unet2d_class().from_pretrained(str(folder), low_cpu_mem_usage=False).eval()
     about = folder / "guided_diffusion.json"
     if about.is_file():
         told = json.loads(about.read_text(encoding="utf-8"))

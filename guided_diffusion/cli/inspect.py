@@ -78,7 +78,7 @@ def _describe(config: RunConfig, step: int | None, class_names: Sequence[str]) -
     print(f"network     {flag_line(config.model.to_dict())}")
     print(f"process     {flag_line(config.diffusion.to_dict())}")
     cost = cost_of(config)
-    print(f"arithmetic  {cost.forward_flops / 1e9:.1f} GFLOP per image and forward pass (2 per multiply-add)")
+    print(f"arithmetic  {cost.forward_flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)")
     print(
         f"memory      {format_bytes(cost.weight_bytes)} of float32 weights; training adds about "
         f"{format_bytes(cost.activation_bytes)} of activations per image, and 16 bytes per parameter in all"
