@@ -157,7 +157,7 @@ def test_flags_that_contradict_the_file_are_refused_and_free_ones_taken(tmp_path
     assert len(taken.process) == 10
     with pytest.raises(
         ValueError,
-        match="the file has num_heads 4; you asked for 2; the file has learn_sigma False; you asked for True.*--num_heads 4 --learn_sigma False",
+        match="num_heads 4; you asked for 2; the file has learn_sigma False; you asked for True.*--num_heads 4 --learn_sigma False",
     ):
         gd.load(str(tmp_path), flags={"num_heads": 2, "learn_sigma": True}, tell=quiet)
 
