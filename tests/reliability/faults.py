@@ -132,8 +132,11 @@ class Disturber:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
 
-    def strike(self, job: Job, within_s: float, tally: Tally) -> bool:
-        """Wait a random time, then signal one rank or all. False if the job had ended by then."""
+    def strike(self, job: Job, within_s: float, tally: Tally, complete: Callable[[], bool]) -> bool:
+        """Wait a random time, then signal one rank or all. False if the job had ended by then.
+
+        A rank may be killed on its way out, when all is done; otherwise the others must not call it a success.
+        """
         time.sleep(self.random.uniform(0.0, within_s))
         if not job.running():
             return False
@@ -156,7 +159,7 @@ class Disturber:
         tally.moments += 1
         name = f"{signal.Signals(number).name} to {'all' if len(victims) == size else 'one'}"
         tally.kinds[name] = tally.kinds.get(name, 0) + 1
-        if number == signal.SIGKILL and any(code == 0 for code in codes) and not all(code == 0 for code in codes):
+        if number == signal.SIGKILL and any(code == 0 for code in codes) and not complete():
             tally.problems.append(f"{name}: exit codes {codes}\n{job.text()}")
         return True
 
@@ -185,7 +188,9 @@ def disturb_training(
             break
         folder = work / f"storm{ranks}_{number}"
         for job in _again(ranks, train_words(data, folder, steps, 5, *more), logs):
-            if tally.moments >= moments or not disturber.strike(job, 0.7 * whole_s, tally):
+            if tally.moments >= moments or not disturber.strike(
+                job, 0.7 * whole_s, tally, lambda: steps in saves(folder)
+            ):
                 if finish(job, tally):
                     break
                 return tally
@@ -225,7 +230,9 @@ def disturb_sampling(
         while True:
             size = sizes[(number + turn) % len(sizes)]
             job, turn = Job(size, [words(folder)], logs, run=run), turn + 1
-            if tally.moments >= moments or not disturber.strike(job, 0.6 * whole_s, tally):
+            if tally.moments >= moments or not disturber.strike(
+                job, 0.6 * whole_s, tally, (folder / expected.name).exists
+            ):
                 if finish(job, tally):
                     break
                 return tally
