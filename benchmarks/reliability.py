@@ -24,10 +24,10 @@ Figures = dict[str, float]
 _NETWORK = "--image_size 16 --num_channels {width} --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 8 --num_heads 2"
 
 
-def checkpoints(width: int = 64, steps: int = 12, every: int = 4) -> Figures:
-    """Seconds per step without saves, with saves in the background and with saves that are waited for; and what one save stalls.
+def checkpoints(width: int = 32, rounds: int = 5, steps: int = 6) -> Figures:
+    """`steps` steps and one save, in turns: without the save, saved in the background, saved and waited for. Medians of wall time.
 
-    The steps of a save are timed with the save; everything (weights, two moments, one average) is written and hashed.
+    Everything (weights, two moments, one average) is copied, written and hashed. One thread.
     """
     import torch
 
@@ -37,57 +37,46 @@ def checkpoints(width: int = 64, steps: int = 12, every: int = 4) -> Figures:
     from guided_diffusion.training.saver import Checkpoints
     from guided_diffusion.training.trainer import Trainer
 
-    flags = {
-        "image_size": 16,
-        "num_channels": width,
-        "num_res_blocks": 1,
-        "channel_mult": "1,2",
-        "attention_resolutions": "8",
-    }
-    config = RunConfig.from_flags("diffusion", {**flags, "num_heads": 2})
+    torch.set_num_threads(1)
+    words = _NETWORK.format(width=width).replace("--", "").split()
+    names = {name: int(value) if value.isdigit() else value for name, value in zip(words[::2], words[1::2])}
+    config = RunConfig.from_flags("diffusion", {**names, "attention_resolutions": "8"})
     process = build.build_process(config.diffusion)
     pictures = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    def run(mode: str) -> tuple[list[float], list[float], float]:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Checkpoints(folder, background=mode == "background", keep_last=1) as saves,
-        ):
+    def no_batches(start: int) -> Any:
+        return iter(())
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {}
+        for mode in ("none", "background", "waiting"):
+            saves = Checkpoints(f"{folder}/{mode}", background=mode == "background", keep_last=1)
             net = build.build_network(config.model, config.diffusion, seed=0)
             loss = build.generator_loss(config, process, build.build_timesteps("uniform", len(process)))
-
-            def batches(start: int) -> Any:
-                step = start
-                while True:
-                    yield Batch(pictures, None, torch.arange(4), step)
-                    step += 1
-
-            trainer = Trainer(net, loss, batches, checkpoints=saves, save_every=0, log_every=0)
-            source = batches(0)
-            plain, stalls = [], []
-            begin = time.perf_counter()
-            for number in range(steps):
-                start = time.perf_counter()
-                trainer.step(next(source))
-                plain.append(time.perf_counter() - start)
-                if mode != "none" and number % every == every - 1:
-                    start = time.perf_counter()
+            trainers[mode] = Trainer(net, loss, no_batches, checkpoints=saves)
+        spans: dict[str, list[float]] = {mode: [] for mode in trainers}
+        stalls: dict[str, list[float]] = {mode: [] for mode in trainers}
+        for number in range(rounds + 1):
+            for mode, trainer in trainers.items():
+                begin = time.perf_counter()
+                if mode != "none":
                     trainer.save()
-                    stalls.append(time.perf_counter() - start)
-            seconds = time.perf_counter() - begin
-            saves.wait()
-            return plain, stalls, seconds
-
-    run("none")
-    found = {mode: run(mode) for mode in ("none", "background", "waiting")}
+                stall = time.perf_counter() - begin
+                for _ in range(steps):
+                    trainer.step(Batch(pictures, None, torch.arange(4), trainer.steps_done))
+                if number:  # the first round warms up
+                    spans[mode].append((time.perf_counter() - begin) / steps)
+                    stalls[mode].append(stall)
+                assert trainer.checkpoints is not None
+                trainer.checkpoints.wait()
+        size = sum(path.stat().st_size for path in (Path(folder) / "waiting").iterdir()) / 2**20
     return {
-        "step, no saves, s": found["none"][2] / steps,
-        "step, saved in the background, s": found["background"][2] / steps,
-        "step, saved and waited for, s": found["waiting"][2] / steps,
-        "stall of one background save, s": median(found["background"][1]),
-        "stall of one save waited for, s": median(found["waiting"][1]),
-        "median step during background saves / without saves": median(found["background"][0])
-        / median(found["none"][0]),
+        "one save, MiB": size,
+        "step, no saves, s": median(spans["none"]),
+        f"step, a background save every {steps}, s": median(spans["background"]),
+        f"step, a save every {steps} waited for, s": median(spans["waiting"]),
+        "stall of one background save, s": median(stalls["background"]),
+        "stall of one save waited for, s": median(stalls["waiting"]),
     }
 
 

@@ -189,7 +189,7 @@ def disturb_training(
         folder = work / f"storm{ranks}_{number}"
         for job in _again(ranks, train_words(data, folder, steps, 5, *more), logs):
             if tally.moments >= moments or not disturber.strike(
-                job, 0.7 * whole_s, tally, lambda: steps in saves(folder)
+                job, 0.7 * whole_s, tally, lambda folder=folder: steps in saves(folder)
             ):
                 if finish(job, tally):
                     break
