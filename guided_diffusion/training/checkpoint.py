@@ -104,11 +104,16 @@ class _Hashing:
         self._file = file
         self._sha = hashlib.sha256()
         self._bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._sha.update(data)
         self._bytes += len(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -146,7 +151,12 @@ def save_run(
     for name, content in parts.items():
         with storage.atomic_write(storage.join(directory, name)) as file:
             hashing = _Hashing(file)
-            torch.save(content, cast(IO[bytes], hashing))
+            try:
+                torch.save(content, cast(IO[bytes], hashing))
+            except RuntimeError:  # torch hides a full disk behind "unexpected pos"
+                if hashing.error is None:
+                    raise
+                raise hashing.error from None
         receipts[name] = hashing.receipt()
 
     run = {
