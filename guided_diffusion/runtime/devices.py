@@ -8,6 +8,14 @@ import platform
 import torch
 
 
+class AgreedError(ValueError):
+    """A user's error that all ranks raise alike. `told_elsewhere`: another rank is the one to say it."""
+
+    def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.told_elsewhere = told_elsewhere
+
+
 def choose_device(device: str | torch.device, local_rank: int, local_size: int) -> torch.device:
     """The device of one process among `local_size` on its host.
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import launchers, watch
-from .devices import check_devices, choose_device, describe, table
+from .devices import AgreedError, check_devices, choose_device, describe, table
 
 T = TypeVar("T")
 
@@ -43,14 +43,6 @@ _NETWORK_WORDS = (
     "remote",
     "peer",
 )
-
-
-class AgreedError(ValueError):
-    """A user's error that all ranks raise alike. `told_elsewhere`: another rank is the one to say it."""
-
-    def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
-        super().__init__(message)
-        self.told_elsewhere = told_elsewhere
 
 
 class CollectiveError(RuntimeError):
