@@ -198,7 +198,7 @@ with session("cpu", timeout_s=90) as world:
         print(world)
 assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 assert not torch.distributed.is_initialized()
-print("fine", r)
+print(f"fine {r}\\n", end="")  # one write: the ranks share the pipe
 """
 
 
