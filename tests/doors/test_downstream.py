@@ -124,6 +124,13 @@ def test_resolutions_may_be_written_with_spaces(text: str) -> None:
     assert widths == [False, False, False, True, False, True]
 
 
+@pytest.mark.parametrize("kind", [set, list, tuple, frozenset])
+def test_resolutions_may_be_any_container(kind: type) -> None:
+    net = unet(attention_resolutions=kind([1]))
+    for part in (net.input_blocks, net.output_blocks):
+        assert any(isinstance(module, unet_door.AttentionBlock) for module in part.modules())
+
+
 # --- replacing pieces of a network ---
 
 
