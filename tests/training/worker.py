@@ -63,6 +63,22 @@ def proofs(folder, world):
     for a, b in zip(weights_of(sharded), weights_of(again)):
         assert torch.equal(a, b)
 
+    # Divided averages are those of undivided ones, bit for bit, also after a resume.
+    owners = [
+        trainer_of(folder / name, world, shard_ema=shard) for name, shard in (("undivided", False), ("divided", True))
+    ]
+    for trainer in owners:
+        trainer.run(4)
+    resumed = trainer_of(folder / "divided2", world, shard_ema=True)
+    resumed.restore(resumed.checkpoints.find(str(folder / "divided")))
+    held = 0
+    for rate in owners[0].ema.rates:
+        undivided, divided, loaded = (trainer.ema.state_dict_of(rate) for trainer in (*owners, resumed))
+        if world.is_main:
+            assert all(torch.equal(undivided[k], divided[k]) and torch.equal(divided[k], loaded[k]) for k in undivided)
+            held += 1
+    assert not world.is_main or held
+
     # One process sees a bad loss: all skip.
     def poisoned(net, batch, streams):
         losses = denoising(net, batch, streams)
