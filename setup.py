@@ -24,6 +24,7 @@ EXTRAS["test"] = [
     "hypothesis>=6.100",
     "mypy==2.4.1",
     "pytest>=8.0",
+    "pytest-rerunfailures>=15.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.5",
     "ruff==0.17.6",

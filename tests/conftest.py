@@ -11,6 +11,18 @@ settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
 
+# Tests of several real processes, which meet, die and are killed within seconds: on a machine whose cores are taken by others one may
+# miss its moment. They get a second chance; a defect fails twice.
+_REAL_PROCESSES = ("tests/reliability/", "tests/runtime/test_world", "tests/runtime/test_signals", "tests/integration/")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of real processes for one repetition, where the plugin that repeats is installed."""
+    for item in items:
+        if config.pluginmanager.hasplugin("rerunfailures") and item.nodeid.startswith(_REAL_PROCESSES):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interrupts_arrive() -> None:
     """A shell that starts the tests in the background has SIGINT ignored; the tests of signals need it as a terminal gives it."""
