@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpu import AttentionByHeads, attention_gradients
 from .layers import transformed
 
 
@@ -32,6 +33,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if transformed(q, k, v):
         return plain_attention(q, k, v)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        return AttentionByHeads.apply(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
     if out.requires_grad and not torch.compiler.is_compiling():
         out = _TwiceDifferentiable.apply(out, q, k, v)
@@ -53,12 +56,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return g, None, None, None  # an ordinary backward pass: the kernel's own is the faster
-        q, k, v = ctx.saved_tensors
-        scale = 1 / math.sqrt(q.shape[-1])
-        weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-        grad_weights = g @ v.transpose(-1, -2)
-        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
-        return None, grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g
+        return None, *attention_gradients(*ctx.saved_tensors, g)
 
 
 def _split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, int]:

@@ -13,6 +13,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import cpu
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORM_GROUPS = 32  # of all released networks; the number is not stored with the weights, so it cannot change
@@ -67,6 +69,13 @@ def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
     return conv.kernel_size == ones and conv.stride == ones and conv.padding == zeros and conv.groups == 1
 
 
+def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of x [..., C], by the faster way where one is known."""
+    if not torch.compiler.is_compiling() and cpu.mixes_as_convolution(x, weight) and not transformed(x, weight):
+        return cpu.mix_channels(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class Conv1d(_CastAtUse, nn.Conv1d):
     """Convolution over [N, C, T]. With a kernel of one it is a matrix product on channels-innermost memory.
 
@@ -77,7 +86,7 @@ class Conv1d(_CastAtUse, nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_as(x)
         if _is_matrix_product(self):
-            return F.linear(x.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
+            return mix_channels(x.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
         return self._conv_forward(x, weight, bias)
 
 
@@ -87,7 +96,7 @@ class Conv2d(_CastAtUse, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_as(x)
         if _is_matrix_product(self) and is_channels_last(x):
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+            return mix_channels(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return self._conv_forward(x, weight, bias)
 
 
@@ -109,6 +118,12 @@ class SiLU(nn.SiLU):
     """x * sigmoid(x): torch's own, under the name it had here before torch had one."""
 
 
+def _slow_bfloat16(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is a case of `cpu.Bfloat16GroupNorm`."""
+    found = x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and x.dim() == 4
+    return found and not torch.compiler.is_compiling() and is_channels_last(x)
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group norm in the dtype and memory layout of its input; the kernel accumulates statistics in float32."""
 
@@ -123,6 +138,8 @@ class GroupNorm32(nn.GroupNorm):
             # In forward mode torch knows this norm in NCHW only, and in channels_last its CPU backward (torch 2.13)
             # crashes the process where weights have a gradient and x has none, as in fine-tuning attention alone.
             x = x.contiguous()
+        elif _slow_bfloat16(x, weight):
+            return cpu.Bfloat16GroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
         y = torch.group_norm(x, self.num_groups, weight, bias, self.eps)
         if channels_were_last:
             y = channels_last(y)  # some CUDA kernels answer in NCHW whatever they are given
