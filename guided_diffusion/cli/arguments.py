@@ -74,11 +74,13 @@ def parse(
     known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
     parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", metavar="FILE", help="JSON file with values for the flags below")
-    for name, (default, help, choices) in known.items():
+    for name, (default, help, choices, auto) in known.items():
         told = f"{help}" + (f" [{', '.join(str(c) or 'empty' for c in choices)}]" if choices else "")
         told = (told + f" (default {default!r})").replace("%", "%%")
         if isinstance(default, bool):  # a bare --flag says True
             options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
+        elif auto is not None:
+            options = {"type": int_or_auto, "metavar": "int" if isinstance(auto, str) else "int|auto"}
         else:
             options = {"type": type(default), "metavar": type(default).__name__}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
@@ -88,13 +90,33 @@ def parse(
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
         typed = {**_from_file(arguments.config, known), **typed}
+    typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():
-        choices = known[name][2]
+        choices = known[name].choices
         if choices and value not in choices:
             raise UsageError(
-                f"--{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{_near(value, choices)}"
+                f"--{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{near(value, choices)}"
             )
-    return Parsed({**{name: entry[0] for name, entry in known.items()}, **typed}, typed)
+    return Parsed({**{name: entry.default for name, entry in known.items()}, **typed}, typed)
+
+
+def int_or_auto(text: str) -> int | str:
+    """A whole number, or the word auto as it is."""
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
+def _without_auto(name: str, value: Any, auto: int | str | None) -> Any:
+    """`value`, or the number that the word auto stands for; UsageError where `auto` says why it stands for none."""
+    if value != "auto" or auto is None:
+        return value
+    if isinstance(auto, str):
+        raise UsageError(f"--{name} is 'auto', but {auto}")
+    return auto
 
 
 # Flags of every command that starts processes.
@@ -109,7 +131,11 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=120)
 
 
-_Entry = tuple[Any, str, tuple[Any, ...] | None]
+class _Entry(NamedTuple):
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None = None
+    auto: int | str | None = None  # as in config.fields.flag
 
 
 def _table(
@@ -119,8 +145,9 @@ def _table(
     for config in configs:
         for f in fields(config):
             if f.name not in known:
-                known[f.name] = (defaults.get(f.name, f.default), f.metadata.get("help", ""), f.metadata.get("choices"))
-    known.update({name: (defaults.get(name, default), help, None) for name, (default, help) in extra.items()})
+                told = {key: f.metadata.get(key) for key in ("choices", "auto")}
+                known[f.name] = _Entry(defaults.get(f.name, f.default), f.metadata.get("help", ""), **told)
+    known.update({name: _Entry(defaults.get(name, default), help) for name, (default, help) in extra.items()})
     return known
 
 
@@ -160,9 +187,10 @@ def _unknown(word: str, known: Mapping[str, _Entry]) -> str:
     name = word.partition("=")[0]
     if not name.startswith("--"):
         return f"{word!r} is neither a flag nor the value of one; flags are spelled --name value"
-    return f"there is no flag {name}{_near(name[2:], known, '--')}"
+    return f"there is no flag {name}{near(name[2:], known, '--')}"
 
 
-def _near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
+def near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
+    """ " (did you mean ...?)" where one of the `allowed` is similar, else nothing."""
     found = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
     return f" (did you mean {prefix}{found[0]}?)" if found else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..build import Loaded, Sample
     from ..runtime.world import World
-    from ..sampling.generate import LabelPlan
+    from ..sampling.generate import Job, LabelPlan
 
 # A batch of large images can take longer than the usual patience of a process for the others.
 PATIENCE_S = 3600.0
@@ -120,32 +120,47 @@ def make(
     `folder` begins the folder's name where none is given; `seed` replaces the config's; `conditions` are further inputs of
     the network by image number, `depends` what those depend on.
     """
-    from ..data.images import to_uint8
     from ..sampling import generate as g
 
-    tell, model, critic = teller(world), pieces.model, pieces.critic
+    tell = teller(world)
+    job, chosen = job_of(parsed, config, pieces, world, folder)
+    job = replace(job, seed=config.seed if seed is None else seed, labels=labels, conditions=conditions)
+    job = replace(job, receipt={**job.receipt, **(depends or {})})
+    what = what_is_made(config, pieces)
+    what += f", {len(labels.classes)} classes" if labels.classes else ""
+    tell(f"{config.num_samples} {what}, seed {config.seed}, into {job.out} ({chosen})")
+    if world.is_main:
+        runs.write_config(job.out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
+    return g.generate(pieces.sample, job, world=world, tell=tell, should_stop=lambda: stop.requested)
+
+
+def what_is_made(config: SampleConfig, pieces: Pieces) -> str:
+    """ "images of 64x64, ddim, 25 steps"."""
+    height, width = pieces.model.config.model.size
+    return f"images of {height}x{width}, {config.method}, {len(pieces.model.process)} steps"
+
+
+def job_of(
+    parsed: arguments.Parsed, config: SampleConfig, pieces: Pieces, world: World, folder: str
+) -> tuple[Job, str]:
+    """(a job of the config's number of images, without seed and labels; how its folder was chosen)."""
+    from ..data.images import to_uint8
+    from ..sampling.generate import Job
+
+    model, critic = pieces.model, pieces.critic
     out, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], folder), name=f"folder of {folder}")
-    height, width = model.config.model.size
-    job = g.Job(
+    job = Job(
         out=out,
         num_samples=config.num_samples,
-        shape=(model.config.model.image_channels, height, width),
+        shape=(model.config.model.image_channels, *model.config.model.size),
         batch_size=config.batch_size or _batch_that_fits(config, pieces, world),
         to_uint8=to_uint8,
-        seed=config.seed if seed is None else seed,
-        labels=labels,
-        receipt={**pieces.receipt, **(depends or {})},
+        receipt=pieces.receipt,
         about={"model": model.path, "classifier": critic.path if critic else None, "device": str(world.device)},
-        conditions=conditions,
         grid=config.grid,
         class_names=pieces.names,
     )
-    what = f"{config.method}, {len(model.process)} steps"
-    what += f", {len(labels.classes)} classes" if labels.classes else ""
-    tell(f"{config.num_samples} images of {height}x{width}, {what}, seed {config.seed}, into {out} ({chosen})")
-    if world.is_main:
-        runs.write_config(out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
-    return g.generate(pieces.sample, job, world=world, tell=tell, should_stop=lambda: stop.requested)
+    return job, chosen
 
 
 _ON_CPU = 16  # images per pass where nobody says and memory is no question: more bring no speed there
@@ -180,7 +195,7 @@ def _batch_that_fits(config: SampleConfig, pieces: Pieces, world: World) -> int:
     size = world.broadcast_object(found, name="images that fit")
     if not size:
         raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
-    teller(world)(f"--batch_size 0: {size} images at a time fit")
+    teller(world)(f"--batch_size auto: {size} images at a time fit")
     return int(size)
 
 
@@ -207,12 +222,12 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
     return {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "step": loaded.step}
 
 
-def choose_classes(text: str, count: int, names: Sequence[str]) -> tuple[int, ...]:
-    """ "3,7" or "cat,dog" -> class numbers; "" -> all `count` of them. ValueError for those that do not exist."""
+def choose_classes(text: str, count: int, names: Sequence[str], where: str = "--classes") -> tuple[int, ...]:
+    """ "3,7" or "cat,dog" -> class numbers; "" -> all `count` of them. ValueError for those that do not exist, naming `where`."""
     if not text:
         return tuple(range(count))
     if not count:
-        raise ValueError(f"--classes is {text!r}, but this model knows no classes and there is no classifier")
+        raise ValueError(f"{where} is {text!r}, but this model knows no classes and there is no classifier")
     chosen = []
     for word in (part.strip() for part in text.split(",")):
         if word in names:
@@ -221,5 +236,5 @@ def choose_classes(text: str, count: int, names: Sequence[str]) -> tuple[int, ..
             chosen.append(int(word))
         else:
             known = f" or names such as {', '.join(names[:5])}" if names else ""
-            raise ValueError(f"--classes has {word!r}; there are the numbers 0 to {count - 1}{known}")
+            raise ValueError(f"{where} has {word!r}; there are the numbers 0 to {count - 1}{known}")
     return tuple(chosen)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..presets import PRESETS, Preset, Recipe, get
+from .arguments import int_or_auto
 
 
 class Target(NamedTuple):
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="guided-diffusion reproduce", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"one of {', '.join(known)}")
     parser.add_argument("--num_samples", type=int, default=50000, help="images to make and score (default 50000)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images per pass and process (default 16)")
+    parser.add_argument(
+        "--batch_size", type=int_or_auto, default=16, help="images per pass and process, or auto (default 16)"
+    )
     parser.add_argument(
         "--reference", default="", help="reference npz of the data set; without it images are made but not scored"
     )

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import ClassifierConfig, DiffusionConfig, ModelConfig, SampleConfig
-from . import arguments, making, runs
+from . import arguments, making, requests, runs
 
 if TYPE_CHECKING:
     from ..runtime.world import World
 
-EXTRA: dict[str, tuple[Any, str]] = {"out": ("", "folder for the npz, the picture and the receipt")}
+EXTRA: dict[str, tuple[Any, str]] = {
+    "out": ("", "folder for the npz, the picture and the receipt"),
+    "requests": ("", f"JSON file of many small requests, made in shared batches; fields: {', '.join(requests.FIELDS)}"),
+}
 _CONFIGS = (SampleConfig, ModelConfig, DiffusionConfig, ClassifierConfig)
 
 
@@ -48,6 +51,9 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False, guide
         raise ValueError(
             "--classifier_path is empty; give the weights of a classifier, or --classifier_scale 0 for none"
         )
+    if parsed.flags["requests"]:
+        asked = requests.read(parsed.flags["requests"], parsed)
+        return making.session(parsed, lambda world, stop: requests.work(asked, parsed, world, stop))
 
     return making.session(parsed, lambda world, stop: work(parsed, world, stop))
 

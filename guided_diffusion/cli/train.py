@@ -170,7 +170,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     if config.train.microbatch == 0 and world.device.type == "cuda":
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
-        tell(f"--microbatch 0: {trainer.microbatch} images per forward and backward pass fit")
+        tell(f"--microbatch auto: {trainer.microbatch} images per forward and backward pass fit")
     try:
         outcome = trainer.run(config.train.last_step)
         if outcome == "finished" and held_out is not None and world.is_main:

@@ -19,8 +19,11 @@ def flag(
     choices: tuple[Any, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
+    auto: int | str | None = None,
 ) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    """A field and its flag. `auto`: the number that the word auto stands for on a command line, or why there is no such word."""
+    told = {"help": help, "choices": choices, "low": low, "high": high, "auto": auto}
+    return field(default=default, metadata=told)
 
 
 def numbers(text: str | Iterable[Any], flag: str) -> Numbers:

@@ -10,6 +10,7 @@ from .fields import Section, flag, numbers
 from .networks import NETWORKS, ModelConfig, Network
 
 PRECISIONS = ("", "fp32", "bf16", "fp16")
+_CHOSEN = "what a network learns depends on its batch, so give a number; --microbatch auto finds how much of it fits"
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ class TrainConfig(Section):
     lr: float = flag(1e-4, "learning rate", low=0.0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0.0)
     lr_anneal_steps: int = flag(0, "lower the learning rate to 0 over this many steps, then end; 0 = never", low=0)
-    batch_size: int = flag(1, "images per step and process", low=1)
+    batch_size: int = flag(1, "images per step and process", low=1, auto=_CHOSEN)
     microbatch: int = flag(
         -1,
-        "images per forward and backward pass; -1 = the whole batch; 0 = the whole or half, a quarter ... as fits",
+        "images per forward and backward pass; -1 = the whole batch; auto (or 0) = the whole or half, a quarter ... as fits",
         low=-1,
+        auto=0,
     )
     ema_rate: str = flag("0.9999", "rates of the averaged weights, separated by commas")
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
@@ -131,7 +133,7 @@ class ClassifierTrainConfig(TrainConfig):
     """How a classifier's weights are made; 2021 spelled some flags differently from the generator's."""
 
     lr: float = flag(3e-4, "learning rate", low=0.0)
-    batch_size: int = flag(4, "images per step and process", low=1)
+    batch_size: int = flag(4, "images per step and process", low=1, auto=_CHOSEN)
     ema_rate: str = flag("", "rates of averaged weights; empty = none")
     iterations: int = flag(150000, "end after this many updates", low=1)
     noised: bool = flag(True, "train on noised images, as guidance needs")
@@ -152,7 +154,9 @@ class SampleConfig(Section):
     classifier_scale: float = flag(1.0, "strength of the guidance; 0 = none, below 0 = away from the class")
     clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")
     num_samples: int = flag(10000, "how many images", low=1)
-    batch_size: int = flag(16, "images per pass and process; 0 = as many as fit, found by trying", low=0)
+    batch_size: int = flag(
+        16, "images per pass and process; auto (or 0) = as many as fit, found by trying", low=0, auto=0
+    )
     use_ddim: bool = flag(False, "sample with DDIM instead of the ancestral chain")
     sampler: str = flag("", "empty = by --use_ddim", choices=("", "ancestral", "ddim", "heun", "dpm_solver"))
     eta: float = flag(0.0, "noise of DDIM: 0 = none, 1 = as much as the ancestral chain", low=0.0, high=1.0)

@@ -43,6 +43,17 @@ class Streams:
         prefix = key_of(*address)
         self._generators = [torch.Generator(self.device).manual_seed(key_of(prefix, number)) for number in numbers]
 
+    @classmethod
+    def of(cls, addresses: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> Streams:
+        """One stream per whole address, such as (seed, SAMPLE, image): the batch's examples need not share a seed.
+
+        The address `(*address, i)` is that of example `i` in `Streams(*address, ids=...)`.
+        """
+        streams = cls(ids=(), device=device)
+        for address in addresses:
+            streams._generators += cls(*address[:-1], ids=address[-1:], device=device)._generators
+        return streams
+
     def __len__(self) -> int:
         return len(self._generators)
 

@@ -124,7 +124,7 @@ def _make(
     progress: bool,
 ) -> None:
     batches = _groups(todo, job.batch_size)
-    bar = _Progress(job.num_samples - len(todo), job.num_samples, shown=progress and world.is_main)
+    bar = Progress(job.num_samples - len(todo), job.num_samples, shown=progress and world.is_main)
     for first in range(0, len(batches), world.size):
         round_ = batches[first : first + world.size]
         if world.rank < len(round_):
@@ -138,7 +138,7 @@ def _make(
     bar.close()
     world.barrier("all images are made")
     if world.is_main:
-        _assemble(job, tell)
+        assemble(job, tell)
     world.barrier("the npz is written")
 
 
@@ -169,6 +169,11 @@ def make_batch(sample: Sample, job: Job, ids: Sequence[int], device: torch.devic
     conditions = {name: value.to(device) for name, value in conditions.items()}
     images = sample(streams.normal(job.shape), streams.randn_like, conditions)
     pixels = job.to_uint8(images).cpu().numpy()[[i - start for i in ids]]
+    keep(job, ids, pixels)
+
+
+def keep(job: Job, ids: Sequence[int], pixels: np.ndarray) -> None:
+    """Write the finished images `ids`, uint8 `[len(ids), H, W, C]`, as parts, one for each stretch of consecutive numbers."""
     for first, last in _runs(ids):
         name = f"images_{ids[first]:08d}_{ids[last]:08d}.npy"
         writers.write_part(storage.join(job.out, PARTS, name), pixels[first : last + 1])
@@ -190,15 +195,15 @@ def _parts(job: Job) -> list[tuple[int, int, str]]:
 
 
 def _open(job: Job, tell: Callable[[str], None]) -> tuple[RunLock | None, list[int] | str | None]:
-    """(lock of the folder, what `_prepare` says). On the main rank."""
+    """(lock of the folder, what `prepare` says). On the main rank."""
     try:
         lock = RunLock(job.out, LOCK)
     except ValueError as error:
         return None, str(error)
-    return lock, _prepare(job, tell)
+    return lock, prepare(job, tell)
 
 
-def _prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str | None:
+def prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str | None:
     """The images still to make; None if the npz is there; or a complaint."""
     folder = storage.join(job.out, PARTS)
     storage.makedirs(folder)
@@ -279,7 +284,8 @@ def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
     storage.write_text_atomic(storage.join(job.out, RECEIPT), json.dumps(told, indent=1) + "\n")
 
 
-def _assemble(job: Job, tell: Callable[[str], None]) -> None:
+def assemble(job: Job, tell: Callable[[str], None]) -> None:
+    """Put the npz and the picture together from the parts, complete the receipt, and remove the parts. On the main rank."""
     parts = [part for part in _parts(job) if part[0] < job.num_samples]
     channels, height, width = job.shape
     labels = job.labels.of(range(job.num_samples))
@@ -306,7 +312,7 @@ def _name(label: int, names: Sequence[str]) -> str:
     return names[label] if label < len(names) else str(label)
 
 
-class _Progress:
+class Progress:
     """A bar with images per second; nothing where tqdm is not installed."""
 
     def __init__(self, done: int, total: int, *, shown: bool) -> None:
@@ -323,6 +329,12 @@ class _Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
+
+    def aside(self, tell: Callable[[str], None], text: str) -> None:
+        """Tell something on a line of its own while the bar goes on."""
+        if self._bar is not None:
+            self._bar.clear()
+        tell(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -84,7 +84,7 @@ def test_a_killed_job_goes_on_with_any_number_of_processes(tmp_path: Path, ranks
 
     # Several ranks, played one after another: each makes its batches; the last call finds everything done.
     goes_on = job(tmp_path / "cut", batch_size=batch_size)
-    todo = g._prepare(goes_on, quiet)
+    todo = g.prepare(goes_on, quiet)
     assert todo == list(range(4, 11))
     batches = g._groups(todo, batch_size)
     for rank in range(1, ranks):
