@@ -99,3 +99,46 @@ def test_a_training_run_s_file_gives_sample_its_network_and_nothing_else(tmp_pat
     assert parsed.flags["image_size"] == 32
     assert parsed.flags["batch_size"] == SampleConfig().batch_size
     assert parsed.flags["labels"] == "random"
+
+
+SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig)
+
+
+@pytest.mark.parametrize("word", ["auto", "AUTO", "0"])
+def test_auto_is_a_word_for_what_is_found_by_trying(word: str, tmp_path: Path) -> None:
+    parsed = arguments.parse(["--batch_size", word], SAMPLING, program="p", description="d")
+    assert parsed.typed == {"batch_size": 0} and SampleConfig.from_flags(parsed.flags).batch_size == 0
+    assert parse("--microbatch", word).typed == {"microbatch": 0}
+
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"microbatch": "auto", "lr": 0.5}))
+    run = RunConfig.from_flags("diffusion", parse("--config", str(path)).flags)
+    assert run.train.microbatch == 0
+    path.write_text(json.dumps(run.to_dict()))  # written as a number, and reads back
+    assert RunConfig.from_flags("diffusion", parse("--config", str(path)).flags) == run
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "super_resolution", "classifier"])
+def test_training_wants_its_batch_size_as_a_number(kind: str, tmp_path: Path) -> None:
+    configs = list(RunConfig.sections(kind).values())
+    path = tmp_path / "c.json"
+    path.write_text('{"batch_size": "auto"}')
+    for words in (["--batch_size", "auto"], ["--config", str(path)]):
+        with pytest.raises(ValueError, match="--batch_size is 'auto', but what a network learns.*--microbatch auto"):
+            arguments.parse(words, configs, program="p", description="d")
+    assert arguments.parse(["--batch_size", "7"], configs, program="p", description="d").typed == {"batch_size": 7}
+
+
+def test_other_words_and_other_flags_are_no_auto() -> None:
+    for words in (["--batch_size", "all"], ["--log_interval", "auto"], ["--microbatch", "1.5"]):
+        with pytest.raises(ValueError, match=f"{words[0]}: invalid int value: '{words[1]}'"):
+            parse(*words)
+
+
+def test_help_shows_where_auto_may_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for configs in (SAMPLING, CONFIGS):
+        with pytest.raises(SystemExit):
+            arguments.parse(["--help"], configs, program="p", description="d")
+    sampling, training = capsys.readouterr().out.split("usage: ")[1:]
+    assert "--batch_size int|auto" in sampling and "auto (or 0) = as many as fit" in sampling
+    assert "--microbatch int|auto" in training and "--batch_size int " in training

@@ -73,3 +73,13 @@ def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     draws(range(3), 5)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@given(st.lists(st.tuples(st.integers(-5, 2**63), st.integers(0, 3), st.integers(0, 2**40)), min_size=1, max_size=5))
+def test_streams_of_whole_addresses_are_those_of_batches_of_one_seed(addresses):
+    mixed = Streams.of(addresses)
+    numbers = mixed.normal(SHAPE), mixed.uniform(), mixed.randn_like(torch.zeros(len(addresses), 2))
+    for k, (seed, purpose, number) in enumerate(addresses):
+        for found, own in zip(numbers, draws([number - 1, number], seed, purpose)):
+            assert torch.equal(found[k], own[1])
+    assert len(Streams.of([])) == 0
