@@ -102,8 +102,7 @@ def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tenso
         )
     if not learned:
         return output, None
-    prediction, raw = output.split(channels, dim=1)
-    return prediction, raw
+    return output.narrow(1, 0, channels), output.narrow(1, channels, channels)
 
 
 def x0_from_output(tables: Tables, prediction: Tensor, x: Tensor, i: Tensor, predicts: Predicts) -> Tensor:

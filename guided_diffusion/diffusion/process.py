@@ -42,6 +42,7 @@ class Process:
     log_one_minus_alpha_bar: Tensor
     sqrt_recip_alpha_bar: Tensor
     sqrt_recipm1_alpha_bar: Tensor
+    score_to_x0: Tensor  # how far the clean prediction moves with the score
     posterior_variance: Tensor
     posterior_log_variance: Tensor  # step 0 has variance zero; its logarithm is that of step 1 instead
     posterior_mean_x0: Tensor
@@ -66,7 +67,7 @@ class Process:
         """Table `name` at positions `i` (integers or floats, `[B]` or a scalar), with trailing axes added to match `like` `[B, ...]`."""
         table = getattr(self, name)
         value = self._between(name, table, i) if i.is_floating_point() else _looked_up(table, i)
-        return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+        return value.view(-1, *(1,) * (like.ndim - 1))
 
     def time_at(self, i: Tensor) -> Tensor:
         """What the network is told at positions `i`, `[B]`."""
@@ -95,6 +96,7 @@ _FROM_LOG_SNR: dict[str, Callable[[Tensor], Tensor]] = {
     "log_one_minus_alpha_bar": lambda log_snr: torch.nn.functional.logsigmoid(-log_snr),
     "sqrt_recip_alpha_bar": lambda log_snr: log_snr.sigmoid().rsqrt(),
     "sqrt_recipm1_alpha_bar": lambda log_snr: (-log_snr / 2).exp(),
+    "score_to_x0": lambda log_snr: (-log_snr).sigmoid() * log_snr.sigmoid().rsqrt(),
 }
 
 
@@ -116,6 +118,7 @@ def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
         "log_one_minus_alpha_bar": np.log(1.0 - alpha_bar),
         "sqrt_recip_alpha_bar": np.sqrt(1.0 / alpha_bar),
         "sqrt_recipm1_alpha_bar": np.sqrt(1.0 / alpha_bar - 1.0),
+        "score_to_x0": (1.0 - alpha_bar) / np.sqrt(alpha_bar),
         "posterior_variance": posterior_variance,
         "posterior_log_variance": np.log(np.append(first, posterior_variance[1:])),
         "posterior_mean_x0": betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),  # eq. 7

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .denoiser import Denoiser
 from .process import Process, tables_of
 
 Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtype and device of its argument
-Number = Tensor | float
+Number = Any  # a float, or an array or tensor of them
 
 
 class Step(NamedTuple):
@@ -77,14 +77,14 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie between 0 (deterministic) and 1 (as noisy as ancestral sampling)")
     tables, steps = tables_of(process.betas), _steps(process, start)
-    alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
+    sigmas = ddim_sigma(tables["alpha_bar"], tables["alpha_bar_prev"], eta)
+    weights = ddim_weights(tables["alpha_bar"], tables["alpha_bar_prev"], sigmas)
+    from_x0, from_x, sigma = (column.tolist() for column in (*weights, sigmas))
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        sigma = float(ddim_sigma(alpha_bar[k], previous[k], eta))
-        from_x0, from_x = ddim_weights(alpha_bar[k], previous[k], sigma)
-        x = torch.add(from_x0 * x0, x, alpha=from_x)
-        if sigma > 0:
-            x = x + sigma * noise(x)
+        x = (x0 * from_x0[k]).add_(x, alpha=from_x[k])
+        if sigma[k] > 0:
+            x = x + sigma[k] * noise(x)
         yield Step(k, x, x0)
 
 
@@ -103,10 +103,12 @@ def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_to: Number, sigma: Number = 0
     return x0 * alpha_bar_to**0.5 + (1 - alpha_bar_to - sigma**2) ** 0.5 * eps
 
 
-def ddim_weights(alpha_bar: float, alpha_bar_to: float, sigma: float = 0.0) -> tuple[float, float]:
-    """(weight of x0, weight of x) of `ddim_update` with the eps between them, which is a mean of the two."""
-    from_x = math.sqrt(1 - alpha_bar_to - sigma**2) / math.sqrt(1 - alpha_bar)
-    return math.sqrt(alpha_bar_to) - from_x * math.sqrt(alpha_bar), from_x
+def ddim_weights(
+    alpha_bar: np.ndarray, alpha_bar_to: np.ndarray, sigma: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(weights of x0, weights of x) of `ddim_update` with the eps between them, which is a mean of the two; a step each."""
+    from_x = np.sqrt(1 - alpha_bar_to - sigma**2) / np.sqrt(1 - alpha_bar)
+    return np.sqrt(alpha_bar_to) - from_x * np.sqrt(alpha_bar), from_x
 
 
 @torch.no_grad()
@@ -115,11 +117,11 @@ def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step
 
     `x` is clean and taken to be at step 0, nearly so; the last x is at step T-1, where `ddim` starts.
     """
-    alpha_bar, steps = tables_of(process.betas)["alpha_bar"].tolist(), range(len(process) - 1)
+    alpha_bar, steps = tables_of(process.betas)["alpha_bar"], range(len(process) - 1)
+    from_x0, from_x = (column.tolist() for column in ddim_weights(alpha_bar[:-1], alpha_bar[1:]))
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        from_x0, from_x = ddim_weights(alpha_bar[k], alpha_bar[k + 1])
-        x = torch.add(from_x0 * x0, x, alpha=from_x)
+        x = (x0 * from_x0[k]).add_(x, alpha=from_x[k])
         yield Step(k, x, x0)
 
 
@@ -274,7 +276,7 @@ def _positions(steps: Iterable[float], process: Process, x: Tensor) -> list[Tens
     values = list(steps)
     whole = all(isinstance(value, int) for value in values)
     rows = torch.tensor(values, dtype=torch.long if whole else process.time.dtype, device=x.device)
-    return [row.expand(x.shape[0]) for row in rows]
+    return list(rows[:, None].expand(-1, x.shape[0]).unbind())
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:

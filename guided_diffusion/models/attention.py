@@ -56,7 +56,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return g, None, None, None  # an ordinary backward pass: the kernel's own is the faster
-        return None, *attention_gradients(*ctx.saved_tensors, g)
+        q, k, v = ctx.saved_tensors
+        return None, *attention_gradients(q, k, v, g)
 
 
 def _split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, int]:

@@ -61,7 +61,7 @@ class Bfloat16GroupNorm(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():  # a derivative of this derivative may follow: torch's own formulas have one
@@ -102,7 +102,7 @@ class AttentionByHeads(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():
             return attention_gradients(q, k, v, grad)
