@@ -267,6 +267,16 @@ def test_a_job_begun_by_generate_is_completed(tmp_path: Path, expected: Path) ->
     assert_same_files(tmp_path / "out", expected)
 
 
+def test_generate_completes_a_request_that_was_begun(tmp_path: Path, expected: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fulfil(tmp_path / "out", Counted(dies_at=3))  # four of ten images of "mixed" are there
+    counted = Counted()
+    found = alone(tmp_path / "out", REQUESTS[2], sample=counted)
+    assert len(counted.sizes) == 2  # numbers 4 to 7, 8 and 9
+    with np.load(next((expected / "mixed").glob("*.npz"))) as wanted:
+        np.testing.assert_array_equal(found["arr_0"], wanted["arr_0"])
+
+
 def test_files_are_written_as_soon_as_their_last_image_is_made(tmp_path: Path) -> None:
     there: list[int] = []
 
