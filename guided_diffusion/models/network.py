@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .embedding import Heard, JoinedEmbeddings
 from .layers import channels_last, store_convolution, timestep_embedding
 
 
@@ -22,6 +25,7 @@ class Network(nn.Module):
     num_levels: int
     time_embed: nn.Sequential
     label_emb: nn.Embedding
+    joined: JoinedEmbeddings | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype, *, store: bool = False) -> None:
         """Compute the torso in `dtype` from now on: float32, bfloat16 or float16.
@@ -62,6 +66,23 @@ class Network(nn.Module):
                 f"labels y have shape {tuple(y.shape)}; one per image is needed: {tuple(timesteps.shape)}."
             )
         return emb + self.label_emb(y)
+
+    def join_embeddings(self) -> None:
+        """Compute what all blocks hear of time in one product from now on; for a network whose weights are frozen."""
+        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "emb_layers")]
+        self.joined = JoinedEmbeddings([block.emb_layers for block in blocks])
+        for place, block in enumerate(blocks):
+            block.emb_place = place
+
+    def heard(self, emb: Tensor, dtype: torch.dtype) -> Tensor | Heard:
+        """emb [N, E] as the blocks take it: itself, or with what each makes of it, where `join_embeddings` was called."""
+        if self.joined is None or not self.joined.holds():
+            return emb
+        return self.joined(emb, dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.joined = None  # weights that move to another device or dtype are no longer parts of one matrix
+        return super()._apply(fn, recurse)
 
     def enter(self, x: Tensor) -> Tensor:
         """x in the torso's dtype and memory layout, refused if a level would have an odd size."""

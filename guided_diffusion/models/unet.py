@@ -26,6 +26,7 @@ from .attention import (
     QKVAttentionLegacy,
     count_flops_attn,  # noqa: F401
 )
+from .embedding import Heard
 from .layers import (
     TimestepBlock,
     TimestepEmbedSequential,
@@ -51,6 +52,8 @@ class ResBlock(TimestepBlock):
     added before that norm. up, down: change size inside the block. use_conv: a 3x3 convolution on the skip path where
     the number of channels changes; else 1x1. use_checkpoint: recompute in backward instead of keeping activations.
     """
+
+    emb_place: int = -1  # which of the network's joined embedding layers is this block's
 
     def __init__(
         self,
@@ -101,19 +104,19 @@ class ResBlock(TimestepBlock):
         else:
             self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
         """x: [N, C, ...], emb: [N, E]. Returns [N, out_channels, ...], of twice or half the size for up and down."""
         if self.use_checkpoint:
             return checkpoint(self._forward, (x, emb), self.parameters(), True)
         return self._forward(x, emb)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
         if self.updown:
             h = self.in_layers[:-1](x)
             h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
         else:
             h = self.in_layers(x)
-        emb_out = self.emb_layers(emb).to(h.dtype)
+        emb_out = (emb.parts[self.emb_place] if isinstance(emb, Heard) else self.emb_layers(emb)).to(h.dtype)
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
@@ -302,7 +305,8 @@ class UNetModel(_Trunk):
 
         Returns [N, out_channels, H, W] in the dtype of x. H and W are multiples of 2 ** (levels - 1).
         """
-        h, emb = self.enter(x), self.embed(timesteps, x.shape[0], y)
+        h = self.enter(x)
+        emb = self.heard(self.embed(timesteps, x.shape[0], y), h.dtype)
         skips: list[Tensor] = []
         for module in self.input_blocks:
             h = module(h, emb)
@@ -386,7 +390,8 @@ class EncoderUNetModel(_Trunk):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: images [N, in_channels, H, W]; timesteps: [N]. Returns [N, out_channels] in the dtype of x."""
-        h, emb = self.enter(x), self.embed(timesteps, x.shape[0])
+        h = self.enter(x)
+        emb = self.heard(self.embed(timesteps, x.shape[0]), h.dtype)
         means: list[Tensor] = []
         for module in [*self.input_blocks, self.middle_block]:
             h = module(h, emb)
