@@ -277,6 +277,19 @@ def test_generate_completes_a_request_that_was_begun(tmp_path: Path, expected: P
         np.testing.assert_array_equal(found["arr_0"], wanted["arr_0"])
 
 
+def test_killed_before_the_npz_was_put_together(
+    tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(job: g.Job, tell: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(g, "assemble", dies)
+        fulfil(tmp_path / "out", requests=REQUESTS[:1])
+    assert fulfil(tmp_path / "out", Counted(dies_at=1), requests=REQUESTS[:1]).images == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "out")["sevens"], pixels(expected)["sevens"])
+
+
 def test_files_are_written_as_soon_as_their_last_image_is_made(tmp_path: Path) -> None:
     there: list[int] = []
 
