@@ -29,6 +29,7 @@ from .data.images import low_res, to_float
 from .data.listing import Records
 from .data.loader import Batches, make_batches
 from .diffusion import guidance, samplers
+from .diffusion.compiled import Compiled
 from .diffusion.denoiser import Denoiser, make_denoiser
 from .diffusion.graphs import Graphed
 from .diffusion.objectives import training_losses
@@ -295,8 +296,8 @@ def build_sample(
     """(noise, source of noise, conditions) -> images in [-1, 1]. `process` on the sampling device.
 
     Guidance by `critic` shifts the mean where `method` is ancestral, as algorithm 1 of the paper, and the score
-    elsewhere, as algorithm 2. `compile`: networks through torch.compile, as one graph each. `graphs`: on CUDA, network
-    and guidance of a step as one CUDA graph; all batches must then have the same size.
+    elsewhere, as algorithm 2. `compile`: network and guidance of a step through torch.compile, as one graph. `graphs`: on
+    CUDA, record them (compiled or not) as one CUDA graph. With either, batches of another size cost a graph of their own.
     """
     config, net = model.config, model.net
     assert isinstance(config.model, (ModelConfig, SuperResConfig))
@@ -304,15 +305,25 @@ def build_sample(
     guide = guidance.classifier_mean if method == "ancestral" else guidance.classifier
     for part in (model, critic):
         if part is not None:
-            make_ready(part.net, compile=compile)
+            make_ready(part.net)
 
-    def denoiser(cond: Mapping[str, Tensor]) -> Denoiser:
+    def plain(cond: Mapping[str, Tensor]) -> Denoiser:
         heard = {name: cond[name] for name in known}
         denoise = make_denoiser(net, process, heard, clip=clip, **config.diffusion.reading)  # type: ignore[arg-type]
         if critic is not None and scale:
             denoise = guide(denoise, process, guidance.log_prob_gradient(critic.net, cond["y"]), scale)
         return denoise
 
+    apart: list[nn.Module] = []  # networks compiled by themselves, where a step could not be compiled whole
+
+    def compiled_apart(cond: Mapping[str, Tensor]) -> Denoiser:
+        if not apart:
+            apart.extend(part.net for part in (model, critic) if part is not None)
+            for each in apart:
+                compile_network(each)
+        return plain(cond)
+
+    denoiser = Compiled(plain, otherwise=compiled_apart) if compile else plain
     kept: dict[str, Tensor] = {}  # the conditions in the memory that a graph reads
     recorded: list[Graphed] = []
 
@@ -338,16 +349,16 @@ def build_sample(
     return sample
 
 
-def make_ready(net: nn.Module, *, compile: bool = False) -> None:
-    """Lay a frozen network's weights out as convolutions read them, which saves a transposition per call; maybe compile it.
+def make_ready(net: nn.Module) -> None:
+    """Lay a frozen network's weights out as convolutions read them, which saves a transposition per call.
 
     Networks whose weights ask for gradients are left as they are: they belong to training.
     """
     if not isinstance(net, Torso) or any(parameter.requires_grad for parameter in net.parameters()):
         return
     net.set_compute_dtype(net.dtype, store=True)
-    if compile:
-        compile_network(net)
+    if next(net.parameters()).device.type != "cpu":  # fewer kernels to start; a CPU starts none
+        net.join_embeddings()
 
 
 def compile_network(net: nn.Module) -> None:

@@ -17,15 +17,21 @@ GradLogProb = Callable[[Tensor, Tensor], Tensor]
 def log_prob_gradient(net: Net, labels: Tensor) -> GradLogProb:
     """The gradient of log p(labels | x) under a classifier `net(x, time) -> logits [B, classes]`; `labels` int64 `[B]`.
 
-    Works under `no_grad` and with frozen weights; the weights never receive a gradient.
+    Works under `no_grad` and with frozen weights; the weights never receive a gradient. It can be part of a compiled graph.
     """
 
+    def total(x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        log_probs = net(x, time).float().log_softmax(dim=-1)
+        return log_probs.gather(-1, labels.view(-1, 1)).sum()
+
     def gradient(x: Tensor, time: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # can be followed in this form; outside of a compiler it is the slower one
+            return torch.func.grad(total)(x, time, labels)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            log_probs = net(x, time).float().log_softmax(dim=-1)
-            chosen = log_probs.gather(-1, labels.view(-1, 1))
-            return torch.autograd.grad(chosen.sum(), x)[0]
+            # backward keeps no tensor of inference mode
+            told, chosen = (value.clone() if value.is_inference() else value for value in (time, labels))
+            return torch.autograd.grad(total(x, told, chosen), x)[0]
 
     return gradient
 
@@ -46,8 +52,7 @@ def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient:
 
     eps moves by -sqrt(1 - alpha_bar) gradient, and so x0 by (1 - alpha_bar) / sqrt(alpha_bar) gradient.
     """
-    share = tables.at("sqrt_recipm1_alpha_bar", i, x) * tables.at("sqrt_one_minus_alpha_bar", i, x)
-    return torch.addcmul(x0, share, gradient, value=scale)
+    return torch.addcmul(x0, tables.at("score_to_x0", i, x), gradient, value=scale)
 
 
 def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:

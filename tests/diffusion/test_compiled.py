@@ -1,0 +1,218 @@
+"""A guided step compiled as one graph: how many graphs there are, and that they compute what the plain step computes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from guided_diffusion.diffusion import guidance, samplers
+from guided_diffusion.diffusion.compiled import Compiled, Cond
+from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread, make_denoiser
+from guided_diffusion.diffusion.graphs import Graphed
+from guided_diffusion.diffusion.process import make_process
+from guided_diffusion.diffusion.schedules import named_betas
+from guided_diffusion.models.unet import EncoderUNetModel, UNetModel
+
+PROCESS = make_process(named_betas("linear", 50))
+WEIGHT = torch.linspace(-9, 9, 4 * 192).sin().view(4, 192)
+Guide = Callable[..., Denoiser]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def stirred(net: Any, dtype: torch.dtype, seed: int) -> Any:
+    """Random weights everywhere (a fresh network answers zero), frozen, computing in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.requires_grad_(False).parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(noise / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
+    net.set_compute_dtype(dtype, store=True)
+    return net.eval()
+
+
+def guided(guide: Guide, dtype: torch.dtype = torch.float32) -> Callable[[Cond], Denoiser]:
+    """The smallest networks with residual blocks and attention, one guiding the other."""
+    options: dict[str, Any] = {"channel_mult": (1,), "num_head_channels": 16, "use_scale_shift_norm": True}
+    net = stirred(UNetModel(8, 3, 32, 6, 0, (), num_classes=4, **options), dtype, 0)
+    critic = stirred(EncoderUNetModel(8, 3, 32, 4, 0, (), pool="attention", **options), dtype, 1)
+
+    def make(cond: Cond) -> Denoiser:
+        denoise = make_denoiser(net, PROCESS, {"y": cond["y"]})
+        return guide(denoise, PROCESS, guidance.log_prob_gradient(critic, cond["y"]), 2.0)
+
+    return make
+
+
+def images(seed: int, count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The difference in norm: single pixels of an untrained network magnify rounding."""
+    return float((found - expected).detach().norm() / expected.norm())
+
+
+# In bfloat16 the two ways round at different places: they lie as far from each other as each from float32.
+@pytest.mark.parametrize(
+    ("guide", "dtype", "bound"),
+    [
+        (guidance.classifier, torch.float32, 1e-5),
+        (guidance.classifier_mean, torch.float32, 1e-5),
+        (guidance.classifier, torch.bfloat16, 0.03),
+    ],
+)
+def test_one_graph_for_all_batches_and_steps(guide: Guide, dtype: torch.dtype, bound: float) -> None:
+    counter = CompileCounterWithBackend("aot_eager")  # a graph break raises: Compiled asks for a full graph
+    make = guided(guide, dtype)
+    whole = Compiled(make, backend=counter)
+    for k, labels in enumerate(([0, 1, 2], [3, 3, 1], [2, 0, 0])):
+        cond = {"y": torch.tensor(labels)}
+        for i in (0, 20, 49):
+            x, at = images(k), torch.tensor([i, i, max(0, i - 1)])
+            found, expected = whole(cond)(x, at), make(cond)(x, at)
+            assert apart(found.x0, expected.x0) < bound
+            torch.testing.assert_close(found.log_variance, expected.log_variance, rtol=bound, atol=bound)
+    assert counter.frame_count == 1 and counter.op_count > 50
+    others = make({"y": torch.tensor([1, 3, 2])})(x, at).x0
+    assert apart(others, expected.x0) > 3 * bound  # labels matter more than the bound could hide
+
+
+def playful(cond: Cond) -> Denoiser:
+    """Guided by a classifier of one layer: for what does not depend on the network."""
+
+    def critic(x: Tensor, time: Tensor) -> Tensor:
+        return x.flatten(1) @ WEIGHT.T * (1 + 0.01 * time[:, None])
+
+    def net(x: Tensor, time: Tensor) -> Tensor:
+        return torch.cat([x.sin() * cond["y"].view(-1, 1, 1, 1), 0.1 * x], dim=1) + 1e-3 * time.view(-1, 1, 1, 1)
+
+    denoise = make_denoiser(net, PROCESS)
+    return guidance.classifier(denoise, PROCESS, guidance.log_prob_gradient(critic, cond["y"]), 2.0)
+
+
+def test_positions_between_steps_are_one_more_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    cond, whole = {"y": torch.tensor([0, 1, 2])}, Compiled(playful, backend=counter)
+    for i in (torch.tensor([3, 4, 5]), torch.tensor([2.5, 30.0, 48.9]), torch.tensor([1.0, 7.1, 20.0])):
+        assert apart(whole(cond)(images(0), i).x0, playful(cond)(images(0), i).x0) < 1e-6
+    assert counter.frame_count == 2
+
+
+def test_layout_grad_mode_and_inference_mode_of_the_caller_make_no_graphs() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    whole, labels, i = Compiled(playful, backend=counter), torch.tensor([2, 0, 1]), torch.tensor([9]).expand(3)
+    expected = playful({"y": labels})(images(0), i).x0
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            x, y = images(0).contiguous(memory_format=torch.channels_last), labels.clone()
+            found = whole({"y": y})(x, i.contiguous() if mode is torch.no_grad else i).x0
+            torch.testing.assert_close(playful({"y": y})(x, i).x0, expected)
+        assert apart(found, expected) < 1e-6 and not found.requires_grad and not found.is_inference()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.ancestral, samplers.dpm_solver, samplers.heun])
+def test_whole_chains_agree(sampler: Any) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    cond, results = {"y": torch.tensor([1, 2, 3])}, []
+    for denoise in (playful(cond), Compiled(playful, backend=counter)(cond)):
+        torch.manual_seed(0)
+        results.append(samplers.last(sampler(denoise, images(0), PROCESS)))
+    assert apart(results[1], results[0]) < 1e-5
+    assert counter.frame_count <= 2  # at whole positions and between them
+
+
+def test_what_cannot_be_traced_is_done_the_other_way_and_told_once() -> None:
+    def awkward(cond: Cond) -> Denoiser:
+        def denoise(x: Tensor, i: Tensor) -> Denoised:
+            torch._dynamo.graph_break()
+            return Denoised(2 * x, Spread(x, x))
+
+        return denoise
+
+    def other(cond: Cond) -> Denoiser:
+        return lambda x, i: Denoised(x + cond["y"], Spread(x, x))
+
+    whole = Compiled(awkward, otherwise=other, backend="eager")
+    with pytest.warns(UserWarning, match="cannot be compiled as one graph") as told:
+        for k in range(3):
+            found = whole({"y": torch.tensor(float(k))})(torch.ones(2, 3), torch.zeros(2))
+            assert torch.equal(found.x0, torch.full((2, 3), 1.0 + k))
+    assert len(told) == 1 and whole.failure is not None
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        Compiled(awkward, backend="eager")({})(torch.ones(2, 3), torch.zeros(2))
+
+
+def test_many_compiled_steps_in_one_process() -> None:
+    """More than torch's limit of graphs for one piece of code: each step has code of its own."""
+    for n in range(1 + torch._dynamo.config.recompile_limit):
+        weight = torch.full((3,), float(n))
+
+        def make(cond: Cond, weight: Tensor = weight) -> Denoiser:
+            return lambda x, i: Denoised(x * weight + cond["y"], Spread(x, x))
+
+        found = Compiled(make, backend="eager")({"y": torch.ones(3)})(torch.ones(2, 3), torch.zeros(2))
+        assert torch.equal(found.x0, torch.full((2, 3), 1.0 + n))
+
+
+def test_a_recorded_compiled_step_reads_conditions_anew() -> None:
+    """As CUDA graphs do it: everything is done again on the same memory."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def again(run: Callable[[], Denoised]) -> tuple[Denoised, Callable[[], None]]:
+        answer = run()
+
+        def replay() -> None:
+            answer.x0.copy_(run().x0)
+
+        return answer, replay
+
+    kept = torch.zeros(3, 2, dtype=torch.long)[:, 0]  # not contiguous: the graph reads a copy, made anew each time
+    graphed = Graphed(Compiled(playful, backend=counter)({"y": kept}), record=again)
+    for labels in (torch.tensor([0, 1, 2]), torch.tensor([3, 2, 1])):
+        kept.copy_(labels)
+        i = torch.tensor([5, 6, 7])
+        assert apart(graphed(images(1), i).x0, playful({"y": labels})(images(1), i).x0) < 1e-6
+    assert counter.frame_count == 1
+
+
+def test_both_forms_of_the_gradient_agree() -> None:
+    """The traced one (torch.func) and the eager one (autograd), on a classifier alone and without any compiler between them."""
+    critic = stirred(
+        EncoderUNetModel(8, 3, 32, 4, 1, (1,), channel_mult=(1,), num_head_channels=16, pool="attention"),
+        torch.float32,
+        2,
+    )
+    x, time, labels = images(4), torch.tensor([3.0, 500.0, 900.0]), torch.tensor([0, 3, 1])
+    gradient = guidance.log_prob_gradient(critic, labels)
+    counter = CompileCounterWithBackend("eager")  # runs what was traced as it is
+    traced = torch.compile(gradient, backend=counter, fullgraph=True, dynamic=False)
+    for frozen in (True, False):
+        critic.requires_grad_(not frozen)
+        assert apart(traced(x, time), gradient(x, time)) < 1e-5
+        assert all(parameter.grad is None for parameter in critic.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a C++ compiler at work some forty times
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_inductor_itself() -> None:
+    """The compiler that users get, on the smallest guided step. At step 49 rounding of eps counts 359 times in x0: hence the bound."""
+    make = guided(guidance.classifier_mean)
+    whole = Compiled(make)
+    for labels in ([0, 1, 2], [3, 0, 0]):
+        cond, i = {"y": torch.tensor(labels)}, torch.tensor([4, 20, 49])
+        found, expected = whole(cond)(images(2), i), make(cond)(images(2), i)
+        assert apart(found.x0, expected.x0) < 1e-4
+        torch.testing.assert_close(found.log_variance, expected.log_variance, rtol=1e-5, atol=1e-5)
