@@ -4,167 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import shapes
-from .shapes import Shape
+from .budget import Budget
+from .parts import NAMES, ON_CPU, ON_GPU, Figures, Plan, tasks
 from .timing import TABLE_HEAD, Ratio, as_json, machine
 
-Figures = dict[str, float]
-Result = tuple[list[Ratio], Figures]
-NAMES = (
-    "forward", "arithmetic", "sampling", "training", "classifier", "features",
-    "metrics", "loader", "growth", "startup", "memory", "demo",
-)  # fmt: skip
-
-
-class Plan:
-    """What to measure and how often."""
-
-    def __init__(self, device: str, quick: bool, rounds: int, rates: Figures) -> None:
-        from . import floor
-
-        self.device, self.quick = device, quick
-        self.rounds = rounds or (2 if quick else 7)
-        self.rate = floor.best(rates)
-        self.on_gpu = device.startswith("cuda")
-        self.low = "bfloat16"
-        self.rate_low = floor.best(rates, self.low)
-
-    def shapes(self) -> list[Shape]:
-        """The networks that fit this machine."""
-        if self.quick:
-            return [shapes.tiny()]
-        if self.on_gpu:
-            return [shapes.released(64, 64, 64), shapes.released(128, 32, 32), shapes.released(256, 16, 16)]
-        return [shapes.small()]
-
-
-def forward(plan: Plan) -> Result:
-    from . import networks
-
-    rows = []
-    for shape in plan.shapes():
-        for dtype, rate in (("float32", plan.rate), (plan.low, plan.rate_low)):
-            rows += networks.forward(shape, device=plan.device, rounds=plan.rounds, dtype=dtype, rate=rate)
-        rows += networks.against_diffusers(shape, device=plan.device, rounds=plan.rounds)
-    return rows, {}
-
-
-def arithmetic(plan: Plan) -> Result:
-    from . import networks
-
-    shape = plan.shapes()[0]
-    rows = []
-    for guided in (False, True):
-        rows += networks.arithmetic(shape, device=plan.device, rounds=plan.rounds, guided=guided)
-    return rows, {}
-
-
-def sampling(plan: Plan) -> Result:
-    from . import networks
-
-    rows, rounds = [], max(1, plan.rounds // 2)
-    for shape in plan.shapes():
-        for dtype in ("float32", plan.low) if plan.on_gpu else ("float32",):
-            rows += networks.sampling(shape, device=plan.device, rounds=rounds, dtype=dtype)
-    return rows, {}
-
-
-def training(plan: Plan) -> Result:
-    from . import networks
-
-    rows = []
-    for shape in plan.shapes():
-        for precision, rate in (("fp32", plan.rate), ("bf16", plan.rate_low)):
-            rows += networks.training(shape, device=plan.device, rounds=plan.rounds, precision=precision, rate=rate)
-    return rows, {}
-
-
-def classifier(plan: Plan) -> Result:
-    from . import networks
-
-    rows = []
-    for shape in plan.shapes():
-        rows += networks.classifier_gradient(shape, device=plan.device, rounds=plan.rounds, dtype="float32")
-    return rows, {}
-
-
-def features(plan: Plan) -> Result:
-    from . import inception
-
-    images = 4 if plan.quick else 8
-    found = inception.measure(device=plan.device, images=images, rounds=2 if plan.quick else plan.rounds)
-    return [found.pop("ratio")], {f"features, {name.replace('_', ' ')}": value for name, value in found.items()}
-
-
-def metrics(plan: Plan) -> Result:
-    from . import metrics as m
-
-    small = {"dim": 256, "images": 600, "samples": 2000, "references": 1000, "neighbour_dim": 256}
-    found = m.measure(**small) if plan.quick else m.measure(samples=10_000, references=10_000)
-    neighbours = found["neighbours"]
-    figures = {f"precision and recall, {name.replace('_', ' ')}": float(value) for name, value in neighbours.items()}
-    figures["Frechet distance, scipy / ours"] = found["frechet_ratio"]
-    figures["Frechet distance, relative difference"] = found["frechet_relative_difference"]
-    return [], figures
-
-
-def loader(plan: Plan) -> Result:
-    from . import images
-
-    return images.loader(rounds=plan.rounds, count=64 if plan.quick else 256), {}
-
-
-def growth(plan: Plan) -> Result:
-    from . import growth as g
-
-    return [], g.measure(device=plan.device, quick=plan.quick)
-
-
-def startup(plan: Plan) -> Result:
-    from . import startup as s
-
-    rounds = 1 if plan.quick else 3
-    found = s.import_time(rounds)
-    for shape in ("tiny()",) if plan.quick else ("small()", "small(num_channels=128)"):
-        found.update({f"{name}, {shape}": value for name, value in s.loading(shape, rounds).items()})
-    return [], found
-
-
-def memory(plan: Plan) -> Result:
-    from . import startup as s
-
-    return [], s.memory("tiny()" if plan.quick else "small()")
-
-
-def demo(plan: Plan) -> Result:
-    from . import startup as s
-
-    return [], {} if plan.quick else s.demo()
-
-
-PARTS: dict[str, Callable[[Plan], Result]] = {name: globals()[name] for name in NAMES}
+GPU_BUDGET = 540.0
+"""Seconds that a run on a GPU takes unless told otherwise: all of it within one call of ten minutes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts asked for, print as they come, write `benchmarks.md` and `benchmarks.json`."""
+    """Run the parts asked for, print as they come, write `benchmarks.md` and `benchmarks.json` after each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: a look, not a measurement")
     parser.add_argument("--device", default="cpu", help="cpu (one thread, process CPU time) or cuda")
     parser.add_argument("--only", action="append", choices=NAMES, help="this part alone; may be repeated")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per pair; 0 = 7, or 2 with --quick")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds for all: what would end later is left out and named; without it 540 on cuda, no end on the cpu",
+    )
     parser.add_argument("--out", default="runs/benchmarks", help="folder for the two files")
     args = parser.parse_args(argv)
+    on_gpu = args.device.startswith("cuda")
+    try:
+        budget = Budget(args.budget if args.budget is not None else GPU_BUDGET if on_gpu else float("inf"))
+    except ValueError as error:
+        parser.error(str(error))
 
     import torch
 
     from . import floor
 
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU")
     threads = torch.get_num_threads()
     if args.device == "cpu":
@@ -172,44 +51,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rates = floor.rates(args.device, args.quick)
         print("\n".join(f"{name}: {value:.1f}" for name, value in rates.items()), flush=True)
-        plan = Plan(args.device, args.quick, args.rounds, rates)
-        ratios, figures = _measured(plan, args.only or NAMES)
+        report = Report(Path(args.out), {"machine": machine(), "command": _command(args), "rates": rates}, budget)
+        measure(Plan(args.device, args.quick, args.rounds, rates), args.only or (ON_GPU if on_gpu else ON_CPU), report)
     finally:
         torch.set_num_threads(threads)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine(), "command": _command(args), "rates": rates}
-    report |= {"ratios": as_json(ratios), "figures": figures}
-    (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "benchmarks.md").write_text(markdown(report, ratios), encoding="utf-8")
-    print(f"wrote {out / 'benchmarks.md'} and {out / 'benchmarks.json'}")
-    return 0
+    report.write()
+    print(f"wrote {report.folder / 'benchmarks.md'} and {report.folder / 'benchmarks.json'}")
+    return 1 if report.failed else 0
 
 
-def _measured(plan: Plan, names: Sequence[str]) -> tuple[list[Ratio], Figures]:
-    ratios: list[Ratio] = []
-    figures: Figures = {}
-    for name in names:
-        begin = time.perf_counter()
-        try:
-            rows, found = PARTS[name](plan)
-        except ImportError as error:  # a part that compares with something not installed
-            print(f"{name}: left out, {error}", flush=True)
-            continue
+class Report:
+    """What has been measured so far, in two files that are whole at any moment."""
+
+    def __init__(self, folder: Path, head: dict[str, Any], budget: Budget) -> None:
+        self.folder, self.head, self.budget = folder, head, budget
+        self.ratios: list[Ratio] = []
+        self.figures: Figures = {}
+        self.failed: dict[str, str] = {}
+
+    def add(self, rows: Sequence[Ratio], figures: Figures) -> None:
+        """Take up and print what one task found."""
         for row in rows:
             print(row.row(), flush=True)
-        for key, value in found.items():
+        for key, value in figures.items():
             print(f"{key}: {value:.4g}", flush=True)
-        print(f"({name}: {time.perf_counter() - begin:.0f} s)", flush=True)
-        ratios += rows
-        figures.update(found)
-    return ratios, figures
+        self.ratios += rows
+        self.figures.update(figures)
+
+    def write(self) -> None:
+        """Write both files; each replaces the one before when it is complete."""
+        found = {**self.head, "ratios": as_json(self.ratios), "figures": self.figures}
+        found |= {"left_out": self.budget.left_out, "failed": self.failed}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("benchmarks.json", json.dumps(found, indent=1) + "\n"),
+            ("benchmarks.md", markdown(found, self.ratios)),
+        ):
+            half = self.folder / f".{name}.part"
+            half.write_text(text, encoding="utf-8")
+            os.replace(half, self.folder / name)
+
+
+def measure(plan: Plan, names: Sequence[str], report: Report) -> None:
+    """Run the tasks of the parts named, as far as the budget goes; after each, the files hold all there is."""
+    for name in names:
+        for task in tasks(name, plan):
+            begin = time.perf_counter()
+            try:
+                found = report.budget.run(task)
+            except ImportError as error:  # a part that compares with something not installed
+                report.budget.left_out[task.name] = str(error)
+                found = None
+            except Exception as error:  # a table with a hole, named, is worth more than none
+                traceback.print_exc()
+                report.failed[task.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                found = None
+            if found is not None:
+                report.add(*found)
+                print(f"({task.name}: {time.perf_counter() - begin:.0f} s)", flush=True)
+            elif task.name in report.budget.left_out:
+                print(f"{task.name}: left out, {report.budget.left_out[task.name]}", flush=True)
+            report.write()
+            if plan.on_gpu:
+                from .gpu import tidy
+
+                tidy()
 
 
 def _command(args: argparse.Namespace) -> str:
     words = [*(["--quick"] if args.quick else []), *(["--device", args.device] if args.device != "cpu" else [])]
     for name in args.only or []:
         words += ["--only", name]
+    words += [f"--rounds {args.rounds}"] if args.rounds else []
+    words += [f"--budget {args.budget:g}"] if args.budget is not None else []
     return " ".join(["python -m benchmarks", *words])
 
 
@@ -218,6 +132,8 @@ def markdown(report: dict[str, Any], ratios: Sequence[Ratio]) -> str:
     lines = ["# Measured", "", f"`{report['command']}`", ""]
     lines += [f"* {name}: {value}" for name, value in report["machine"].items()]
     lines += [f"* {name}: {value:.1f}" for name, value in report["rates"].items()]
+    lines += [f"* left out: {name} ({why})" for name, why in report["left_out"].items()]
+    lines += [f"* FAILED: {name} ({why})" for name, why in report["failed"].items()]
     if ratios:
         lines += ["", TABLE_HEAD, *(ratio.row() for ratio in ratios)]
     if report["figures"]:

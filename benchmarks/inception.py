@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
-from evaluations.features import CHUNK_ON_CPU, CHUNK_ON_GPU
+from evaluations.features import CHUNK_ON_CPU, CHUNK_ON_GPU, extract
 from evaluations.inception import Conv, InceptionV3
 from evaluations.resize import tf1_bilinear, to_inception_range
 
-from .timing import compare
+from .timing import clock_of, compare
 
 
 def _network() -> InceptionV3:
@@ -59,6 +60,24 @@ def measure(*, device: str = "cpu", images: int = 8, side: int = 256, rounds: in
         "plain_images_per_second": images / ratio.other_seconds,
         "largest_relative_difference": float((one - other).abs().max() / other.abs().max()),
     }
+
+
+def whole_job(*, device: str = "cpu", images: int = 8, side: int = 64) -> dict[str, float]:
+    """Seconds that 50,000 images would take from uint8 arrays to features in main memory, from what `images` of them took.
+
+    This is the whole path: read, sent, resized, computed in full float32, brought back; on the CPU in CPU seconds.
+    """
+    chunk = CHUNK_ON_CPU if device == "cpu" else CHUNK_ON_GPU
+    images = -(-images // chunk) * chunk
+    pixels = np.random.default_rng(0).integers(0, 256, (images, side, side, 3), dtype=np.uint8)
+    with torch.no_grad():
+        net = _network().fold().to(device)
+    now = clock_of(device)
+    extract(pixels[:chunk], net, progress=False, world=(0, 1))
+    begin = now()
+    extract(pixels, net, progress=False, world=(0, 1))
+    took = now() - begin
+    return {f"50,000_images_of_{side}_px,_seconds,_extrapolated_from_{images}": 50_000 * took / images}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +17,26 @@ from guided_diffusion.runtime.world import World
 from guided_diffusion.training.trainer import Trainer
 
 from . import floor, shapes
+from .plain import Plain
 from .plain_loops import PlainLoops, PlainTrainer, plain_batch, plain_cond_fn
 from .shapes import Shape
 from .timing import Ratio, compare
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+class Rates(NamedTuple):
+    """What the machine can do at best in one number format: FLOP/s and bytes/s."""
+
+    flops: float
+    bytes: float
+
+    def note(self, work: floor.Work, seconds: float) -> str:
+        """How much of it a call made use of."""
+        return work.used(seconds, *self)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest value of b."""
     return float((a - b).abs().max() / b.abs().max())
 
@@ -34,26 +48,35 @@ def ready(net: Any, dtype: str = "float32") -> Any:
     return net
 
 
-def forward(shape: Shape, *, device: str, rounds: int, dtype: str, rate: float) -> list[Ratio]:
+@cache
+def operations(shape: Shape) -> tuple[float, float]:
+    """FLOPs of one image through the generator and through its classifier, counted on the meta device: nothing is computed."""
+    size, channels = shape.model.image_size, shape.model.image_channels
+    with torch.device("meta"), torch.no_grad():
+        x, t, y = torch.empty(1, channels, size, size), torch.empty(1), torch.empty(1, dtype=torch.int64)
+        empty: Any = build.build_empty(shape.model, shape.diffusion), build.build_empty(shape.classifier)
+        net, critic = map(Plain, empty)
+        return floor.flops(lambda: net(x, t, y)), floor.flops(lambda: critic(x, t))
+
+
+def forward(shape: Shape, *, device: str, rounds: int, dtype: str, rates: Rates) -> list[Ratio]:
     """One forward pass without gradients, against the plain float32 variant and the floor."""
     x, t, y = shapes.inputs(shape, shape.batch, device)
     with torch.inference_mode():
         net = shapes.generator(shape, device)
         plain = shapes.plainly(net)
         net = ready(net, dtype)
-        apart = _difference(net(x, t, y), plain(x, t, y))
-        work = floor.flops(lambda: plain(x, t, y))
+        apart = difference(net(x, t, y), plain(x, t, y))
+        work = floor.Work(floor.flops(lambda: plain(x, t, y)), floor.traffic(lambda: net(x, t, y)))
         name = f"forward, {shape.name}, {dtype}, batch {shape.batch}"
         found = compare(
             name, lambda: net(x, t, y), lambda: plain(x, t, y), against="plain float32", rounds=rounds, device=device
         )
-        note = f"differs {apart:.1e}; {work / rate / found.ours_seconds:.0%} of the floor"
-    return [_noted(found, note)]
+    return [noted(found, f"differs {apart:.1e}; {rates.note(work, found.ours_seconds)}")]
 
 
-def _noted(ratio: Ratio, note: str) -> Ratio:
-    from dataclasses import replace
-
+def noted(ratio: Ratio, note: str) -> Ratio:
+    """The ratio with something said about it."""
     return replace(ratio, note=note)
 
 
@@ -95,7 +118,7 @@ def against_diffusers(shape: Shape, *, device: str, rounds: int) -> list[Ratio]:
     net = ready(net)
     x, t, y = shapes.inputs(shape, shape.batch, device)
     with torch.inference_mode():
-        apart = _difference(net(x, t, y), other(x, t, class_labels=y).sample)
+        apart = difference(net(x, t, y), other(x, t, class_labels=y).sample)
         name = f"forward, {shape.name}, float32, batch {shape.batch}"
         found = compare(
             name,
@@ -105,7 +128,7 @@ def against_diffusers(shape: Shape, *, device: str, rounds: int) -> list[Ratio]:
             rounds=rounds,
             device=device,
         )
-    return [_noted(found, f"differs {apart:.1e}")]
+    return [noted(found, f"differs {apart:.1e}")]
 
 
 def classifier_gradient(shape: Shape, *, device: str, rounds: int, dtype: str) -> list[Ratio]:
@@ -115,12 +138,12 @@ def classifier_gradient(shape: Shape, *, device: str, rounds: int, dtype: str) -
     net = ready(net, dtype)
     x, t, y = shapes.inputs(shape, shape.batch, device)
     ours, theirs = guidance.log_prob_gradient(net, y), plain_cond_fn(plain, y, 1.0)
-    apart = _difference(ours(x, t), theirs(x, t))
+    apart = difference(ours(x, t), theirs(x, t))
     name = f"classifier gradient, {shape.name}, {dtype}, batch {shape.batch}"
     found = compare(
         name, lambda: ours(x, t), lambda: theirs(x, t), against="plain float32", rounds=rounds, device=device
     )
-    return [_noted(found, f"differs {apart:.1e}")]
+    return [noted(found, f"differs {apart:.1e}")]
 
 
 def short_process(shape: Shape, steps: int, device: str) -> Process:
@@ -154,7 +177,7 @@ def sampling(shape: Shape, *, device: str, rounds: int, dtype: str, steps: int =
     apart = float((ours() - theirs()).abs().max())
     name = f"guided DDIM-{steps}, {shape.name}, {dtype}, batch {shape.batch}"
     found = compare(name, ours, theirs, against="plain float32", rounds=rounds, device=device, warmup=0)
-    return [_noted(found, f"images differ by {apart:.1e} at most")]
+    return [noted(found, f"images differ by {apart:.1e} at most")]
 
 
 def arithmetic(shape: Shape, *, device: str, rounds: int, guided: bool, steps: int = 25) -> list[Ratio]:
@@ -183,10 +206,10 @@ def arithmetic(shape: Shape, *, device: str, rounds: int, guided: bool, steps: i
     apart = float((ours() - theirs()).abs().max())
     name = f"DDIM-{steps} with a constant network{', guided' if guided else ''}, batch {shape.batch}"
     found = compare(name, ours, theirs, against="plain", rounds=max(rounds, 9), device=device, inner=5)
-    return [_noted(found, f"images differ by {apart:.1e} at most")]
+    return [noted(found, f"images differ by {apart:.1e} at most")]
 
 
-def training(shape: Shape, *, device: str, rounds: int, precision: str, rate: float) -> list[Ratio]:
+def training(shape: Shape, *, device: str, rounds: int, precision: str, rates: Rates) -> list[Ratio]:
     """A whole update: loss, backward, AdamW, averaged weights, what is logged."""
     net = shapes.generator(shape, device)
     plain = shapes.plainly(net)
@@ -203,10 +226,12 @@ def training(shape: Shape, *, device: str, rounds: int, precision: str, rate: fl
         other.step(x0, t, torch.randn_like(x0), {"y": batch.labels})
 
     x, t, y = shapes.inputs(shape, shape.train_batch, device)
-    work = 3 * floor.flops(lambda: _quietly(plain, x, t, y))
+    flops = 3 * floor.flops(lambda: _quietly(plain, x, t, y))
+    trainer.step(batch)  # the first one makes the optimizer's moments
+    work = floor.Work(flops, floor.traffic(lambda: trainer.step(batch)))
     name = f"training step, {shape.name}, {precision}, batch {shape.train_batch}"
     found = compare(name, lambda: trainer.step(batch), theirs, against="plain float32", rounds=rounds, device=device)
-    return [_noted(found, f"{work / rate / found.ours_seconds:.0%} of the floor")]
+    return [noted(found, rates.note(work, found.ours_seconds))]
 
 
 @torch.inference_mode()

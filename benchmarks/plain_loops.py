@@ -124,7 +124,8 @@ class PlainTrainer:
     def __init__(
         self, net: nn.Module, forward: Model, process: Process, *, lr: float, ema_rates: Sequence[float]
     ) -> None:
-        self.params = list(net.parameters())
+        self.net_params = list(net.parameters())
+        self.params = self._learned()
         self.forward = forward
         self.loops = PlainLoops(process)
         self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=0.0, foreach=False, fused=False)
@@ -132,16 +133,30 @@ class PlainTrainer:
         self.averages = [[p.detach().clone() for p in self.params] for _ in self.ema_rates]
         self.logged: dict[str, float] = {}
 
+    def _learned(self) -> list[nn.Parameter]:
+        """What the optimizer moves and the averages follow."""
+        return self.net_params
+
     def step(self, x0: Tensor, t: Tensor, noise: Tensor, cond: dict[str, Tensor]) -> None:
         """One update on float images in [-1, 1] at steps `t`."""
-        for p in self.params:
+        for p in self.net_params:
             p.grad = None
         terms = self.loops.losses(self.forward, x0, t, noise, cond)
         for name, values in terms.items():
             self.logged[name] = values.mean().item()
             for step, value in zip(t.cpu().numpy(), values.detach().cpu().numpy()):
                 self.logged[f"{name}_q{int(4 * step / self.loops.steps)}"] = value.item()
-        terms["loss"].mean().backward()
+        self._learn(terms["loss"].mean())
+        for rate, targets in zip(self.ema_rates, self.averages):
+            for target, source in zip(targets, self.params):
+                target.detach().mul_(rate).add_(source.detach(), alpha=1 - rate)
+
+    def _learn(self, loss: Tensor) -> None:
+        loss.backward()
+        self._log_norms()
+        self.optimizer.step()
+
+    def _log_norms(self) -> None:
         grad, weight = 0.0, 0.0
         for p in self.params:
             with torch.no_grad():
@@ -149,10 +164,49 @@ class PlainTrainer:
                 if p.grad is not None:
                     grad += torch.norm(p.grad).item() ** 2
         self.logged.update(grad_norm=np.sqrt(grad), param_norm=np.sqrt(weight))
+
+
+class PlainHalfTrainer(PlainTrainer):
+    """As PlainTrainer, for a network whose convolutions are stored in float16, the way of 2021.
+
+    AdamW moves a float32 copy of all weights, two flat vectors; every step gradients are joined and cast into it, and the
+    weights are cut and cast out of it again. The loss is scaled by 2 to a power that falls by one where a gradient
+    overflows, in which case the step is skipped, and grows slowly otherwise.
+    """
+
+    # 2021 began at 20 and lost the first steps to it; here every measured step is meant to count.
+    log_scale = 8.0
+    growth = 1e-3
+    skipped = 0
+
+    def _learned(self) -> list[nn.Parameter]:
+        vectors = [p for p in self.net_params if p.dim() <= 1]
+        matrices = [p for p in self.net_params if p.dim() > 1]
+        self.groups = [group for group in (vectors, matrices) if group]
+        return [nn.Parameter(self._joined([p.detach() for p in group])) for group in self.groups]
+
+    @staticmethod
+    def _joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+
+    def _learn(self, loss: Tensor) -> None:
+        scale = 2.0**self.log_scale
+        (loss * scale).backward()
+        for flat, group in zip(self.params, self.groups):
+            flat.grad = self._joined([torch.zeros_like(p) if p.grad is None else p.grad for p in group])
+            flat.grad.mul_(1 / scale)
+        self._log_norms()
+        if not math.isfinite(self.logged["grad_norm"]):
+            self.log_scale -= 1
+            self.skipped += 1
+            return
         self.optimizer.step()
-        for rate, targets in zip(self.ema_rates, self.averages):
-            for target, source in zip(targets, self.params):
-                target.detach().mul_(rate).add_(source.detach(), alpha=1 - rate)
+        with torch.no_grad():
+            for flat, group in zip(self.params, self.groups):
+                flat.grad = None
+                for p, values in zip(group, flat.split([p.numel() for p in group])):
+                    p.copy_(values.view_as(p))
+        self.log_scale += self.growth
 
 
 def plain_batch(images: Tensor, timesteps: int, generator: Any = None) -> tuple[Tensor, Tensor]:

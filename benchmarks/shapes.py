@@ -78,12 +78,18 @@ def released(size: int, batch: int, train_batch: int) -> Shape:
     return Shape(f"released {size}px", model.model, classifier.model, batch, train_batch, model.diffusion)
 
 
+def with_train_batch(shape: Shape, size: int) -> Shape:
+    """The shape with another batch to train on."""
+    return replace(shape, train_batch=size)
+
+
 def stir(net: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights of usual size everywhere; a fresh network ends in zeros, which would make half of it trivial."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(net.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             if parameter.dim() > 1:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:
@@ -93,18 +99,23 @@ def stir(net: nn.Module, seed: int = 0) -> nn.Module:
 
 def generator(shape: Shape, device: str = "cpu") -> Any:
     """The generator with random weights."""
-    return stir(build.build_model(shape.model, shape.diffusion)).to(device)
+    with torch.device(device):  # hundreds of millions of numbers are drawn faster where they are needed
+        return stir(build.build_model(shape.model, shape.diffusion))
 
 
 def critic(shape: Shape, device: str = "cpu") -> Any:
     """The classifier with random weights."""
-    return stir(build.build_classifier(shape.classifier), seed=1).to(device)
+    with torch.device(device):
+        return stir(build.build_classifier(shape.classifier), seed=1)
 
 
-def plainly(net: Any) -> Plain:
-    """A plain variant with copies of the weights in the usual layout, which ask for gradients as a fresh network's do."""
+def plainly(net: Any, dtype: torch.dtype = torch.float32) -> Plain:
+    """A plain variant with copies of the weights in the usual layout, which ask for gradients as a fresh network's do.
+
+    In float16 the torso's convolutions are stored so, and all else stays float32, as in 2021.
+    """
     twin = copy.deepcopy(net).requires_grad_(True)
-    twin.set_compute_dtype(torch.float32)
+    twin.set_compute_dtype(dtype, store=dtype != torch.float32)
     for parameter in twin.parameters():
         parameter.data = parameter.data.contiguous()
     return Plain(twin)

@@ -68,14 +68,23 @@ def compare(
     device: str = "cpu",
     note: str = "",
     inner: int = 1,
+    limit: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
 ) -> Ratio:
-    """Time `ours` and `other` in turns, the order changing every round; `inner` calls are timed together."""
+    """Time `ours` and `other` in turns, the order changing every round; `inner` calls are timed together.
+
+    Fewer rounds than asked for, but at least two, where another one would end more than `limit` seconds of `clock` after
+    the first began.
+    """
     now = clock_of(device)
     for _ in range(warmup):
         ours()
         other()
     times: dict[str, list[float]] = {"ours": [], "other": []}
+    start = clock()
     for turn in range(rounds):
+        if turn >= 2 and (clock() - start) * (turn + 1) / turn > limit:
+            break
         pair = [("ours", ours), ("other", other)]
         for label, call in pair if turn % 2 == 0 else reversed(pair):
             begin = now()
@@ -91,7 +100,7 @@ def compare(
         high=ratios[(3 * len(ratios)) // 4],
         ours_seconds=median(times["ours"]),
         other_seconds=median(times["other"]),
-        rounds=rounds,
+        rounds=len(ratios),
         note=note,
     )
 
