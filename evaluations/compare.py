@@ -19,6 +19,7 @@ _EXPLAIN: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("encoder", "weights_sha256"), "weights of the encoder", "other weights, other features, other scores"),
     (("encoder", "resize"), "resize rule", "another resize moves FID by tenths to several units"),
     (("encoder", "dtype"), "precision of the network", "bfloat16 moves features by about 5e-3"),
+    (("encoder", "compiled"), "compilation of the network", "the last bits of features"),
     (("reference", "sha256"), "reference", "another reference is another yardstick"),
     (("reference", "statistics"), "origin of the reference statistics", "a whole data set or the file's own images"),
     (("reference", "count"), "number of reference images", "precision and recall depend on it, and FID where computed"),

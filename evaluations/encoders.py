@@ -56,6 +56,8 @@ class Options(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def compile(self) -> bool: ...
+    @property
     def shard_dir(self) -> str | None: ...
     @property
     def progress(self) -> bool: ...
@@ -98,11 +100,11 @@ class InceptionEncoder:
 
         self.net = load_inception(weights, device=device, allow_unknown=allow_other)
         self.weight: torch.Tensor | None = self.net.fc.weight.detach()
-        self._dtype = ""
+        self._dtype, self._compiled = "", False
 
     def encode(self, images: ImageSource, settings: Options, world: World) -> Encoded | None:
         """Both feature tensors of every image; shards in `settings.shard_dir` are reused."""
-        self._dtype = settings.dtype
+        self._dtype, self._compiled = settings.dtype, settings.compile
         if images.count == 0:
             empty = np.empty((0, POOL_FEATURES), np.float32), np.empty((0, SPATIAL_FEATURES), np.float32)
             return _encoded(images, *empty) if world.rank == 0 else None
@@ -112,6 +114,7 @@ class InceptionEncoder:
             batch_size=settings.batch_size,
             progress=settings.progress,
             dtype=settings.dtype,
+            compile=settings.compile,
             shard_dir=settings.shard_dir,
             world=world,
         )
@@ -125,6 +128,7 @@ class InceptionEncoder:
             "weights_published": self.net.verified,
             "resize": RESIZE,
             "dtype": self._dtype,
+            "compiled": self._compiled,
         }
 
 

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="precision of the network; bfloat16 is for quick looks, never for reported scores",
     )
+    add("--compile", action="store_true", help="the network through torch.compile: slow to start, faster on a GPU")
     add(
         "--pr_dtype",
         choices=("float32", "float16", "float64"),
@@ -101,6 +102,7 @@ def _score(arguments: list[str]) -> int:
         batch_size=asked.batch_size,
         device=asked.device,
         dtype=asked.dtype,
+        compile=asked.compile,
         pr_dtype=asked.pr_dtype,
         k=asked.k,
         split_size=asked.split_size,

@@ -118,7 +118,7 @@ def _trace_sqrt(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     values = torch.linalg.eigvalsh(square).clamp(min=0)
     slack = 32 * _EPS * values.max()
     error = torch.where(values > slack, slack / (2 * values.clamp(min=1e-300).sqrt()), slack.sqrt()).sum()
-    if float(error) <= 1e-8 * scale:
+    if float(error) <= 1e-9 * scale:
         return float(values.sqrt().sum())
     return float(torch.linalg.svdvals(product).sum())
 

@@ -35,6 +35,7 @@ class Settings:
     batch_size: int = 64
     device: str | None = None
     dtype: str = "float32"
+    compile: bool = False
     pr_dtype: str = "float32"
     k: int = 3
     split_size: int = metrics.SPLIT

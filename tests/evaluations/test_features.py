@@ -356,3 +356,50 @@ def test_what_is_told_of_images_does_not_depend_on_who_read_them(size, tmp_path)
         run(again, net, chunk=2, shard_images=2, shard_dir=tmp_path / "shards", world=(rank, size))
     assert net.calls == 0  # all from shards
     assert again.shape is None and sorted(again.notes) == sorted(fresh.notes)
+
+
+def test_a_graphics_cards_turn_by_turn_gives_the_same_features(images) -> None:
+    worker = features._Worker(Toy(4), 4, "float32")
+    batches = [images[:3], images[3:4], images[4:]]
+    taken = list(worker._in_turn(iter(batches)))
+    assert [part.num_images for part in taken] == [4, 4, 3]
+    assert same(features._joined(taken), run(images, Toy(4), chunk=4))
+
+
+def test_a_chunk_is_started_before_the_last_one_is_awaited(images, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, order = features._Worker(Toy(4), 4, "float32"), []
+    start, finish = worker._start, worker._finish
+    monkeypatch.setattr(worker, "_start", lambda pieces: order.append("start") or start(pieces))
+    monkeypatch.setattr(worker, "_finish", lambda started: order.append("finish") or finish(started))
+    list(worker._in_turn(iter([images])))
+    assert order == ["start", "start", "finish", "start", "finish", "finish"]
+
+
+def test_a_compiled_network_gives_the_features_of_the_plain_one(recipes, net, tmp_path, monkeypatch) -> None:
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compiler(net, backend=backend, **options))
+    images = recipes.images(3, 5, 20, 24)
+    found = run(images, net, chunk=2, compile=True, shard_dir=tmp_path)
+    assert len(graphs) == 1  # one graph for all chunks, the filled-up last one too
+    assert same(found, run(images, net, chunk=2))
+    before = len(list(tmp_path.iterdir()))
+    run(images, net, chunk=2, shard_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) > before  # shards of a compiled network are not taken for a plain one's
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_graphics_card(recipes, net) -> None:
+    images = recipes.images(3, 70, 20, 24)
+    on_cpu = run(images, net)
+    on_gpu = run(images, net.cuda())
+    net.cpu()
+    for found, expected in zip(on_gpu, on_cpu):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
