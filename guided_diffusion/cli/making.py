@@ -98,6 +98,8 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
         "clip_denoised": config.clip_denoised,
         "precision": config.precision,
     }
+    if config.classifier_precision and critic:
+        receipt["classifier_precision"] = config.classifier_precision
     classes = _classes(model) if knows else _classes(critic) if critic else 0
     return Pieces(model, critic, sample, model.class_names or (critic.class_names if critic else ()), classes, receipt)
 
@@ -209,7 +211,10 @@ def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, 
     typed = {name: value for name, value in parsed.typed.items() if name in own | shared}
     if kind == "classifier" and "large_size" in parsed.typed:
         typed["image_size"] = parsed.typed["large_size"]
-    return build.load(path, kind=kind, flags=typed, device=world.device, precision=config.precision, tell=teller(world))
+    precision = config.precision
+    if kind == "classifier":
+        precision = config.classifier_precision or precision
+    return build.load(path, kind=kind, flags=typed, device=world.device, precision=precision, tell=teller(world))
 
 
 def _classes(loaded: Loaded) -> int:

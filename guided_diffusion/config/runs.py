@@ -164,6 +164,7 @@ class SampleConfig(Section):
     classes: str = flag("", "only these classes, by number or name: 3,7")
     labels: str = flag("random", "how classes are dealt out", choices=("random", "balanced"))
     precision: str = flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
+    classifier_precision: str = flag("", "arithmetic of the classifier; empty = as --precision", choices=PRECISIONS)
     grid: int = flag(64, "images in the overview picture; 0 = none", low=0)
     compile: bool = flag(False, "networks through torch.compile: minutes at first, then faster on a GPU")
     cuda_graphs: bool = flag(False, "each guided step as one CUDA graph: faster where batches are small")

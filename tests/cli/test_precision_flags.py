@@ -1,0 +1,61 @@
+"""Each network its own number format: `--precision` for both, `--classifier_precision` for the classifier alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import guided_diffusion as gd
+from guided_diffusion.cli.main import main
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from checkpoint_files import filled  # noqa: E402
+
+SIDES = {"image_size": 8, "num_classes": 4, "diffusion_steps": 100}
+BASE = {**SIDES, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4",
+        "num_heads": 2, "class_cond": True, "learn_sigma": True}  # fmt: skip
+CRITIC = {**SIDES, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4",
+          "classifier_channel_mult": "1,2", "classifier_num_head_channels": 16}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    gd.save(filled("diffusion", BASE), str(root / "base"))
+    gd.save(filled("classifier", CRITIC), str(root / "critic"))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("flags", "formats"),
+    [
+        ("", (torch.float32, torch.float32)),
+        ("--precision bf16", (torch.bfloat16, torch.bfloat16)),
+        ("--classifier_precision bf16", (torch.float32, torch.bfloat16)),
+        ("--precision bf16 --classifier_precision fp32", (torch.bfloat16, torch.float32)),
+    ],
+)
+def test_formats(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, formats: Any) -> None:
+    from guided_diffusion import build
+
+    used: dict[str, torch.dtype] = {}
+    load = build.load
+
+    def spy(path: str, **options: Any) -> Any:
+        found = load(path, **options)
+        used[found.kind] = found.net.dtype
+        return found
+
+    monkeypatch.setattr(build, "load", spy)
+    words = f"sample --model_path {models}/base --classifier_path {models}/critic --timestep_respacing 3 --device cpu"
+    words += f" --num_samples 2 --batch_size 2 --grid 0 --out {tmp_path}/out {flags}"
+    assert main(words.split()) == 0
+    assert (used["diffusion"], used["classifier"]) == formats
+    settings = json.loads((tmp_path / "out" / "sampling.json").read_text())["settings"]
+    assert settings.get("classifier_precision", "") == (flags.split()[-1] if "classifier" in flags else "")
