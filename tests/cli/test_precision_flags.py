@@ -15,7 +15,7 @@ from guided_diffusion.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint_files import filled  # noqa: E402
+from checkpoint_files import filled
 
 SIDES = {"image_size": 8, "num_classes": 4, "diffusion_steps": 100}
 BASE = {**SIDES, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4",
