@@ -182,7 +182,7 @@ def generator_loss(config: RunConfig, process: Process, timesteps: Timesteps) ->
     weight: dict[str, Any] = {"weight": "min_snr", "min_snr_gamma": gamma} if gamma else {}
 
     def loss(net: Any, batch: Any, streams: Streams) -> Losses:
-        x0 = to_float(batch.images)
+        x0 = to_float(batch.images, getattr(batch, "flips", None))
         i, importance = timesteps.draw(streams.uniform().to(x0.device))
         noise = streams.normal(x0.shape[1:])
         cond: dict[str, Tensor] = {"y": batch.labels} if model.class_cond else {}
@@ -199,7 +199,7 @@ def classifier_loss(process: Process, timesteps: Timesteps, *, noised: bool = Tr
     """Cross entropy of a classifier on noised images, with accuracies, under the column names of 2021."""
 
     def loss(net: Any, batch: Any, streams: Streams) -> Losses:
-        x = to_float(batch.images)
+        x = to_float(batch.images, getattr(batch, "flips", None))
         i, _ = timesteps.draw(streams.uniform().to(x.device))
         if noised:
             x = add_noise(process, x, i, streams.normal(x.shape[1:]))

@@ -60,7 +60,8 @@ def load_data(
 
 def _old_items(batches: _loader.Batches) -> Iterator[tuple[th.Tensor, dict[str, th.Tensor]]]:
     for batch in batches:
-        yield _images.to_float(batch.images).contiguous(), {} if batch.labels is None else {"y": batch.labels}
+        images = _images.to_float(batch.images, batch.flips)
+        yield images.contiguous(), {} if batch.labels is None else {"y": batch.labels}
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:

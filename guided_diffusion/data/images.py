@@ -183,8 +183,13 @@ def preprocessing_id(size: Size, channels: int = 3, crop: str = "center") -> str
     return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{MODES[channels]}/v1"
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 `[N, H, W, C]` -> float32 `[N, C, H, W]` in [-1, 1], in channels-last memory, on the device of `images`."""
+def to_float(images: Tensor, flips: Tensor | None = None) -> Tensor:
+    """uint8 `[N, H, W, C]` -> float32 `[N, C, H, W]` in [-1, 1], in channels-last memory, on the device of `images`.
+
+    `flips` bool `[N]` on that device: which images to mirror, left for right.
+    """
+    if flips is not None:
+        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
     # A scalar divisor becomes a multiplication by its rounded reciprocal on CUDA, one bit off the CPU; a tensor one is a division.
     divisor = torch.full((), 127.5, device=images.device)
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(divisor).sub_(1)

@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     labels: Tensor | None  # int64 [B]
     positions: Tensor  # int64 [B], the place of each example in the global batch
     step: int
+    flips: Tensor | None = None  # bool [B]: which examples are to be mirrored, for `images.to_float` on the device
 
 
 class Place(NamedTuple):
@@ -93,6 +94,7 @@ class _Fetched(NamedTuple):
 
     images: Tensor | None
     labels: Tensor | None
+    flips: Tensor | None
     step: int
     skipped: list[str]
     error: str
@@ -134,17 +136,19 @@ class _Pictures(Dataset[Any]):
         try:
             found = [self._example(place, skipped) for _, place in wanted]
         except ValueError as error:
-            return _Fetched(None, None, wanted[0][0], skipped, str(error))
-        pictures = torch.from_numpy(np.stack([picture for picture, _ in found]))
-        labels = None if self._labels is None else torch.from_numpy(self._labels[[record for _, record in found]])
-        return _Fetched(pictures, labels, wanted[0][0], skipped, "")
+            return _Fetched(None, None, None, wanted[0][0], skipped, str(error))
+        pictures = torch.from_numpy(np.stack([picture for picture, _, _ in found]))
+        flips = torch.tensor([flip for _, flip, _ in found]) if self._flip else None
+        labels = None if self._labels is None else torch.from_numpy(self._labels[[record for _, _, record in found]])
+        return _Fetched(pictures, labels, flips, wanted[0][0], skipped, "")
 
-    def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, int]:
-        """The picture at a place, or, skipping, the next record that can be read (in the order of the listing), and which it is."""
+    def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, bool, int]:
+        """The picture at a place, or, skipping, of the next record that can be read (in the order of the listing); whether to
+        mirror it; and which record it is."""
         record = place.record
         for _ in range(min(_MAX_REPLACEMENTS, len(self))):
             try:
-                return self._augmented(self._reader.read(self._path(record), self._channels), place), record
+                return *self._augmented(self._reader.read(self._path(record), self._channels), place), record
             except ValueError as error:  # noqa: PERF203  decoding costs a thousand times the try
                 if not self._skip_unreadable:
                     raise
@@ -152,15 +156,13 @@ class _Pictures(Dataset[Any]):
                 record = (record + 1) % len(self)
         raise ValueError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
 
-    def _augmented(self, picture: np.ndarray, place: Place) -> np.ndarray:
+    def _augmented(self, picture: np.ndarray, place: Place) -> tuple[np.ndarray, bool]:
         rng = random.Random(streams.key_of(self._seed, streams.DATA, place.epoch, place.record))
         if self._crop == "random":
             picture = images.random_crop(picture, self._image_size, rng)
         else:
             picture = images.center_crop(picture, self._image_size)
-        if self._flip and rng.random() < 0.5:
-            picture = picture[:, ::-1]
-        return picture
+        return picture, self._flip and rng.random() < 0.5
 
 
 class Batches(Iterator[Batch]):
@@ -184,7 +186,7 @@ class Batches(Iterator[Batch]):
             self.close()
             raise ValueError(f"{fetched.error}; remove or repair it, or continue past such files with on_error='skip'")
         assert fetched.images is not None
-        return Batch(fetched.images, fetched.labels, self._positions, fetched.step)
+        return Batch(fetched.images, fetched.labels, self._positions, fetched.step, fetched.flips)
 
     def _count(self, skipped: list[str]) -> None:
         before, self.skipped = self.skipped, self.skipped + len(skipped)
@@ -218,9 +220,10 @@ def make_batches(
     """Endless batches of process `rank` of `size`: positions rank, rank + size, ... of each global batch of `batch_size`.
 
     `start_image`: the place in the endless walk of the first image of `start_step`, None = `start_step * batch_size`; it matters to a
-    run that goes on with another batch size. `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: mirror half of
-    the examples. `workers`: processes that decode; 0 decodes in this one. `on_error`: "raise" a ValueError that names an unreadable
-    file, or "skip": take the next record in its place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes.
+    run that goes on with another batch size. `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: half of the
+    examples are to be mirrored; `.flips` says which, and `images.to_float` does it on the device. `workers`: processes that decode;
+    0 decodes in this one. `on_error`: "raise" a ValueError that names an unreadable file, or "skip": take the next record in its
+    place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes.
     Pinned memory where CUDA is.
     """
     _check(records, image_size, batch_size, rank, size, crop, channels, on_error)

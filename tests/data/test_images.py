@@ -189,3 +189,12 @@ def test_preprocessing_has_a_name_that_tells_settings_apart():
     }
     assert len(names) == 5
     assert images.preprocessing_id(64) == images.preprocessing_id((64, 64))
+
+
+def test_mirroring_on_the_way_is_mirroring_before() -> None:
+    pictures = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8)
+    flips = torch.tensor([True, False, True, False])
+    found = images.to_float(pictures, flips)
+    expected = images.to_float(torch.stack([p.flip(1) if f else p for p, f in zip(pictures, flips)]))
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
