@@ -60,7 +60,7 @@ class Compiled:
 
     def _give_up(self, error: Exception) -> None:
         self.failure = error
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())  # the rest is for those who debug torch
         warnings.warn(
             f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself", stacklevel=3
         )
