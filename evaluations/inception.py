@@ -69,9 +69,12 @@ class Conv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
         if conv.bias is not None and conv.kernel_size == (1, 1) and x.device.type == "cpu":
-            # A 1x1 convolution of channels_last images is one matrix product; PyTorch would copy them around it.
-            y = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-            return F.relu(y, inplace=True)
+            # Each row of pixels as an image: from 16 images on, PyTorch gives 1x1 convolutions to oneDNN, else to a matrix
+            # product with copies around it, which on some processors reaches less than half of the rate.
+            n, c, height, width = x.shape
+            rows = x.permute(0, 2, 3, 1).reshape(n * height, 1, width, c).permute(0, 3, 1, 2)
+            y = F.conv2d(rows, conv.weight, conv.bias).permute(0, 2, 3, 1).reshape(n, height, width, -1)
+            return F.relu(y.permute(0, 3, 1, 2), inplace=True)
         return F.relu(self.bn(conv(x)), inplace=True)
 
     def fold(self) -> None:
