@@ -87,7 +87,8 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script: bool = False) -> int:
     from .. import build
     from ..runtime.log import Log
-    from ..training.fitting import fitting_microbatch
+    from ..training.fitting import fit_checkpointing, fitting_microbatch
+    from ..training.measuring import blocks_of, set_recomputing
     from ..training.saver import Checkpoints
     from ..training.trainer import Trainer
 
@@ -163,11 +164,17 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     )
     if world.is_main:
         log.info(f"{sum(p.numel() for p in net.parameters()):,} parameters, computing in {precision} on {world.device}")
-    if config.train.compile:
-        build.compile_network(net)
     if saved is not None:
         trainer.restore(saved)
-    if config.train.microbatch == 0 and world.device.type == "cuda":
+    if config.train.checkpoint in ("none", "all"):
+        set_recomputing(net, blocks_of(net) if config.train.checkpoint == "all" else ())
+    elif config.train.checkpoint == "auto":  # before the network is compiled: it is tried several ways
+        with contextlib.closing(batches(trainer.steps_done)) as trial:
+            limit, shrink = config.train.memory_limit_gb, config.train.microbatch == 0
+            tell(fit_checkpointing(trainer, next(iter(trial)), limit_gb=limit, shrink=shrink))
+    if config.train.compile:
+        build.compile_network(net)
+    if config.train.microbatch == 0 and config.train.checkpoint != "auto" and world.device.type == "cuda":
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
         tell(f"--microbatch auto: {trainer.microbatch} images per forward and backward pass fit")

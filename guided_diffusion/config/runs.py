@@ -84,6 +84,15 @@ class TrainConfig(Section):
         low=-1,
         auto=0,
     )
+    checkpoint: str = flag(
+        "",
+        "blocks that compute their activations again in the backward pass: empty = by --use_checkpoint; "
+        "auto = as few as memory allows",
+        choices=("", "none", "all", "auto"),
+    )
+    memory_limit_gb: float = flag(
+        0.0, "GB (2^30 bytes) for --checkpoint auto: of a GPU, or of this whole process; 0 = what is free", low=0.0
+    )
     ema_rate: str = flag("0.9999", "rates of the averaged weights, separated by commas")
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
     save_interval: int = flag(10000, "steps between two checkpoints", low=1)
@@ -126,6 +135,11 @@ class TrainConfig(Section):
 
     def _check(self) -> None:
         _ = self.ema_rates
+        if self.memory_limit_gb and self.checkpoint != "auto":
+            raise ValueError(
+                f"--memory_limit_gb {self.memory_limit_gb:g} is kept by --checkpoint auto only, and --checkpoint is {self.checkpoint!r}; "
+                "give both, or --memory_limit_gb 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,10 @@ class RunConfig:
             raise ValueError(
                 f"--min_snr_gamma {self.train.min_snr_gamma:g} weighs the mean squared error, which --use_kl True does not have; "
                 "give one of the two"
+            )
+        if self.train.checkpoint == "none" and getattr(self.model, "use_checkpoint", False):
+            raise ValueError(
+                "--checkpoint 'none' lets no block recompute, --use_checkpoint True all of them; give one of the two"
             )
         return self
 
