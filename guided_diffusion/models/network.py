@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import fused_norm
 from .embedding import Heard, JoinedEmbeddings
 from .layers import channels_last, store_convolution, timestep_embedding
 
@@ -66,6 +67,17 @@ class Network(nn.Module):
                 f"labels y have shape {tuple(y.shape)}; one per image is needed: {tuple(timesteps.shape)}."
             )
         return emb + self.label_emb(y)
+
+    def set_fused_norm(self, wanted: bool = True) -> None:
+        """Let residual blocks compute norm, scale, shift and SiLU by Triton kernels from now on, or no longer.
+
+        Off by default: it has not been measured. Only on NVIDIA GPUs, in eager mode, where Triton is installed and nobody
+        listens to the layers that are joined; elsewhere the setting changes nothing. See models/fused_norm.py.
+        """
+        usable = wanted and fused_norm.available()
+        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "fused_norm")]
+        for block in blocks:
+            block.fused_norm = usable
 
     def join_embeddings(self) -> None:
         """Compute what all blocks hear of time in one product from now on; for a network whose weights are frozen."""

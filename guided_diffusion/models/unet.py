@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused_norm
 from .attention import (
     QKVAttention,
     QKVAttentionLegacy,
@@ -54,6 +55,9 @@ class ResBlock(TimestepBlock):
     """
 
     emb_place: int = -1  # which of the network's joined embedding layers is this block's
+    fused_norm: bool = (
+        False  # whether norms go through models/fused_norm.py where that fits; see Network.set_fused_norm
+    )
 
     def __init__(
         self,
@@ -111,7 +115,10 @@ class ResBlock(TimestepBlock):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
-        if self.updown:
+        if fused := self.fused_norm and fused_norm.fits(x, self.in_layers):
+            h = fused_norm.norm_silu(x, self.in_layers)
+            h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
+        elif self.updown:
             h = self.in_layers[:-1](x)
             h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
         else:
@@ -120,8 +127,11 @@ class ResBlock(TimestepBlock):
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = th.addcmul(shift, self.out_layers[0](h), 1 + scale)
-            h = self.out_layers[1:](h)
+            if fused and fused_norm.fits(h, self.out_layers):
+                h = self.out_layers[2:](fused_norm.norm_silu(h, self.out_layers, scale, shift))
+            else:
+                h = th.addcmul(shift, self.out_layers[0](h), 1 + scale)
+                h = self.out_layers[1:](h)
         else:
             h = self.out_layers(h + emb_out)
         return self.skip_connection(x) + h
