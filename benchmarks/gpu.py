@@ -176,7 +176,7 @@ def _guided(
     net, critic = networks.operations(shape)
     once = floor.traffic(lambda: eager(x, torch.zeros(batch, dtype=torch.int64, device=at.device))) if not how else 0.0
     work = floor.Work(steps * batch * (net + 2 * critic), steps * once)
-    figures |= _peaks(name, ours, theirs, at)
+    figures |= peaks(name, ours, theirs, at)
     figures |= _quiet(name, _second_step(denoise, x, process), at)
     row, found = _used(_compare(name, ours, theirs, at), work, at, "; ".join(notes))
     return row, figures | found
@@ -266,7 +266,7 @@ def training(shape: Shape, at: Setting, *, compile: bool = False) -> Result:
         figures[f"{name}, seconds of the first calls"] = time.perf_counter() - begin
     flops, _ = networks.operations(shape)
     work = floor.Work(3 * size * flops, 0.0 if compile else floor.traffic(lambda: ours(size)))
-    figures |= _peaks(name, lambda: ours(size), lambda: theirs(size), at)
+    figures |= peaks(name, lambda: ours(size), lambda: theirs(size), at)
     figures |= _quiet(name, lambda: ours(size), at)
     row, found = _used(_compare(name, lambda: ours(size), lambda: theirs(size), at), work, at, "")
     return [row], figures | found
@@ -343,7 +343,7 @@ def _peak(call: Step) -> float:
     return float(torch.cuda.max_memory_allocated())
 
 
-def _peaks(name: str, ours: Step, theirs: Step, at: Setting) -> Figures:
+def peaks(name: str, ours: Step, theirs: Step, at: Setting) -> Figures:
     """MiB of a GPU that a call of each side takes on top of what lies there, and how many times more the plain one does."""
     if not at.on_gpu:
         return {}

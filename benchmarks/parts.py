@@ -21,10 +21,11 @@ USUAL = {
     "forward": 60, "arithmetic": 15, "sampling": 300, "training": 200, "classifier": 60, "features": 30, "metrics": 120,
     "loader": 30, "growth": 60, "processes": 90, "startup": 60, "memory": 90, "demo": 60,
 }  # fmt: skip
+NORM_SECONDS = 90  # of one network, most of it compiling
 ON_CPU = tuple(USUAL)
 # By how much is to be learned from them: time may not suffice for all.
 ON_GPU = (
-    "gpu-sampling", "gpu-training", "features", "gpu-fitting", "gpu-compiled",
+    "gpu-sampling", "gpu-training", "features", "gpu-fitting", "gpu-compiled", "norm",
     "forward", "arithmetic", "classifier", "loader", "startup",
 )  # fmt: skip
 NAMES = (*ON_CPU, *(name for name in ON_GPU if name not in ON_CPU))
@@ -182,9 +183,11 @@ def tasks(name: str, plan: Plan) -> list[Task]:
     """A part as tasks in order of importance."""
     if name in PARTS:
         return [Task(name, 10 if plan.quick else USUAL[name], partial(PARTS[name], plan))]
-    from . import gpu
+    from . import gpu, norm
 
     at, what = plan.gpu(), name.removeprefix("gpu-")
+    if name == "norm":
+        return [Task(f"norm, {shape.name}", NORM_SECONDS, partial(norm.norms, shape, at)) for shape in plan.shapes()]
     compiled = [
         ("compiled sampling", gpu.compiled_sampling),
         ("compiled training", gpu.compiled_training),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import floor, gpu, growth, networks, parts, shapes
+from benchmarks import floor, gpu, growth, networks, norm, parts, shapes
 from benchmarks.budget import Budget, Task
 from benchmarks.plain_loops import PlainHalfTrainer, PlainLoops, PlainTrainer
 from benchmarks.timing import compare
@@ -276,6 +276,24 @@ def test_the_parts_for_a_gpu_run_on_small_networks(name: str, monkeypatch: pytes
         assert share == pytest.approx(work / 100e9 / row.ours_seconds)
         assert figures.get(f"{row.name}, share of the floor with traffic", 1 + share) > share
     assert ["NOT as a graph" in row.note for row in rows] == ["CUDA graph" in row.name for row in rows]
+
+
+def test_kinds_of_norm_are_counted_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every residual block has one norm before time enters and one after; all ways compute the same but for rounding."""
+    found = norm.places(SHAPE)
+    net = shapes.generator(SHAPE)
+    blocks = [module for module in net.modules() if hasattr(module, "emb_layers")]
+    before, after = (sum(n for place, n in found.items() if place.scaled == scaled) for scaled in (False, True))
+    assert before == after == len(blocks)
+    assert found[norm.Place(32, 16, True)] >= 1
+    chosen, share = norm.weightiest(found, 2)
+    assert len(chosen) == 2 and 0 < share < 1 and norm.weightiest(found, 10**3)[1] == 1
+    monkeypatch.setattr(norm, "weightiest", lambda found: (chosen, share))
+    rows, figures = norm.norms(SHAPE, gpu.Setting("cpu", 1, networks.Rates(1e11, 1e10)))
+    assert len(rows) == 2 * 2 * 2 + 2
+    assert all(float(row.note.split("differs ")[1].split(";")[0]) < 2e-2 for row in rows)
+    for name, value in figures.items():
+        assert value > 0, name
 
 
 def test_the_parts_for_a_gpu_say_what_needs_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
