@@ -45,6 +45,7 @@ def ready(net: Any, dtype: str = "float32") -> Any:
     """A network as sampling has it: frozen, weights in the layout and format they are used in."""
     net = net.eval().requires_grad_(False)
     net.set_compute_dtype(DTYPES[dtype], store=True)
+    build.make_ready(net)
     return net
 
 

@@ -127,12 +127,12 @@ def within(shape: Shape, at: Setting) -> Result:
     """What `Network.set_fused_norm` does to a whole pass of the generator, and to one forward and backward: time and memory."""
     rows: list[Ratio] = []
     figures: dict[str, float] = {}
-    now = networks.ready(shapes.generator(shape, at.device), "bfloat16")
-    fused = copy.deepcopy(now)
-    fused.set_fused_norm(True)
     for backward, batch in ((False, shape.batch), (True, shape.train_batch)):
+        now = shapes.generator(shape, at.device)
+        fused = copy.deepcopy(now)
         for net in (now, fused):
-            net.requires_grad_(backward)
+            net.set_compute_dtype(torch.bfloat16) if backward else networks.ready(net, "bfloat16")
+        fused.set_fused_norm(True)
         x, t, y = shapes.inputs(shape, batch, at.device)
         one, other = (_pass(net, x, t, y, backward) for net in (fused, now))
         name = f"forward{' and backward' if backward else ''}, {shape.name}, bfloat16, norms in Triton, batch {batch}"
