@@ -94,8 +94,8 @@ def choose(needs: Needs, examples: int, room: float, *, more: bool = False) -> f
     Greedy: the block with the most work per byte is the first to keep its activations, and each that still finds room
     follows. With one limit that is within one block's work of the best choice. With a limit per moment it is within one
     block for each limit that is reached: limits on the first 1, 2, ... blocks are nested, for which taking parts of blocks
-    in this order is the exact optimum, and whole blocks differ from it only where a limit cuts one in two. Networks whose
-    largest blocks come last, as a UNet, reach one limit: the start of the backward pass.
+    in this order is the exact optimum, and whole blocks differ from it only where a limit cuts one in two: in a UNet in
+    one to three places, the start of the backward pass first of all.
     """
     levels = needs.levels(examples, more=more)
     if max(levels, default=0.0) > room:

@@ -1,6 +1,6 @@
 """What a network keeps in memory between its forward and its backward pass, block by block, measured on itself.
 
-Two kinds of pass, each over one and over two examples, so that what grows with the examples is told from what does not
+Two kinds of pass, each over two and over three examples, so that what grows with the examples is told from what does not
 (weights cast for use, gradients). The first runs forward only, with no block recomputing, and looks at every tensor that
 autograd would keep; nothing is kept, so it needs little memory. The second is a whole pass with every block recomputing,
 during which the bytes alive are followed from operation to operation. Both leave weights and gradients as they were.
@@ -14,7 +14,6 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,6 +31,10 @@ from .parallel import unwrapped
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+# Examples per measured pass, the first choice that the batch and the memory allow. One example alone is a special case to
+# some kernels; if it is all there is, what it needs is taken to grow with the examples, which is on the safe side.
+_SIZES = ((2, 3), (1, 2), (1,))
 
 
 def blocks_of(net: nn.Module) -> dict[str, nn.Module]:
@@ -52,33 +55,25 @@ def set_recomputing(net: nn.Module, names: Iterable[str]) -> None:
 
 
 def measured(trainer: Trainer, batch: Any) -> Needs:
-    """What a forward and backward pass of `trainer` needs, from passes over the first one and the first two examples of `batch`.
+    """What a forward and backward pass of `trainer` needs, from passes over a few examples of `batch`.
 
     Raises torch.OutOfMemoryError where not even one example fits with every block recomputing.
     """
     blocks = blocks_of(trainer.net)
     before = {name: block.use_checkpoint for name, block in blocks.items()}
     trainer.net.train()
-    kept: list[_Kept] = []
-    alive: list[list[_Event]] = []
-    hidden = 0
     try:
-        for count in range(1, min(2, batching.length(batch)) + 1):
-            try:
-                kept_now = _kept(trainer, blocks, batch, count)
-                alive_now, besides = _alive(trainer, blocks, batch, count)
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise
-                break  # what one example needs is then taken to grow with the examples: on the safe side
-            kept.append(kept_now)
-            alive.append(alive_now)
-            hidden = max(hidden, besides)
+        for sizes in _SIZES:
+            if sizes[-1] <= batching.length(batch):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    kept = [_kept(trainer, blocks, batch, count) for count in sizes]
+                    alive = [_alive(trainer, blocks, batch, count) for count in sizes]
+                    return _needs(trainer, list(blocks), kept, alive)
     finally:
         for name, block in blocks.items():
             block.use_checkpoint = before[name]
         trainer.optimizer.zero_grad(set_to_none=True)
-    return replace(_needs(trainer, list(blocks), kept, alive), hidden=hidden)
+    raise torch.OutOfMemoryError("not even one example")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +195,11 @@ class _Event(NamedTuple):
     gradients: int  # of them, bytes in gradients of weights from earlier in this pass
 
 
+class _Course(NamedTuple):
+    events: list[_Event]
+    hidden: int  # bytes that the device needed at most besides those of tensors
+
+
 class _Alive(TorchDispatchMode):
     """Follows the bytes of the storages that operations make on `device`, until they die."""
 
@@ -238,8 +238,7 @@ class _Alive(TorchDispatchMode):
         return size > 0
 
 
-def _alive(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: int) -> tuple[list[_Event], int]:
-    """What was alive, and how many bytes more the device needed for it than tensors explain."""
+def _alive(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: int) -> _Course:
     for block in blocks.values():
         block.use_checkpoint = True  # type: ignore[assignment]
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -276,7 +275,7 @@ def _alive(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: in
     trainer.optimizer.zero_grad(set_to_none=True)
     memory.give_back(trainer.device)
     explained = memory.used(trainer.device) + max(event.level for event in follower.events)
-    return follower.events, max(0, highest - explained) if counts else 0
+    return _Course(follower.events, max(0, highest - explained) if counts else 0)
 
 
 def _part(trainer: Trainer, batch: Any, count: int) -> tuple[Any, Streams]:
@@ -290,11 +289,13 @@ def _part(trainer: Trainer, batch: Any, count: int) -> tuple[Any, Streams]:
 # From two passes to straight lines
 
 
-def _needs(trainer: Trainer, names: list[str], kept: list[_Kept], alive: list[list[_Event]]) -> Needs:
+def _needs(trainer: Trainer, names: list[str], kept: list[_Kept], alive: list[_Course]) -> Needs:
     one, last = kept[0], kept[-1]
 
     def line(first: int, second: int) -> Line:
-        return Line(2 * first - second, second - first) if len(kept) > 1 else Line(0, first)
+        if one.examples == last.examples:
+            return Line(0, first / one.examples)
+        return Line(first - one.examples * (second - first), second - first)
 
     order = [*one.order, *(name for name in names if name not in one.order)]
     blocks = [
@@ -311,14 +312,15 @@ def _needs(trainer: Trainer, names: list[str], kept: list[_Kept], alive: list[li
         moments=tuple(moments),
         kept_anyway=line(one.anyway, last.anyway),
         gradients=sum(p.nbytes for p in trainer.params),
+        hidden=max(course.hidden for course in alive),
         operations=last.all_operations / last.examples,
     )
 
 
-def _hull(before: int, line: Callable[[int, int], Line], alive: list[list[_Event]]) -> Iterator[Moment]:
+def _hull(before: int, line: Callable[[int, int], Line], alive: list[_Course]) -> Iterator[Moment]:
     """The moments with `before` blocks before them that can be the highest, at some number of examples from one on."""
-    groups = [[event for event in events if event.before == before] for events in (alive[0], alive[-1])]
-    if len(groups[0]) != len(groups[1]):  # the device takes other operations for two examples: then the highest of both
+    groups = [[event for event in course.events if event.before == before] for course in (alive[0], alive[-1])]
+    if len(groups[0]) != len(groups[1]):  # more examples took other operations: then the highest of both
         groups = [sorted(group, key=_level)[-1:] for group in groups]
     found = [Moment(before, line(a.level, b.level), a.gradients) for a, b in zip(*groups)]
     for share in (1, 0):  # gradients of an earlier pass are not there, or are: then those of this one add nothing
