@@ -57,6 +57,11 @@ class Plan:
         """Full and half precision, each with what the machine does at best in it."""
         return ("float32", self.rates), (self.low, self.rates_low)
 
+    def worthwhile(self) -> tuple[str, ...]:
+        """Full precision, and half where the machine has instructions for it: elsewhere it is only slow."""
+        faster = self.rates_low.flops > self.rates.flops
+        return ("float32", self.low) if faster else ("float32",)
+
     def gpu(self) -> gpu.Setting:
         """As the parts for a GPU want it."""
         from .gpu import Setting
@@ -90,7 +95,7 @@ def sampling(plan: Plan) -> Result:
 
     rows, rounds = [], max(1, plan.rounds // 2)
     for shape in plan.shapes():
-        for dtype in ("float32", plan.low) if plan.on_gpu else ("float32",):
+        for dtype in plan.worthwhile():
             rows += networks.sampling(shape, device=plan.device, rounds=rounds, dtype=dtype)
     return rows, {}
 
@@ -110,7 +115,8 @@ def classifier(plan: Plan) -> Result:
 
     rows = []
     for shape in plan.shapes():
-        rows += networks.classifier_gradient(shape, device=plan.device, rounds=plan.rounds, dtype="float32")
+        for dtype in plan.worthwhile():
+            rows += networks.classifier_gradient(shape, device=plan.device, rounds=plan.rounds, dtype=dtype)
     return rows, {}
 
 
@@ -159,7 +165,7 @@ def startup(plan: Plan) -> Result:
 
     rounds = 1 if plan.quick else 3
     found = s.import_time(rounds)
-    for shape in ("tiny()",) if plan.quick else ("small()", "small(num_channels=128)"):
+    for shape in ("tiny()",) if plan.quick else ("small()", "small(num_channels=128)", "released(64, 1, 1)"):
         found.update({f"{name}, {shape}": value for name, value in s.loading(shape, rounds).items()})
     return [], found
 

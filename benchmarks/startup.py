@@ -22,6 +22,15 @@ begin = time.process_time()
 print(json.dumps(dict(seconds=time.process_time() - begin)))
 """
 
+_PEAK = """
+def peak():
+    try:  # Linux; ru_maxrss would also count what the parent had when it made this process
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+"""
+
 _COMMON = """
 import json, resource, time
 import torch
@@ -29,19 +38,14 @@ torch.set_num_threads(1)
 from benchmarks import networks, shapes
 from benchmarks.plain_loops import PlainLoops, PlainTrainer, plain_batch, plain_cond_fn
 shape = shapes.{shape}
-def peak():
-    try:  # Linux; ru_maxrss would also count what the parent had when it made this process
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+{peak}
 def forget():
     try:  # Linux: the peak counts from now on
         with open("/proc/self/clear_refs", "w") as file: file.write("5")
     except OSError:
         pass
     return peak()
-"""
+""".replace("{peak}", _PEAK)
 
 _TRAIN = """
 from guided_diffusion import build
@@ -177,14 +181,15 @@ def loading(shape: str = "small()", rounds: int = 3) -> dict[str, float]:
 
 _DEMO = """
 import json, resource, sys, time
+{peak}
 begin, cpu = time.perf_counter(), time.process_time()
 from guided_diffusion.cli.main import main
 code = main({words!r})
 assert code == 0, code
 print()
 print(json.dumps(dict(seconds=time.perf_counter() - begin, cpu_seconds=time.process_time() - cpu,
-                      peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
-"""
+                      peak_mib=peak())))
+""".replace("{peak}", _PEAK)
 
 
 def demo(quick: bool = True) -> dict[str, float]:

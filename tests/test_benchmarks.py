@@ -362,3 +362,16 @@ def test_a_budget_must_be_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--budget", "0"])
     assert "budget of 0.0 s" in capsys.readouterr().err
+
+
+def test_a_score_that_moves_less_than_it_varies_is_within_its_error_bar() -> None:
+    from benchmarks.quality import SCORES, compared
+
+    usual = [{name: value for name in SCORES} for value in (1.0, 1.2, 0.8)]
+    near = [{name: run[name] + 0.05 for name in SCORES} for run in usual]
+    far = [{name: run[name] + (0.5 if name == "fd" else 0.0) for name in SCORES} for run in usual]
+    for name, row in compared(usual, near).items():
+        assert row["within"] and row["difference"] == pytest.approx(0.05)
+        assert row["error_bar"] == pytest.approx(0.2), name  # of 0.8, 1 and 1.2, by hand
+        assert row["difference_error"] == pytest.approx(0, abs=1e-12)
+    assert [name for name, row in compared(usual, far).items() if not row["within"]] == ["fd"]
