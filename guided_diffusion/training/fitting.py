@@ -12,7 +12,7 @@ from ..runtime import memory
 from ..runtime.fitting import fits, halved_until_it_fits
 from . import batching
 from .checkpointing import Needs, choose
-from .measuring import blocks_of, measured, set_recomputing
+from .measuring import blocks_of, measured, pass_alone, set_recomputing, twins
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -168,25 +168,20 @@ class _Search:
 def _try(trainer: Trainer, batch: Any, count: int) -> int:
     """Two times what a step does in passes over `count` examples; returns the most bytes in use.
 
-    Gradients of earlier passes are there if the batch takes several. As passes that are not the last: the processes do
-    not wait for each other, of whom one may have failed.
+    Gradients of earlier passes are there if the batch takes several.
     """
-    size = batching.length(batch)
-    positions = batching.positions(batch, trainer.world.rank, trainer.world.size)
     trainer.net.train()
     memory.restart_peak(trainer.device)
     # Filled, so that main memory is really taken.
     moments = torch.zeros(_moments(trainer), dtype=torch.uint8, device=trainer.device).fill_(1)
-    try:
-        part = next(batching.split(batch, count))
+    with twins(trainer.net) as weights:
         for _ in range(2):
-            for _ in range(2 if count < size else 1):
-                trainer.forward_backward(part, positions[:count], size * trainer.world.size, last=False)
-            trainer.optimizer.zero_grad(set_to_none=True)
-        return memory.peak(trainer.device)
-    finally:
-        del moments
-        trainer.optimizer.zero_grad(set_to_none=True)
+            for _ in range(2 if count < batching.length(batch) else 1):
+                pass_alone(trainer, batch, count)
+            for weight in weights:
+                weight.grad = None
+    del moments
+    return memory.peak(trainer.device)
 
 
 def _moments(trainer: Trainer) -> int:

@@ -72,7 +72,6 @@ def measured(trainer: Trainer, batch: Any) -> Needs:
     finally:
         for name, block in blocks.items():
             block.use_checkpoint = before[name]
-        trainer.optimizer.zero_grad(set_to_none=True)
     raise torch.OutOfMemoryError("not even one example")
 
 
@@ -158,7 +157,6 @@ def _kept(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: int
         block.use_checkpoint = False  # type: ignore[assignment]
     counter = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
     keeper = _Keeper(trainer.net, counter)
-    part, streams = _part(trainer, batch, count)
     with contextlib.ExitStack() as stack:
         for name, block in blocks.items():
             enter, leave = (lambda _, args, name=name: keeper.enter(name, args)), (lambda *_: keeper.leave())
@@ -166,7 +164,7 @@ def _kept(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: int
             stack.callback(block.register_forward_hook(leave).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keeper.pack, _never))
         stack.enter_context(counter)
-        trainer.loss_fn(trainer.net, batching.to_device(part, trainer.device), streams)
+        _loss(trainer, batch, count)
         return keeper.result(count)
 
 
@@ -241,9 +239,6 @@ class _Alive(TorchDispatchMode):
 def _alive(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: int) -> _Course:
     for block in blocks.values():
         block.use_checkpoint = True  # type: ignore[assignment]
-    trainer.optimizer.zero_grad(set_to_none=True)
-    part, _ = _part(trainer, batch, count)
-    ids = batching.positions(batch, trainer.world.rank, trainer.world.size)[:count]
     follower = _Alive(trainer.device)
     passed: list[str] = []
 
@@ -255,7 +250,7 @@ def _alive(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: in
 
         def backward(_: Any) -> None:
             follower.before = place
-            follower.gradients = sum(p.grad.nbytes for p in trainer.params if p.grad is not None)
+            follower.gradients = sum(p.grad.nbytes for p in weights if p.grad is not None)
 
         # The block's backward pass begins here: the gradient of its output is complete.
         for tensor in tree_leaves(result):
@@ -266,23 +261,48 @@ def _alive(trainer: Trainer, blocks: dict[str, nn.Module], batch: Any, count: in
     memory.give_back(trainer.device)
     counts = memory.restart_peak(trainer.device)
     with contextlib.ExitStack() as stack:
+        weights = stack.enter_context(twins(trainer.net))
         for name, block in blocks.items():
             hook = lambda _, __, result, name=name: leave(name, result)  # noqa: E731
             stack.callback(block.register_forward_hook(hook).remove)
         stack.enter_context(follower)
-        trainer.forward_backward(part, ids, batching.length(batch) * trainer.world.size, last=False)
+        pass_alone(trainer, batch, count)
     highest = memory.peak(trainer.device)
-    trainer.optimizer.zero_grad(set_to_none=True)
+    weights.clear()
     memory.give_back(trainer.device)
     explained = memory.used(trainer.device) + max(event.level for event in follower.events)
     return _Course(follower.events, max(0, highest - explained) if counts else 0)
 
 
-def _part(trainer: Trainer, batch: Any, count: int) -> tuple[Any, Streams]:
-    """The first `count` examples, and their noise."""
+@contextlib.contextmanager
+def twins(net: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The network with other parameters on the same memory, which take the gradients of the body and are returned.
+
+    DistributedDataParallel listens to the real ones: it counts their gradients from the first backward pass on, and with
+    static_graph would wait ever after for as many as came here.
+    """
+    real = [(module, dict(module._parameters)) for module in net.modules()]
+    twin_of = {p: nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()}
+    for module, parameters in real:
+        module._parameters.update({name: p if p is None else twin_of[p] for name, p in parameters.items()})
+    try:
+        yield [twin for twin in twin_of.values() if twin.requires_grad]
+    finally:
+        for module, parameters in real:
+            module._parameters.update(parameters)
+
+
+def pass_alone(trainer: Trainer, batch: Any, count: int) -> None:
+    """Add the gradients of the first `count` examples; the processes do not wait for each other. Within `twins`."""
+    trainer.precision.scale(_loss(trainer, batch, count) / batching.length(batch)).backward()
+
+
+def _loss(trainer: Trainer, batch: Any, count: int) -> Tensor:
+    """The loss of the first `count` examples, summed."""
     ids = batching.positions(batch, trainer.world.rank, trainer.world.size)[:count]
     streams = Streams(trainer.seed, TRAIN, trainer.steps_done, ids=ids, device=trainer.device)
-    return next(batching.split(batch, count)), streams
+    part = batching.to_device(next(batching.split(batch, count)), trainer.device)
+    return trainer.loss_fn(trainer.net, part, streams).loss.float().sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

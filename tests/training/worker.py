@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,35 @@ def proofs(folder, world):
         raise AssertionError("not refused")
 
 
+def checkpointing(folder, world):
+    """Only the second process is short of memory; both choose alike, and train as without."""
+    from guided_diffusion.runtime import memory
+    from guided_diffusion.training import fitting
+    from guided_diffusion.training.measuring import blocks_of, measured
+    from training.test_measuring import batch_of, trainer_of, unet
+
+    whole = batch_of(8)
+    mine = whole._replace(images=whole.images[world.rank :: 2], positions=whole.positions[world.rank :: 2])
+    options = {"world": world, "ddp_options": {"static_graph": True}}
+    trainer, other = trainer_of(unet(), 8, **options), trainer_of(unet(), 8, **options)
+    moments = 2 * sum(p.nbytes for p in trainer.params)
+    names = list(blocks_of(trainer.net))
+    memory.used = lambda device: 0
+    memory.restart_peak = lambda device: False  # nothing is said about bytes besides tensors
+    memory.give_back_at_once = lambda device: None
+    fitting._try = lambda trainer, batch, count: 0
+    needs = measured(trainer, mine)
+    limit = moments + (needs.peak(4) + needs.peak(4, names)) / 2
+    told = fitting.fit_checkpointing(trainer, mine, limit_gb=[10**12, limit][world.rank] / fitting.GB)
+    chosen = [name for name, block in blocks_of(trainer.net).items() if block.use_checkpoint]
+    (folder / f"chosen{world.rank}.json").write_text(json.dumps(chosen))
+    assert f"{len(chosen)} of {len(names)}" in told, told
+    for _ in range(3):
+        for each in (trainer, other):
+            each.step(mine)
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(trainer), weights_of(other)))
+
+
 def trainer_of_steps(world, steps):
     trainer = trainer_of(None, world)
     trainer.run(steps)
@@ -108,4 +138,4 @@ def trainer_of_steps(world, steps):
 
 if __name__ == "__main__":
     with worlds.session("cpu", announce=None, timeout_s=60) as here:
-        {"endless": endless, "proofs": proofs}[sys.argv[2]](Path(sys.argv[1]), here)
+        {"endless": endless, "proofs": proofs, "checkpointing": checkpointing}[sys.argv[2]](Path(sys.argv[1]), here)

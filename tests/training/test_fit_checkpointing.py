@@ -1,0 +1,203 @@
+"""--checkpoint auto as a whole: what it does where memory is short, on a pretended device, a real process and two processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from guided_diffusion.config import RunConfig
+from guided_diffusion.runtime import memory
+from guided_diffusion.training import fitting
+from guided_diffusion.training.checkpointing import Needs
+from guided_diffusion.training.fitting import GB, fit_checkpointing
+from guided_diffusion.training.measuring import blocks_of, measured, set_recomputing
+
+from .test_measuring import Batch, batch_of, classifier, trainer_of, unet
+from .test_processes import start
+
+MIB = 2**20
+Real = Callable[[int, frozenset[str]], float]
+
+
+def recomputing(trainer: Any) -> frozenset[str]:
+    return frozenset(name for name, block in blocks_of(trainer.net).items() if block.use_checkpoint)
+
+
+class Pretended:
+    """A device whose passes take what `real` says, beside 1 MiB that is always in use; counts the trials."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, trainer: Any, real: Real | None = None) -> None:
+        self.needs: Needs = measured(trainer, batch_of(8))
+        self.needs = Needs(**{**vars(self.needs), "hidden": 0.0})
+        self.trials: list[int] = []
+        self.moments = 2 * sum(p.nbytes for p in trainer.params)
+
+        def trial(trainer: Any, batch: Batch, count: int) -> float:
+            self.trials.append(count)
+            chosen = recomputing(trainer)
+            return self.total(count, chosen) if real is None else real(count, chosen)
+
+        monkeypatch.setattr(memory, "used", lambda device: MIB)
+        monkeypatch.setattr(memory, "free", lambda device: 100 * GB)
+        monkeypatch.setattr(memory, "give_back_at_once", lambda device: None)
+        monkeypatch.setattr(fitting, "measured", lambda trainer, batch: self.needs)
+        monkeypatch.setattr(fitting, "_try", trial)
+
+    def total(self, count: int, chosen: frozenset[str] | set[str] = frozenset()) -> float:
+        return MIB + self.moments + self.needs.peak(count, chosen, more=count < 8)
+
+
+@pytest.mark.parametrize("make", [unet, classifier])
+def test_more_blocks_recompute_the_less_memory_there_is(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(make(), 8)
+    device = Pretended(monkeypatch, trainer)
+    everything = frozenset(blocks_of(trainer.net))
+    least, most = device.total(8, everything), device.total(8)
+    counts = []
+    for share in (1.05, 0.8, 0.5, 0.2, 0.01):
+        limit = (least + share * (most - least)) / 0.97
+        told = fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB)
+        counts.append(len(recomputing(trainer)))
+        assert device.total(8, recomputing(trainer)) <= limit and trainer.microbatch == 0
+        assert f"{counts[-1] or 'no'} " in told and f"of {limit / GB:.2f} GB" in told
+    assert counts[0] == 0 and counts == sorted(counts) and counts[-1] > len(everything) // 2
+    before = recomputing(trainer)
+    with pytest.raises(ValueError, match="even if all .* raise --memory_limit_gb, or give a smaller --batch_size"):
+        fit_checkpointing(trainer, batch_of(8), limit_gb=0.9 * least / GB)
+    assert before <= everything and all(p.grad is None for p in trainer.params)
+
+
+def test_where_there_is_plenty_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(unet(), 8)
+    device = Pretended(monkeypatch, trainer)
+    set_recomputing(trainer.net, blocks_of(trainer.net))
+    assert "no block has to recompute" in fit_checkpointing(trainer, batch_of(8))
+    assert not recomputing(trainer) and not device.trials
+
+
+def test_real_passes_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is foreseen may be too little, or a pass may run out of memory: more blocks follow."""
+    trainer = trainer_of(unet(), 8)
+    device = Pretended(monkeypatch, trainer)
+    everything = frozenset(blocks_of(trainer.net))
+    limit = (device.total(8, everything) + 0.6 * (device.total(8) - device.total(8, everything))) / 0.97
+    fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB)
+    foreseen = recomputing(trainer)
+
+    def heavier(count: int, chosen: frozenset[str]) -> float:
+        return MIB + device.moments + 1.1 * device.needs.peak(count, chosen)
+
+    def breaking(count: int, chosen: frozenset[str]) -> float:
+        if len(chosen) < len(foreseen) + 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return device.total(count, chosen)
+
+    for real in (heavier, breaking):
+        worse = Pretended(monkeypatch, trainer, real)
+        fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB)
+        assert len(worse.trials) > 1 and len(recomputing(trainer)) > len(foreseen)
+        assert real(8, recomputing(trainer)) <= 0.97 * limit
+
+
+def test_halves_the_microbatch_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(unet(), 8)
+    device = Pretended(monkeypatch, trainer)
+    everything = frozenset(blocks_of(trainer.net))
+    limit = (device.total(3, everything) + device.total(2, everything)) / 2 / 0.97
+    with pytest.raises(ValueError, match="8 images at a time"):
+        fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB)
+    told = fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB, shrink=True)
+    assert trainer.microbatch == 2 and "2 images per forward and backward pass" in told
+    assert device.total(2, recomputing(trainer)) <= 0.97 * limit
+    # A microbatch that is given counts, not the batch.
+    trainer.microbatch = 1
+    assert "1 images per" in fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB)
+    with pytest.raises(ValueError, match="1 image at a time need"):
+        fit_checkpointing(trainer, batch_of(8), limit_gb=0.5 * device.total(1, everything) / GB, shrink=True)
+
+
+def test_no_memory_to_measure_and_nothing_to_recompute() -> None:
+    class Hungry(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.use_checkpoint = torch.nn.Linear(1, 1), False
+
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(ValueError, match="not even one example"):
+        fit_checkpointing(trainer_of(Hungry(), 8), batch_of(8))
+    with pytest.raises(ValueError, match="no blocks that can recompute"):
+        fit_checkpointing(trainer_of(torch.nn.Linear(1, 1), 8), batch_of(8))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_batches(size: int) -> None:
+    trainer = trainer_of(unet(), size)
+    assert "no block has to recompute" in fit_checkpointing(trainer, batch_of(size))
+    trainer.step(batch_of(size))
+
+
+_PROCESS = """
+import json, sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+from training.test_measuring import UNetModel, batch_of, trainer_of
+from guided_diffusion.runtime import memory
+from guided_diffusion.training.fitting import fit_checkpointing
+net = UNetModel(32, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_head_channels=16)
+trainer, batch = trainer_of(net, 96), batch_of(96, 32)
+told = fit_checkpointing(trainer, batch, limit_gb={limit!r}) if {limit!r} else ""
+memory.restart_peak(trainer.device)
+for _ in range(3): trainer.step(batch)
+print(json.dumps([memory.peak(trainer.device) / 2**30, told]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process as Linux tells it")
+def test_a_real_process_stays_below_its_limit() -> None:
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+    def run(limit: float) -> tuple[float, str]:
+        code = _PROCESS.format(paths=paths, limit=limit)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+    without, _ = run(0)
+    peak, told = run(0.75 * without)
+    assert peak < 0.75 * without and "blocks recompute" in told, (without, told)
+
+
+def test_two_processes_choose_the_same(tmp_path: Path) -> None:
+    processes = start(2, tmp_path, "checkpointing")
+    for process in processes:
+        _, problem = process.communicate(timeout=240)
+        assert process.returncode == 0, problem[-3000:]
+    first, second = (json.loads((tmp_path / f"chosen{rank}.json").read_text()) for rank in range(2))
+    assert first == second and len(first) > 0
+
+
+def test_contradicting_flags_are_refused_in_words() -> None:
+    read = RunConfig.from_flags
+    with pytest.raises(ValueError, match="--checkpoint 'none' .* --use_checkpoint True .* one of the two"):
+        read("diffusion", {"checkpoint": "none", "use_checkpoint": True})
+    with pytest.raises(ValueError, match="--memory_limit_gb 3 .* --checkpoint auto"):
+        read("diffusion", {"memory_limit_gb": 3.0})
+    with pytest.raises(ValueError, match="--checkpoint is 'some'"):
+        read("classifier", {"checkpoint": "some"})
+    for kind in ("diffusion", "super_resolution", "classifier"):
+        config = read(kind, {"checkpoint": "auto", "memory_limit_gb": 3.0, "use_checkpoint": True})
+        assert RunConfig.from_dict(kind, config.to_dict()) == config
+        stored = config.to_dict()
+        for name in ("checkpoint", "memory_limit_gb"):  # the file of an older run
+            del stored["train"][name]
+        assert RunConfig.from_dict(kind, stored).train.checkpoint == ""
