@@ -28,7 +28,8 @@ ON_GPU = (
     "gpu-sampling", "gpu-training", "features", "gpu-fitting", "gpu-compiled", "norm",
     "forward", "arithmetic", "classifier", "loader", "startup",
 )  # fmt: skip
-NAMES = (*ON_CPU, *(name for name in ON_GPU if name not in ON_CPU))
+ON_REQUEST = {"compiled": 1500}  # most of it compiling; seconds, as above
+NAMES = (*ON_CPU, *(name for name in ON_GPU if name not in ON_CPU), *ON_REQUEST)
 
 
 class Plan:
@@ -182,13 +183,24 @@ def demo(plan: Plan) -> Result:
     return [], {} if plan.quick else s.demo()
 
 
-PARTS: dict[str, Callable[[Plan], Result]] = {name: globals()[name] for name in USUAL}
+def compiled(plan: Plan) -> Result:
+    from . import compiled as c
+
+    shape, rows = plan.shapes()[0], []
+    for measured in (c.forward, c.guided):
+        for dtype in plan.worthwhile():
+            rows += measured(shape, device=plan.device, rounds=plan.rounds, dtype=dtype)
+    return rows, {}
+
+
+PARTS: dict[str, Callable[[Plan], Result]] = {name: globals()[name] for name in (*USUAL, *ON_REQUEST)}
 
 
 def tasks(name: str, plan: Plan) -> list[Task]:
     """A part as tasks in order of importance."""
     if name in PARTS:
-        return [Task(name, 10 if plan.quick else USUAL[name], partial(PARTS[name], plan))]
+        seconds = (USUAL | ON_REQUEST)[name]
+        return [Task(name, 10 if plan.quick else seconds, partial(PARTS[name], plan))]
     from . import gpu, norm
 
     at, what = plan.gpu(), name.removeprefix("gpu-")

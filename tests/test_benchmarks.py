@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import floor, gpu, growth, networks, norm, parts, shapes
+from benchmarks import compiled, floor, gpu, growth, networks, norm, parts, shapes
 from benchmarks.budget import Budget, Task
 from benchmarks.plain_loops import PlainHalfTrainer, PlainLoops, PlainTrainer
 from benchmarks.timing import compare
 from guided_diffusion import build
+from guided_diffusion.diffusion.compiled import Compiled
 from guided_diffusion.runtime.streams import Streams
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training.trainer import Trainer
@@ -278,6 +280,16 @@ def test_the_parts_for_a_gpu_run_on_small_networks(name: str, monkeypatch: pytes
     assert ["NOT as a graph" in row.note for row in rows] == ["CUDA graph" in row.name for row in rows]
 
 
+def test_compiled_and_eager_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced and run as they are: generating code for them takes minutes."""
+    monkeypatch.setattr(compiled, "Compiled", partial(Compiled, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for measured in (compiled.forward, compiled.guided):
+        (row,) = measured(SHAPE, device="cpu", rounds=1, dtype="float32")
+        assert row.other == "eager" and float(row.note.split("differs ")[1].split(" ")[0]) < 1e-5
+    torch.compiler.reset()
+
+
 def test_kinds_of_norm_are_counted_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every residual block has one norm before time enters and one after; all ways compute the same but for rounding."""
     found = norm.places(SHAPE)
@@ -305,7 +317,7 @@ def test_the_parts_for_a_gpu_say_what_needs_one(monkeypatch: pytest.MonkeyPatch,
 def test_every_part_has_tasks_in_a_time() -> None:
     for name in parts.NAMES:
         assert all(task.seconds > 0 for task in parts.tasks(name, small_plan())), name
-    assert set(parts.ON_GPU) | set(parts.ON_CPU) == set(parts.NAMES)
+    assert set(parts.ON_GPU) | set(parts.ON_CPU) | set(parts.ON_REQUEST) == set(parts.NAMES)
 
 
 def test_processes_measure_together() -> None:
