@@ -60,7 +60,8 @@ class Compiled:
 
     def _give_up(self, error: Exception) -> None:
         self.failure = error
-        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())  # the rest is for those who debug torch
+        # Its first two lines, as one; the rest is for those who debug torch.
+        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
         warnings.warn(
             f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself", stacklevel=3
         )
