@@ -379,7 +379,7 @@ def test_a_budget_must_be_a_time(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_score_that_moves_less_than_it_varies_is_within_its_error_bar() -> None:
     from benchmarks.quality import SCORES, compared
 
-    usual = [{name: value for name in SCORES} for value in (1.0, 1.2, 0.8)]
+    usual = [dict.fromkeys(SCORES, value) for value in (1.0, 1.2, 0.8)]
     near = [{name: run[name] + 0.05 for name in SCORES} for run in usual]
     far = [{name: run[name] + (0.5 if name == "fd" else 0.0) for name in SCORES} for run in usual]
     for name, row in compared(usual, near).items():

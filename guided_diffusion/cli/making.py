@@ -67,8 +67,11 @@ class Pieces:
 def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: World) -> Pieces:
     """Read the model of `kind`, and the classifier where one is asked for; ValueError where they do not fit together."""
     from .. import build
+    from ..runtime.devices import require_compiler
 
     tell = teller(world)
+    if config.compile:
+        require_compiler(world.device)
     model = _load(config.model_path, kind, parsed, config, world)
     critic = None
     if config.classifier_path and config.classifier_scale:

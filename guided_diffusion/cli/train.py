@@ -60,6 +60,8 @@ def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool =
     defaults: dict[str, Any] = {"random_crop": True} if kind == "classifier" else {}
     if script:
         defaults["out"] = runs.script_folder()
+    else:
+        defaults["microbatch"] = 0  # as fits: a batch too large for the device's memory is no reason to fail
     return arguments.parse(
         argv,
         list(RunConfig.sections(kind).values()),
@@ -86,6 +88,7 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 
 def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script: bool = False) -> int:
     from .. import build
+    from ..runtime.devices import require_compiler
     from ..runtime.log import Log
     from ..training.fitting import fit_checkpointing, fitting_microbatch
     from ..training.measuring import blocks_of, set_recomputing
@@ -94,6 +97,8 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
 
     folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
     config = _configuration(parsed, kind, folder, modern=not script and _has_bfloat16(world))
+    if config.train.compile:
+        require_compiler(world.device)
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
     records, held_out = _records(config)
@@ -172,12 +177,12 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             limit, shrink = config.train.memory_limit_gb, config.train.microbatch == 0
             tell(fit_checkpointing(trainer, next(iter(trial)), limit_gb=limit, shrink=shrink))
-    if config.train.compile:
-        build.compile_network(net)
     if config.train.microbatch == 0 and config.train.checkpoint != "auto" and world.device.type == "cuda":
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
         tell(f"--microbatch auto: {trainer.microbatch} images per forward and backward pass fit")
+    if config.train.compile:
+        build.compile_network(net)
     try:
         outcome = trainer.run(config.train.last_step)
         if outcome == "finished" and held_out is not None and world.is_main:

@@ -216,8 +216,10 @@ def heun(
     raised = _churned(sigma[:-1], churn, churn_min, churn_max)
     scale, scale_raised = (1 / np.sqrt(1 + sigma**2)).tolist(), (1 / np.sqrt(1 + raised**2)).tolist()
     fresh = (np.sqrt(np.maximum(raised**2 - sigma[:-1] ** 2, 0)) * noise_scale).tolist()
-    churned = np.where(raised > sigma[:-1], position_of(process, -2 * np.log(raised)), positions)
-    at_raised, at_level = _positions(churned.tolist(), process, x), _positions(positions, process, x)
+    at_raised = at_level = _positions(positions, process, x)  # the same tensors, so that a compiled step is one graph
+    if (raised > sigma[:-1]).any():
+        churned = np.where(raised > sigma[:-1], position_of(process, -2 * np.log(raised)), positions)
+        at_raised = _positions(churned.tolist(), process, x)
     x = x / scale[0]
     for n in range(len(positions)):
         if fresh[n] > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 
 import torch
 
@@ -14,6 +15,17 @@ class AgreedError(ValueError):
     def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
         super().__init__(message)
         self.told_elsewhere = told_elsewhere
+
+
+def require_compiler(device: torch.device) -> None:
+    """ValueError unless torch.compile will find the C++ compiler that it needs for code on a CPU."""
+    named = os.environ.get("CXX")
+    names = [named] if named else ["g++", "clang++", "c++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"--compile True needs a C++ compiler, and there is none ({' or '.join(names)}); install one (Debian: "
+            "apt-get install g++), name it in the environment variable CXX, or leave --compile out"
+        )
 
 
 def choose_device(device: str | torch.device, local_rank: int, local_size: int) -> torch.device:
