@@ -107,7 +107,7 @@ class _Search:
             self.chosen = self.blocks if chosen is None else chosen
             set_recomputing(self.trainer.net, self.chosen)
             # Main memory that runs out ends the process without a word, so there nothing is tried that cannot fit or surely does.
-            if on_cpu and chosen is None and room == self.room:
+            if on_cpu and self._bytes(count, self.chosen) - self.needs.hidden > self.allowed:
                 raise torch.OutOfMemoryError("more than there is")
             if on_cpu and self._bytes(count, self.chosen) < _SURELY * self.limit:
                 return
