@@ -128,7 +128,7 @@ class InceptionEncoder:
             "weights_published": self.net.verified,
             "resize": RESIZE,
             "dtype": self._dtype,
-            "compiled": self._compiled,
+            **({"compiled": True} if self._compiled else {}),
         }
 
 

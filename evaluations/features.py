@@ -255,10 +255,11 @@ class _Worker:
             chunk = torch.cat(parts).to(self.weight_dtype).contiguous(memory_format=torch.channels_last)
             with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 outputs = self.compute(chunk)
-            arriving = tuple(value[:count].float().to("cpu", non_blocking=True) for value in outputs)
-        arrived = torch.cuda.Event() if kind == "cuda" else None
+            waits_for_event = kind == "cuda"
+            arriving = tuple(value[:count].float().to("cpu", non_blocking=waits_for_event) for value in outputs)
+        arrived = torch.cuda.Event() if waits_for_event else None
         if arrived is not None:
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(self.device))  # which need not be the current device's
         return _Started(arriving, arrived)
 
     def _sent(self, piece: np.ndarray) -> torch.Tensor:

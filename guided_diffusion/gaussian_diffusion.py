@@ -100,6 +100,8 @@ class _Tables:
         self.diffusion = diffusion
 
     def at(self, name: str, i: th.Tensor, like: th.Tensor) -> th.Tensor:
+        if name == "score_to_x0":  # 2021 has no attribute of it, but of both its factors
+            return self.at("sqrt_recipm1_alpha_bar", i, like) * self.at("sqrt_one_minus_alpha_bar", i, like)
         if name in _ATTRIBUTE_OF:
             table = getattr(self.diffusion, _ATTRIBUTE_OF[name])
         else:

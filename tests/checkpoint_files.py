@@ -103,3 +103,11 @@ def outputs(loaded: build.Loaded) -> torch.Tensor:
 
 def quiet(*_: object) -> None:
     return None
+
+
+# A small generator and the classifier that guides it, for commands that sample.
+_SIDES = {"image_size": 8, "num_classes": 4, "diffusion_steps": 100}
+BASE = {**_SIDES, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4",
+        "num_heads": 2, "class_cond": True, "learn_sigma": True}  # fmt: skip
+CRITIC = {**_SIDES, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4",
+          "classifier_channel_mult": "1,2", "classifier_num_head_channels": 16}  # fmt: skip

@@ -112,7 +112,7 @@ def int_or_auto(text: str) -> int | str:
 
 def _without_auto(name: str, value: Any, auto: int | str | None) -> Any:
     """`value`, or the number that the word auto stands for; UsageError where `auto` says why it stands for none."""
-    if value != "auto" or auto is None:
+    if auto is None or not isinstance(value, str) or value.lower() != "auto":
         return value
     if isinstance(auto, str):
         raise UsageError(f"--{name} is 'auto', but {auto}")

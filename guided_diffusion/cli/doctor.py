@@ -162,7 +162,9 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World) -> Finding:
     if free and need > free:
         room = int((free - state - fixed) // max(per_image, 1))
         remedy = (
-            f"--microbatch {room} would fit" if room >= 1 else "not even one image fits: --use_checkpoint True, or bf16"
+            f"--microbatch {room} would fit (on a GPU guided-diffusion train finds such a number itself)"
+            if room >= 1
+            else "not even one image fits: --use_checkpoint True, or bf16"
         )
         return Finding(FAIL, "memory", f"{text}. {remedy}")
     return Finding(WARN if free and need > 0.85 * free else OK, "memory", text)

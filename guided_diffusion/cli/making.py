@@ -193,8 +193,7 @@ def _batch_that_fits(config: SampleConfig, pieces: Pieces, world: World) -> int:
         cond = {"y": torch.zeros(count, dtype=torch.int64, device=world.device)}
         if small:
             cond["low_res"] = torch.zeros(count, noise.shape[1], small, small, device=world.device)
-        with torch.compiler.set_stance("force_eager"):  # no minutes of compiling for a size that is only tried
-            sample(noise, torch.randn_like, cond)
+        sample(noise, torch.randn_like, cond)
 
     found = largest_that_fits(attempt, min(limit, _LARGEST_TRIED)) if world.is_main else None
     size = world.broadcast_object(found, name="images that fit")

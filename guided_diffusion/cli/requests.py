@@ -40,7 +40,7 @@ def read(path: str, parsed: Parsed) -> tuple[Asked, ...]:
     from ..runtime import storage
 
     try:
-        text = storage.read_bytes(path).decode("utf-8")
+        text = storage.read_bytes(path).decode("utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise FileNotFoundError(f"--requests {path}: there is no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
@@ -112,7 +112,7 @@ def _foreign(key: str) -> str:
 def _classes(value: Any, where: str) -> str:
     """7, "3,7", [3, "cat"] -> as the flag --classes is written."""
     words: Sequence[Any] = value if isinstance(value, list) else [value]
-    if any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
+    if not words or any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
         raise UsageError(f'{where}: classes is {value!r}; write 7, "3,7", or a list of numbers or names')
     return ",".join(str(word) for word in words)
 

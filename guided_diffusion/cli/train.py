@@ -181,6 +181,11 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
         tell(f"--microbatch auto: {trainer.microbatch} images per forward and backward pass fit")
+    if config.train.static_graph and world.size > 1 and 0 < trainer.microbatch < batch_size // world.size:
+        raise ValueError(
+            f"--static_graph True asks for one pass per step, but {batch_size // world.size} images on each process go in passes "
+            f"of {trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --checkpoint auto)"
+        )
     if config.train.compile:
         build.compile_network(net)
     try:

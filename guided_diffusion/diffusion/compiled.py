@@ -26,6 +26,8 @@ class Compiled:
     What changes from batch to batch must come through the conditions: they are inputs of the graph, as x and i are. A last,
     smaller batch is best filled up by the caller, since another size is another graph. Calls are made without gradients.
 
+    torch keeps eight graphs at most: batches of a ninth size are computed without one, which a warning tells.
+
     What cannot be compiled as one graph is done by the denoisers of `otherwise` from then on: a warning tells so, once, and
     `failure` says why. Without `otherwise` the error is raised. `backend` is torch.compile's.
     """
@@ -37,6 +39,7 @@ class Compiled:
             answer = make(cond)(x, i)
             return answer.x0.contiguous(), *answer.both()
 
+        self._make, self._told = make, False
         self._step = torch.compile(_of_its_own(step), fullgraph=True, dynamic=False, backend=backend)
         self._otherwise = otherwise
         self.failure: Exception | None = None
@@ -49,6 +52,9 @@ class Compiled:
                     with torch.inference_mode(False), torch.no_grad():
                         x0, *spread = self._step(_usual(x), _usual(i), given)
                         return Denoised(x0, Spread(*spread))
+                except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; those there are go on
+                    self._tell("too many sizes of batches for one graph each; the later ones are not compiled")
+                    return self._make(cond)(x, i)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     if self._otherwise is None:
                         raise
@@ -62,9 +68,12 @@ class Compiled:
         self.failure = error
         # Its first two lines, as one; the rest is for those who debug torch.
         reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
-        warnings.warn(
-            f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself", stacklevel=3
-        )
+        self._tell(f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself")
+
+    def _tell(self, text: str) -> None:
+        if not self._told:
+            warnings.warn(text, stacklevel=4)
+        self._told = True
 
 
 def _usual(value: Tensor) -> Tensor:

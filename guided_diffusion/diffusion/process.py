@@ -67,6 +67,8 @@ class Process:
         """Table `name` at positions `i` (integers or floats, `[B]` or a scalar), with trailing axes added to match `like` `[B, ...]`."""
         table = getattr(self, name)
         value = self._between(name, table, i) if i.is_floating_point() else _looked_up(table, i)
+        if i.ndim > 1:
+            return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
         return value.view(-1, *(1,) * (like.ndim - 1))
 
     def time_at(self, i: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .denoiser import Denoiser
 from .process import Process, tables_of
 
 Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtype and device of its argument
-Number = Any  # a float, or an array or tensor of them
+Number = Any  # Tensor, np.ndarray or float: the same formula for all
 
 
 class Step(NamedTuple):
@@ -82,7 +82,7 @@ def ddim(
     from_x0, from_x, sigma = (column.tolist() for column in (*weights, sigmas))
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        x = (x0 * from_x0[k]).add_(x, alpha=from_x[k])
+        x = torch.add(x0 * from_x0[k], x, alpha=from_x[k])
         if sigma[k] > 0:
             x = x + sigma[k] * noise(x)
         yield Step(k, x, x0)
@@ -121,7 +121,7 @@ def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step
     from_x0, from_x = (column.tolist() for column in ddim_weights(alpha_bar[:-1], alpha_bar[1:]))
     for k, i in zip(steps, _positions(steps, process, x)):
         x0 = denoise(x, i).x0
-        x = (x0 * from_x0[k]).add_(x, alpha=from_x[k])
+        x = torch.add(x0 * from_x0[k], x, alpha=from_x[k])
         yield Step(k, x, x0)
 
 

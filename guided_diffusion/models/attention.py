@@ -33,7 +33,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if transformed(q, k, v):
         return plain_attention(q, k, v)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+    by_heads = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape == v.shape
+    if by_heads and not torch.compiler.is_compiling():
         return AttentionByHeads.apply(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
     if out.requires_grad and not torch.compiler.is_compiling():

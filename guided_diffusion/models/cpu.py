@@ -53,7 +53,7 @@ class Bfloat16GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        n, c, places = x.shape[0], x.shape[1], x[0, 0].numel()
+        n, c, places = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
         source = x if places >= 1024 else x.float()  # torch's own limit between its two ways to walk through an image
         y, mean, rstd = torch.native_group_norm(source, weight, bias, n, c, places, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -69,7 +69,7 @@ class Bfloat16GroupNorm(torch.autograd.Function):
             y = torch.group_norm(x.float(), ctx.groups, weight, bias, ctx.eps)
             found = iter(torch.autograd.grad(y, leaves, grad.float(), create_graph=True))
             return *(next(found) if asked else None for asked in wanted), None, None
-        n, c, places = x.shape[0], x.shape[1], x[0, 0].numel()
+        n, c, places = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = torch.empty_like(x)
         sums: list[Tensor | None] = [None, None]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import transformed
 from .resizing import listened_to
 
 
@@ -43,9 +44,15 @@ class JoinedEmbeddings:
         self._places = [linear.weight.data_ptr() for linear in self._linears]
 
     def holds(self) -> bool:
-        """Whether the layers still have the weights that were joined, and nobody waits for one of them to be called."""
+        """Whether the layers still are those that were joined, frozen, and nobody waits for one of them to be called."""
+        if any(layer[-1] is not linear for layer, linear in zip(self._layers, self._linears)):
+            return False
+        if any(linear.weight.requires_grad or linear.bias.requires_grad for linear in self._linears):
+            return False
         if torch.compiler.is_compiling():
-            return True  # moving a network forgets the join, and graphs know neither addresses nor hooks
+            return True  # what moves or copies a network forgets the join; graphs know neither addresses nor hooks
+        if transformed():
+            return False  # the weights may be stand-ins without an address
         moved = any(linear.weight.data_ptr() != place for linear, place in zip(self._linears, self._places))
         return not moved and not any(listened_to(layer, *layer) for layer in self._layers)
 

@@ -38,6 +38,7 @@ def fits(x: Tensor, layers: nn.Sequential) -> bool:
     norm, act = layers[0], layers[1]
     return (
         on_device(x)
+        and x.dim() == 4
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not torch.compiler.is_compiling()
         and not transformed(x)

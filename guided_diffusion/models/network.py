@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -80,8 +81,16 @@ class Network(nn.Module):
             block.fused_norm = usable
 
     def join_embeddings(self) -> None:
-        """Compute what all blocks hear of time in one product from now on; for a network whose weights are frozen."""
+        """Compute what all blocks hear of time in one product from now on; for a network whose weights are frozen.
+
+        Nothing happens where that is so already, or where a block is of a class of somebody's own, which may want the
+        embedding itself.
+        """
+        if self.joined is not None and self.joined.holds():
+            return  # joining again would move weights that recorded graphs read
         blocks: list[Any] = [module for module in self.modules() if hasattr(module, "emb_layers")]
+        if not all("hears_parts" in vars(type(block)) for block in blocks):
+            return
         self.joined = JoinedEmbeddings([block.emb_layers for block in blocks])
         for place, block in enumerate(blocks):
             block.emb_place = place
@@ -95,6 +104,23 @@ class Network(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.joined = None  # weights that move to another device or dtype are no longer parts of one matrix
         return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; weights that are put in the place of the old ones (`assign`) are not parts of one matrix either."""
+        if assign:
+            self.joined = None
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that joins for itself: its weights lie elsewhere."""
+        joined, self.joined = self.joined, None
+        try:
+            twin = self.__class__.__new__(self.__class__)
+            memo[id(self)] = twin
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        finally:
+            self.joined = joined
+        return twin
 
     def enter(self, x: Tensor) -> Tensor:
         """x in the torso's dtype and memory layout, refused if a level would have an odd size."""

@@ -54,10 +54,10 @@ class ResBlock(TimestepBlock):
     the number of channels changes; else 1x1. use_checkpoint: recompute in backward instead of keeping activations.
     """
 
+    hears_parts: bool = True  # takes what `Network.heard` gives; a class made from this one has to say so itself
     emb_place: int = -1  # which of the network's joined embedding layers is this block's
-    fused_norm: bool = (
-        False  # whether norms go through models/fused_norm.py where that fits; see Network.set_fused_norm
-    )
+    # Whether norms go through models/fused_norm.py where that fits; see Network.set_fused_norm.
+    fused_norm: bool = False
 
     def __init__(
         self,
@@ -115,7 +115,8 @@ class ResBlock(TimestepBlock):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
-        if fused := self.fused_norm and fused_norm.fits(x, self.in_layers):
+        fused = self.fused_norm and fused_norm.fits(x, self.in_layers)
+        if fused:
             h = fused_norm.norm_silu(x, self.in_layers)
             h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
         elif self.updown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 
 import torch
 
@@ -18,13 +19,13 @@ class AgreedError(ValueError):
 
 
 def require_compiler(device: torch.device) -> None:
-    """ValueError unless torch.compile will find the C++ compiler that it needs for code on a CPU."""
-    named = os.environ.get("CXX")
-    names = [named] if named else ["g++", "clang++", "c++"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+    """ValueError unless torch.compile will find the C++ compiler that it needs for code on a CPU: CXX, or the usual one."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX") or usual
+    if device.type == "cpu" and not shutil.which(name):
         raise ValueError(
-            f"--compile True needs a C++ compiler, and there is none ({' or '.join(names)}); install one (Debian: "
-            "apt-get install g++), name it in the environment variable CXX, or leave --compile out"
+            f"--compile True needs a C++ compiler, and there is no {name!r}; install {usual} (Debian: apt-get install "
+            "g++), name another in the environment variable CXX, or leave --compile out"
         )
 
 

@@ -149,7 +149,7 @@ class _Search:
     def complaint(self, count: int) -> str:
         """What is missing, and what helps."""
         remedy = "give a smaller --batch_size, --microbatch auto (finds how many fit) or --precision bf16"
-        if count == 1:
+        if count == 1 or self.used >= self.limit:  # fewer images at a time would not help
             remedy = "take --precision bf16, --shard_optimizer True on several processes, or fewer --num_channels"
         ran_out = self.beyond == math.inf
         need = self._bytes(count, self.blocks) + (0.0 if ran_out else max(0.0, self.beyond))

@@ -111,7 +111,7 @@ def test_auto_is_a_word_for_what_is_found_by_trying(word: str, tmp_path: Path) -
     assert parse("--microbatch", word).typed == {"microbatch": 0}
 
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({"microbatch": "auto", "lr": 0.5}))
+    path.write_text(json.dumps({"microbatch": word if word != "0" else 0, "lr": 0.5}))
     run = RunConfig.from_flags("diffusion", parse("--config", str(path)).flags)
     assert run.train.microbatch == 0
     path.write_text(json.dumps(run.to_dict()))  # written as a number, and reads back

@@ -15,13 +15,7 @@ from guided_diffusion.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint_files import filled
-
-SIDES = {"image_size": 8, "num_classes": 4, "diffusion_steps": 100}
-BASE = {**SIDES, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4",
-        "num_heads": 2, "class_cond": True, "learn_sigma": True}  # fmt: skip
-CRITIC = {**SIDES, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4",
-          "classifier_channel_mult": "1,2", "classifier_num_head_channels": 16}  # fmt: skip
+from checkpoint_files import BASE, CRITIC, filled
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ from guided_diffusion.cli.main import main
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
-from checkpoint_files import filled  # noqa: E402
-
-SIDES = {"image_size": 8, "num_classes": 4, "diffusion_steps": 100}
-BASE = {**SIDES, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4",
-        "num_heads": 2, "class_cond": True, "learn_sigma": True}  # fmt: skip
-CRITIC = {**SIDES, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4",
-          "classifier_channel_mult": "1,2", "classifier_num_head_channels": 16}  # fmt: skip
+from checkpoint_files import BASE, CRITIC, filled  # noqa: E402
 
 LINES: list[dict[str, Any]] = [
     {"name": "threes", "seed": 5, "num_samples": 3, "classes": 3},
@@ -128,6 +122,7 @@ def test_without_pictures_and_without_classes(models: Path, tmp_path: Path) -> N
         ([{"num_samples": 1, "classifier_scale": 3.0}], "classifier_scale is one for all requests; give it as --class"),
         ([{"num_samples": 1, "classes": 1.5}], 'line 1: classes is 1.5; write 7, "3,7", or a list'),
         ([{"num_samples": 1, "classes": [True]}], "line 1: classes is [True]"),
+        ([{"num_samples": 1, "classes": []}], "line 1: classes is []"),
         ([{"num_samples": 1, "name": "../up"}], "line 1: name is '../up'; it becomes the name of a folder"),
         ([{"num_samples": 1, "name": ""}], "line 1: name is ''"),
         ([{"num_samples": 1, "name": 5}], "line 1: name is 5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -206,7 +207,7 @@ def test_both_forms_of_the_gradient_agree() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # a C++ compiler at work some forty times
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler")
 def test_inductor_itself() -> None:
     """The compiler that users get, on the smallest guided step. At step 49 rounding of eps counts 359 times in x0: hence the bound."""
     make = guided(guidance.classifier_mean)
@@ -216,3 +217,17 @@ def test_inductor_itself() -> None:
         found, expected = whole(cond)(images(2), i), make(cond)(images(2), i)
         assert apart(found.x0, expected.x0) < 1e-4
         torch.testing.assert_close(found.log_variance, expected.log_variance, rtol=1e-5, atol=1e-5)
+
+
+def test_more_sizes_of_batches_than_torch_keeps_graphs_for() -> None:
+    def make(cond: Cond) -> Denoiser:
+        return lambda x, i: Denoised(x * 2 + cond["y"].view(-1, 1), Spread(x, x + 1))
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = Compiled(make, backend=counter)
+    with pytest.warns(UserWarning, match="too many sizes") as told:
+        for count in (*range(1, 12), 1, 11):
+            x, cond = torch.randn(count, 5), {"y": torch.arange(count)}
+            torch.testing.assert_close(compiled(cond)(x, torch.zeros(count)).x0, make(cond)(x, torch.zeros(count)).x0)
+    assert len(told) == 1
+    assert 1 < counter.frame_count < 11  # the first sizes keep their graphs

@@ -199,3 +199,11 @@ def test_one_step_processes_exist() -> None:
     assert len(process) == 1
     for name in ("posterior_log_variance", "fixed_large_log_variance", "log_snr"):
         assert torch.isfinite(getattr(process, name)).all()
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1, 4, 4)])
+def test_tables_at_positions_of_any_shape(shape: tuple[int, ...]) -> None:
+    process, like = p.make_process(named_betas("linear", 40)), torch.zeros(2, 3, 4, 4)
+    i = torch.arange(max(1, int(np.prod(shape)))).view(shape)
+    expected = process.alpha_bar[i].reshape(shape + (1,) * (4 - len(shape)))
+    assert torch.equal(process.at("alpha_bar", i, like).expand_as(like), expected.expand_as(like))

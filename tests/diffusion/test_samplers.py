@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from gaussian_data import MEAN, SIGMA, exact_process, ideal, normal, sample_moments, seeded, uniform_process, whitened
+from torch import Tensor
 
 from guided_diffusion.diffusion import samplers
-from guided_diffusion.diffusion.denoiser import Denoised
+from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, add_noise
 
 ALL = {
@@ -213,3 +215,14 @@ def test_churn_raises_a_level_by_at_most_the_square_root_of_2_and_only_within_it
     samplers.last(samplers.heun(denoise, normal(4, 2), process, num_steps=6, churn=1e9, noise=seeded(1), **limits))
     factors = [raised / level for raised, level in zip(heard[0::2], levels)]
     assert factors == pytest.approx([1, 1, 2**0.5, 2**0.5, 2**0.5, 1], rel=1e-6)
+
+
+@pytest.mark.parametrize("run", [samplers.ddim, samplers.ddim_invert])
+def test_a_chain_keeps_its_number_format_whatever_the_network_answers(run: Any) -> None:
+    process = uniform_process(5)
+
+    def denoise(x: Tensor, i: Tensor) -> Denoised:
+        return Denoised((0.5 * x).bfloat16(), Spread(x, x))
+
+    for step in run(denoise, torch.randn(2, 3, dtype=torch.float64), process):
+        assert step.x.dtype == torch.float64

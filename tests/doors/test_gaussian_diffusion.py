@@ -376,3 +376,13 @@ def test_plms_of_order_one_is_ddim():
 def test_unknown_keywords_are_refused():
     with pytest.raises(TypeError, match="skip_timestep"):
         plain().p_sample_loop(half, (1, 1, 2, 2), device="cpu", skip_timestep=3)
+
+
+def test_condition_score_reads_attributes_as_they_are():
+    diffusion = diffusion_of(**CASES[next(iter(CASES))])
+    x, t = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2])
+    out = {"pred_xstart": torch.zeros_like(x), "mean": x, "variance": x, "log_variance": x}
+    diffusion.sqrt_recipm1_alphas_cumprod = np.full(diffusion.num_timesteps, 3.0)
+    diffusion.sqrt_one_minus_alphas_cumprod = np.full(diffusion.num_timesteps, 0.5)
+    moved = diffusion.condition_score(lambda x, t, **_: torch.ones_like(x), out, x, t)
+    torch.testing.assert_close(moved["pred_xstart"], torch.full_like(x, 1.5))  # 3 times 0.5 times a gradient of 1

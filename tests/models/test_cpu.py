@@ -137,3 +137,9 @@ def test_a_bfloat16_network_trains_as_by_torchs_own_kernels(monkeypatch: pytest.
         for n in (net, own)
     )
     assert far < 1.5 * usual  # no further from float32 than the kernels it stands for
+
+
+def test_edges_that_torchs_own_kernels_take_too() -> None:
+    assert GroupNorm32(32, 32)(channels_last(0, 32, 4, 4)).shape == (0, 32, 4, 4)
+    q, k, v = torch.randn(1, 2, 5, 8).bfloat16(), torch.randn(1, 2, 7, 8).bfloat16(), torch.randn(1, 2, 7, 8).bfloat16()
+    assert apart(attention(q, k, v), plain_attention(q.double(), k.double(), v.double())) < 1e-2

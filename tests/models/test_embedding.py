@@ -12,6 +12,8 @@ from small_networks import classifier, images, times, unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from guided_diffusion.models.unet import ResBlock
+
 MAKE = pytest.mark.parametrize("make", [unet, classifier, lambda: unet(use_scale_shift_norm=False)])
 
 
@@ -108,3 +110,64 @@ def test_gradients_at_the_input_and_one_graph() -> None:
         found.append(torch.autograd.grad(each(x, times()).logsumexp(1).sum(), x)[0])
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[2], found[1])
+
+
+def test_what_is_not_frozen_or_not_there_any_more_is_not_joined() -> None:
+    net, _ = both(unet)
+    net.requires_grad_(True)
+    net(images(), times()).square().mean().backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if "emb_layers" in name)
+
+    net, twin = both(unet)
+    for each in (net, twin):
+        each.middle_block[0].emb_layers[1] = nn.Linear(128, 128).requires_grad_(False)
+        nn.init.constant_(each.middle_block[0].emb_layers[1].weight, 0.1)
+        nn.init.zeros_(each.middle_block[0].emb_layers[1].bias)
+    torch.testing.assert_close(net(images(), times()), twin(images(), times()))
+
+
+def test_a_second_join_moves_nothing_that_somebody_may_have_recorded() -> None:
+    net, _ = both(unet)
+    place = net.middle_block[0].emb_layers[1].weight.data_ptr()
+    net.join_embeddings()
+    assert net.middle_block[0].emb_layers[1].weight.data_ptr() == place
+
+
+def test_blocks_of_somebodys_own_get_the_embedding_itself() -> None:
+    class Own(ResBlock):
+        def _forward(self, x: Tensor, emb: Any) -> Tensor:
+            assert isinstance(emb, Tensor)
+            return super()._forward(x, emb)
+
+    net, twin = unet().requires_grad_(False), None
+    twin = copy.deepcopy(net)
+    for block in net.modules():
+        if isinstance(block, ResBlock):
+            block.__class__ = Own
+    net.join_embeddings()
+    torch.testing.assert_close(net(images(), times()), twin(images(), times()))
+
+
+def test_compiled_networks_hear_weights_that_are_put_in_place_of_others() -> None:
+    torch.compiler.reset()
+    net, twin = both(unet)
+    state = {name: 1.1 * value for name, value in net.state_dict().items()}
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    compiled(images(), times())
+    for each in (net, twin):
+        each.load_state_dict(state, assign=True)
+    torch.testing.assert_close(compiled(images(), times()), twin(images(), times()), rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_function_transforms_over_the_weights() -> None:
+    net, twin = both(unet)
+    given = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], of: Any) -> Tensor:
+        return torch.func.functional_call(of, weights, (images(), times())).square().mean()
+
+    found = torch.func.grad(lambda weights: loss(weights, net))(given)
+    expected = torch.func.grad(lambda weights: loss(weights, twin))(given)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)

@@ -1,5 +1,6 @@
 """Norm, scale, shift and SiLU as Triton kernels, against the same written out, without a GPU: Triton's interpreter runs the
-kernels (the tests are in fused_norm_checks.py), and its compiler translates them for a GPU that need not be there."""
+kernels (the tests are in fused_norm_checks.py), and its compiler translates them for a GPU that need not be
+there. Triton is a large download and not among the tests' needs: `pip install -e '.[triton]'` brings it, else these skip."""
 
 from __future__ import annotations
 

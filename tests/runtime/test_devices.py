@@ -13,16 +13,17 @@ from guided_diffusion.runtime.devices import require_compiler
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    with pytest.raises(ValueError, match="no-such-compiler.*apt-get install g"):
+    with pytest.raises(ValueError, match="no-such-compiler.*install"):
         require_compiler(torch.device("cpu"))
     require_compiler(torch.device("cuda"))  # there the compiler of torch's GPU code decides
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"g\+\+ or clang\+\+"):
+    with pytest.raises(ValueError, match="there is no "):
         require_compiler(torch.device("cpu"))
-    found = tmp_path / "clang++"
+    found = tmp_path / "some-c++"
     found.write_text("#!/bin/sh\n")
     found.chmod(0o755)
+    monkeypatch.setenv("CXX", "some-c++")
     require_compiler(torch.device("cpu"))
 
 
