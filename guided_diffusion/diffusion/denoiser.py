@@ -77,9 +77,10 @@ def make_denoiser(
     named = dict(cond or {})
 
     def denoise(x: Tensor, i: Tensor) -> Denoised:
-        prediction, raw = split_variance(net(x, process.time_at(i), **named), x, variance)
+        output = net(x, process.time_at(i), **named)
+        prediction = output.narrow(1, 0, x.shape[1]) if checked_width(output, x, variance) else output
         x0 = x0_from_output(process, prediction, x, i, predicts)
-        return Denoised(bounded(x0, clip, transform_x0), partial(step_spread, process, raw, x, i, variance))
+        return Denoised(bounded(x0, clip, transform_x0), partial(_spread_from, process, output, x, i, variance))
 
     return denoise
 
@@ -92,16 +93,26 @@ def check_reading(predicts: str, variance: str) -> None:
         raise ValueError(f"variance={variance!r} is not one of {', '.join(VARIANCES)}")
 
 
-def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
-    """Cut a network output into its prediction and, where the variance is learned, the equally wide channels that code it."""
+def _spread_from(process: Process, output: Tensor, x: Tensor, i: Tensor, variance: Variance) -> Spread:
+    return step_spread(process, split_variance(output, x, variance)[1], x, i, variance)
+
+
+def checked_width(output: Tensor, x: Tensor, variance: Variance) -> bool:
+    """Whether the output also codes a variance; ValueError where it has another number of channels than that would give it."""
     channels, learned = x.shape[1], variance in ("learned", "learned_range")
     if output.shape[1] != channels * (2 if learned else 1):
         raise ValueError(
             f"the network returned {output.shape[1]} channels for an input of {channels}; with variance={variance!r} "
             f"it should return {channels * (2 if learned else 1)} (does learn_sigma match the weights?)"
         )
-    if not learned:
+    return learned
+
+
+def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
+    """Cut a network output into its prediction and, where the variance is learned, the equally wide channels that code it."""
+    if not checked_width(output, x, variance):
         return output, None
+    channels = x.shape[1]
     return output.narrow(1, 0, channels), output.narrow(1, channels, channels)
 
 
