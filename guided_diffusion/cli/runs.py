@@ -25,6 +25,7 @@ Command = Callable[[Sequence[str] | None], int]
 def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
     words = list(sys.argv[1:] if argv is None else argv)
+    share_the_processor()
     try:
         return command(words)
     except KeyboardInterrupt:
@@ -43,6 +44,16 @@ def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
         if type(error).__module__.split(".")[0] != "blobfile":  # a remote path that cannot be reached
             raise
         return _told(error, words)
+
+
+def share_the_processor() -> None:
+    """Let torch's threads sleep while they wait for each other, unless the user has said how they shall wait.
+
+    By default they keep a core busy waiting. That saves microseconds on an idle machine and costs much on a shared one: the
+    thread that is awaited may not get a core (small networks trained 2 to 30 times slower beside one busy neighbour). The
+    setting is read when torch is loaded, which is later than this.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _told(error: Exception, words: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,13 @@ def test_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "openai-" in runs.script_folder()
     monkeypatch.setenv("OPENAI_LOGDIR", "/logs")
     assert runs.run_folder(runs.script_folder(), "diffusion") == ("/logs", "OPENAI_LOGDIR")
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(given: str | None, found: str) -> None:
+    code = "import os, sys; from guided_diffusion.cli import runs; assert 'torch' not in sys.modules; "
+    code += "runs.guarded(lambda words: print(os.environ['OMP_WAIT_POLICY']), [])"
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environ |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    told = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [found]
