@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -111,16 +110,9 @@ class Network(nn.Module):
             self.joined = None
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy that joins for itself: its weights lie elsewhere."""
-        joined, self.joined = self.joined, None
-        try:
-            twin = self.__class__.__new__(self.__class__)
-            memo[id(self)] = twin
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        finally:
-            self.joined = joined
-        return twin
+    def __getstate__(self) -> Any:
+        """Copies and pickles join for themselves: their weights lie elsewhere."""
+        return {**super().__getstate__(), "joined": None}
 
     def enter(self, x: Tensor) -> Tensor:
         """x in the torso's dtype and memory layout, refused if a level would have an odd size."""

@@ -94,6 +94,9 @@ def test_copies_and_hooks() -> None:
     torch.testing.assert_close(net(images(), times()), twin(images(), times()))
     change_in_place(twin)
     torch.testing.assert_close(duplicate(images(), times()), twin(images(), times()))
+    assert net.joined is not None and duplicate.joined is None
+    duplicate.join_embeddings()
+    torch.testing.assert_close(duplicate(images(), times()), twin(images(), times()))
     heard: list[Tensor] = []
     net.middle_block[0].emb_layers[1].register_forward_hook(lambda module, args, out: heard.append(out))
     net(images(), times())
