@@ -1,7 +1,7 @@
 """What torch's CPU kernels do slowly, by detours that give the same numbers up to rounding.
 
-Three cases, each measured by `python -m benchmarks` before it was written and each with torch's own way as its reference
-in tests/models/test_cpu.py: matrix products in float32, group norm in bfloat16, attention in bfloat16. Nothing here is
+Three cases, each with torch's own way as its reference in tests/models/test_cpu.py and with its measurements in
+docs/performance.md: matrix products in float32, group norm in bfloat16, attention in bfloat16. Nothing here is
 used on other devices, inside compiled graphs or under function transforms; callers see to that.
 
 Legend: N batch, C channels, T places, H heads, D channels per head.
@@ -24,8 +24,8 @@ _SCORES = 1 << 20  # attention scores worked on at a time, per thread
 def mixes_as_convolution(x: Tensor, weight: Tensor) -> bool:
     """Whether `mix_channels` takes `x` [..., C] and `weight` [out, C].
 
-    torch's float32 matrix products come from MKL, which on processors of other makers stays below half of the rate that
-    oneDNN's convolutions reach with the same instructions; where both are equally fast nothing is lost.
+    torch's float32 matrix products come from MKL, which on an AMD processor stayed below half of the rate that oneDNN's
+    convolutions reached; on an Intel one both rates were about equal.
     """
     return (
         x.device.type == "cpu"
@@ -88,9 +88,9 @@ class Bfloat16GroupNorm(torch.autograd.Function):
 class AttentionByHeads(torch.autograd.Function):
     """softmax(q k' / sqrt(D)) v over bfloat16 [N, H, T, D], a few heads at a time; backward computes the softmax again.
 
-    torch's fused kernel spends most of its time on exponentials and conversions written for float32; products and softmax
-    by themselves run at the full bfloat16 rate, and a few heads' scores stay in the cache. Scores are rounded to bfloat16
-    before the softmax, as in the networks of 2021, so errors are about twice those of the fused kernel: 5e-3.
+    torch's fused kernel takes as long in bfloat16 as in float32; products and softmax by themselves take half of that, with
+    the scores of a few heads in the cache. Scores are rounded to bfloat16 before the softmax (2021 rounded them to float16),
+    so errors are about twice those of the fused kernel: 5e-3.
     """
 
     @staticmethod

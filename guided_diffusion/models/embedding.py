@@ -41,7 +41,7 @@ class JoinedEmbeddings:
                 self._linears, self._weight.split(self._sizes), self._bias.split(self._sizes)
             ):
                 linear.weight.data, linear.bias.data = weight, bias
-        self._places = [linear.weight.data_ptr() for linear in self._linears]
+        self._places = self._addresses()
 
     def holds(self) -> bool:
         """Whether the layers still are those that were joined, frozen, and nobody waits for one of them to be called."""
@@ -53,8 +53,10 @@ class JoinedEmbeddings:
             return True  # what moves or copies a network forgets the join; graphs know neither addresses nor hooks
         if transformed():
             return False  # the weights may be stand-ins without an address
-        moved = any(linear.weight.data_ptr() != place for linear, place in zip(self._linears, self._places))
-        return not moved and not any(listened_to(layer, *layer) for layer in self._layers)
+        return self._addresses() == self._places and not any(listened_to(layer, *layer) for layer in self._layers)
+
+    def _addresses(self) -> list[tuple[int, int]]:
+        return [(linear.weight.data_ptr(), linear.bias.data_ptr()) for linear in self._linears]
 
     def __call__(self, emb: Tensor, dtype: torch.dtype) -> Heard:
         """emb: [N, E]. The parts come in `dtype`, that of the blocks."""

@@ -9,21 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import chain
 from torch import Tensor
 
 from guided_diffusion.runtime.world import World
 from guided_diffusion.sampling import generate as g
 from guided_diffusion.sampling import writers
-
-
-def chain(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
-    """Some steps that use their noise, each image for itself."""
-    x = noise
-    for _ in range(3):
-        x = 0.8 * x + 0.1 * randn_like(x)
-    if "y" in cond:
-        x = x + 0.1 * cond["y"].reshape(-1, 1, 1, 1)
-    return x.clamp(-1, 1)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import chain
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,16 +26,6 @@ from guided_diffusion.sampling import generate as g
 from guided_diffusion.sampling import requests as r
 
 SHAPE = (3, 4, 6)
-
-
-def chain(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
-    """Some steps that use their noise, each image for itself."""
-    x = noise
-    for _ in range(3):
-        x = 0.8 * x + 0.1 * randn_like(x)
-    if "y" in cond:
-        x = x + 0.1 * cond["y"].reshape(-1, 1, 1, 1)
-    return x.clamp(-1, 1)
 
 
 @dataclass
