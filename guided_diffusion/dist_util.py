@@ -7,7 +7,6 @@ import io
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -48,10 +47,7 @@ def _leave() -> None:
     if _current is not None and dist.is_initialized() and _current.context.owns_group:
         if _current.context.watch is not None:
             _current.context.watch.stop()
-        dist.destroy_process_group()
-        # A wrapped network keeps the group and its threads alive. One of them may still be dropping the tensors of the last
-        # message, for which it needs the interpreter: once that has begun to end, the process would abort.
-        time.sleep(0.1)
+        _rooms.take_down()
 
 
 def _world() -> _rooms.World:

@@ -290,9 +290,19 @@ def stop(world: World) -> None:
         if world.context.watch is not None:
             world.context.watch.stop()
     finally:
-        dist.destroy_process_group()
+        take_down()
         world.context.owns_group = False
         world.context.store = None
+
+
+def take_down() -> None:
+    """Destroy the process group and let its threads finish.
+
+    Whoever still refers to the group (a wrapped network) keeps its threads alive, and one of them may be dropping the tensors
+    of the last message, for which it needs the interpreter: if that has begun to end by then, the process aborts.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)
 
 
 @contextmanager

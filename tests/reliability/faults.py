@@ -145,8 +145,9 @@ class Disturber:
         victims = list(range(size)) if self.random.random() < 0.5 else [self.random.randrange(size)]
         job.signal(number, victims)
         began = time.monotonic()
-        while len(victims) < size and not job.met() and job.running() and time.monotonic() - began < SECONDS_TO_DIE:
-            # Before the ranks have met nobody misses one that died, except its launcher: that ends the rest, and so do we.
+        while not job.met() and job.running() and time.monotonic() - began < SECONDS_TO_DIE:
+            # Before the ranks have met nobody misses one that died, except its launcher: that ends the rest, and so do we. Also
+            # where all were signalled: a rank that hears signals already waits for one that was ended by it.
             if any(not process.is_alive() for process in job.ranks):
                 job.signal(signal.SIGKILL)
             time.sleep(0.05)
