@@ -62,9 +62,12 @@ def diverged(trainer: Trainer, batch: Any, in_a_row: int) -> TrainingDiverged:
 
     The forward pass of the last batch's first microbatch is repeated, with the same noise, and every layer is watched.
     """
-    last_good = trainer.checkpoints.last_good if trainer.checkpoints is not None else None
+    last_good = None
+    if trainer.checkpoints is not None:
+        trainer.checkpoints.wait()  # the good save may be the one that is being written
+        last_good = trainer.world.broadcast_object(trainer.checkpoints.last_good, name="naming the last good save")
     what = f"{in_a_row} steps in a row, up to step {trainer.steps_done}, had losses or gradients that are not finite"
-    good = f"The last good save is {last_good}" if last_good else "There is no save yet"
+    good = f"The last good save is {last_good}" if last_good else "There is no good save yet"
     if trainer.checkpoints is None:
         return TrainingDiverged(f"{what}. {good}")
     step, world = trainer.steps_done - 1, trainer.world

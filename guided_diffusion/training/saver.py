@@ -29,7 +29,8 @@ class SaveError(RuntimeError):
 class Checkpoints:
     """The saves of one run in one folder. Make it on every process; only the main one touches files.
 
-    `keep_last`: how many of the newest saves to keep, 0 = all; multiples of `keep_every` steps are kept besides.
+    `keep_last`: how many of the newest saves to keep, 0 = all; multiples of `keep_every` steps are kept besides, and
+    `last_good` where the newest ones were taken in a row of bad steps.
     `on_error`: whether a save that fails (full disk, no permission, folder gone) is a warning or stops the run.
     `background`: write in a thread; the state is copied to main memory first, so one more copy must fit there.
     """
@@ -54,7 +55,7 @@ class Checkpoints:
             raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative; 0 keeps all")
         self.directory = directory
         self.last_good: str | None = None
-        """Path of the JSON file of the newest save that is whole."""
+        """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
         self._about: dict[str, Any] = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
         self._keep_last, self._keep_every = keep_last, keep_every
         self.on_error = on_error
@@ -160,7 +161,9 @@ class Checkpoints:
 
     def _write(self, step: int, parts: dict[str, Any]) -> None:
         try:
-            self.last_good = checkpoint.save_run(self.directory, step=step, **parts, **self._about)
+            path = checkpoint.save_run(self.directory, step=step, **parts, **self._about)
+            if not parts["state"].get("bad_in_a_row"):
+                self.last_good = path
             self._remove_old(step)
         except Exception as error:  # brought back to the loop by failed()
             self._errors.append((step, error))
@@ -171,7 +174,8 @@ class Checkpoints:
         names = (checkpoint.parse_name(name) for name in storage.listdir(self.directory))
         steps = sorted(found[1] for found in names if found is not None and found[0] == "run" and found[1] <= newest)
         for step in steps[: -self._keep_last]:
-            if not (self._keep_every and step % self._keep_every == 0):
+            milestone = self._keep_every > 0 and step % self._keep_every == 0
+            if not milestone and storage.join(self.directory, checkpoint.run_name(step)) != self.last_good:
                 checkpoint.remove_run(self.directory, step)
 
 

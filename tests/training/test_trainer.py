@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -177,12 +178,24 @@ def test_a_bad_step_changes_nothing_but_the_count():
     assert all(torch.isfinite(w).all() for w in weights_of(trainer))
 
 
-def test_many_bad_steps_stop_the_run_with_evidence(tmp_path):
-    trainer = make(max_bad_steps=3, checkpoints=Checkpoints(str(tmp_path)), save_every=2)
+@pytest.mark.parametrize("writing", [0.0, 0.3])
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_many_bad_steps_stop_the_run_with_evidence(tmp_path, monkeypatch, writing, keep_last):
+    """The save named is the one before the bad steps, however long saves take, and it is still there."""
+    real = checkpoint.save_run
+
+    def save_run(*args, **options):
+        time.sleep(writing)
+        return real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_run", save_run)
+    trainer = make(max_bad_steps=3, checkpoints=Checkpoints(str(tmp_path), keep_last=keep_last), save_every=2)
     poison(trainer, 4)
     with pytest.raises(TrainingDiverged, match="3 steps in a row, up to step 7.*incident_000006.*run000004.json"):
         trainer.run(20)
+    assert (tmp_path / "run000004.json").exists() and (tmp_path / "run000006.json").exists()
     report = json.loads((tmp_path / "incident_000006" / "report_rank0.json").read_text())
+    assert report["last_good"].endswith("run000004.json")
     assert {layer["layer"] for layer in report["layers"]} == {"drop", "last"}
     assert all(layer["largest"] > 0 for layer in report["layers"])
     kept = torch.load(tmp_path / "incident_000006" / "batch_rank0.pt")
