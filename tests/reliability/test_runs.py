@@ -157,7 +157,8 @@ def test_numbers_that_are_not_end_the_run_with_the_evidence(data, tmp_path, logs
     )  # two microbatches a step
     assert job.wait(60) == [USER_ERROR] * 2
     told = job.text()
-    assert "10 steps in a row, up to step 17" in told and "run000015.json" in told, told
+    assert "10 steps in a row, up to step 17" in told, told
+    assert "The last good save is" in told and "run000005.json" in told, told  # those at 10 and 15 had bad steps behind them
     assert "Traceback" not in told
     (incident,) = (tmp_path / "run").glob("incident_*")
     report = json.loads((incident / "report_rank0.json").read_text())
@@ -167,7 +168,7 @@ def test_numbers_that_are_not_end_the_run_with_the_evidence(data, tmp_path, logs
         and all(layer["largest"] > 0 for layer in report["layers"][:3])
     )
     assert len(torch.load(incident / "batch_rank1.pt")["images"]) == 4
-    # The weights that are kept are good, and the run goes on from them.
+    # Bad steps never reached the weights, so the later ones are good as well, and the run can go on from them.
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run", 15).values())
     rows = [json.loads(line) for line in (tmp_path / "run" / "progress.json").read_text().splitlines()]
     assert rows[1]["skipped_steps"] == 3 and rows[2]["skipped_steps"] == 5
