@@ -217,8 +217,9 @@ def test_cuda_graphs_make_the_same_images(method: str) -> None:
             torch.manual_seed(0)
             cond = {"y": (labels(device="cuda") + shift) % 10}
             results.append(sample(noise(device="cuda"), torch.randn_like, cond))
-    torch.testing.assert_close(results[0], results[2], rtol=0, atol=2e-5)
-    torch.testing.assert_close(results[1], results[3], rtol=0, atol=2e-5)
+    for eager, found in zip(results[:2], results[2:]):  # a library may choose another kernel while it is recorded
+        assert (found - eager).norm() < 1e-4 * eager.norm()
+    assert (results[0] - results[1]).norm() > 1e-2 * results[0].norm()  # the labels of each batch are heard
 
 
 @needs_gpu
