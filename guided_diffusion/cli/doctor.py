@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
@@ -33,7 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "measure": (False, "also take a few training steps on noise: images per second, memory, days"),
     }
     sections = RunConfig.sections(kind)
-    flags = parse(argv, list(sections.values()), program="doctor", description=str(__doc__), extra=extra).flags
+    flags = parse(
+        argv,
+        list(sections.values()),
+        program="doctor",
+        description=str(__doc__),
+        extra=extra,
+        defaults={"microbatch": 0},  # as `train` has it
+    ).flags
 
     from ..runtime import doctor
     from ..runtime.world import session
@@ -74,9 +82,10 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
     )
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
-    findings.append(_check_memory(config, net, world))
-    if flags["measure"] and findings[-1].status != FAIL:
-        findings.append(_measure(config, world))
+    memory, part = _check_memory(config, net, world)
+    findings.append(memory)
+    if flags["measure"] and memory.status != FAIL:
+        findings.append(_measure(config, world, part))
     train = config.train
     one_save = 4 * count * (1 + len(train.ema_rates)) + 8 * count
     saves = train.last_step // train.save_interval + 1 if train.last_step else None
@@ -141,12 +150,12 @@ def _check_data(config: RunConfig, world: World) -> list[Finding]:
     ]
 
 
-def _check_memory(config: RunConfig, net: nn.Module, world: World) -> Finding:
-    """Compare predicted with free memory."""
+def _check_memory(config: RunConfig, net: nn.Module, world: World) -> tuple[Finding, int]:
+    """Compare predicted with free memory; also returns how many images at a time training takes, as far as can be told."""
     from ..runtime.doctor import FAIL, OK, WARN, Finding, available_memory, format_bytes
 
     train = config.train
-    part = _images_at_a_time(config, world)
+    part, recompute = _images_at_a_time(config, world), train.checkpoint or "none"
     count = sum(p.numel() for p in net.parameters())
     # float32 weights, gradients and two moments of Adam; one copy per EMA rate; the buckets that gradients travel in
     moments = 8 / (world.size if train.shard_optimizer else 1)
@@ -159,15 +168,31 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World) -> Finding:
         f"about {format_bytes(need)} to train {part} images at a time: {format_bytes(state)} weights, gradients, Adam, EMA + "
         f"{format_bytes(fixed + part * per_image)} activations ({format_bytes(per_image)} per image); {format_bytes(free)} free"
     )
-    if free and need > free:
-        room = int((free - state - fixed) // max(per_image, 1))
-        remedy = (
-            f"--microbatch {room} would fit (on a GPU guided-diffusion train finds such a number itself)"
-            if room >= 1
-            else "not even one image fits: --use_checkpoint True, or bf16"
-        )
-        return Finding(FAIL, "memory", f"{text}. {remedy}")
-    return Finding(WARN if free and need > 0.85 * free else OK, "memory", text)
+    if not free or need <= free:
+        return Finding(WARN if free and need > 0.85 * free else OK, "memory", text), part
+
+    def room(what: str) -> int:
+        """How many images at a time there is room for if `what` is recomputed."""
+        fixed, each = activation_bytes(replace(config, train=replace(train, checkpoint=what)), net, world.device.type)
+        return max(0, int((free - state - fixed) // max(each, 1)))
+
+    finds_size = train.microbatch == 0 and (world.device.type == "cuda" or recompute == "auto")
+    most = room("all" if recompute == "auto" else recompute)
+    if most >= part or (finds_size and most):
+        how = f"--checkpoint {recompute}" if most >= part else "--microbatch auto"
+        while part > most:  # as the search does
+            part //= 2
+        return Finding(WARN, "memory", f"{text}. {how} will make it fit, {part} images at a time"), part
+    better = next((what for what in ("norms", "all") if room(what) >= part), "")
+    remedies = [f"--checkpoint {better}"] * bool(better) + [f"--microbatch {most}"] * bool(most)
+    if not remedies and room("all"):
+        remedies = [f"--checkpoint all --microbatch {room('all')}"]
+    remedy = (
+        f"{' or '.join(remedies)} would fit"
+        if remedies
+        else "not even one image fits: --precision bf16, or fewer channels"
+    )
+    return Finding(FAIL, "memory", f"{text}. {remedy}"), part
 
 
 def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tuple[int, int]:
@@ -178,7 +203,7 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
     """
     import torch
 
-    _set_precision(config, net, device_type)
+    _as_told(config, net, device_type)
     own = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def kept(batch: int) -> int:
@@ -206,14 +231,19 @@ def _images_at_a_time(config: RunConfig, world: World) -> int:
     return min(own, train.microbatch) if train.microbatch > 0 else own
 
 
-def _set_precision(config: RunConfig, net: nn.Module, device_type: str) -> None:
+def _as_told(config: RunConfig, net: nn.Module, device_type: str) -> None:
+    """Let the network compute in the precision, and recompute what, the flags say."""
     import torch
 
     from ..build import DTYPES, choose_precision
+    from ..training.measuring import blocks_of, recompute, set_recomputing
 
     use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     precision = choose_precision(config.train.precision, use_fp16, torch.device(device_type), lambda text: None)
     net.set_compute_dtype(DTYPES[precision])  # type: ignore[operator]
+    recompute(net, config.train.checkpoint)
+    if getattr(config.model, "use_checkpoint", False):
+        set_recomputing(net, blocks_of(net))
 
 
 def _forward(config: RunConfig, net: nn.Module, batch: int, device: Any) -> Any:
@@ -231,18 +261,21 @@ def _forward(config: RunConfig, net: nn.Module, batch: int, device: Any) -> Any:
     return net(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device=device), **cond)
 
 
-def _measure(config: RunConfig, world: World, steps: int = 3) -> Finding:
-    """Time forward, backward and AdamW on noise, after one step of warm-up; what the processes say to each other is left out."""
+def _measure(config: RunConfig, world: World, part: int, steps: int = 3) -> Finding:
+    """Time forward, backward and AdamW on noise, `part` images at a time, after one step of warm-up.
+
+    What the processes say to each other is left out.
+    """
     import torch
 
     from ..build import build_network
     from ..runtime.doctor import FAIL, OK, Finding, format_bytes
 
-    part, device = _images_at_a_time(config, world), world.device
+    device = world.device
     own = config.train.global_batch_size // world.size or config.train.batch_size
     try:
         net = build_network(config.model, config.diffusion, seed=0).to(device)
-        _set_precision(config, net, device.type)
+        _as_told(config, net, device.type)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
         for step in range(steps + 1):
             if step == 1:

@@ -91,7 +91,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     from ..runtime.devices import require_compiler
     from ..runtime.log import Log
     from ..training.fitting import fit_checkpointing, fitting_microbatch
-    from ..training.measuring import blocks_of, set_recomputing
+    from ..training.measuring import recompute
     from ..training.saver import Checkpoints
     from ..training.trainer import Trainer
 
@@ -171,9 +171,8 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
         log.info(f"{sum(p.numel() for p in net.parameters()):,} parameters, computing in {precision} on {world.device}")
     if saved is not None:
         trainer.restore(saved)
-    if config.train.checkpoint in ("none", "all"):
-        set_recomputing(net, blocks_of(net) if config.train.checkpoint == "all" else ())
-    elif config.train.checkpoint == "auto":  # before the network is compiled: it is tried several ways
+    recompute(net, config.train.checkpoint)
+    if config.train.checkpoint == "auto":  # before the network is compiled: it is tried several ways
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             limit, shrink = config.train.memory_limit_gb, config.train.microbatch == 0
             tell(fit_checkpointing(trainer, next(iter(trial)), limit_gb=limit, shrink=shrink))

@@ -86,9 +86,9 @@ class TrainConfig(Section):
     )
     checkpoint: str = flag(
         "",
-        "blocks that compute their activations again in the backward pass: empty = by --use_checkpoint; "
-        "auto = as few as memory allows",
-        choices=("", "none", "all", "auto"),
+        "what is computed again in the backward pass instead of being kept: empty = by --use_checkpoint; norms = norms and "
+        "SiLUs, next to no work; all = whole blocks; auto = as little as memory allows",
+        choices=("", "none", "norms", "all", "auto"),
     )
     memory_limit_gb: float = flag(
         0.0, "GB (2^30 bytes) for --checkpoint auto: of a GPU, or of this whole process; 0 = what is free", low=0.0
@@ -214,9 +214,10 @@ class RunConfig:
                 f"--min_snr_gamma {self.train.min_snr_gamma:g} weighs the mean squared error, which --use_kl True does not have; "
                 "give one of the two"
             )
-        if self.train.checkpoint == "none" and getattr(self.model, "use_checkpoint", False):
+        if self.train.checkpoint in ("none", "norms") and getattr(self.model, "use_checkpoint", False):
             raise ValueError(
-                "--checkpoint 'none' lets no block recompute, --use_checkpoint True all of them; give one of the two"
+                f"--checkpoint {self.train.checkpoint!r} lets no block recompute as a whole, --use_checkpoint True all of them; "
+                "give one of the two"
             )
         return self
 

@@ -226,14 +226,18 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 
 def checkpoint(func: Callable[..., Any], inputs: Iterable[Any], params: Iterable[Tensor], flag: bool) -> Any:
-    """`func(*inputs)`; if `flag`, without keeping its intermediate values: backward computes them again.
+    """`func(*inputs)`; if `flag`, as `recomputed`. `params` is accepted for compatibility and not needed."""
+    return recomputed(func, *inputs) if flag else func(*inputs)
 
-    `params` is accepted for compatibility and not needed. Frozen weights, repeated and double backward, autocast and
-    forward-mode differentiation work as without the flag. Inside a `torch.func` transform the flag has no effect,
-    because those cannot recompute.
+
+def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
+    """`func(*inputs)` without keeping its intermediate values: backward computes them again, up to the last that it needs.
+
+    So an operation that ends `func` and needs only its inputs for backward, as a convolution does, is not done twice.
+    Dropout, frozen weights, repeated and double backward, autocast and forward-mode differentiation work as without. Inside a
+    `torch.func` transform nothing is recomputed, because those cannot.
     """
-    inputs = tuple(inputs)
-    if not flag or not torch.is_grad_enabled() or transformed():
+    if not torch.is_grad_enabled() or transformed():
         return func(*inputs)
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 

@@ -79,6 +79,16 @@ class Network(nn.Module):
         for block in blocks:
             block.fused_norm = usable
 
+    def set_recompute_norms(self, wanted: bool = True) -> None:
+        """Let blocks keep for backward only what goes into their norms, and compute norms and SiLUs again there, or no longer.
+
+        Less memory, the same numbers, and no product or convolution is done twice: recomputation ends before the convolution
+        that would follow (torch.utils.checkpoint stops at the last tensor that backward waits for).
+        """
+        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "recompute_norms")]
+        for block in blocks:
+            block.recompute_norms = wanted
+
     def join_embeddings(self) -> None:
         """Compute what all blocks hear of time in one product from now on; for a network whose weights are frozen.
 

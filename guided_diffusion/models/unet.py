@@ -38,12 +38,23 @@ from .layers import (
     convert_module_to_f32,  # noqa: F401
     linear,
     normalization,
+    recomputed,
     timestep_embedding,  # noqa: F401
     zero_module,
 )
 from .network import Network
 from .pools import AttentionPool2d, make_pool  # noqa: F401
 from .resizing import Downsample, Upsample, resized_conv
+
+
+def _norms_again(block: Any, func: Any, *inputs: Tensor) -> Tensor:
+    """`func(*inputs)`, a norm and what follows it in a block, recomputed if the block is told so (`Network.set_recompute_norms`).
+
+    Not within a block that is recomputed as a whole, nor in a compiled graph, whose compiler chooses for itself what to keep.
+    """
+    if not block.recompute_norms or block.use_checkpoint or th.compiler.is_compiling():
+        return func(*inputs)
+    return recomputed(func, *inputs)
 
 
 class ResBlock(TimestepBlock):
@@ -58,6 +69,7 @@ class ResBlock(TimestepBlock):
     emb_place: int = -1  # which of the network's joined embedding layers is this block's
     # Whether norms go through models/fused_norm.py where that fits; see Network.set_fused_norm.
     fused_norm: bool = False
+    recompute_norms: bool = False  # see Network.set_recompute_norms
 
     def __init__(
         self,
@@ -115,27 +127,28 @@ class ResBlock(TimestepBlock):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
-        fused = self.fused_norm and fused_norm.fits(x, self.in_layers)
-        if fused:
-            h = fused_norm.norm_silu(x, self.in_layers)
-            h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
-        elif self.updown:
-            h = self.in_layers[:-1](x)
-            h, x = resized_conv(h, self.h_upd, self.in_layers[-1]), self.x_upd(x)
-        else:
-            h = self.in_layers(x)
+        h = _norms_again(self, self._first, x)
         emb_out = (emb.parts[self.emb_place] if isinstance(emb, Heard) else self.emb_layers(emb)).to(h.dtype)
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
-        if self.use_scale_shift_norm:
-            scale, shift = emb_out.chunk(2, dim=1)
-            if fused and fused_norm.fits(h, self.out_layers):
-                h = self.out_layers[2:](fused_norm.norm_silu(h, self.out_layers, scale, shift))
-            else:
-                h = th.addcmul(shift, self.out_layers[0](h), 1 + scale)
-                h = self.out_layers[1:](h)
-        else:
-            h = self.out_layers(h + emb_out)
-        return self.skip_connection(x) + h
+        h = _norms_again(self, self._second, h, emb_out)
+        return self.skip_connection(self.x_upd(x)) + h
+
+    def _first(self, x: Tensor) -> Tensor:
+        """Norm, SiLU, change of size, convolution."""
+        if self.fused_norm and fused_norm.fits(x, self.in_layers):
+            return resized_conv(fused_norm.norm_silu(x, self.in_layers), self.h_upd, self.in_layers[-1])
+        if self.updown:
+            return resized_conv(self.in_layers[:-1](x), self.h_upd, self.in_layers[-1])
+        return self.in_layers(x)
+
+    def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:
+        """Norm with what time says, SiLU, dropout, convolution."""
+        if not self.use_scale_shift_norm:
+            return self.out_layers(h + emb_out)
+        scale, shift = emb_out.chunk(2, dim=1)
+        if self.fused_norm and fused_norm.fits(h, self.out_layers):
+            return self.out_layers[2:](fused_norm.norm_silu(h, self.out_layers, scale, shift))
+        return self.out_layers[1:](th.addcmul(shift, self.out_layers[0](h), 1 + scale))
 
 
 class AttentionBlock(nn.Module):
@@ -144,6 +157,8 @@ class AttentionBlock(nn.Module):
     num_head_channels: channels per head; -1 takes num_heads instead. use_new_attention_order: how the released
     weights of q, k and v are interleaved (QKVAttention, else QKVAttentionLegacy).
     """
+
+    recompute_norms: bool = False  # see Network.set_recompute_norms
 
     def __init__(
         self,
@@ -175,10 +190,15 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        qkv = _norms_again(self, self._queries, x)
+        h = self.proj_out(self.attention(qkv))
+        return x + h.transpose(1, 2).reshape(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """Norm, and the queries, keys and values of every place: [N, 3 * C, T]."""
         # [N, C, H, W] -> [N, T, C] is free in channels_last; the layers hear it as [N, C, T] (see models/attention.py)
         tokens = self.norm(x).movedim(1, -1).flatten(1, -2)
-        h = self.proj_out(self.attention(self.qkv(tokens.transpose(1, 2))))
-        return x + h.transpose(1, 2).reshape(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
+        return self.qkv(tokens.transpose(1, 2))
 
 
 class _Trunk(Network):

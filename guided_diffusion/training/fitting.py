@@ -12,7 +12,7 @@ from ..runtime import memory
 from ..runtime.fitting import fits, halved_until_it_fits
 from . import batching
 from .checkpointing import Needs, choose
-from .measuring import blocks_of, measured, pass_alone, set_recomputing, twins
+from .measuring import blocks_of, measured, pass_alone, set_recomputing, set_recomputing_norms, twins
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -44,6 +44,9 @@ def fitting_microbatch(trainer: Trainer, batch: Any) -> int:
 def fit_checkpointing(trainer: Trainer, batch: Any, *, limit_gb: float = 0.0, shrink: bool = False) -> str:
     """Let as few blocks recompute in backward as memory allows, all processes the same ones; returns what was done, in a line.
 
+    Where not everything can be kept, first all blocks recompute their norms, which costs next to nothing; where that is not
+    enough, some recompute as a whole.
+
     `limit_gb`: GB (2^30 bytes) that this process may use: on a GPU its tensors, on the CPU the whole process; 0 = what
     is free. Real passes prove the choice, and more blocks follow where they take too much. `shrink`: where it does not
     fit even if all blocks recompute, take half the microbatch, a quarter ... (sets `trainer.microbatch`). Weights and what
@@ -73,10 +76,13 @@ class _Search:
             )
         self.chosen: frozenset[str] = frozenset()
         self.beyond = 0.0  # bytes by which the real passes took more than was foreseen
+        self.norms = False  # whether norms are recomputed
+        set_recomputing_norms(trainer.net, False)
         self._measure()
         if device.type == "cpu" and self._bytes(self.whole, self.chosen) > _SURELY * self.limit:
             memory.give_back_at_once(device)
             self._measure()
+        self.keeping = self.needs  # of passes in which nothing is recomputed
 
     def _measure(self) -> None:
         """Find what a pass needs and what there is, the same on all processes."""
@@ -104,6 +110,11 @@ class _Search:
         self.beyond = 0.0
         while True:
             chosen = choose(self.needs, count, room, more=count < self.whole)
+            if chosen != frozenset() and not self.norms and set_recomputing_norms(self.trainer.net, True):
+                self.norms = True
+                self._measure()
+                room = self.room
+                continue
             self.chosen = self.blocks if chosen is None else chosen
             set_recomputing(self.trainer.net, self.chosen)
             # Main memory that runs out ends the process without a word, so there nothing is tried that cannot fit or surely does.
@@ -117,7 +128,7 @@ class _Search:
                 return
             if self.chosen == self.blocks:
                 raise torch.OutOfMemoryError("all blocks recompute")
-            foreseen = min(room, self.needs.peak(count, self.chosen, more=count < self.whole))
+            foreseen = min(room, self._peak(count, self.chosen))
             room = foreseen - (peak - self.allowed) if peak < math.inf else 0.95 * foreseen
 
     def _tried(self, count: int) -> float:
@@ -133,16 +144,22 @@ class _Search:
         return max(self.trainer.world.all_gather_object(peaks[0] + extra, name="does it fit?"))
 
     def _bytes(self, count: int, recompute: frozenset[str]) -> float:
-        return self.used + self.needs.peak(count, recompute, more=count < self.whole)
+        return self.used + self._peak(count, recompute)
+
+    def _peak(self, count: int, recompute: frozenset[str], needs: Needs | None = None) -> float:
+        return (needs or self.needs).peak(count, recompute, more=count < self.whole)
 
     def told(self, count: int) -> str:
         """What was chosen, in a line."""
         size = "" if count == self.whole else f"; {count} images per forward and backward pass"
-        without, now = ((self._bytes(count, blocks) + self.beyond) / GB for blocks in (frozenset[str](), self.chosen))
-        if not self.chosen:
+        now = (self._bytes(count, self.chosen) + self.beyond) / GB
+        if not self.chosen and not self.norms:
             return f"--checkpoint auto: no block has to recompute; {now:.2f} GB of {self.limit / GB:.2f} GB{size}"
+        without = now + (self._peak(count, frozenset(), self.keeping) - self._peak(count, self.chosen)) / GB
+        what = ["the norms of all blocks"] * self.norms
+        what += [f"{len(self.chosen)} of {len(self.blocks)} blocks" + " as a whole" * self.norms] * bool(self.chosen)
         return (
-            f"--checkpoint auto: {len(self.chosen)} of {len(self.blocks)} blocks recompute; {now:.2f} GB instead of {without:.2f} GB, "
+            f"--checkpoint auto: {' and '.join(what)} recompute; {now:.2f} GB instead of {without:.2f} GB, "
             f"of {self.limit / GB:.2f} GB; {self.needs.extra_work(self.chosen):.0%} more work{size}"
         )
 

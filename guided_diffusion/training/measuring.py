@@ -54,6 +54,22 @@ def set_recomputing(net: nn.Module, names: Iterable[str]) -> None:
         block.use_checkpoint = name in names  # type: ignore[assignment]
 
 
+def set_recomputing_norms(net: nn.Module, wanted: bool) -> bool:
+    """Let all blocks recompute their norms in backward, or none. False where the network cannot."""
+    inner: Any = unwrapped(net)
+    if not hasattr(inner, "set_recompute_norms"):
+        return False
+    inner.set_recompute_norms(wanted)
+    return True
+
+
+def recompute(net: nn.Module, what: str) -> None:
+    """Let the network recompute in backward, as --checkpoint says: "none", "norms" or "all". Anything else changes nothing."""
+    if what in ("none", "norms", "all"):
+        set_recomputing(net, blocks_of(net) if what == "all" else ())
+        set_recomputing_norms(net, what == "norms")
+
+
 def measured(trainer: Trainer, batch: Any) -> Needs:
     """What a forward and backward pass of `trainer` needs, from passes over a few examples of `batch`.
 

@@ -78,9 +78,10 @@ def test_partly_frozen_weights(use_checkpoint: bool) -> None:
     assert any(p.requires_grad for p in net.parameters())
 
 
-@BOTH
-def test_second_and_forward_derivatives(use_checkpoint: bool) -> None:
-    net = unet(use_checkpoint=use_checkpoint).double()
+@pytest.mark.parametrize("again", ["nothing", "blocks", "norms"])
+def test_second_and_forward_derivatives(again: str) -> None:
+    net = unet(use_checkpoint=again == "blocks").double()
+    net.set_recompute_norms(again == "norms")
     x, t = images(1).double(), times(1)
     v, step = torch.randn_like(x), 1e-6
 
@@ -101,6 +102,81 @@ def test_second_and_forward_derivatives(use_checkpoint: bool) -> None:
         dual = net(torch.autograd.forward_ad.make_dual(x, v), t)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.func.grad(lambda a: net(a, t).pow(2).sum())(x), first)
+
+
+def gradients_of(net: Any, seed: int = 3) -> list[Tensor | None]:
+    net.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    net(images(), times()).pow(2).mean().backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+MAKERS = pytest.mark.parametrize(
+    "make",
+    [
+        lambda: unet(dropout=0.3),
+        lambda: unet(dropout=0.3, use_scale_shift_norm=False, resblock_updown=False),
+        lambda: unet(use_new_attention_order=True, resblock_updown=True),
+        lambda: classifier(),
+    ],
+    ids=["unet", "plain", "updown", "classifier"],
+)
+
+
+@MAKERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_computed_again_give_the_same_gradients(make: Any, dtype: torch.dtype) -> None:
+    net = make().train()
+    net.set_compute_dtype(dtype)
+    kept = gradients_of(net)
+    net.set_recompute_norms()
+    again = gradients_of(net)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again)) and any(g.abs().sum() > 0 for g in kept)
+    net.set_recompute_norms(False)
+    runs: list[int] = []
+    net.middle_block[0].in_layers[0].register_forward_hook(lambda *_: runs.append(1))
+    gradients_of(net)
+    assert len(runs) == 1
+
+
+@MAKERS
+def test_only_norms_are_computed_again(make: Any) -> None:
+    """No product and no convolution is done twice, and much less is kept than without."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net, operations, kept = make().train(), [], []
+    for wanted in (False, True):
+        net.set_recompute_norms(wanted)
+        with FlopCounterMode(display=False) as counter:
+            gradients_of(net)
+        operations.append(counter.get_total_flops())
+        sizes: dict[int, int] = {}
+        alive = []
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes, alive: list[Any] = alive) -> Tensor:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            alive.append(tensor.untyped_storage())  # while it lives, no other has its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(images(), times())
+        own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+        kept.append(sum(size for key, size in sizes.items() if key not in own))
+    assert operations[0] == operations[1]
+    assert kept[1] < 0.65 * kept[0], kept
+
+
+def test_norms_are_computed_again_once_and_not_in_blocks_that_recompute_as_a_whole() -> None:
+    for use_checkpoint in (False, True):
+        net = unet(use_checkpoint=use_checkpoint)
+        net.set_recompute_norms()
+        runs: list[int] = []
+        net.middle_block[0].in_layers[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        gradients_of(net)
+        assert len(runs) == 2
+        with torch.no_grad():
+            net(images(), times())
+        assert len(runs) == 3
 
 
 def test_checkpoint_takes_parameters_it_does_not_need() -> None:

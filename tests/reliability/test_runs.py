@@ -158,7 +158,9 @@ def test_numbers_that_are_not_end_the_run_with_the_evidence(data, tmp_path, logs
     assert job.wait(60) == [USER_ERROR] * 2
     told = job.text()
     assert "10 steps in a row, up to step 17" in told, told
-    assert "The last good save is" in told and "run000005.json" in told, told  # those at 10 and 15 had bad steps behind them
+    assert "The last good save is" in told and "run000005.json" in told, (
+        told
+    )  # those at 10 and 15 had bad steps behind them
     assert "Traceback" not in told
     (incident,) = (tmp_path / "run").glob("incident_*")
     report = json.loads((incident / "report_rank0.json").read_text())

@@ -180,6 +180,28 @@ def test_counted_memory_follows_resolution_precision_and_checkpointing():
     assert 3.5 < large / small < 4.5  # pixels, not pixels squared: attention keeps no T x T matrix
     assert counted(precision="bf16")[1] < 0.65 * small
     assert counted(use_checkpoint=True)[1] < 0.4 * small
+    assert counted(checkpoint="all") == counted(use_checkpoint=True)
+    assert counted(use_checkpoint=True)[1] < counted(checkpoint="norms")[1] < 0.6 * small
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        ("--batch_size 16", FAIL, "--checkpoint norms or --microbatch 8 would fit"),
+        ("--batch_size 12 --checkpoint norms", OK, ""),
+        ("--batch_size 16 --checkpoint auto", WARN, "--checkpoint auto will make it fit, 16 images at a time"),
+        ("--batch_size 160 --checkpoint auto", WARN, "--microbatch auto will make it fit, 20 images at a time"),
+        ("--batch_size 160 --checkpoint auto --microbatch -1", FAIL, "would fit"),
+    ],
+)
+def test_what_makes_a_batch_fit_is_named(monkeypatch, capsys, flags, status, words):
+    fixed, each = counted()
+    config = config_of()
+    state = 20 * sum(p.numel() for p in build_network(config.model, config.diffusion, seed=0).parameters())
+    monkeypatch.setattr(doctor, "available_memory", lambda device: state + fixed + 8.5 * each)
+    code = main([*TINY, *flags.split()])
+    line = lines_of(capsys.readouterr().out)["memory"]
+    assert line.startswith(status) and words in line and code == (status == FAIL), line
 
 
 TWO = "import sys\nfrom guided_diffusion.cli.doctor import main\nsys.exit(main(sys.argv[1:]))\n"

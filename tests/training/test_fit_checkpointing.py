@@ -17,7 +17,7 @@ from guided_diffusion.runtime import memory
 from guided_diffusion.training import fitting
 from guided_diffusion.training.checkpointing import Needs
 from guided_diffusion.training.fitting import GB, fit_checkpointing
-from guided_diffusion.training.measuring import blocks_of, measured, set_recomputing
+from guided_diffusion.training.measuring import blocks_of, measured, set_recomputing, set_recomputing_norms
 
 from .test_measuring import Batch, batch_of, classifier, trainer_of, unet
 from .test_processes import start
@@ -30,28 +30,34 @@ def recomputing(trainer: Any) -> frozenset[str]:
     return frozenset(name for name, block in blocks_of(trainer.net).items() if block.use_checkpoint)
 
 
+def norms_again(trainer: Any) -> bool:
+    return any(getattr(module, "recompute_norms", False) for module in trainer.net.modules())
+
+
 class Pretended:
     """A device whose passes take what `real` says, beside 1 MiB that is always in use; counts the trials."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, trainer: Any, real: Real | None = None) -> None:
-        self.needs: Needs = measured(trainer, batch_of(8))
-        self.needs = Needs(**{**vars(self.needs), "hidden": 0.0})
+        self.of: dict[bool, Needs] = {}  # by whether norms are recomputed
+        for norms in (True, False):
+            set_recomputing_norms(trainer.net, norms)
+            self.of[norms] = Needs(**{**vars(measured(trainer, batch_of(8))), "hidden": 0.0})
         self.trials: list[int] = []
         self.moments = 2 * sum(p.nbytes for p in trainer.params)
 
         def trial(trainer: Any, batch: Batch, count: int) -> float:
             self.trials.append(count)
             chosen = recomputing(trainer)
-            return self.total(count, chosen) if real is None else real(count, chosen)
+            return self.total(count, chosen, norms_again(trainer)) if real is None else real(count, chosen)
 
         monkeypatch.setattr(memory, "used", lambda device: MIB)
         monkeypatch.setattr(memory, "free", lambda device: 100 * GB)
         monkeypatch.setattr(memory, "give_back_at_once", lambda device: None)
-        monkeypatch.setattr(fitting, "measured", lambda trainer, batch: self.needs)
+        monkeypatch.setattr(fitting, "measured", lambda trainer, batch: self.of[norms_again(trainer)])
         monkeypatch.setattr(fitting, "_try", trial)
 
-    def total(self, count: int, chosen: frozenset[str] | set[str] = frozenset()) -> float:
-        return MIB + self.moments + self.needs.peak(count, chosen, more=count < 8)
+    def total(self, count: int, chosen: frozenset[str] | set[str] = frozenset(), norms: bool = True) -> float:
+        return MIB + self.moments + self.of[norms].peak(count, chosen, more=count < 8)
 
 
 @pytest.mark.parametrize("make", [unet, classifier])
@@ -59,15 +65,25 @@ def test_more_blocks_recompute_the_less_memory_there_is(make: Any, monkeypatch: 
     trainer = trainer_of(make(), 8)
     device = Pretended(monkeypatch, trainer)
     everything = frozenset(blocks_of(trainer.net))
-    least, most = device.total(8, everything), device.total(8)
-    counts = []
-    for share in (1.05, 0.8, 0.5, 0.2, 0.01):
-        limit = (least + share * (most - least)) / 0.97
+    least, middle, most = device.total(8, everything), device.total(8), device.total(8, norms=False)
+    assert least < middle < 0.9 * most
+    choices = []
+    for enough in (
+        1.05 * most,
+        most - 0.2 * (most - middle),
+        *(least + s * (middle - least) for s in (0.8, 0.5, 0.01)),
+    ):
+        limit = enough / 0.97
         told = fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB)
-        counts.append(len(recomputing(trainer)))
-        assert device.total(8, recomputing(trainer)) <= limit and trainer.microbatch == 0
-        assert f"{counts[-1] or 'no'} " in told and f"of {limit / GB:.2f} GB" in told
-    assert counts[0] == 0 and counts == sorted(counts) and counts[-1] > len(everything) // 2
+        chosen = recomputing(trainer)
+        choices.append((norms_again(trainer), len(chosen)))
+        assert device.total(8, chosen, norms_again(trainer)) <= limit and trainer.microbatch == 0
+        assert f"of {limit / GB:.2f} GB" in told and ("norms of all blocks" in told) == norms_again(trainer)
+        if chosen:
+            assert f"{len(chosen)} of {len(everything)} blocks as a whole" in told
+    assert choices[:2] == [(False, 0), (True, 0)] and all(norms for norms, _ in choices[2:])
+    counts = [count for _, count in choices]
+    assert counts == sorted(counts) and counts[2] > 0 and counts[-1] >= len(everything) // 2
     before = recomputing(trainer)
     with pytest.raises(ValueError, match="even if all .* raise --memory_limit_gb, or give a smaller --batch_size"):
         fit_checkpointing(trainer, batch_of(8), limit_gb=0.9 * least / GB)
@@ -79,7 +95,7 @@ def test_where_there_is_plenty_nothing_is_tried(monkeypatch: pytest.MonkeyPatch)
     device = Pretended(monkeypatch, trainer)
     set_recomputing(trainer.net, blocks_of(trainer.net))
     assert "no block has to recompute" in fit_checkpointing(trainer, batch_of(8))
-    assert not recomputing(trainer) and not device.trials
+    assert not recomputing(trainer) and not norms_again(trainer) and not device.trials
 
 
 def test_real_passes_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,12 +108,12 @@ def test_real_passes_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
     foreseen = recomputing(trainer)
 
     def heavier(count: int, chosen: frozenset[str]) -> float:
-        return MIB + device.moments + 1.1 * device.needs.peak(count, chosen)
+        return MIB + device.moments + 1.1 * device.of[norms_again(trainer)].peak(count, chosen)
 
     def breaking(count: int, chosen: frozenset[str]) -> float:
         if len(chosen) < len(foreseen) + 2:
             raise torch.OutOfMemoryError("out of memory")
-        return device.total(count, chosen)
+        return device.total(count, chosen, norms_again(trainer))
 
     for real in (heavier, breaking):
         worse = Pretended(monkeypatch, trainer, real)
@@ -174,7 +190,9 @@ def test_a_real_process_stays_below_its_limit() -> None:
 
     without, _ = run(0)
     peak, told = run(0.75 * without)
-    assert peak < 0.75 * without and "blocks recompute" in told, (without, told)
+    assert peak < 0.75 * without and "the norms of all blocks recompute" in told, (without, told)
+    peak, told = run(0.55 * without)
+    assert peak < 0.55 * without and "blocks as a whole recompute" in told, (without, told)
 
 
 def test_two_processes_choose_the_same(tmp_path: Path) -> None:
@@ -190,6 +208,8 @@ def test_contradicting_flags_are_refused_in_words() -> None:
     read = RunConfig.from_flags
     with pytest.raises(ValueError, match="--checkpoint 'none' .* --use_checkpoint True .* one of the two"):
         read("diffusion", {"checkpoint": "none", "use_checkpoint": True})
+    with pytest.raises(ValueError, match="--checkpoint 'norms' .* --use_checkpoint True .* one of the two"):
+        read("diffusion", {"checkpoint": "norms", "use_checkpoint": True})
     with pytest.raises(ValueError, match="--memory_limit_gb 3 .* --checkpoint auto"):
         read("diffusion", {"memory_limit_gb": 3.0})
     with pytest.raises(ValueError, match="--checkpoint is 'some'"):

@@ -105,7 +105,7 @@ def checkpointing(folder, world):
     """Only the second process is short of memory; both choose alike, and train as without."""
     from guided_diffusion.runtime import memory
     from guided_diffusion.training import fitting
-    from guided_diffusion.training.measuring import blocks_of, measured
+    from guided_diffusion.training.measuring import blocks_of, measured, set_recomputing_norms
     from training.test_measuring import batch_of, trainer_of, unet
 
     whole = batch_of(8)
@@ -118,12 +118,13 @@ def checkpointing(folder, world):
     memory.restart_peak = lambda device: False  # nothing is said about bytes besides tensors
     memory.give_back_at_once = lambda device: None
     fitting._try = lambda trainer, batch, count: 0
+    set_recomputing_norms(trainer.net, True)
     needs = measured(trainer, mine)
     limit = moments + (needs.peak(4) + needs.peak(4, names)) / 2
     told = fitting.fit_checkpointing(trainer, mine, limit_gb=[10**12, limit][world.rank] / fitting.GB)
     chosen = [name for name, block in blocks_of(trainer.net).items() if block.use_checkpoint]
     (folder / f"chosen{world.rank}.json").write_text(json.dumps(chosen))
-    assert f"{len(chosen)} of {len(names)}" in told, told
+    assert f"the norms of all blocks and {len(chosen)} of {len(names)} blocks as a whole recompute" in told, told
     for _ in range(3):
         for each in (trainer, other):
             each.step(mine)
