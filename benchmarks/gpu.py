@@ -39,6 +39,7 @@ FEW = 4
 """Images of a small request, as the README of 2021 sampled them."""
 FEW_STEPS = 25
 MANY_STEPS = 4
+_PARTS = 32
 COMPILING = 150.0
 """Seconds that torch.compile is expected to take for one network."""
 
@@ -77,9 +78,9 @@ def expected(shape: Shape, at: Setting, what: str) -> float:
     if what == "compiled":
         return ready + COMPILING + at.guess(max(MANY_STEPS * shape.batch, 3 * shape.train_batch) * (net + 2 * critic))
     if what == "training":
-        return ready + at.guess(3 * shape.train_batch * net)
+        return ready + at.guess(3 * shape.train_batch * net) * 1.25
     assert what == "fitting", what
-    return ready + 12 * shape.train_batch * 3 * net / at.rates.flops * 7
+    return ready + 45 * shape.train_batch * 3 * net / at.rates.flops * 7
 
 
 def tidy() -> None:
@@ -269,7 +270,13 @@ def training(shape: Shape, at: Setting, *, compile: bool = False) -> Result:
     figures |= peaks(name, lambda: ours(size), lambda: theirs(size), at)
     figures |= _quiet(name, lambda: ours(size), at)
     row, found = _used(_compare(name, lambda: ours(size), lambda: theirs(size), at), work, at, "")
-    return [row], figures | found
+    rows = [row]
+    if not compile:
+        again = networks.recomputing(
+            name, updates.net, lambda: ours(size), rounds=at.rounds, device=at.device, limit=at.limit / 4
+        )
+        rows.append(again)
+    return rows, figures | found
 
 
 def compiled_training(shape: Shape, at: Setting) -> Result:
@@ -278,14 +285,15 @@ def compiled_training(shape: Shape, at: Setting) -> Result:
 
 
 def fitting(shape: Shape, at: Setting) -> Result:
-    """The largest training batch that the memory of the GPU has room for: ours, the plain one's, and how many times more."""
+    """The largest training batch that the memory of the GPU has room for: the plain one's, ours, ours with norms recomputed."""
     if not at.on_gpu:
         raise ImportError("the largest batch that fits is found by running out of a GPU's memory")
     found = {}
-    for side in ("plain", "ours"):
+    for side in ("plain", "ours", "ours with norms recomputed"):
         tidy()
         updates = Updates(shape, at)
-        step = updates.ours() if side == "ours" else updates.theirs()
+        updates.net.set_recompute_norms("norms" in side)
+        step = updates.theirs() if side == "plain" else updates.ours()
         del updates  # of the plain side only its own copy of the weights is to stay
         tidy()
         total = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -294,24 +302,30 @@ def fitting(shape: Shape, at: Setting) -> Result:
         del step
     name = f"largest training batch that fits, {shape.name}"
     figures = {f"{name}, {side}": float(size) for side, size in found.items()}
-    figures[f"{name}, ours / plain"] = found["ours"] / max(1, found["plain"])
-    return [], figures
+    ratios = {f"{name}, {side} / plain": found[side] / max(1, found["plain"]) for side in found if side != "plain"}
+    return [], figures | ratios
 
 
 def largest_batch(peak: Callable[[int], float], attempt: Callable[[int], object], total: float, first: int) -> int:
-    """The largest batch for which `attempt` fits into `total` bytes, to five parts in a hundred where that is nearly right.
+    """The largest batch for which `attempt` fits into `total` bytes, to one part in `_PARTS` of it or to one image.
 
-    `peak(size)` is how many bytes a batch needs at once. It grows evenly, so that two small ones tell where it ends; from
-    there on downwards it is tried, in growing steps.
+    `peak(size)` is how many bytes a batch needs at once. Two small ones tell where to begin to look; that can be far off,
+    since the most of a small batch is reached at another moment of a step than that of a large one.
     """
     peak(first)  # what is made once: the optimizer's moments, plans of the libraries
     low, high = peak(first), peak(2 * first)
     each = max(1.0, (high - low) / first)
-    size = max(1, int((total - low) / each) + first)
-    back = 0.05
-    while size and not fits(attempt, size):
-        size, back = int((1 - back) * size), min(0.5, 1.5 * back)
-    return size
+    size, fitting, beyond = max(1, int((total - low) / each) + first), 0, 0
+    while size:
+        if fits(attempt, size):
+            fitting = size
+            size = (fitting + beyond) // 2 if beyond else fitting + fitting // 4 + 1
+        else:
+            beyond = size
+            size = (fitting + beyond) // 2 if fitting else beyond * 3 // 4
+        if beyond and beyond - fitting <= max(1, fitting // _PARTS):
+            break
+    return fitting
 
 
 # ---------------------------------------------------------------------------------------------------------------------

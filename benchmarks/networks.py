@@ -232,7 +232,30 @@ def training(shape: Shape, *, device: str, rounds: int, precision: str, rates: R
     work = floor.Work(flops, floor.traffic(lambda: trainer.step(batch)))
     name = f"training step, {shape.name}, {precision}, batch {shape.train_batch}"
     found = compare(name, lambda: trainer.step(batch), theirs, against="plain float32", rounds=rounds, device=device)
-    return [noted(found, rates.note(work, found.ours_seconds))]
+    rows = [noted(found, rates.note(work, found.ours_seconds))]
+    rows.append(recomputing(name, net, lambda: trainer.step(batch), rounds=rounds, device=device))
+    return rows
+
+
+def recomputing(name: str, net: Any, step: Any, *, rounds: int, device: str, limit: float = float("inf")) -> Ratio:
+    """What `--checkpoint norms` costs: a step with norms recomputed, against one that keeps everything."""
+
+    def with_norms(recomputed: bool) -> None:
+        net.set_recompute_norms(recomputed)
+        step()
+
+    try:
+        return compare(
+            f"{name}, norms recomputed",
+            lambda: with_norms(True),
+            lambda: with_norms(False),
+            against="everything kept",
+            rounds=rounds,
+            device=device,
+            limit=limit,
+        )
+    finally:
+        net.set_recompute_norms(False)
 
 
 @torch.inference_mode()

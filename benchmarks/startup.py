@@ -138,11 +138,12 @@ def memory(shape: str = "small()") -> dict[str, float]:
             ours="{ours}",
             checkpoint="for m in net.modules():\n    if hasattr(m, 'use_checkpoint'): m.use_checkpoint = True",
         ),
+        "training step with --checkpoint norms": _TRAIN.format(ours="{ours}", checkpoint="net.set_recompute_norms()"),
         "guided sampling": _SAMPLE,
     }
     plain: dict[str, float] = {}
     for name, code in plans.items():
-        sides = (True,) if "use_checkpoint" in name else (True, False)
+        sides = (True,) if " with " in name else (True, False)
         for ours in sides:
             told = run_isolated(_COMMON.format(shape=shape) + code.replace("{ours}", str(ours)))
             above = told["peak_mib"] - told["before_mib"]
