@@ -124,7 +124,7 @@ class _Search:
                 return
             peak = self._tried(count)
             self.beyond = peak - self._bytes(count, self.chosen)
-            if peak <= self.allowed:
+            if peak < math.inf and peak <= self.allowed:
                 return
             if self.chosen == self.blocks:
                 raise torch.OutOfMemoryError("all blocks recompute")
