@@ -21,6 +21,7 @@ types: $(VENV)/.test
 # Two workers with one thread each: on two cores, threads that wait for each other cost more than they bring.
 unit: $(VENV)/.test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+	if $(BIN)/python -m tests.pretend_gpu; then $(BIN)/python -m pytest -q -p tests.pretend_gpu -m gpu; fi
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -17,10 +18,14 @@ _REAL_PROCESSES = ("tests/reliability/", "tests/runtime/test_world", "tests/runt
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests of real processes for one repetition, where the plugin that repeats is installed."""
+    """Mark the tests of real processes for one repetition, where the plugin that repeats is installed; skip those without their GPU."""
     for item in items:
         if config.pluginmanager.hasplugin("rerunfailures") and item.nodeid.startswith(_REAL_PROCESSES):
             item.add_marker(pytest.mark.flaky(reruns=1))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, real or pretended"))
+        if item.get_closest_marker("real_gpu") and (not torch.cuda.is_available() or hasattr(torch.cuda, "pretended")):
+            item.add_marker(pytest.mark.skip(reason="needs a real GPU"))
 
 
 @pytest.fixture(autouse=True, scope="session")

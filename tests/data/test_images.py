@@ -112,7 +112,7 @@ def test_batches_stay_in_channels_last_memory(photographs):
     assert torch.equal(images.to_uint8(as_float), batch)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_round_trip_is_exact_and_the_same_on_a_gpu():
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
     on_gpu = images.to_float(values.cuda())

@@ -123,7 +123,7 @@ def test_a_denoiser_is_one_graph(i: Tensor, kind: str) -> None:
         torch.testing.assert_close(compiled(x, i).log_variance, denoise(x, i).log_variance)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_step_waits_for_a_gpu(name: str) -> None:
     process, x = short_process("cuda"), torch.randn(2, 3, 4, 4, device="cuda")

@@ -324,7 +324,7 @@ def test_world_from_environment(monkeypatch):
     assert pick_device(World()).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
+@pytest.mark.gpu
 def test_graphics_card_agrees_with_the_processor(recipes, synthetic_pb):
     from evaluations.weights import load_inception
 
@@ -395,7 +395,7 @@ def test_a_compiled_network_gives_the_features_of_the_plain_one(recipes, net, tm
     torch.compiler.reset()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_graphics_card(recipes, net) -> None:
     images = recipes.images(3, 70, 20, 24)
     on_cpu = run(images, net)

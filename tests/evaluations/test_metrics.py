@@ -4,7 +4,6 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from evaluation_cases import features, golden, recipes
 
 from evaluations import metrics, statistics
@@ -138,7 +137,7 @@ def test_extrapolation_meets_the_truth() -> None:
         metrics.fid_infinity(rng.standard_normal((30, 8)), reference, smallest=30)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_gives_the_same() -> None:
     x, y = features(seed=1, n=500, d=16), features(seed=2, n=400, d=16)
     assert metrics.frechet_distance_of_features(x, y, device="cuda") == pytest.approx(fid(x, y), rel=1e-10)

@@ -121,7 +121,7 @@ def test_errors_name_the_numbers() -> None:
         neighbours(y, y, k=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_gives_the_same_points() -> None:
     x, y = features(seed=1, n=500, d=64), features(seed=2, n=400, d=64)
     on_cpu, on_gpu = neighbours(x, y), neighbours(x, y, device="cuda")

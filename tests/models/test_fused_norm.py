@@ -111,7 +111,7 @@ def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 6 * 8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.real_gpu
 @needs_triton
 @pytest.mark.parametrize("size", [*SIZES, (4, 384, 32, 32), (1, 256, 256, 256)], ids=str)
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -93,7 +93,7 @@ def test_unsuitable_dtypes_are_refused() -> None:
         unet().set_compute_dtype(torch.float64)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu(dtype: torch.dtype) -> None:
     net, x, t = unet(), images(), times()

@@ -302,7 +302,7 @@ def test_a_collective_nobody_answers_names_rank_operation_and_step(launch):
     assert "[rank 1 of 2, step 12] ends because rank 0 of 2, step 12 failed" in done.text
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.real_gpu
 def test_group_of_one_on_a_gpu():
     world = start("cuda", environ={}, announce=None, group_of_one=True)
     try:

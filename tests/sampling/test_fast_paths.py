@@ -21,7 +21,6 @@ from guided_diffusion.diffusion.process import Process, respace, space_timesteps
 from guided_diffusion.runtime import fitting
 from guided_diffusion.sampling.generate import Job, LabelPlan, generate
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPE = small(num_channels=32, image_size=16)
 SMALLEST = replace(  # one level: residual blocks and attention, and little for a compiler to read
     SHAPE,
@@ -206,7 +205,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         fitting.largest_that_fits(attempt, 4)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["ddim", "ancestral", "heun", "dpm_solver"])
 def test_cuda_graphs_make_the_same_images(method: str) -> None:
     model, guide = loaded("cuda")
@@ -222,7 +221,7 @@ def test_cuda_graphs_make_the_same_images(method: str) -> None:
     assert (results[0] - results[1]).norm() > 1e-2 * results[0].norm()  # the labels of each batch are heard
 
 
-@needs_gpu
+@pytest.mark.real_gpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
@@ -237,7 +236,7 @@ def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
         assert (found - eager).norm() < 1e-3 * eager.norm()  # convolutions may be computed in TF32 in either
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 def test_guided_sampling_does_not_wait_for_the_gpu(graphs: bool) -> None:
     model, guide = loaded("cuda")

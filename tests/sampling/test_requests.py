@@ -179,7 +179,7 @@ def test_guided_networks_make_the_same_images_in_company(tmp_path: Path, method:
     assert (found[0].images[:3] != found[1].images[:3]).mean() > 0.5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_recorded_steps_serve_all_requests() -> None:
     shape = small(num_channels=32, image_size=16)
     process = respace(build.build_process(shape.diffusion), space_timesteps(1000, "5")).to("cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from guided_diffusion.config import RunConfig
 from guided_diffusion.runtime import memory
+from guided_diffusion.runtime.world import World
 from guided_diffusion.training import fitting
 from guided_diffusion.training.checkpointing import Needs
 from guided_diffusion.training.fitting import GB, fit_checkpointing
@@ -168,6 +170,7 @@ import torch
 torch.set_num_threads(1)
 from training.test_measuring import UNetModel, batch_of, trainer_of
 from guided_diffusion.runtime import memory
+from guided_diffusion.runtime.world import World
 from guided_diffusion.training.fitting import fit_checkpointing
 net = UNetModel(32, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_head_channels=16)
 trainer, batch = trainer_of(net, 96), batch_of(96, 32)
@@ -202,6 +205,67 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
         assert process.returncode == 0, problem[-3000:]
     first, second = (json.loads((tmp_path / f"chosen{rank}.json").read_text()) for rank in range(2))
     assert first == second and len(first) > 0
+
+
+@pytest.fixture
+def gpu_of() -> Any:
+    """A function that leaves so many bytes of the GPU to this process."""
+    whole = torch.cuda.mem_get_info()[1]
+    gc.collect()  # what earlier tests left there must not go away in the middle
+    yield lambda size: torch.cuda.set_per_process_memory_fraction(size / whole)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def gpu_trainer() -> Any:
+    return trainer_of(unet(), 32, world=World(device=torch.device("cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shrink", [False, True])
+def test_a_gpu_says_itself_when_there_is_no_more(gpu_of: Any, shrink: bool) -> None:
+    """From so much memory that nothing recomputes to so little that not even one image fits; steps fit as foreseen."""
+    trainer, batch, told = gpu_trainer(), batch_of(32), []
+    below = torch.cuda.memory_allocated() + 2 * sum(p.nbytes for p in trainer.params)
+    needs = {}
+    for norms in (True, False):
+        set_recomputing_norms(trainer.net, norms)
+        needs[norms] = measured(trainer, batch)
+    everything = set(blocks_of(trainer.net))
+    keeping, norms, least = needs[False].peak(32), needs[True].peak(32), needs[True].peak(32, everything)
+    limits = [1.2 * keeping, 1.1 * norms, 0.7 * least + 0.3 * norms, *[0.6 * least] * shrink]
+    assert least < norms < 0.8 * keeping
+    del trainer
+    for limit in limits:
+        trainer = gpu_trainer()
+        gpu_of(below + limit)
+        told.append(fit_checkpointing(trainer, batch, shrink=shrink))
+        for _ in range(2):
+            trainer.step(batch)
+        del trainer
+        gc.collect()
+    assert "no block has to recompute" in told[0] and "the norms of all blocks recompute" in told[1]
+    assert "blocks as a whole" in told[2] and not any("inf" in line for line in told)
+    assert not shrink or "images per forward and backward pass" in told[3]
+    trainer = gpu_trainer()
+    gpu_of(below + 0.6 * (least if not shrink else needs[True].peak(1, everything)))
+    with pytest.raises(
+        ValueError,
+        match="not even one example|1 image at a time need" if shrink else "32 images at a time need .* ran out of",
+    ):
+        fit_checkpointing(trainer, batch, shrink=shrink)
+
+
+@pytest.mark.gpu
+def test_a_microbatch_that_fits_a_gpu(gpu_of: Any) -> None:
+    trainer, batch = gpu_trainer(), batch_of(32)
+    trainer.step(batch)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(batch)
+    gpu_of(0.45 * torch.cuda.max_memory_allocated())
+    trainer = gpu_trainer()
+    trainer.microbatch = fitting.fitting_microbatch(trainer, batch)
+    assert trainer.microbatch in (4, 8, 16)
+    trainer.step(batch)
 
 
 def test_contradicting_flags_are_refused_in_words() -> None:

@@ -1,11 +1,16 @@
 """Between log lines the host never waits for the device: no operation of a step turns a tensor into a Python number."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from guided_diffusion.models.unet import UNetModel
 from guided_diffusion.runtime.world import World
+from guided_diffusion.training.measuring import recompute
 
+from .test_measuring import batch_of, trainer_of
 from .toys import batches, make, toy_net
 
 
@@ -35,11 +40,17 @@ def test_a_step_reads_nothing(precision):
     assert listening.reads
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [None, "none", "norms", "all"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_does_not_wait_for_the_gpu(precision):
-    trainer = make(precision=precision, microbatch=3, max_grad_norm=1.0, world=World(device=torch.device("cuda")))
-    data = batches()
+def test_a_step_does_not_wait_for_the_gpu(precision, net):
+    options = {"precision": precision, "max_grad_norm": 1.0, "world": World(device=torch.device("cuda"))}
+    if net is None:
+        trainer, data = make(microbatch=3, **options), batches()
+    else:  # a real network, with what it recomputes
+        model = UNetModel(16, 3, 32, 3, 1, (2,), 0.1, channel_mult=(1, 2), num_head_channels=16)
+        recompute(model, net)
+        trainer, data = trainer_of(model, 8, microbatch=3, **options), itertools.repeat(batch_of(8))
     for _ in range(2):
         trainer.step(next(data))
     torch.cuda.set_sync_debug_mode("error")
