@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from guided_diffusion.diffusion import guidance, samplers
 from guided_diffusion.diffusion.denoiser import make_denoiser
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
 from guided_diffusion.runtime.world import World
+from guided_diffusion.training.measuring import recompute
 from guided_diffusion.training.trainer import Trainer
 
 from . import floor, shapes
@@ -232,9 +233,38 @@ def training(shape: Shape, *, device: str, rounds: int, precision: str, rates: R
     work = floor.Work(flops, floor.traffic(lambda: trainer.step(batch)))
     name = f"training step, {shape.name}, {precision}, batch {shape.train_batch}"
     found = compare(name, lambda: trainer.step(batch), theirs, against="plain float32", rounds=rounds, device=device)
-    rows = [noted(found, rates.note(work, found.ours_seconds))]
-    rows.append(recomputing(name, net, lambda: trainer.step(batch), rounds=rounds, device=device))
-    return rows
+    return [noted(found, rates.note(work, found.ours_seconds))]
+
+
+def less_memory(shape: Shape, *, device: str, rounds: int, precision: str) -> list[Ratio]:
+    """What the ways to train with less memory cost: recomputing norms, recomputing all, a batch in parts."""
+    net = shapes.generator(shape, device)
+    process = build.build_process(shape.diffusion, respacing="").to(device)
+    loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+    world = World(device=torch.device(device))
+    trainer = Trainer(net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), precision=precision, world=world)
+    batch = shapes.training_batch(shape, device)
+
+    def step(what: str, parts: int) -> None:
+        recompute(net, what)
+        trainer.microbatch = -(-shape.train_batch // parts)
+        trainer.step(batch)
+
+    ways = {"--checkpoint norms": ("norms", 1), "--checkpoint all": ("all", 1)}
+    parts = [count for count in (2, 4, 8) if count <= shape.train_batch]
+    ways |= {f"--microbatch {-(-shape.train_batch // count)}": ("none", count) for count in parts}
+    name = f"training step, {shape.name}, {precision}, batch {shape.train_batch}"
+    return [
+        compare(
+            f"{name}, {flag}",
+            partial(step, *way),
+            partial(step, "none", 1),
+            against="everything kept",
+            rounds=rounds,
+            device=device,
+        )
+        for flag, way in ways.items()
+    ]
 
 
 def recomputing(name: str, net: Any, step: Any, *, rounds: int, device: str, limit: float = float("inf")) -> Ratio:

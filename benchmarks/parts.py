@@ -18,8 +18,8 @@ Figures = dict[str, float]
 Result = tuple[list[Ratio], Figures]
 # Where nothing is known of a part but how long it usually takes: seconds.
 USUAL = {
-    "forward": 60, "arithmetic": 15, "sampling": 300, "training": 200, "classifier": 60, "features": 30, "metrics": 120,
-    "loader": 30, "growth": 60, "processes": 90, "startup": 60, "memory": 90, "demo": 60,
+    "forward": 60, "arithmetic": 15, "sampling": 300, "training": 200, "recomputing": 200, "classifier": 60, "features": 30,
+    "metrics": 120, "loader": 30, "growth": 60, "processes": 90, "startup": 60, "memory": 90, "demo": 60,
 }  # fmt: skip
 NORM_SECONDS = 90  # of one network, most of it compiling
 ON_CPU = tuple(USUAL)
@@ -108,6 +108,18 @@ def training(plan: Plan) -> Result:
     for shape in plan.shapes():
         for precision, (_, rates) in zip(("fp32", "bf16"), plan.both()):
             rows += networks.training(shape, device=plan.device, rounds=plan.rounds, precision=precision, rates=rates)
+    return rows, {}
+
+
+def recomputing(plan: Plan) -> Result:
+    from . import networks
+
+    rows = []
+    for shape in plan.shapes():
+        shape = shapes.with_train_batch(shape, 2 * shape.train_batch)
+        for precision in ("fp32", "bf16") if len(plan.worthwhile()) > 1 else ("fp32",):
+            rounds = max(2, plan.rounds // 2)
+            rows += networks.less_memory(shape, device=plan.device, rounds=rounds, precision=precision)
     return rows, {}
 
 

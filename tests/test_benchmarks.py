@@ -19,6 +19,7 @@ from guided_diffusion import build
 from guided_diffusion.diffusion.compiled import Compiled
 from guided_diffusion.runtime.streams import Streams
 from guided_diffusion.runtime.world import World
+from guided_diffusion.training.measuring import blocks_of
 from guided_diffusion.training.trainer import Trainer
 
 SHAPE = shapes.small(num_channels=32, image_size=16)
@@ -279,6 +280,21 @@ def test_the_parts_for_a_gpu_run_on_small_networks(name: str, monkeypatch: pytes
         assert share == pytest.approx(work / 100e9 / row.ours_seconds)
         assert figures.get(f"{row.name}, share of the floor with traffic", 1 + share) > share
     assert ["NOT as a graph" in row.note for row in rows] == ["CUDA graph" in row.name for row in rows]
+
+
+def test_every_way_to_train_with_less_memory_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With norms and whole blocks recomputed in turn, and the batch in parts; each against a step as it is."""
+    seen: list[tuple[bool, bool, int]] = []
+
+    def step(trainer: Trainer, batch: Any) -> None:
+        blocks = blocks_of(trainer.net).values()
+        seen.append((any(b.recompute_norms for b in blocks), any(b.use_checkpoint for b in blocks), trainer.microbatch))
+
+    monkeypatch.setattr(Trainer, "step", step)
+    rows = networks.less_memory(SHAPE, device="cpu", rounds=1, precision="fp32")
+    flags = [row.name.rsplit(", ")[-1] for row in rows]
+    assert flags == ["--checkpoint norms", "--checkpoint all", "--microbatch 2", "--microbatch 1"]
+    assert set(seen) == {(False, False, 4), (True, False, 4), (False, True, 4), (False, False, 2), (False, False, 1)}
 
 
 def test_compiled_and_eager_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

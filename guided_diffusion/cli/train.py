@@ -186,6 +186,8 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
             f"of {trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --checkpoint auto)"
         )
     if config.train.compile:
+        if config.train.checkpoint in ("norms", "auto"):
+            tell("--compile True: which norms are computed again is left to the compiler")
         build.compile_network(net)
     try:
         outcome = trainer.run(config.train.last_step)
