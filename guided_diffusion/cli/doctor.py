@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import RunConfig
 from .arguments import parse
@@ -82,10 +82,10 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
     )
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
-    memory, part = _check_memory(config, net, world)
+    memory, passes = _check_memory(config, net, world)
     findings.append(memory)
     if flags["measure"] and memory.status != FAIL:
-        findings.append(_measure(config, world, part))
+        findings.append(_measure(config, world, passes))
     train = config.train
     one_save = 4 * count * (1 + len(train.ema_rates)) + 8 * count
     saves = train.last_step // train.save_interval + 1 if train.last_step else None
@@ -150,49 +150,81 @@ def _check_data(config: RunConfig, world: World) -> list[Finding]:
     ]
 
 
-def _check_memory(config: RunConfig, net: nn.Module, world: World) -> tuple[Finding, int]:
-    """Compare predicted with free memory; also returns how many images at a time training takes, as far as can be told."""
-    from ..runtime.doctor import FAIL, OK, WARN, Finding, available_memory, format_bytes
+class _Pass(NamedTuple):
+    """A forward and backward pass of training, as far as it can be told beforehand: images at a time, what is recomputed."""
 
-    train = config.train
-    part, recompute = _images_at_a_time(config, world), train.checkpoint or "none"
-    count = sum(p.numel() for p in net.parameters())
-    # float32 weights, gradients and two moments of Adam; one copy per EMA rate; the buckets that gradients travel in
-    moments = 8 / (world.size if train.shard_optimizer else 1)
-    averages = 4 * len(train.ema_rates) / (world.size if train.shard_ema else 1)
-    state = int(count * (8 + moments + averages + (4 if world.size > 1 else 0)))
-    fixed, per_image = activation_bytes(config, net, world.device.type)
+    images: int
+    recompute: str
+
+
+def _check_memory(config: RunConfig, net: nn.Module, world: World) -> tuple[Finding, _Pass]:
+    """Compare predicted with free memory, and tell what makes the passes fit; returns them as they will be."""
+    from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
+    from ..runtime.fitting import half
+
+    train, on_gpu = config.train, world.device.type == "cuda"
+    part, told = _images_at_a_time(config, world), train.checkpoint
+    state, free = _state_bytes(config, net, world), _free_bytes(config, world)
+
+    def bytes_of(recompute: str) -> tuple[int, int]:
+        recompute = recompute if recompute in ("norms", "all") else "none"  # the network still is as asked before
+        return activation_bytes(replace(config, train=replace(train, checkpoint=recompute)), net, world.device.type)
+
+    def room(recompute: str) -> int:
+        """How many images at a time there is room for."""
+        fixed, each = bytes_of(recompute)
+        return max(0, int((free - state - fixed) // max(each, 1)))
+
+    fixed, per_image = bytes_of(told)
     need = state + fixed + part * per_image
-    free = available_memory(world.device) // (1 if world.device.type == "cuda" else max(1, world.local_size))
     text = (
         f"about {format_bytes(need)} to train {part} images at a time: {format_bytes(state)} weights, gradients, Adam, EMA + "
         f"{format_bytes(fixed + part * per_image)} activations ({format_bytes(per_image)} per image); {format_bytes(free)} free"
     )
     if not free or need <= free:
-        return Finding(WARN if free and need > 0.85 * free else OK, "memory", text), part
+        return Finding(WARN if free and need > 0.85 * free else OK, "memory", text), _Pass(part, told)
 
-    def room(what: str) -> int:
-        """How many images at a time there is room for if `what` is recomputed."""
-        fixed, each = activation_bytes(replace(config, train=replace(train, checkpoint=what)), net, world.device.type)
-        return max(0, int((free - state - fixed) // max(each, 1)))
+    ways = ("all",) if train.compile else ("norms", "all")  # a compiled network chooses for itself in between
+    if told == "auto":
+        found = next((_Pass(part, way) for way in ways if room(way) >= part), None)
+        if found is not None:
+            return Finding(WARN, "memory", f"{text}. --checkpoint auto will make it fit"), found
+    final = "all" if told == "auto" else told
+    if train.microbatch == 0 and (on_gpu or told == "auto") and room(final):
+        images = part
+        while images > room(final):
+            images = half(images)
+        finding = Finding(WARN, "memory", f"{text}. --microbatch auto will make it fit, {images} images at a time")
+        return finding, _Pass(images, final)
 
-    finds_size = train.microbatch == 0 and (world.device.type == "cuda" or recompute == "auto")
-    most = room("all" if recompute == "auto" else recompute)
-    if most >= part or (finds_size and most):
-        how = f"--checkpoint {recompute}" if most >= part else "--microbatch auto"
-        while part > most:  # as the search does
-            part //= 2
-        return Finding(WARN, "memory", f"{text}. {how} will make it fit, {part} images at a time"), part
-    better = next((what for what in ("norms", "all") if room(what) >= part), "")
-    remedies = [f"--checkpoint {better}"] * bool(better) + [f"--microbatch {most}"] * bool(most)
+    remedies = [f"--checkpoint {way}" for way in ways if room(way) >= part and told != "auto"][:1]
+    if room(final):
+        remedies.append(f"--microbatch {room(final)}")
     if not remedies and room("all"):
-        remedies = [f"--checkpoint all --microbatch {room('all')}"]
-    remedy = (
-        f"{' or '.join(remedies)} would fit"
-        if remedies
-        else "not even one image fits: --precision bf16, or fewer channels"
-    )
-    return Finding(FAIL, "memory", f"{text}. {remedy}"), part
+        remedies.append(f"--checkpoint all --microbatch {room('all')}")
+    if remedies:
+        return Finding(FAIL, "memory", f"{text}. {' or '.join(remedies)} would fit"), _Pass(part, told)
+    smaller = "fewer channels" if train.precision == "bf16" else "--precision bf16, or fewer channels"
+    return Finding(FAIL, "memory", f"{text}. Not even one image fits: {smaller}"), _Pass(part, told)
+
+
+def _state_bytes(config: RunConfig, net: nn.Module, world: World) -> int:
+    """float32 weights, gradients and two moments of Adam; a copy per EMA rate; the buckets that gradients travel in."""
+    train, count = config.train, sum(p.numel() for p in net.parameters())
+    moments = 8 / (world.size if train.shard_optimizer else 1)
+    averages = 4 * len(train.ema_rates) / (world.size if train.shard_ema else 1)
+    return int(count * (8 + moments + averages + (4 if world.size > 1 else 0)))
+
+
+def _free_bytes(config: RunConfig, world: World) -> int:
+    """Free memory of the device, this process's share of it, or what --memory_limit_gb leaves if that is less."""
+    from ..runtime import memory
+    from ..runtime.doctor import available_memory
+
+    free = available_memory(world.device) // (1 if world.device.type == "cuda" else max(1, world.local_size))
+    if config.train.memory_limit_gb:
+        free = min(free, max(1, int(config.train.memory_limit_gb * 2**30) - memory.used(world.device)))
+    return free
 
 
 def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tuple[int, int]:
@@ -261,8 +293,8 @@ def _forward(config: RunConfig, net: nn.Module, batch: int, device: Any) -> Any:
     return net(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device=device), **cond)
 
 
-def _measure(config: RunConfig, world: World, part: int, steps: int = 3) -> Finding:
-    """Time forward, backward and AdamW on noise, `part` images at a time, after one step of warm-up.
+def _measure(config: RunConfig, world: World, passes: _Pass, steps: int = 3) -> Finding:
+    """Time forward, backward and AdamW on noise, in such passes, after one step of warm-up.
 
     What the processes say to each other is left out.
     """
@@ -271,7 +303,8 @@ def _measure(config: RunConfig, world: World, part: int, steps: int = 3) -> Find
     from ..build import build_network
     from ..runtime.doctor import FAIL, OK, Finding, format_bytes
 
-    device = world.device
+    device, part = world.device, passes.images
+    config = replace(config, train=replace(config.train, checkpoint=passes.recompute))
     own = config.train.global_batch_size // world.size or config.train.batch_size
     try:
         net = build_network(config.model, config.diffusion, seed=0).to(device)

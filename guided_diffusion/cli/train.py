@@ -175,7 +175,8 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     if config.train.checkpoint == "auto":  # before the network is compiled: it is tried several ways
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             limit, shrink = config.train.memory_limit_gb, config.train.microbatch == 0
-            tell(fit_checkpointing(trainer, next(iter(trial)), limit_gb=limit, shrink=shrink))
+            norms = not config.train.compile  # a compiler chooses for itself what to keep between norms
+            tell(fit_checkpointing(trainer, next(iter(trial)), limit_gb=limit, shrink=shrink, norms=norms))
     if config.train.microbatch == 0 and config.train.checkpoint != "auto" and world.device.type == "cuda":
         with contextlib.closing(batches(trainer.steps_done)) as trial:
             trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
@@ -186,8 +187,6 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
             f"of {trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --checkpoint auto)"
         )
     if config.train.compile:
-        if config.train.checkpoint in ("norms", "auto"):
-            tell("--compile True: which norms are computed again is left to the compiler")
         build.compile_network(net)
     try:
         outcome = trainer.run(config.train.last_step)

@@ -87,7 +87,7 @@ class TrainConfig(Section):
     checkpoint: str = flag(
         "",
         "what is computed again in the backward pass instead of being kept: empty = by --use_checkpoint; norms = norms and "
-        "SiLUs, next to no work; all = whole blocks; auto = as little as memory allows",
+        "SiLUs of blocks, next to no work; all = whole blocks; auto = as little as memory allows",
         choices=("", "none", "norms", "all", "auto"),
     )
     memory_limit_gb: float = flag(
@@ -213,6 +213,11 @@ class RunConfig:
             raise ValueError(
                 f"--min_snr_gamma {self.train.min_snr_gamma:g} weighs the mean squared error, which --use_kl True does not have; "
                 "give one of the two"
+            )
+        if self.train.checkpoint == "norms" and self.train.compile:
+            raise ValueError(
+                "--checkpoint 'norms' has no effect with --compile True: a compiler chooses for itself what to compute again; "
+                "leave one of the two out, or give --checkpoint auto or all"
             )
         if self.train.checkpoint in ("none", "norms") and getattr(self.model, "use_checkpoint", False):
             raise ValueError(

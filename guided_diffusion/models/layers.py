@@ -235,7 +235,8 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
 
     So an operation that ends `func` and needs only its inputs for backward, as a convolution does, is not done twice.
     Dropout, frozen weights, repeated and double backward, autocast and forward-mode differentiation work as without. Inside a
-    `torch.func` transform nothing is recomputed, because those cannot.
+    `torch.func` transform nothing is recomputed, because those cannot. What torch's checkpointing asks for: weights and hooks
+    are the same at the backward pass as before, so no backward after `torch.func.functional_call` has given its weights back.
     """
     if not torch.is_grad_enabled() or transformed():
         return func(*inputs)

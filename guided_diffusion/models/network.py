@@ -82,8 +82,9 @@ class Network(nn.Module):
     def set_recompute_norms(self, wanted: bool = True) -> None:
         """Let blocks keep for backward only what goes into their norms, and compute norms and SiLUs again there, or no longer.
 
-        Less memory, the same numbers, and no product or convolution is done twice: recomputation ends before the convolution
-        that would follow (torch.utils.checkpoint stops at the last tensor that backward waits for).
+        Less memory, the same numbers, and no convolution or product over images is done twice: recomputation ends before the
+        convolution that would follow (torch.utils.checkpoint stops at the last tensor that backward waits for). Compiled
+        networks do not heed it, nor blocks that recompute as a whole (use_checkpoint).
         """
         blocks: list[Any] = [module for module in self.modules() if hasattr(module, "recompute_norms")]
         for block in blocks:

@@ -36,5 +36,10 @@ def halved_until_it_fits(attempt: Attempt, size: int) -> int:
     while not fits(attempt, size):
         if size == 1:
             return 0
-        size = -(-size // 2)
+        size = half(size)
     return size
+
+
+def half(size: int) -> int:
+    """The next smaller size that is tried: half of it, rounded up."""
+    return -(-size // 2)

@@ -80,6 +80,13 @@ def join(path: PathLike, *parts: str) -> str:
     return _blobfile(path).join(os.fspath(path), *parts) if is_remote(path) else os.path.join(path, *parts)
 
 
+def same_folder(one: PathLike, other: PathLike) -> bool:
+    """Whether two spellings name one folder: links, dots and slashes do not matter (of remote ones, slashes at the end)."""
+    if is_remote(one) or is_remote(other):
+        return str(one).rstrip("/") == str(other).rstrip("/")
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def listdir(path: PathLike) -> list[str]:
     """Names in a folder, sorted, folders without a trailing slash."""
     names = _blobfile(path).listdir(os.fspath(path)) if is_remote(path) else os.listdir(path)

@@ -11,6 +11,7 @@ reads: plain state dicts, float32.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -198,6 +199,18 @@ def read_run_json(path: str) -> dict[str, Any] | None:
         return None
     beside = storage.join(os.path.dirname(path), run_name(parsed[1]))
     return _read_json(beside) if storage.exists(beside) else None
+
+
+def last_before_bad_steps(directory: str, step: int) -> int | None:
+    """The step of the newest save up to `step` in a folder that was not taken in a row of bad steps; None if there is none.
+
+    Its files are not looked at: no more is asked of a save than what stands in its JSON file.
+    """
+    for earlier in sorted((s for s in _steps(directory, "run") if s <= step), reverse=True):
+        with contextlib.suppress(ValueError):
+            if not _read_json(storage.join(directory, run_name(earlier)))["state"].get("bad_in_a_row"):
+                return earlier
+    return None
 
 
 def find_latest(directory: str, *, tell: Tell | None = None) -> SavedRun | None:

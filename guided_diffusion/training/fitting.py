@@ -41,18 +41,20 @@ def fitting_microbatch(trainer: Trainer, batch: Any) -> int:
     return found
 
 
-def fit_checkpointing(trainer: Trainer, batch: Any, *, limit_gb: float = 0.0, shrink: bool = False) -> str:
+def fit_checkpointing(
+    trainer: Trainer, batch: Any, *, limit_gb: float = 0.0, shrink: bool = False, norms: bool = True
+) -> str:
     """Let as few blocks recompute in backward as memory allows, all processes the same ones; returns what was done, in a line.
 
     Where not everything can be kept, first all blocks recompute their norms, which costs next to nothing; where that is not
-    enough, some recompute as a whole.
+    enough, some recompute as a whole. Without `norms` there is only the latter, as for a network that will be compiled.
 
     `limit_gb`: GB (2^30 bytes) that this process may use: on a GPU its tensors, on the CPU the whole process; 0 = what
     is free. Real passes prove the choice, and more blocks follow where they take too much. `shrink`: where it does not
     fit even if all blocks recompute, take half the microbatch, a quarter ... (sets `trainer.microbatch`). Weights and what
     is logged stay as they are. Call it before the network is compiled. ValueError where nothing fits.
     """
-    search = _Search(trainer, batch, limit_gb)
+    search = _Search(trainer, batch, limit_gb, norms)
     size = min(trainer.microbatch or search.whole, search.whole)
     found = halved_until_it_fits(search.attempt, size) if shrink else size * fits(search.attempt, size)
     if not found:
@@ -65,7 +67,7 @@ def fit_checkpointing(trainer: Trainer, batch: Any, *, limit_gb: float = 0.0, sh
 class _Search:
     """The choice of blocks for a number of examples, proven by real passes."""
 
-    def __init__(self, trainer: Trainer, batch: Any, limit_gb: float) -> None:
+    def __init__(self, trainer: Trainer, batch: Any, limit_gb: float, norms: bool) -> None:
         device = trainer.device
         self.trainer, self.batch, self.limit_gb = trainer, batch, limit_gb
         self.whole = batching.length(batch)
@@ -76,7 +78,7 @@ class _Search:
             )
         self.chosen: frozenset[str] = frozenset()
         self.beyond = 0.0  # bytes by which the real passes took more than was foreseen
-        self.norms = False  # whether norms are recomputed
+        self.may_use_norms, self.norms = norms, False  # whether norms may be recomputed, and are
         set_recomputing_norms(trainer.net, False)
         self._measure()
         if device.type == "cpu" and self._bytes(self.whole, self.chosen) > _SURELY * self.limit:
@@ -110,9 +112,7 @@ class _Search:
         self.beyond = 0.0
         while True:
             chosen = choose(self.needs, count, room, more=count < self.whole)
-            if chosen != frozenset() and not self.norms and set_recomputing_norms(self.trainer.net, True):
-                self.norms = True
-                self._measure()
+            if chosen != frozenset() and self._turn_to_norms():
                 room = self.room
                 continue
             self.chosen = self.blocks if chosen is None else chosen
@@ -121,6 +121,7 @@ class _Search:
             if on_cpu and self._bytes(count, self.chosen) - self.needs.hidden > self.allowed:
                 raise torch.OutOfMemoryError("more than there is")
             if on_cpu and self._bytes(count, self.chosen) < _SURELY * self.limit:
+                self.beyond = 0.0  # what an earlier choice took too much says nothing of this one
                 return
             peak = self._tried(count)
             self.beyond = peak - self._bytes(count, self.chosen)
@@ -130,6 +131,14 @@ class _Search:
                 raise torch.OutOfMemoryError("all blocks recompute")
             foreseen = min(room, self._peak(count, self.chosen))
             room = foreseen - (peak - self.allowed) if peak < math.inf else 0.95 * foreseen
+
+    def _turn_to_norms(self) -> bool:
+        """Recompute norms from now on, and measure anew. False where that is so already, or cannot be."""
+        if self.norms or not self.may_use_norms or not set_recomputing_norms(self.trainer.net, True):
+            return False
+        self.norms, self.beyond = True, 0.0
+        self._measure()
+        return True
 
     def _tried(self, count: int) -> float:
         """The most bytes in use in real passes, of all processes; infinity where one of them ran out of memory."""

@@ -64,10 +64,16 @@ def set_recomputing_norms(net: nn.Module, wanted: bool) -> bool:
 
 
 def recompute(net: nn.Module, what: str) -> None:
-    """Let the network recompute in backward, as --checkpoint says: "none", "norms" or "all". Anything else changes nothing."""
+    """Let the network recompute in backward, as --checkpoint says: "none", "norms" or "all". Anything else changes nothing.
+
+    ValueError where norms are asked for and the network cannot recompute them.
+    """
     if what in ("none", "norms", "all"):
         set_recomputing(net, blocks_of(net) if what == "all" else ())
-        set_recomputing_norms(net, what == "norms")
+        if not set_recomputing_norms(net, what == "norms") and what == "norms":
+            raise ValueError(
+                f"--checkpoint norms: {type(unwrapped(net)).__name__} cannot (it has no set_recompute_norms)"
+            )
 
 
 def measured(trainer: Trainer, batch: Any) -> Needs:

@@ -56,6 +56,7 @@ class Checkpoints:
         self.directory = directory
         self.last_good: str | None = None
         """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
+        self._good_step: int | None = None  # of `last_good`, where that lies in this folder
         self._about: dict[str, Any] = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
         self._keep_last, self._keep_every = keep_last, keep_every
         self.on_error = on_error
@@ -97,7 +98,10 @@ class Checkpoints:
                 f"cannot resume from {resume}: {found.directory} holds a run of kind {found.kind!r}, this one is {self._about['kind']!r}"
             )
         if found is not None and found.state is not None:
-            self.last_good = storage.join(found.directory, checkpoint.run_name(found.step))
+            good = checkpoint.last_before_bad_steps(found.directory, found.step)
+            if good is not None:
+                self.last_good = storage.join(found.directory, checkpoint.run_name(good))
+                self._good_step = good if storage.same_folder(found.directory, self.directory) else None
         return found
 
     def save(
@@ -163,7 +167,7 @@ class Checkpoints:
         try:
             path = checkpoint.save_run(self.directory, step=step, **parts, **self._about)
             if not parts["state"].get("bad_in_a_row"):
-                self.last_good = path
+                self.last_good, self._good_step = path, step
             self._remove_old(step)
         except Exception as error:  # brought back to the loop by failed()
             self._errors.append((step, error))
@@ -175,7 +179,7 @@ class Checkpoints:
         steps = sorted(found[1] for found in names if found is not None and found[0] == "run" and found[1] <= newest)
         for step in steps[: -self._keep_last]:
             milestone = self._keep_every > 0 and step % self._keep_every == 0
-            if not milestone and storage.join(self.directory, checkpoint.run_name(step)) != self.last_good:
+            if not milestone and step != self._good_step:
                 checkpoint.remove_run(self.directory, step)
 
 

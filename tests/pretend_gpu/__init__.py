@@ -4,7 +4,8 @@ Everything that asks for a CUDA device gets one, and code written for a GPU runs
 the CPU (device.cpp). A real GPU's refusals are kept: operations do not mix devices, memory runs out (earlier with
 `torch.cuda.set_per_process_memory_fraction`), waiting for the device raises where `torch.cuda.set_sync_debug_mode("error")`
 forbids it, a CUDA graph computes with what lies in the memory it was recorded on. What it cannot tell: speed, rounding of
-other kernels, NCCL, Triton and what Inductor makes of it.
+other kernels, NCCL, Triton and what Inductor makes of it; generators are the CPU's, whatever device they were made for; and not
+every operation that waits on a real GPU is known here to wait.
 
 `python -m tests.pretend_gpu` builds it and says whether that is possible here: it takes a C++ compiler, and a torch without
 CUDA whose internals are those it was written for (2.13).
@@ -30,17 +31,22 @@ from types import SimpleNamespace
 from typing import Any
 
 SOURCE = Path(__file__).with_name("device.cpp")
+WRITTEN_FOR = "2.13."  # the torch whose internals device.cpp knows
 GB = 1 << 30
 
 
+class Impossible(RuntimeError):
+    """There can be no pretended GPU on this machine, or with this torch."""
+
+
 def built() -> Path:
-    """The library, compiled unless it lies there from an earlier time. RuntimeError says why it cannot be."""
+    """The library, compiled unless it lies there from an earlier time. Impossible, or RuntimeError where the source is at fault."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
-        raise RuntimeError("there is no torch")
+        raise Impossible("there is no torch")
     torch = Path(spec.origin).parent
     if (torch / "lib" / "libtorch_cuda.so").exists():
-        raise RuntimeError("this torch is made for real GPUs")
+        raise Impossible("this torch is made for real GPUs")
     version = (torch / "version.py").read_text()
     name = hashlib.sha256(SOURCE.read_bytes() + version.encode()).hexdigest()[:16]
     library = SOURCE.parents[2] / "build" / f"pretend_gpu-{name}.so"
@@ -56,9 +62,10 @@ def built() -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise RuntimeError(f"there is no C++ compiler: {error}") from None
+        raise Impossible(f"there is no C++ compiler: {error}") from None
     if done.returncode:
-        raise RuntimeError(f"it does not compile against this torch:\n{done.stderr[-2000:]}")
+        kind = RuntimeError if f"'{WRITTEN_FOR}" in version else Impossible
+        raise kind(f"it does not compile against this torch:\n{done.stderr[-2000:]}")
     os.replace(half, library)  # several processes may build at once
     return library
 
@@ -211,12 +218,12 @@ def _record(graph: _Graph, **_: Any) -> Iterator[None]:
 
 
 def main(words: list[str]) -> int:
-    """Build it; with words, run the module they begin with on it."""
+    """Build it; with words, run the module they begin with on it. Returns 0, 3 where that cannot be here, 1 where it must be."""
     try:
         built()
     except RuntimeError as error:
         print(f"no pretended GPU: {error}")
-        return 1
+        return 3 if isinstance(error, Impossible) else 1
     if words:
         install()
         sys.argv = words

@@ -276,15 +276,17 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
   for (auto* unknown_size : {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal",
                              "aten::is_nonzero", "aten::bincount", "aten::unique_consecutive"})
     if (name == unknown_size) waits(name);
+  if (name == "aten::repeat_interleave" && op.schema().overload_name() == "Tensor") waits(name);
   const size_t count = op.schema().arguments().size();
-  const bool indexes = name.find("index") != std::string::npos;  // these take indices from the host, and wait for them
-  const auto checked = [&](const at::Tensor& t) {
-    if (!t.defined() || t.is_cuda() || t.dim() == 0 || inside) return t;
-    TORCH_CHECK(indexes, "Expected all tensors to be on the same device, but found cuda:0 and cpu (pretended GPU: ", name, ")");
-    waits("an index on the host");
-    return t;
-  };
-  for (const auto& value : torch::jit::last(*stack, count)) mapped(value, checked);
+  for (const auto& value : torch::jit::last(*stack, count)) {
+    const bool indices = value.isOptionalTensorList();  // of x[indices]: they may lie on the host, which waits for them
+    mapped(value, [&](const at::Tensor& t) {
+      if (!t.defined() || t.is_cuda() || t.dim() == 0 || inside) return t;
+      TORCH_CHECK(indices, "Expected all tensors to be on the same device, but found cuda:0 and cpu (pretended GPU: ", name, ")");
+      waits("an index on the host");
+      return t;
+    });
+  }
   if (shapes_only) return shapes_of(op, stack, count);
   Inside now;
   at::native::cpu_fallback(op, stack, false, c10::DispatchKey::CPU);

@@ -189,9 +189,12 @@ def test_counted_memory_follows_resolution_precision_and_checkpointing():
     [
         ("--batch_size 16", FAIL, "--checkpoint norms or --microbatch 8 would fit"),
         ("--batch_size 12 --checkpoint norms", OK, ""),
-        ("--batch_size 16 --checkpoint auto", WARN, "--checkpoint auto will make it fit, 16 images at a time"),
+        ("--batch_size 16 --checkpoint auto", WARN, "--checkpoint auto will make it fit"),
         ("--batch_size 160 --checkpoint auto", WARN, "--microbatch auto will make it fit, 20 images at a time"),
-        ("--batch_size 160 --checkpoint auto --microbatch -1", FAIL, "would fit"),
+        ("--batch_size 160 --checkpoint auto --microbatch -1", FAIL, "--microbatch"),
+        ("--batch_size 160 --microbatch -1 --precision bf16", FAIL, "--microbatch"),
+        ("--batch_size 17 --checkpoint auto --compile True", WARN, "--checkpoint auto will make it fit"),
+        ("--batch_size 4 --checkpoint auto --memory_limit_gb 0.01", FAIL, "Not even one image fits"),
     ],
 )
 def test_what_makes_a_batch_fit_is_named(monkeypatch, capsys, flags, status, words):

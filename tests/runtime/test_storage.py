@@ -286,3 +286,13 @@ def test_a_scheme_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s3://bucket/x: only gs://, az://, https:// and local paths"):
         storage.exists("s3://bucket/x")
     assert not storage.is_remote(tmp_path / "a:b")
+
+
+def test_one_folder_has_many_spellings(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for other in ("run/", "./run", str(tmp_path / "run"), "link", "run/../run"):
+        assert storage.same_folder("run", other)
+    assert not storage.same_folder("run", "other") and not storage.same_folder("run", "gs://bucket/run")
+    assert storage.same_folder("gs://bucket/run", "gs://bucket/run/")

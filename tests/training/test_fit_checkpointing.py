@@ -19,7 +19,7 @@ from guided_diffusion.runtime.world import World
 from guided_diffusion.training import fitting
 from guided_diffusion.training.checkpointing import Needs
 from guided_diffusion.training.fitting import GB, fit_checkpointing
-from guided_diffusion.training.measuring import blocks_of, measured, set_recomputing, set_recomputing_norms
+from guided_diffusion.training.measuring import blocks_of, measured, recompute, set_recomputing, set_recomputing_norms
 
 from .test_measuring import Batch, batch_of, classifier, trainer_of, unet
 from .test_processes import start
@@ -124,6 +124,49 @@ def test_real_passes_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
         assert real(8, recomputing(trainer)) <= 0.97 * limit
 
 
+@pytest.mark.parametrize("problem", ["out of memory", "more than foreseen"])
+def test_what_an_earlier_choice_took_is_forgotten(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that keep everything fail; with norms recomputed there is plenty, so that nothing is tried any more."""
+    trainer = trainer_of(unet(), 8)
+
+    def real(count: int, chosen: frozenset[str]) -> float:
+        if problem == "out of memory":
+            raise torch.OutOfMemoryError(problem)
+        return 10 * GB
+
+    device = Pretended(monkeypatch, trainer, real)
+    monkeypatch.setattr(fitting, "_SURELY", 0.9)
+    told = fit_checkpointing(trainer, batch_of(8), limit_gb=1.05 * device.total(8, norms=False) / GB)
+    assert device.trials == [8] and norms_again(trainer) and not recomputing(trainer)
+    assert f"recompute; {device.total(8) / GB:.2f} GB instead of {device.total(8, norms=False) / GB:.2f} GB" in told
+
+
+def test_a_network_that_will_be_compiled_recomputes_whole_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(unet(), 8)
+    device = Pretended(monkeypatch, trainer)
+    limit = 0.8 * device.total(8, norms=False)
+    assert device.total(8) < 0.97 * limit
+    told = fit_checkpointing(trainer, batch_of(8), limit_gb=limit / GB, norms=False)
+    assert recomputing(trainer) and not norms_again(trainer) and "norms" not in told
+    assert device.total(8, recomputing(trainer), norms=False) < limit
+
+
+def test_what_recomputes_is_what_was_asked_for() -> None:
+    net = unet()
+    for what, norms, blocks in (
+        ("norms", True, 0),
+        ("", True, 0),
+        ("all", False, 14),
+        ("auto", False, 14),
+        ("none", False, 0),
+    ):
+        recompute(net, what)
+        trainer = trainer_of(net, 8)
+        assert (norms_again(trainer), len(recomputing(trainer))) == (norms, blocks)
+    with pytest.raises(ValueError, match="--checkpoint norms: Linear cannot"):
+        recompute(torch.nn.Linear(1, 1), "norms")
+
+
 def test_halves_the_microbatch_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(unet(), 8)
     device = Pretended(monkeypatch, trainer)
@@ -170,7 +213,6 @@ import torch
 torch.set_num_threads(1)
 from training.test_measuring import UNetModel, batch_of, trainer_of
 from guided_diffusion.runtime import memory
-from guided_diffusion.runtime.world import World
 from guided_diffusion.training.fitting import fit_checkpointing
 net = UNetModel(32, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_head_channels=16)
 trainer, batch = trainer_of(net, 96), batch_of(96, 32)
@@ -210,6 +252,8 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
 @pytest.fixture
 def gpu_of() -> Any:
     """A function that leaves so many bytes of the GPU to this process."""
+    if not hasattr(torch.cuda, "pretended"):
+        pytest.skip("limits of a few MB, finer than a real GPU's allocator deals out memory")
     whole = torch.cuda.mem_get_info()[1]
     gc.collect()  # what earlier tests left there must not go away in the middle
     yield lambda size: torch.cuda.set_per_process_memory_fraction(size / whole)
@@ -274,6 +318,8 @@ def test_contradicting_flags_are_refused_in_words() -> None:
         read("diffusion", {"checkpoint": "none", "use_checkpoint": True})
     with pytest.raises(ValueError, match="--checkpoint 'norms' .* --use_checkpoint True .* one of the two"):
         read("diffusion", {"checkpoint": "norms", "use_checkpoint": True})
+    with pytest.raises(ValueError, match="--checkpoint 'norms' has no effect with --compile True"):
+        read("classifier", {"checkpoint": "norms", "compile": True})
     with pytest.raises(ValueError, match="--memory_limit_gb 3 .* --checkpoint auto"):
         read("diffusion", {"memory_limit_gb": 3.0})
     with pytest.raises(ValueError, match="--checkpoint is 'some'"):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -200,6 +201,29 @@ def test_many_bad_steps_stop_the_run_with_evidence(tmp_path, monkeypatch, writin
     assert all(layer["largest"] > 0 for layer in report["layers"])
     kept = torch.load(tmp_path / "incident_000006" / "batch_rank0.pt")
     assert kept["step"] == 6 and torch.equal(kept["images"], next(batches(6)).images)
+
+
+def test_the_good_save_is_named_and_kept_over_restarts(tmp_path, monkeypatch):
+    """A run that starts again in the middle of bad steps still knows the save from before; the folder's spelling is free."""
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("run", "./run", str(tmp_path / "run" / ".." / "run")):
+        checkpoints = Checkpoints(spelling, keep_last=1)
+        trainer = make(max_bad_steps=3, checkpoints=checkpoints, save_every=2)
+        poison(trainer, 4)
+        found = checkpoints.find(os.path.join(".", "run") if (tmp_path / "run" / "run000004.json").exists() else "auto")
+        if found is not None:
+            assert found.step == 6 and found.state["bad_in_a_row"] == 2
+            trainer.restore(found)
+        with pytest.raises(TrainingDiverged, match="The last good save is .*run000004.json"):
+            trainer.run(20)
+        assert (tmp_path / "run" / "run000004.json").exists()
+        checkpoints.close()
+        trainer.max_bad_steps = 0
+    checkpoints = Checkpoints("run", keep_last=1)
+    trainer = make(checkpoints=checkpoints, save_every=2)
+    trainer.restore(checkpoints.find("auto"))
+    trainer.run(10)  # good again: the old one is not needed any longer
+    assert sorted(p.name for p in (tmp_path / "run").glob("run*.json")) == ["run000010.json"]
 
 
 def test_float16_overflow_halves_the_scale_without_alarm():
