@@ -97,7 +97,7 @@ class Checkpoints:
             raise ValueError(
                 f"cannot resume from {resume}: {found.directory} holds a run of kind {found.kind!r}, this one is {self._about['kind']!r}"
             )
-        if found is not None and found.state is not None:
+        if self._world.is_main and found is not None and found.state is not None:
             good = checkpoint.last_before_bad_steps(found.directory, found.step)
             if good is not None:
                 self.last_good = storage.join(found.directory, checkpoint.run_name(good))
