@@ -39,7 +39,7 @@ FEW = 4
 """Images of a small request, as the README of 2021 sampled them."""
 FEW_STEPS = 25
 MANY_STEPS = 4
-_PARTS = 32
+_PARTS = 32  # to one part in so many the largest batch is found
 COMPILING = 150.0
 """Seconds that torch.compile is expected to take for one network."""
 
