@@ -354,7 +354,7 @@ def _key(images: ImageSource, worker: _Worker) -> str:
         "device": worker.device.type,
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _folder_beside(images: ImageSource) -> Path:

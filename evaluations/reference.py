@@ -137,7 +137,7 @@ def make_reference(
         "weights_sha256": net.sha256,
         "weights_published": net.verified,
     }
-    _write(out, {**arrays, "receipt": np.frombuffer(json.dumps(receipt).encode(), np.uint8)})
+    _write(out, {**arrays, "receipt": np.frombuffer(json.dumps(receipt, allow_nan=False).encode(), np.uint8)})
     return receipt
 
 

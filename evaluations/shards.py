@@ -49,7 +49,7 @@ class Shards:
         try:
             with os.fdopen(handle, "wb") as file:
                 key = np.frombuffer(bytes.fromhex(self.key), np.uint8)
-                told = np.frombuffer(json.dumps(list(notes)).encode(), np.uint8)
+                told = np.frombuffer(json.dumps(list(notes), allow_nan=False).encode(), np.uint8)
                 np.savez(file, key=key, notes=told, **features._asdict())
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guided_diffusion import config as c
+from guided_diffusion.runtime import storage
 
 KINDS = tuple(c.NETWORKS)
 
@@ -19,7 +20,7 @@ KINDS = tuple(c.NETWORKS)
 def test_defaults_are_possible_and_survive_json(kind: str) -> None:
     run = c.RunConfig.from_flags(kind, {})
     assert run.kind == kind
-    assert c.RunConfig.from_dict(kind, json.loads(c.to_json(run.to_dict()))) == run
+    assert c.RunConfig.from_dict(kind, json.loads(storage.to_json(run.to_dict()))) == run
     assert c.RunConfig.from_flags(kind, c.flatten(run.to_dict())) == run
     assert c.flatten({"format": 1, "config": run.to_dict()}) == c.flatten(run.to_dict())
 
@@ -37,7 +38,7 @@ def test_any_possible_values_survive_json(
 ) -> None:
     flags = {"image_size": size, "num_channels": channels, "lr": lr, "dropout": dropout, "learn_sigma": flag}
     run = c.RunConfig.from_flags("diffusion", {**flags, "timestep_respacing": respacing})
-    assert c.RunConfig.from_dict("diffusion", json.loads(c.to_json(run.to_dict()))) == run
+    assert c.RunConfig.from_dict("diffusion", json.loads(storage.to_json(run.to_dict()))) == run
 
 
 def test_no_flag_has_two_meanings() -> None:

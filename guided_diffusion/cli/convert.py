@@ -92,7 +92,9 @@ def save_file(loaded: Loaded, target: str, to: str) -> None:
             raise ValueError(
                 "writing safetensors needs its package: pip install 'guided-diffusion[safetensors]'"
             ) from None
-        storage.write_bytes_atomic(target, save(state, metadata={"guided_diffusion": json.dumps(metadata_of(loaded))}))
+        storage.write_bytes_atomic(
+            target, save(state, metadata={"guided_diffusion": storage.to_json(metadata_of(loaded), indent=None)})
+        )
         return
     with storage.atomic_write(target) as file:
         torch.save(state, file)
@@ -130,6 +132,7 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
 def save_diffusers(loaded: Loaded, folder: str) -> nn.Module:
     """Write `folder` in diffusers' layout (UNet2DModel.from_pretrained reads it); returns a callable with our signature."""
     from ..models.diffusers import arguments_for_unet2d, to_diffusers
+    from ..runtime import storage
 
     unet2d = _unet2d_class()
     model, shape = loaded.config.model, _architecture(loaded.config)
@@ -163,7 +166,7 @@ def save_diffusers(loaded: Loaded, folder: str) -> nn.Module:
     )
     net.save_pretrained(folder)
     about = Path(folder) / "guided_diffusion.json"
-    about.write_text(json.dumps(metadata_of(loaded), indent=1), encoding="utf-8")
+    storage.write_json_atomic(about, metadata_of(loaded))
     if loaded.config.diffusion.learn_sigma:
         print(
             "note: UNet2DModel.forward also returns the learned variance channels; schedulers of diffusers expect them split off"

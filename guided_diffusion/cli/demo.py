@@ -8,7 +8,6 @@ a user could type.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock.tell("scored")
     write_pictures(out, table)
     print_table(table)
-    (out / "scores.json").write_text(json.dumps({"scores": table, "seconds": clock.laps}, indent=1), encoding="utf-8")
+    from ..runtime import storage
+
+    storage.write_json_atomic(out / "scores.json", {"scores": table, "seconds": clock.laps})
     print(f"everything is in {out}: grid_scale_*.png, curves.png, trade.png, scores.json")
     return 0
 

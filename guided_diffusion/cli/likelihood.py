@@ -212,7 +212,6 @@ def write(folder: str, found: Found) -> None:
     """The three files of 2021 (`vb_terms.npz`, `mse_terms.npz`, `xstart_mse_terms.npz`, each `arr_0` [T]) and `likelihood.json`."""
     import numpy as np
 
-    from ..config import to_json
     from ..runtime import storage
 
     for name, values in (("vb", found.vb), ("mse", found.mse), ("xstart_mse", found.xstart_mse)):
@@ -226,4 +225,4 @@ def write(folder: str, found: Found) -> None:
         "breakdown": breakdown(found),
         "by_image": found.total.tolist(),
     }
-    storage.write_text_atomic(storage.join(folder, "likelihood.json"), to_json(about))
+    storage.write_json_atomic(storage.join(folder, "likelihood.json"), about)

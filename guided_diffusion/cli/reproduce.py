@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = known[args.name]
     out = Path(args.out or f"runs/reproduce/{args.name}")
 
+    from ..runtime import storage
     from . import sample, zoo
 
     cache = zoo.cache_folder()
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print("not scored: no --reference was given")
     path = out / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    storage.write_json_atomic(path, manifest)
     print(f"wrote {path}")
     return 0
 

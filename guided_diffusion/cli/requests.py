@@ -133,7 +133,7 @@ def work(asked: Sequence[Asked], parsed: Parsed, world: World, stop: Any) -> str
     if world.is_main:
         runs.write_config(job.out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
         understood = [{name: getattr(one, name) for name in FIELDS} for one in asked]
-        storage.write_text_atomic(storage.join(job.out, "requests.json"), json.dumps(understood, indent=1) + "\n")
+        storage.write_json_atomic(storage.join(job.out, "requests.json"), understood)
     done = fulfil(pieces.sample, job, requests, world=world, tell=tell, should_stop=lambda: stop.requested)
     tell(str(done) if done.images else f"all {len(asked)} requests are there already")
     return job.out

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..config import to_json
 from .arguments import Parsed
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None
     from ..runtime import storage
 
     storage.makedirs(folder)
-    storage.write_text_atomic(storage.join(folder, "config.json"), to_json(values))
+    storage.write_json_atomic(storage.join(folder, "config.json"), values)
 
 
 @contextmanager

@@ -150,8 +150,6 @@ def accuracy_by_noise(
     trainer: Trainer, config: RunConfig, process: Any, records: Records, folder: str, log: Log
 ) -> None:
     """Accuracy on held-out images at ten noise levels: what guidance can expect of this classifier."""
-    import json
-
     import torch
 
     from .. import build
@@ -181,7 +179,7 @@ def accuracy_by_noise(
     log.info(
         "held-out accuracy by noise level: " + ", ".join(f"step {level}: {hit:.3f}" for level, hit in table.items())
     )
-    storage.write_text_atomic(storage.join(folder, "accuracy_by_noise.json"), json.dumps(table, indent=1) + "\n")
+    storage.write_json_atomic(storage.join(folder, "accuracy_by_noise.json"), table)
 
 
 class _At:

@@ -10,7 +10,6 @@ from .fields import difference as difference
 from .fields import flag as flag
 from .fields import flatten as flatten
 from .fields import numbers as numbers
-from .fields import to_json as to_json
 from .networks import NETWORKS as NETWORKS
 from .networks import ClassifierConfig as ClassifierConfig
 from .networks import ModelConfig as ModelConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
@@ -88,10 +87,6 @@ class Section:
 
 
 _KIND_IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-
-
-def to_json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ A packed folder holds
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +83,7 @@ def pack(
         "label_source": records.label_source,
         "skipped": skipped,
     }
-    storage.write_text_atomic(storage.join(out, PACKED_INDEX), json.dumps(index, indent=1) + "\n")
+    storage.write_json_atomic(storage.join(out, PACKED_INDEX), index)
     return list_records(out)
 
 

@@ -56,7 +56,7 @@ class RunLock:
         file.seek(0)
         file.truncate()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        json.dump({"pid": os.getpid(), "host": platform.node(), "since": since}, file)
+        file.write(storage.to_json({"pid": os.getpid(), "host": platform.node(), "since": since}))
         file.flush()
         self._file = file
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor
 
+from . import storage
 from .world import World
 
 FIRST_COLUMNS = ("step", "samples")
@@ -63,7 +63,7 @@ class JsonWriter:
         self._file = open(path, "a")  # noqa: SIM115
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
+        self._file.write(storage.to_json({name: _plain(value) for name, value in values.items()}, indent=None) + "\n")
         self._file.flush()
 
     def note(self, text: str) -> None:

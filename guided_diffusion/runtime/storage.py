@@ -11,6 +11,8 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
@@ -248,6 +250,24 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
 def write_text_atomic(path: PathLike, text: str) -> None:
     """Replace a file's content with UTF-8 text in one step; see `atomic_write`."""
     write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def to_json(values: Any, *, indent: int | None = 1) -> str:
+    """`values` as JSON that every reader takes: figures that are not finite become null, as JSON has no word for them."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_json_atomic(path: PathLike, values: Any) -> None:
+    """Replace a file's content with `values` as JSON in one step; see `to_json` and `atomic_write`."""
+    write_text_atomic(path, to_json(values) + "\n")
 
 
 def sha256_of(path: PathLike) -> str:

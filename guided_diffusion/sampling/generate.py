@@ -264,7 +264,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "classes": list(job.labels.classes),
         "balanced": job.labels.balanced,
     }
-    return json.loads(json.dumps(settings))
+    return json.loads(storage.to_json(settings))
 
 
 def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
@@ -281,7 +281,7 @@ def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
-    storage.write_text_atomic(storage.join(job.out, RECEIPT), json.dumps(told, indent=1) + "\n")
+    storage.write_json_atomic(storage.join(job.out, RECEIPT), told)
 
 
 def assemble(job: Job, tell: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -171,7 +172,7 @@ def save_run(
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
     path = storage.join(directory, run_name(step))
-    storage.write_text_atomic(path, json.dumps(run, indent=1) + "\n")
+    storage.write_json_atomic(path, run)
     return path
 
 
@@ -343,16 +344,18 @@ def _encode(value: Any) -> Any:
         return {
             "__tensor__": str(value.dtype).removeprefix("torch."),
             "shape": list(value.shape),
-            "data": value.flatten().tolist(),
+            "data": _encode(value.flatten().tolist()),
         }
     if isinstance(value, np.ndarray):
-        return {"__array__": str(value.dtype), "shape": list(value.shape), "data": value.ravel().tolist()}
+        return {"__array__": str(value.dtype), "shape": list(value.shape), "data": _encode(value.ravel().tolist())}
     if isinstance(value, np.generic):
-        return value.item()
+        return _encode(value.item())
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": repr(value)}
     return value
 
 
@@ -362,7 +365,9 @@ def _decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "__tensor__" in value:
-        return torch.tensor(value["data"], dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
+        return torch.tensor(_decode(value["data"]), dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
     if "__array__" in value:
-        return np.array(value["data"], dtype=value["__array__"]).reshape(value["shape"])
+        return np.array(_decode(value["data"]), dtype=value["__array__"]).reshape(value["shape"])
+    if "__float__" in value:
+        return float(value["__float__"])
     return {key: _decode(item) for key, item in value.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +51,7 @@ def write_incident(directory: str, *, step: int, rank: int, batch: Any, report: 
     fields = batch._asdict() if hasattr(batch, "_asdict") else batch
     with storage.atomic_write(storage.join(folder, f"batch_rank{rank}.pt")) as file:
         torch.save({k: v.cpu() if isinstance(v, Tensor) else v for k, v in dict(fields).items()}, file)
-    text = json.dumps({"step": step, "rank": rank, **report}, indent=1)
-    storage.write_text_atomic(storage.join(folder, f"report_rank{rank}.json"), text + "\n")
+    storage.write_json_atomic(storage.join(folder, f"report_rank{rank}.json"), {"step": step, "rank": rank, **report})
     return folder
 
 
