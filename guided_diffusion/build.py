@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,10 @@ from .models.network import Network as Torso
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .runtime import storage
 from .runtime.streams import TRAIN, Streams, key_of
-from .training.checkpoint import find_latest, load_weights, read_run_json, save_run
+from .training.checkpoint import find_latest, parse_name, read_run_json, save_run
 from .training.losses import Losses
 from .training.restore import load_weights_into
-from .training.weights import read_metadata
+from .training.weights import CHOICES, read_metadata, read_weights
 
 Tell = Callable[[str], None]
 LossFn = Callable[[Any, Any, Streams], Losses]
@@ -70,7 +71,7 @@ def build_model(model: ModelConfig | SuperResConfig, diffusion: DiffusionConfig 
         attention_resolutions=model.attention_downsamplings,
         dropout=model.dropout,
         channel_mult=model.multipliers,
-        num_classes=_classes(model) if model.class_cond else None,
+        num_classes=classes_of(model) or None,
         use_checkpoint=model.use_checkpoint,
         use_fp16=model.use_fp16,
         num_heads=model.num_heads,
@@ -93,7 +94,7 @@ def build_classifier(model: ClassifierConfig) -> EncoderUNetModel:
         image_size=model.image_size,
         in_channels=model.image_channels,
         model_channels=model.classifier_width,
-        out_channels=_classes(model),
+        out_channels=classes_of(model),
         num_res_blocks=model.classifier_depth,
         attention_resolutions=model.attention_downsamplings,
         channel_mult=model.multipliers,
@@ -132,8 +133,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _classes(model: Network) -> int:
-    return model.num_classes or CLASSES_OF_2021
+def classes_of(model: Network) -> int:
+    """The number of classes, 0 where the network is told none; of a network of 2021 those of ImageNet."""
+    return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0
 
 
 def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -> Process:
@@ -371,13 +373,15 @@ def check_pair(model: Loaded, critic: Loaded) -> None:
     ours, theirs = model.config, critic.config
     pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
     pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
-    if getattr(ours.model, "class_cond", False):
-        pairs["number of classes"] = (_classes(ours.model), _classes(theirs.model))
+    if classes_of(ours.model):
+        pairs["number of classes"] = (classes_of(ours.model), classes_of(theirs.model))
     for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and critic.certain else ():
         pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
     wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
-    if model.class_names and critic.class_names and model.class_names != critic.class_names and not wrong:
-        wrong.append("class names (the same number of classes, but not the same ones)")
+    if model.class_names and critic.class_names and model.class_names != critic.class_names:
+        longest = zip_longest(model.class_names, critic.class_names, fillvalue="")
+        number, (first, second) = next((k, pair) for k, pair in enumerate(longest) if pair[0] != pair[1])
+        wrong.append(f"class names: class {number} is {first or 'none'!r} and {second or 'none'!r}")
     if wrong:
         raise ValueError(
             f"{model.path} (diffusion model) and {critic.path} (classifier) do not belong together; they differ in {'; '.join(wrong)}"
@@ -401,6 +405,8 @@ class Loaded:
     sha256: str = ""
     certain: bool = True
     """Whether the noise process was read from the file, not only assumed."""
+    weights: str = ""
+    """ "ema" or "model" where the file holds both and one was chosen."""
 
     @property
     def kind(self) -> str:
@@ -419,28 +425,47 @@ class Found:
     sha256: str = ""
 
 
-def find(path: str, *, tell: Tell = print) -> Found:
-    """The weights that `path` means: a file, or a run folder, whose newest averaged weights are taken."""
+def find(path: str, *, weights: str = "", tell: Tell = print) -> Found:
+    """The weights that `path` means: a file, or a run folder, whose newest averaged weights (or those of `weights`) are taken."""
+    if weights not in CHOICES:
+        raise ValueError(f"--weights is {weights!r}; it must be one of {', '.join(map(repr, CHOICES))}")
     if not path or not storage.exists(path):
         raise FileNotFoundError(f"{path!r}: no such file of weights or run folder")
     step = None
     if storage.isdir(path):
-        saved = find_latest(path, tell=tell)
-        if saved is None or saved.model is None:
-            raise ValueError(f"{path} holds no save of a run; give a folder that training wrote, or a .pt file")
-        rate = max(saved.ema, key=float, default=None)
-        path, step = (saved.model, saved.step) if rate is None else (saved.ema[rate], saved.step)
-        what = "weights (no average was kept)" if rate is None else f"averaged weights (EMA {rate})"
-        tell(f"taking the newest {what}: {path}")
-        if rate is not None and saved.step < 1 / (1 - float(rate)):
-            tell(f"note: after {saved.step} steps an average of rate {rate} still remembers the first, random weights")
+        path, step = _in_folder(path, weights, tell)
+    else:
+        role = (parse_name(path) or (weights,))[0].partition("_")[0]
+        if weights and role in ("ema", "model") and role != weights:
+            raise ValueError(f"--weights is {weights!r}, but {path} holds the other ones; give the file you mean")
     run = _inside(path) if path.endswith(".safetensors") else read_run_json(path)
     if run is None:
         return Found(path, None, step=step)
+    names = tuple(run["class_names"])
     if not run["config"]:
-        return Found(path, None, tuple(run["class_names"]), run["step"])
+        return Found(path, None, names, run["step"])
+    config = RunConfig.from_dict(run["kind"], run["config"])
     sha256 = run.get("files", {}).get(os.path.basename(path), {}).get("sha256", "")
-    return Found(path, RunConfig.from_dict(run["kind"], run["config"]), tuple(run["class_names"]), run["step"], sha256)
+    # A network without classes has no class names, whatever the files of its images are called.
+    return Found(path, config, names if classes_of(config.model) else (), run["step"], sha256)
+
+
+def _in_folder(folder: str, weights: str, tell: Tell) -> tuple[str, int]:
+    """(file of weights, step) of the newest save in a run folder."""
+    saved = find_latest(folder, tell=tell)
+    if saved is None or saved.model is None:
+        raise ValueError(f"{folder} holds no save of a run; give a folder that training wrote, or a .pt file")
+    rate = None if weights == "model" else max(saved.ema, key=float, default=None)
+    if rate is None and weights == "ema":
+        raise ValueError(f"--weights is 'ema', but the newest save in {folder} kept no averaged weights")
+    if rate is None:
+        path, what = saved.model, "weights" if weights else "weights (no average was kept)"
+    else:
+        path, what = saved.ema[rate], f"averaged weights (EMA {rate})"
+    tell(f"taking the newest {what}: {path}")
+    if rate is not None and saved.step < 1 / (1 - float(rate)):
+        tell(f"note: after {saved.step} steps an average of rate {rate} still remembers the first, random weights")
+    return path, saved.step
 
 
 def _inside(path: str) -> dict[str, Any] | None:
@@ -486,6 +511,7 @@ def load(
     flags: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    weights: str = "",
     tell: Tell = print,
 ) -> Loaded:
     """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
@@ -493,26 +519,29 @@ def load(
     Files written here carry their configuration, released ones are known by their tensors; for others `flags` gives what
     tensors cannot tell, spelled as in 2021. Flags that contradict the file are refused in words, and so is a file of another
     `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` ""
-    follows use_fp16. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
+    follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds both averaged and raw ones; else the
+    averaged are taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
     """
     device, flags = torch.device(device), dict(flags or {})
-    found = find(path, tell=tell)
-    weights = fitted(load_weights(found.path))
+    found = find(path, weights=weights, tell=tell)
+    read = read_weights(found.path, which=weights, tell=tell)
+    tensors = fitted(read.tensors)
     config = found.config
     if config is None:
-        config = recognise(found.path, weights, flags, kind=kind, tell=tell)
+        config = recognise(found.path, tensors, flags, kind=kind, tell=tell)
     else:
         identify.require_kind(found.path, config.kind, kind)
         config = agree(config, flags, found.path)
     net = build_empty(config.model, config.diffusion)
-    load_weights_into(net, weights, found.path, assign=True)
+    load_weights_into(net, tensors, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     chosen = choose_precision(precision, half, device, tell)
     net.set_compute_dtype(DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
     process = build_process(config.diffusion).to(device)
     certain = found.config is not None or config.kind != "classifier"
-    return Loaded(net, process, config, found.path, found.class_names, found.step, found.sha256, certain)
+    names = found.class_names if classes_of(config.model) else ()
+    return Loaded(net, process, config, found.path, names, found.step, found.sha256, certain, read.taken)
 
 
 def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:

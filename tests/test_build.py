@@ -146,7 +146,9 @@ def test_save_and_load_give_the_same_network(tmp_path: Path, kind: str) -> None:
     before = loaded(kind, **flags)
     gd.save(before, str(tmp_path))
     after = gd.load(str(tmp_path), tell=quiet)
-    assert after.config == before.config and after.class_names == tuple("abcd") and after.kind == kind
+    # A network without classes has no class names, though the save holds some (files whose names look like classes).
+    names = tuple("abcd") if build.classes_of(before.config.model) else ()
+    assert after.config == before.config and after.class_names == names and after.kind == kind
     assert all(torch.equal(v, after.net.state_dict()[k]) for k, v in before.net.state_dict().items())
     assert not after.net.training and not any(p.requires_grad for p in after.net.parameters())
 

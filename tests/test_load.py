@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
@@ -18,7 +19,8 @@ from checkpoint_files import TWINS, filled, layouts, meta_shapes, outputs, quiet
 import guided_diffusion as gd
 from guided_diffusion import build, identify
 from guided_diffusion.cli import convert
-from guided_diffusion.training.weights import load_weights, read_metadata
+from guided_diffusion.training.checkpoint import save_run
+from guided_diffusion.training.weights import load_weights, read_metadata, read_weights
 
 
 def line(kind: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -87,13 +89,110 @@ def test_other_precisions_become_float32(dtype: torch.dtype, tmp_path: Path) -> 
     assert torch.equal(outputs(after), outputs(before))
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"state_dict": s}])
-def test_wrapped_files_load(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+def shifted(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Other weights of the same network, to be told from the first."""
+    return {name: value + 0.01 for name, value in state.items()}
+
+
+def prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "ddp": lambda s: prefixed(s, "module."),
+    "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "stacked": lambda s: prefixed(s, "module._orig_mod.model."),
+    "unet": lambda s: prefixed(s, "unet."),
+    "latent diffusion": lambda s: {"state_dict": {**prefixed(s, "model.diffusion_model."), "betas": torch.zeros(3)}},
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "lightning": lambda s: {"state_dict": prefixed(s, "net."), "optimizer_states": [{"state": {}}], "callbacks": {}},
+    "with an optimizer of the same names": lambda s: {"model": s, "optimizer": {"state": shifted(s)}},
+    "with flags": lambda s: {"model": s, "args": argparse.Namespace(lr=0.1, name="x")},
+    "one level more": lambda s: {"checkpoint": {"model_state_dict": prefixed(s, "module.")}},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_files_load(name: str, tmp_path: Path) -> None:
     kind, flags = TWINS["256x256_diffusion_uncond"]
     before = filled(kind, flags)
-    torch.save(wrap(before.net.state_dict()), tmp_path / "wrapped.pt")
-    after = gd.load(str(tmp_path / "wrapped.pt"), flags=line(kind, flags), tell=quiet)
-    assert torch.equal(outputs(after), outputs(before))
+    torch.save(WRAPPED[name](before.net.state_dict()), tmp_path / "wrapped.pt")
+    told: list[str] = []
+    after = gd.load(str(tmp_path / "wrapped.pt"), flags=line(kind, flags), tell=told.append)
+    assert torch.equal(outputs(after), outputs(before)) and after.weights == ""
+    assert any("which is left out" in text for text in told)
+
+
+BOTH: dict[str, Callable[[Any, Any], Any]] = {  # (raw, averaged) -> what a trainer saves
+    "DiT": lambda raw, ema: {"model": raw, "ema": ema, "opt": {}, "args": argparse.Namespace(lr=1)},
+    "timm": lambda raw, ema: {"model": raw, "model_ema": ema},
+    "swapped": lambda raw, ema: {"ema_model": prefixed(ema, "module."), "state_dict": prefixed(raw, "module.")},
+    "flat": lambda raw, ema: {"state_dict": {**prefixed(raw, "model."), **prefixed(ema, "model_ema.")}},
+    "beside plain names": lambda raw, ema: {**raw, **prefixed(ema, "ema.")},
+    "with a rate": lambda raw, ema: {"net": raw, "ema_0.9999": ema},
+    "lucidrains": lambda raw, ema: {
+        "model": prefixed(raw, "model."),
+        "ema": {**prefixed(raw, "online_model.model."), **prefixed(ema, "ema_model.model."), "step": torch.tensor(3)},
+    },
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_of_raw_and_averaged_weights_the_choice_is_told(name: str, tmp_path: Path) -> None:
+    kind, flags = TWINS["256x256_diffusion_uncond"]
+    network = filled(kind, flags)
+    raw, ema = network.net.state_dict(), shifted(network.net.state_dict())
+    path = str(tmp_path / "both.pt")
+    torch.save(BOTH[name](raw, ema), path)
+    for which, expected in (("", ema), ("ema", ema), ("model", raw)):
+        told: list[str] = []
+        found = gd.load(path, flags=line(kind, flags), weights=which, tell=told.append)
+        assert all(torch.equal(value, expected[key]) for key, value in found.net.state_dict().items()), which
+        assert found.weights == (which or "ema")
+        assert "averaged weights" in told[0] and "raw weights" in told[0]
+        assert ("--weights model" in told[0]) == (not which)
+
+
+def test_averaged_weights_alone_are_weights(tmp_path: Path) -> None:
+    kind, flags = TWINS["256x256_diffusion_uncond"]
+    before, path = filled(kind, flags), str(tmp_path / "a.pt")
+    for content in ({"ema": before.net.state_dict()}, {"model_ema": before.net.state_dict(), "step": 7}):
+        torch.save(content, path)
+        told: list[str] = []
+        assert torch.equal(outputs(gd.load(path, flags=line(kind, flags), tell=told.append)), outputs(before))
+        assert "averaged weights only" in told[0]
+        with pytest.raises(ValueError, match="--weights is 'model', but .*a.pt holds averaged weights only"):
+            gd.load(path, flags=line(kind, flags), weights="model", tell=quiet)
+
+
+def test_several_networks_of_one_kind_are_refused_and_unreadable_averages_named(tmp_path: Path) -> None:
+    kind, flags = TWINS["256x256_diffusion_uncond"]
+    state, path = filled(kind, flags).net.state_dict(), str(tmp_path / "a.pt")
+    torch.save({"ema_0.999": state, "ema_0.9999": state}, path)
+    with pytest.raises(ValueError, match="several networks, 'ema_0.999', 'ema_0.9999'"):
+        load_weights(path)
+    torch.save({"model": state, "ema": {"shadow_params": list(state.values())}}, path)
+    told: list[str] = []
+    assert read_weights(path, tell=told.append).tensors.keys() == state.keys()
+    assert "ema cannot be read" in told[0]
+    with pytest.raises(ValueError, match="holds raw weights only"):
+        read_weights(path, which="ema")
+
+
+def test_weights_of_a_run_folder_are_chosen(tmp_path: Path) -> None:
+    network = filled(*TWINS["256x256_diffusion"])
+    raw, ema = network.net.state_dict(), shifted(network.net.state_dict())
+    save_run(str(tmp_path), step=9, model=raw, ema={"0.9": ema}, config=network.config.to_dict(), kind="diffusion")
+    for which, expected in (("", ema), ("ema", ema), ("model", raw)):
+        found = gd.load(str(tmp_path), weights=which, tell=quiet).net.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    with pytest.raises(ValueError, match=r"--weights is 'ema', but .*model000009.pt holds the other ones"):
+        gd.load(str(tmp_path / "model000009.pt"), weights="ema", tell=quiet)
+    with pytest.raises(ValueError, match=r"--weights is 'raw'; it must be one of '', 'ema', 'model'"):
+        gd.load(str(tmp_path), weights="raw", tell=quiet)
+    save_run(str(tmp_path), step=10, model=raw, config=network.config.to_dict(), kind="diffusion")
+    with pytest.raises(ValueError, match="kept no averaged weights"):
+        gd.load(str(tmp_path), weights="ema", tell=quiet)
 
 
 def test_the_network_takes_the_mapped_file_and_leaves_it_as_it_was(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import PRECISIONS, DataConfig, DiffusionConfig, ModelConfig, Section, flag
+from ..config import PRECISIONS, WEIGHTS, WEIGHTS_HELP, DataConfig, DiffusionConfig, ModelConfig, Section, flag
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class LikelihoodConfig(Section):
     """What is measured, on how many images."""
 
     model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
+    weights: str = flag("", WEIGHTS_HELP, choices=WEIGHTS)
     clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")
     num_samples: int = flag(1000, "how many images", low=1)
     batch_size: int = flag(1, "images per pass and process", low=1)
@@ -55,14 +56,13 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> in
         if not parsed.flags[name]:
             raise ValueError(f"--{name} is empty; give --model_path WEIGHTS and --data_dir FOLDER_OF_IMAGES")
 
-    from ..runtime import world
-
-    with world.session(parsed.flags["device"], timeout_s=3600.0) as here:
+    with runs.session(parsed.flags, timeout_s=3600.0) as here:
         return _run(parsed, config, here)
 
 
 def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> int:
     from .. import build
+    from ..data.classes import renumber
     from ..data.listing import list_records
 
     tell = print if world.is_main else _silent
@@ -74,12 +74,17 @@ def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> in
         flags=typed,
         device=world.device,
         precision=config.precision,
+        weights=config.weights,
         tell=tell,
     )
     data = DataConfig.from_flags({**parsed.flags, "random_flip": False, "random_crop": False})
-    records = list_records(data.data_dir, labels=data.labels)
-    if getattr(model.config.model, "class_cond", False):
+    classes = build.classes_of(model.config.model)
+    records = list_records(data.data_dir, labels=data.labels if classes else "none")
+    if classes:
+        records, note = renumber(records, model.class_names, classes, model.path)
         records.require_labels()
+        if note:
+            tell(note)
     count = min(config.num_samples, len(records))
     if count < config.num_samples:
         tell(f"--num_samples is {config.num_samples}, but {data.data_dir} has {count} images: each is used once")
@@ -139,8 +144,8 @@ def measure(
         ids = (batch.positions + done).tolist()
         x0 = to_float(batch.images.to(world.device))
         cond = {}
-        if getattr(model.config.model, "class_cond", False):
-            cond["y"] = batch.labels.to(world.device)  # type: ignore[union-attr]
+        if batch.labels is not None:
+            cond["y"] = batch.labels.to(world.device)
         denoise = make_denoiser(model.net, model.process, cond, clip=config.clip_denoised, **reading)
         noise = Streams(config.seed, EVALUATE, ids=ids, device=world.device)
         bound = bits_per_dim(denoise, model.process, x0, noise=noise.randn_like)

@@ -78,7 +78,6 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
         critic = _load(config.classifier_path, "classifier", parsed, config, world)
         build.check_pair(model, critic)
         tell(f"guided by {critic.path} at scale {config.classifier_scale:g}")
-    knows = getattr(model.config.model, "class_cond", False)
     sample = build.build_sample(
         model,
         model.process,
@@ -103,7 +102,7 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
     }
     if config.classifier_precision and critic:
         receipt["classifier_precision"] = config.classifier_precision
-    classes = _classes(model) if knows else _classes(critic) if critic else 0
+    classes = build.classes_of(model.config.model) or (build.classes_of(critic.config.model) if critic else 0)
     return Pieces(model, critic, sample, model.class_names or (critic.class_names if critic else ()), classes, receipt)
 
 
@@ -216,32 +215,35 @@ def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, 
     precision = config.precision
     if kind == "classifier":
         precision = config.classifier_precision or precision
-    return build.load(path, kind=kind, flags=typed, device=world.device, precision=precision, tell=teller(world))
-
-
-def _classes(loaded: Loaded) -> int:
-    return int(loaded.config.model.num_classes)
+    weights = config.weights if kind != "classifier" else ""
+    return build.load(
+        path, kind=kind, flags=typed, device=world.device, precision=precision, weights=weights, tell=teller(world)
+    )
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
     from ..runtime import storage
 
-    return {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "step": loaded.step}
+    identity = {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "step": loaded.step}
+    return {**identity, **({"weights": loaded.weights} if loaded.weights else {})}
 
 
 def choose_classes(text: str, count: int, names: Sequence[str], where: str = "--classes") -> tuple[int, ...]:
-    """ "3,7" or "cat,dog" -> class numbers; "" -> all `count` of them. ValueError for those that do not exist, naming `where`."""
+    """ "3,7" or "cat,dog" -> class numbers; "" -> all `count` of them. ValueError for those that do not exist, naming `where`.
+
+    A name counts before a number.
+    """
+    from ..data.classes import number_of
+
     if not text:
         return tuple(range(count))
     if not count:
         raise ValueError(f"{where} is {text!r}, but this model knows no classes and there is no classifier")
     chosen = []
     for word in (part.strip() for part in text.split(",")):
-        if word in names:
-            chosen.append(names.index(word))
-        elif word.isdigit() and int(word) < count:
-            chosen.append(int(word))
-        else:
+        number = number_of(word, names, count)
+        if number is None:
             known = f" or names such as {', '.join(names[:5])}" if names else ""
             raise ValueError(f"{where} has {word!r}; there are the numbers 0 to {count - 1}{known}")
+        chosen.append(number)
     return tuple(chosen)

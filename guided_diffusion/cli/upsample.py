@@ -68,7 +68,8 @@ def work(parsed: arguments.Parsed, world: World, stop: Any, *, every: bool = Fal
     pieces = making.prepare(parsed, config, "super_resolution", world)
     model = pieces.model.config.model
     assert isinstance(model, SuperResConfig)
-    base = open_base(parsed.flags["base_samples"], model.small_size, model.image_channels)
+    wanted = "auto" if pieces.num_classes and not config.classes else "none"
+    base = open_base(parsed.flags["base_samples"], model.small_size, model.image_channels, labels=wanted)
     making.teller(world)(f"enlarging {len(base)} images of {parsed.flags['base_samples']} ({base.about})")
     config = replace(config, num_samples=len(base) if every else config.num_samples)
     labels: LabelPlan
@@ -76,13 +77,10 @@ def work(parsed: arguments.Parsed, world: World, stop: Any, *, every: bool = Fal
         classes = making.choose_classes(config.classes, pieces.num_classes, pieces.names)
         labels = LabelPlan(classes, config.labels == "balanced", config.seed)
     elif base.labels is not None:
-        wrong = base.labels[(base.labels < 0) | (base.labels >= pieces.num_classes)]
-        if pieces.num_classes and len(wrong):
-            raise ValueError(
-                f"--base_samples {parsed.flags['base_samples']} has the label {int(wrong[0])}; "
-                f"the networks know the classes 0 to {pieces.num_classes - 1}"
-            )
-        labels = given_labels(base.labels)
+        found, note = base.labels_for(pieces.num_classes, pieces.names, pieces.model.path)
+        if note:
+            making.teller(world)(note)
+        labels = given_labels(found)
     elif pieces.num_classes:
         raise ValueError(
             f"--base_samples {parsed.flags['base_samples']} has no labels (arr_1), and the networks want classes; "
@@ -120,13 +118,34 @@ def given_labels(labels: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Base:
-    """Small images. `pixels(k)` is image k, uint8 `[H, W, C]`; `labels` int64 `[N]` or None; `identity` names the content."""
+    """Small images of `path`. `pixels(k)` is image k, uint8 `[H, W, C]`; `labels` int64 `[N]` or None, each the place of its
+    class in `class_names`, where they have names; `identity` names the content."""
 
     pixels: Callable[[int], np.ndarray]
     count: int
     labels: np.ndarray | None
     identity: str
     about: str
+    path: str = ""
+    class_names: tuple[str, ...] = ()
+    label_source: str = "npz"
+
+    def labels_for(self, count: int, names: Sequence[str], whose: str) -> tuple[np.ndarray, str]:
+        """(labels as the class numbers of networks with `count` classes called `names`, what was done)."""
+        from ..data.classes import renumber
+        from ..data.listing import Records
+
+        assert self.labels is not None
+        if not count:
+            return self.labels, ""
+        wrong = self.labels[(self.labels < 0) | (self.labels >= max(count, len(self.class_names)))]
+        if len(wrong):
+            raise ValueError(
+                f"--base_samples {self.path} has the label {int(wrong[0])}; the networks know the classes 0 to {count - 1}"
+            )
+        own = Records(("",) * len(self), self.labels, self.class_names, self.label_source, root=self.path)
+        found, note = renumber(own, names, count, whose)
+        return found.require_labels(), note
 
     def __len__(self) -> int:
         return self.count
@@ -141,13 +160,16 @@ class Base:
         return {"low_res": to_float(torch.from_numpy(np.stack([self.pixels(i % self.count) for i in ids])))}
 
 
-def open_base(path: str, size: int, channels: int) -> Base:
-    """The images to enlarge, none of them in memory yet. ValueError where they are not `size` x `size` with these channels."""
+def open_base(path: str, size: int, channels: int, *, labels: str = "auto") -> Base:
+    """The images to enlarge, none of them in memory yet. ValueError where they are not `size` x `size` with these channels.
+
+    `labels`: where the classes of a folder come from, as --labels says it for data.
+    """
     from ..runtime import storage
 
     if not storage.exists(path):
         raise FileNotFoundError(f"--base_samples {path}: there is no such file or folder")
-    return _folder(path, size, channels) if storage.isdir(path) else _npz(path, size, channels)
+    return _folder(path, size, channels, labels) if storage.isdir(path) else _npz(path, size, channels)
 
 
 def _npz(path: str, size: int, channels: int) -> Base:
@@ -178,7 +200,24 @@ def _npz(path: str, size: int, channels: int) -> Base:
     if labels is not None and labels.shape != (len(images),):
         raise ValueError(f"--base_samples {path} has {len(images)} images and labels of shape {list(labels.shape)}")
     about = f"labels of {len(set(labels.tolist()))} classes" if labels is not None else "no labels"
-    return Base(lambda k: np.asarray(images[k]), len(images), labels, storage.sha256_of(path), about)
+    names = _names_beside(path) if labels is not None else ()
+    return Base(lambda k: np.asarray(images[k]), len(images), labels, storage.sha256_of(path), about, path, names)
+
+
+def _names_beside(path: str) -> tuple[str, ...]:
+    """The class names in the receipt that the sampling commands write beside their npz; () where it is another file's."""
+    import json
+    import os
+
+    from ..runtime import storage
+    from ..sampling.generate import RECEIPT
+
+    receipt = storage.join(os.path.dirname(path), RECEIPT)
+    if not storage.exists(receipt):
+        return ()
+    told = json.loads(storage.read_bytes(receipt))
+    same = os.path.basename(told.get("file", "")) == os.path.basename(path)
+    return tuple(told.get("class_names", ())) if same else ()
 
 
 def _mapped(path: str) -> np.ndarray | None:
@@ -207,7 +246,7 @@ def _mapped(path: str) -> np.ndarray | None:
     return np.memmap(path, dtype=dtype, mode="r", offset=start + header, shape=shape)
 
 
-def _folder(path: str, size: int, channels: int) -> Base:
+def _folder(path: str, size: int, channels: int, labels: str) -> Base:
     import hashlib
 
     import torch
@@ -216,7 +255,7 @@ def _folder(path: str, size: int, channels: int) -> Base:
     from ..data.listing import list_records
     from ..runtime import storage
 
-    records = list_records(path)
+    records = list_records(path, labels=labels)
     if records.kind != "files":
         raise ValueError(f"--base_samples {path} is {records.kind} data; give an npz, or a folder of picture files")
 
@@ -226,4 +265,5 @@ def _folder(path: str, size: int, channels: int) -> Base:
 
     names = "\n".join(f"{name} {storage.size(name)}" for name in records.paths)
     about = f"cut and scaled to {size}x{size}; labels: {records.label_source}"
-    return Base(pixels, len(records.paths), records.labels, hashlib.sha256(names.encode()).hexdigest(), about)
+    identity = hashlib.sha256(names.encode()).hexdigest()
+    return Base(pixels, len(records), records.labels, identity, about, path, records.class_names, records.label_source)

@@ -17,6 +17,8 @@ from .networks import Network as Network
 from .networks import SuperResConfig as SuperResConfig
 from .networks import default_multipliers as default_multipliers
 from .runs import PRECISIONS as PRECISIONS
+from .runs import WEIGHTS as WEIGHTS
+from .runs import WEIGHTS_HELP as WEIGHTS_HELP
 from .runs import ClassifierTrainConfig as ClassifierTrainConfig
 from .runs import DataConfig as DataConfig
 from .runs import DiffusionConfig as DiffusionConfig

@@ -10,6 +10,8 @@ from .fields import Section, flag, numbers
 from .networks import NETWORKS, ModelConfig, Network
 
 PRECISIONS = ("", "fp32", "bf16", "fp16")
+WEIGHTS = ("", "ema", "model")  # which weights of a file or run folder that holds several
+WEIGHTS_HELP = "which weights to take where model_path holds both: averaged (ema) or raw (model); empty = ema"
 _CHOSEN = "what a network learns depends on its batch, so give a number; --microbatch auto finds how much of it fits"
 
 
@@ -164,6 +166,7 @@ class SampleConfig(Section):
     """How images are made from weights."""
 
     model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
+    weights: str = flag("", WEIGHTS_HELP, choices=WEIGHTS)
     classifier_path: str = flag("", "weights of the classifier: a file or a run folder")
     classifier_scale: float = flag(1.0, "strength of the guidance; 0 = none, below 0 = away from the class")
     clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")

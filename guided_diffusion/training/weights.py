@@ -2,48 +2,147 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..runtime import storage
 
-_WRAPPER_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
-_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
+CHOICES = ("", "ema", "model")
+# Every network of this family has this tensor: what stands before its name in a file stands before all names of that network.
+_ANCHOR = "input_blocks.0.0.weight"
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Words in what stands before the names. The last one that says something decides: in "ema.online_model." the second.
+_AVERAGED = re.compile(r"(?:^|_)ema(?:$|_|\d|model|net)|averag|shadow", re.I)
+_RAW = re.compile(r"(?:^|_)(?:online|raw)(?:$|_)", re.I)
+_NO_WEIGHTS = re.compile(r"^(?:opt(?:im(?:izers?)?)?(?:$|_)|(?:grad_)?scaler|(?:lr_)?scheduler)", re.I)
 # The header of a safetensors file names its tensors; those of this family need some 100 kB.
 _LARGEST_HEADER = 100 << 20
 
 
-def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The state dict in a `.pt` or `.safetensors` file, local or remote, by tensor name and in file order.
+class Weights(NamedTuple):
+    """`tensors` by name, in file order; `taken`: "ema" or "model" where the file holds both and one had to be chosen, else ""."""
 
-    Local files are memory-mapped: reading costs no second copy in memory. Name prefixes left by DistributedDataParallel
-    ("module.") and torch.compile ("_orig_mod.") are removed, and one wrapping level such as `{"state_dict": ...}` is
-    opened. Raises ValueError that names the file if it is missing, damaged, of another kind, or would run code.
+    tensors: dict[str, Tensor]
+    taken: str = ""
+
+
+def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of `read_weights`, chosen without a word."""
+    return read_weights(path, device=device).tensors
+
+
+def read_weights(
+    path: str, *, which: str = "", device: torch.device | str = "cpu", tell: Callable[[str], None] | None = None
+) -> Weights:
+    """The state dict in a `.pt` or `.safetensors` file, local or remote.
+
+    Local files are memory-mapped: reading costs no second copy in memory. A file may hold it inside others
+    (`{"state_dict": ...}`, a trainer's file with optimizer and counters) or with prefixed names ("module.", "_orig_mod.",
+    "model."): it is found and `tell` hears what was left out. Of averaged and raw weights beside each other the averaged are
+    taken, or those that `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
+    another kind, or would run code.
     """
-    if path.endswith(".safetensors"):
-        found: Any = _load_safetensors(path)
-    else:
-        found = load_object(path, device=device)
-    for key in _WRAPPER_KEYS:
+    tell = tell or _silent
+    found = _load_safetensors(path) if path.endswith(".safetensors") else load_object(path, device=device)
+    flat = dict(_flattened(found))
+    prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
+    unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
+    unread -= {prefix.split(".")[0] for prefix in prefixes}
+    if unread and prefixes:
+        tell(f"{path}: {', '.join(sorted(unread))} cannot be read as a network's averaged weights")
+    prefix, taken = _choose(path, prefixes, which, tell) if prefixes else ("", "")
+    state = _without(flat, prefix, prefixes) if prefixes else _any_network(path, found)
+    for name, value in state.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path} says that {name} has {value.numel():,} numbers, but holds fewer; it was not made by saving a network"
+            )
+    return Weights({name: value.to(device) for name, value in state.items()}, taken)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def _flattened(found: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested mappings by its names joined by dots, but for those of optimizers and the like."""
+    if isinstance(found, Tensor):
+        yield before.removesuffix("."), found
+    elif isinstance(found, (Mapping, list, tuple)):
+        for name, value in found.items() if isinstance(found, Mapping) else enumerate(found):
+            if isinstance(value, Tensor) or not _NO_WEIGHTS.match(str(name)):
+                yield from _flattened(value, f"{before}{name}.")
+
+
+def _role(prefix: str) -> str:
+    """ "ema" or "model", by the last word of what stands before the names that tells them apart; "model" without any."""
+    for word in reversed(prefix.split(".")):
+        if _AVERAGED.search(word):
+            return "ema"
+        if _RAW.search(word):
+            return "model"
+    return "model"
+
+
+def _choose(path: str, prefixes: Sequence[str], which: str, tell: Callable[[str], None]) -> tuple[str, str]:
+    """(what stands before the names of the wanted network, its role where there was a choice)."""
+    by_role: dict[str, list[str]] = {}
+    for prefix in sorted(prefixes, key=lambda prefix: prefix.count(".")):
+        by_role.setdefault(_role(prefix), []).append(prefix)
+    role = which or ("ema" if "ema" in by_role else "model")
+    names = {each: ", ".join(repr(p.removesuffix(".")) for p in found) for each, found in by_role.items()}
+    if role not in by_role:
+        other = "model" if role == "ema" else "ema"
+        if other == "model" and by_role[other] == [""]:  # a plain file does not say which it holds
+            tell(f"{path} holds one set of weights, so there is nothing to choose for --weights {which}")
+            return "", ""
+        raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only ({names[other]})")
+    nearest = [p for p in by_role[role] if p.count(".") == by_role[role][0].count(".")]
+    if len(nearest) > 1:
+        raise ValueError(f"{path} holds several networks, {names[role]}; save the one you mean in a file of its own")
+    if len(by_role) > 1:
+        rest = "model" if role == "ema" else "ema"
+        tell(
+            f"{path} holds {_KINDS[role]} ({names[role]}) and {_KINDS[rest]} ({names[rest]}): taking the "
+            f"{_KINDS[role].split()[0]}{'' if which else f'; --weights {rest} takes the others'}"
+        )
+    elif role == "ema":
+        tell(f"{path} holds averaged weights only ({names[role]})")
+    elif nearest[0]:
+        tell(f"{path}: the network's tensors are those below {nearest[0]!r}, which is left out of their names")
+    return nearest[0], role if len(by_role) > 1 else ""
+
+
+_KINDS = {"ema": "averaged weights", "model": "raw weights"}
+
+
+def _without(flat: Mapping[str, Tensor], prefix: str, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it, and without those of networks further down."""
+    deeper = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+    mine = {name: value for name, value in flat.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in mine.items() if not (deeper and name.startswith(deeper))
+    }
+
+
+def _any_network(path: str, found: Any) -> dict[str, Tensor]:
+    """A state dict of a network of another family, in one wrapper or none."""
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         held = f"a mapping with keys {list(found)[:4]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise ValueError(f"{path} holds {held}, not weights by name; was this an optimizer file (opt*.pt)?")
-    for name, value in found.items():
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(
-                f"{path} says that {name} has {value.numel():,} numbers, but holds fewer; it was not made by saving a network"
-            )
-    return {_WRAPPER_PREFIXES.sub("", str(name)): value.to(device) for name, value in found.items()}
+    return {_WRAPPERS.sub("", str(name)): value for name, value in found.items()}
 
 
 def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
@@ -60,8 +159,11 @@ def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
     if zipped:
         _refuse_bomb(path, source)
     try:
-        # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
-        return torch.load(source, map_location=device, weights_only=True, mmap=True if zipped and not remote else None)
+        # Trainers keep their flags beside the weights; a Namespace is a plain container.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
+            mapped = True if zipped and not remote else None
+            return torch.load(source, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
         if any(word in reason for word in ("lobal", "class", "reduce", "function")):

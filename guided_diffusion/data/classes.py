@@ -1,0 +1,96 @@
+"""Class names -> the class numbers of a network that is there already; never by position among the folders at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .listing import Records
+
+_SHOWN = 4
+
+
+def number_of(word: str, names: Sequence[str], count: int) -> int | None:
+    """The class that a word means to a network of `count` classes: one of `names`, else a number; None if it has no such class.
+
+    A number means its class only where that class is not itself called by a number: of classes "7", "8" and "9", 0 is none.
+    """
+    if word in names:
+        return list(names).index(word)
+    if not _is_number(word) or int(word) >= count:
+        return None
+    number = int(word)
+    return None if number < len(names) and _is_number(names[number]) else number
+
+
+def renumber(
+    records: Records, names: Sequence[str], count: int, whose: str, *, as_2021: bool = False, remedy: str = ""
+) -> tuple[Records, str]:
+    """(records with the class numbers of a network of `count` classes, called `names`; what was done, in words).
+
+    The network knows its classes by name: those of the records are looked up, some may be absent, a strange one is a
+    ValueError. Numbers in a table are numbers of classes. Without `names` (files of 2021) there are only numbers: folders
+    called by numbers are these, and as many classes as the network has are its classes in sorted order. `as_2021`: a run of
+    2021 goes on, whose classes are prefixes of file names in sorted order.
+    """
+    if records.labels is None:
+        return records, ""
+    used = np.unique(records.labels).tolist()
+    own = records.class_names
+    words = {k: own[k] if k < len(own) else str(k) for k in used}
+    by_number = not own or (
+        records.label_source not in ("folders", "prefix") and own == tuple(map(str, range(len(own))))
+    )
+    numbers = all(map(_is_number, words.values()))
+    prefix = records.label_source == "prefix"
+    in_order = not names and not by_number and (len(own) == count or (prefix and as_2021 and len(own) < count))
+    in_order = in_order and (prefix or not numbers)
+    found: dict[int, int | None]
+    if in_order:
+        found = {k: k for k in used}
+        note = f"{whose} has no class names: the {len(own)} classes of {records.root} are its classes in sorted order, {some(own)}"
+    elif names and not by_number:
+        place = {name: k for k, name in enumerate(names)}
+        found = {k: place.get(word) for k, word in words.items()}
+        note = f"classes go by name: {_pairs(words, found)}" if any(k != found[k] for k in used) else ""
+    else:
+        found = {k: number_of(word, names, count) for k, word in words.items()}
+        note = "" if names and all(word in names for word in words.values()) else f"labels are class numbers of {whose}"
+    strange = [words[k] for k in used if found[k] is None]
+    if strange or len(set(found.values())) < len(used):
+        raise ValueError(_refusal(records, strange or list(words.values()), names, count, whose, remedy))
+    if names and len(used) < len(names):
+        absent = sorted(set(names) - {names[k] for k in found.values() if k is not None and k < len(names)})
+        if absent:
+            note += f"{'; ' if note else ''}no images of {len(absent)} of its classes: {some(absent)}"
+    table = np.zeros(max(used, default=0) + 1, dtype=np.int64)
+    for k in used:
+        table[k] = found[k]
+    called = tuple(names) or (own if in_order else tuple(map(str, range(count))))
+    return replace(records, labels=table[records.labels], class_names=called, empty_folders=()), note
+
+
+def some(names: Sequence[str]) -> str:
+    """ "ant, bee, cat, dog, ... (10)"."""
+    return f"{', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} ({len(names)})"
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit()
+
+
+def _pairs(words: dict[int, str], found: dict[int, int | None]) -> str:
+    return some([f"{word} is {found[k]}" for k, word in words.items()])
+
+
+def _refusal(
+    records: Records, strange: Sequence[str], names: Sequence[str], count: int, whose: str, remedy: str
+) -> str:
+    has = f"has the classes {some(names)}" if names else f"has {count} classes without names"
+    ways = "rename them, or give a table of path and class" + (" name" if names else f" number, 0 to {count - 1}")
+    return (
+        f"{records.root} has the classes {some(strange)}, which {whose} does not know: it {has}; {ways} "
+        f"(--labels FILE.csv){remedy}"
+    )
