@@ -1,8 +1,9 @@
-"""What all tests share: examples drawn the same way on every machine, and no clock in a property test."""
+"""What all tests share: examples drawn the same way on every machine, no clock in a property test, no GPU that a test did not ask for."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU, real or pretended"))
         if item.get_closest_marker("real_gpu") and (not torch.cuda.is_available() or hasattr(torch.cuda, "pretended")):
             item.add_marker(pytest.mark.skip(reason="needs a real GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hide the machine's GPU from every test that is not marked for one, from its fixtures and from the processes it starts.
+
+    Commands take a GPU by themselves; what a test says of numbers holds where it was said of: on the CPU, everywhere.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not (item.get_closest_marker("gpu") or item.get_closest_marker("real_gpu")):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")
