@@ -6,22 +6,23 @@ Everything reaches the network as uint8 [N, H, W, 3]. What is not so is either c
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from guided_diffusion.runtime import storage
 
 from .conversions import check_bounds, declared_bounds, plan
 from .npy import DiskArray, open_npz
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 _SCAN_BYTES = 1 << 26
+MAX_BATCH_BYTES = 1 << 25  # of pictures that wait to be resized, however many were asked for
 
 
 class ImageSource:
@@ -44,7 +45,10 @@ class ImageSource:
         return None
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """uint8 [n, H, W, 3] with 1 <= n <= batch_size, images [start, stop) in order, one size per batch."""
+        """uint8 [n, H, W, 3] with 1 <= n <= batch_size, images [start, stop) in order, one size per batch.
+
+        Large images come in smaller batches, so that a batch or two need little memory.
+        """
         raise NotImplementedError
 
     def labels(self) -> np.ndarray | None:
@@ -80,34 +84,37 @@ def open_images(source: Any, *, value_range: tuple[float, float] | None = None) 
         if isinstance(source, Iterable):
             return IterableSource(source, value_range=value_range)
         raise ValueError(f"cannot read images from {type(source).__name__}; give a path, an array or batches of uint8")
-    from . import pictures
-
     text = os.fspath(source)
-    path = Path(text)
-    if path.is_dir():
-        shards = sorted(str(p) for p in path.iterdir() if p.suffix == ".tar")
-        return pictures.TarSource(text, shards) if shards else pictures.FolderSource(text)
-    if text.endswith(".tar") or (not path.is_file() and ".tar" in text):
-        return pictures.TarSource(text, _expand(text))
-    if not path.is_file():
+    if not (storage.exists(text) or text.endswith(".tar")):
         raise ValueError(f"there is no file or folder {text!r} (working directory {os.getcwd()})")
-    with open(path, "rb") as file:
+    if not os.path.isfile(text) or text.lower().endswith(".tar"):
+        return _pictures(text)
+    with open(text, "rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
-        return ArraySource(text, DiskArray(path), value_range=value_range)
+        return ArraySource(text, DiskArray(text), value_range=value_range)
     if start[:1] == b"\x80":
         raise ValueError(f"{text} is a Python pickle, which can run code when read; save images with numpy.savez")
-    if start[:2] == b"PK" or path.suffix == ".npz":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                is_npz = path.suffix == ".npz" or any(name.endswith(".npy") for name in archive.namelist())
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise ValueError(f"{text} is cut off or damaged: {error}. Copy or make it again.") from error
-        return _from_npz(text, value_range) if is_npz else pictures.ZipSource(text)
+    if text.endswith(".npz") or _holds_arrays(text):
+        return _from_npz(text, value_range)
+    if start[:2] == b"PK" or text.lower().endswith(".zip"):
+        return _pictures(text)
     raise ValueError(
         f"{text} is no known kind of image file (it starts with {start!r}); "
-        "npz, npy, zip of images, tar shards or a folder can be read"
+        "npz, npy, .zip of images, .tar shards or a folder can be read"
     )
+
+
+def _pictures(text: str) -> ImageSource:
+    from .pictures import PictureSource
+
+    return PictureSource(text)
+
+
+def _holds_arrays(path: str) -> bool:
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return any(name.endswith(".npy") for name in archive.namelist())
+    return False
 
 
 def _from_npz(text: str, value_range: tuple[float, float] | None) -> ImageSource:
@@ -117,27 +124,6 @@ def _from_npz(text: str, value_range: tuple[float, float] | None) -> ImageSource
             return StatisticsSource(text, arrays)
         raise ValueError(f"missing arr_0 in npz file {text} (it holds {sorted(arrays) or 'nothing'})")
     return ArraySource(text, arrays["arr_0"], others=arrays, value_range=value_range)
-
-
-def _expand(text: str) -> list[str]:
-    """Shard names: `{000..012}` counted with its zeros, else a glob pattern, else the one file."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if found:
-        first, last = found.groups()
-        if int(last) - int(first) > 1_000_000:
-            raise ValueError(f"{text} names more than a million shards")
-        numbers = range(int(first), int(last) + 1)
-        names = [f"{text[: found.start()]}{n:0{len(first)}d}{text[found.end() :]}" for n in numbers]
-    elif os.path.exists(text):
-        names = [text]
-    else:
-        names = sorted(glob.glob(text, recursive=True))
-    missing = [name for name in names if not os.path.isfile(name)]
-    if missing or not names:
-        raise ValueError(
-            f"{text}: {f'{len(missing)} shards are missing, first {missing[0]}' if missing else 'no file'}"
-        )
-    return names
 
 
 def _as_array(source: Any) -> np.ndarray | None:
@@ -209,8 +195,9 @@ class ArraySource(ImageSource):
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         assert self.count is not None
         stop = self.count if stop is None else min(stop, self.count)
-        for at in range(start, stop, batch_size):
-            images = self._array.read(at, min(at + batch_size, stop))
+        step = max(1, min(batch_size, MAX_BATCH_BYTES // self._item_bytes))
+        for at in range(start, stop, step):
+            images = self._array.read(at, min(at + step, stop))
             check_bounds(self.name, images, self._bounds)
             yield self._conversion.apply(images)
 

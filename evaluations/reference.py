@@ -13,34 +13,18 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+
+from guided_diffusion.data.images import center_crop
 
 from .features import extract_blocks, pick_device, world_from_environment
 from .inputs import ImageSource, open_images
 from .statistics import Moments
 
 KEPT = 10_000
-
-
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> the central [size, size, 3], as the training loader crops.
-
-    Halved by a box filter while the shorter side is at least twice `size`, then resized by bicubic interpolation so
-    that the shorter side is `size`, then cut.
-    """
-    from PIL import Image
-
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        width, height = picture.size
-        picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels[top : top + size, left : left + size]
 
 
 class CroppedImages(ImageSource):
@@ -74,9 +58,10 @@ class CroppedImages(ImageSource):
         return self.size, self.size, 3
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Cropped batches; images of one original size per batch become batches of one size anyway."""
-        for batch in self.source.batches(batch_size, start, stop):
-            yield np.stack([center_crop(image, self.size) for image in batch])
+        """Cropped batches of the asked size: of uncropped photographs a few fill the memory."""
+        cropped = (center_crop(image, self.size) for batch in self.source.batches(1, start, stop) for image in batch)
+        while block := list(islice(cropped, batch_size)):
+            yield np.stack(block)
 
     def labels(self) -> np.ndarray | None:
         """Those of the source."""

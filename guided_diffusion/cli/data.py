@@ -48,8 +48,7 @@ def check(argv: Sequence[str]) -> int:
     from ..data.listing import list_records
 
     records = list_records(arguments.source, labels=arguments.labels)
-    print(f"{len(records)} images in {records.root} ({records.kind})")
-    _print_labels(records)
+    _print_records(records)
     if records.kind == "packed":
         return _check_packed(records, quiet=arguments.quiet)
     sizes: Counter[tuple[int, int]] = Counter()
@@ -89,8 +88,7 @@ def pack(argv: Sequence[str]) -> int:
     from ..data.listing import list_records
 
     records = list_records(arguments.source, labels=arguments.labels)
-    print(f"{len(records)} images in {records.root} ({records.kind})")
-    _print_labels(records)
+    _print_records(records)
     bar = _bar(len(records), arguments.quiet)
     with bar:
         done = packed.pack(
@@ -143,16 +141,18 @@ def _progress(looks: Iterator[Look], total: int, quiet: bool) -> Iterator[Look]:
 
 
 def _looks(records: Records, workers: int) -> Iterator[Look]:
+    from ..data import images
     from ..data.sources import Reader
 
     reader = Reader(records.kind, records.root)
 
     def look(path: str) -> Look:
         try:
-            size, mode = reader.inspect(path)
+            with reader.opened(path) as image:
+                images.as_array(image, 3)  # what training would do
+                return Look(image.size, image.mode, "")
         except ValueError as error:
             return Look((0, 0), "", str(error))
-        return Look(size, mode, "")
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in range(0, len(records), 1024):
@@ -168,7 +168,10 @@ def _check_packed(records: Records, quiet: bool) -> int:
         return _print_unreadable(packed.verify(records.root, bar.update))
 
 
-def _print_labels(records: Records) -> None:
+def _print_records(records: Records) -> None:
+    print(f"{len(records)} images in {records.root} ({records.kind})")
+    if records.left_out:
+        print(records.left_out)
     if records.labels is None:
         print("labels: none")
         return

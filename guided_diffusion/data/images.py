@@ -53,27 +53,34 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
 
 def decode(data: bytes, name: str, channels: int = 3) -> np.ndarray:
     """`read_image` on the bytes of a file; `name` is for the error."""
-    with _decoded(data, name) as image:
+    with opened(data, name) as image:
         return as_array(image, channels)
 
 
-def inspect(data: bytes, name: str) -> tuple[tuple[int, int], str]:
-    """Decode a picture for its ((width, height), PIL mode)."""
-    with _decoded(data, name) as image:
-        return image.size, image.mode
+def stored_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of a picture, from its head alone."""
+    with _opened(data, name) as image:
+        return image.height, image.width
 
 
 @contextlib.contextmanager
-def _decoded(data: bytes, name: str) -> Iterator[PILImage.Image]:
+def opened(data: bytes, name: str) -> Iterator[PILImage.Image]:
+    """A picture as PIL decodes it; what goes wrong inside the `with`, too, is the ValueError of `read_image`."""
+    with _opened(data, name) as image:
+        image.load()
+        yield image
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[PILImage.Image]:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
             yield image
     except (
         Exception
-    ) as error:  # PIL's decoders answer broken bytes with a dozen kinds: SyntaxError, struct.error, zlib.error, ...
+    ) as error:  # PIL answers broken bytes with a dozen kinds: SyntaxError, struct.error, zlib.error, ...
         raise unreadable(name, error) from error
 
 

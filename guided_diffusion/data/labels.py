@@ -5,22 +5,40 @@ Everything works on names relative to the root, `/` between parts, and returns `
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..runtime import storage
 
 _SHOWN = 5
-# EDM and StyleGAN write 00000/img00000000.png and say the classes in dataset.json: their folders are no classes.
-_NUMBERED_FILE = re.compile(r"(?:^|.*/)\d{5}/img\d{8}\.\w+$")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "name")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "y", "target")
+_MOST_CLASSES = (
+    1_000_000  # a label beyond is a date or an identifier, and a name for each number up to it would fill the memory
+)
+# EDM and StyleGAN write 00000/img00000000.png and say the classes in dataset.json: their folders are no classes.
+_EDM_FILE = re.compile(r"(?:.*/)?\d{5}/img\d{8}\.\w+")
+# Other chunks of numbered files: 001000/001234.png of EDM's generate.py, 01000/01234.png of FFHQ.
+_NUMBERED_FILE = re.compile(r"(?:.*/)?(\d{5,})/(?:img)?(\d{5,})\.\w+")
+_LIKE_A_NUMBER = re.compile(r"[+-]?\d[\d.,' \xa0]*(?:e[+-]?\d+)?", re.IGNORECASE)
+_WHOLE_NUMBER = re.compile(r"\+?\d+(?:\.0*)?")
+_MISSING = ("", "nan", "<na>")  # how pandas and spreadsheets write that there is no label
+# UTF-32 first: its mark begins like that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 Label = int | str
 
@@ -34,6 +52,19 @@ class Labels(NamedTuple):
 
 
 NONE = Labels(None, (), "none")
+
+
+class Entry(NamedTuple):
+    """One line of a table as it stands there: where, for error messages; the picture; anything that should be a label."""
+
+    where: str
+    name: str
+    label: Any
+
+
+def tidy(name: str) -> str:
+    """A name in a table or an archive as it is once unpacked: `/` between parts, no `./`, never outside the root."""
+    return posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
 
 
 def from_names(values: Sequence[str], source: str) -> Labels:
@@ -61,7 +92,7 @@ def by_folder(names: Sequence[str]) -> Labels:
 
 def detect(names: Sequence[str]) -> Labels:
     """Folders where every picture lies in one of at least two; else prefixes where they look like classes; else none."""
-    if names and all(_NUMBERED_FILE.match(name) for name in names):
+    if _are_chunks(names):
         return NONE
     if all("/" in name for name in names):
         labels = by_folder(names)
@@ -75,90 +106,174 @@ def detect(names: Sequence[str]) -> Labels:
     return NONE
 
 
+def _are_chunks(names: Sequence[str]) -> bool:
+    """Whether the folders only cut a long row of numbered files into chunks: each is named as the numbers in it begin."""
+    if all(_EDM_FILE.fullmatch(name) for name in names):
+        return True
+    found = [_NUMBERED_FILE.fullmatch(name) for name in names]
+    return all(match is not None and match[2].startswith(match[1].rstrip("0")) for match in found)
+
+
 def from_file(path: str, names: Sequence[str]) -> Labels:
     """Read a `.csv` (path,label; header optional) or `.json` (`{"labels": [[path, label], ...]}` or `{path: label}`) table.
 
     ValueError if the table and the pictures do not match one to one.
     """
     try:
-        text = storage.read_bytes(path).decode("utf-8-sig")
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         allowed = "'auto', 'folders', 'prefix', 'none' or the path of a csv/json file"
         raise ValueError(f"labels={path!r}: no such file; must be {allowed}") from None
-    table = parse(text, path, is_json=path.lower().endswith(".json"))
-    return NONE if table is None else match(table, names, path)
+    return from_bytes(data, path, names, is_json=path.lower().endswith(".json"))
 
 
-def parse(text: str, source: str, *, is_json: bool) -> dict[str, Label] | None:
-    """The text of a label table -> {name: label}; None if it says that there are no labels (EDM's `"labels": null`)."""
-    rows = _json_rows(text, source) if is_json else _csv_rows(text, source)
-    if rows is None:
-        return None
+def from_bytes(data: bytes, source: str, names: Sequence[str], *, is_json: bool) -> Labels:
+    """`from_file` on the bytes of a table; `source` is for errors. `NONE` if it says so itself (EDM's `"labels": null`)."""
+    text = decode(data, source)
+    entries = _json_entries(text, source) if is_json else _csv_entries(text, source)
+    return NONE if entries is None else match(parse(entries, source), names, source)
+
+
+def decode(data: bytes, source: str) -> str:
+    """The text of a table: UTF-8, or what its byte order mark says. ValueError names the row that is neither."""
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        row, found = data[: error.start].count(b"\n") + 1, data[error.start : error.start + 1]
+        raise ValueError(f"{source}, row {row}: {found!r} is not {encoding} text; save the table as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{source}: holds zero bytes, which no UTF-8 text does; save the table as UTF-8")
+    return text
+
+
+def parse(entries: Iterable[Entry], source: str) -> dict[str, Label]:
+    """Lines of a table -> {name: label}: all labels whole numbers, or all names. ValueError names the line that is neither.
+
+    A number may be written `3`, `"3"` or `3.0`. One bad line never turns numbers into names, which would be numbered anew.
+    """
+    entries = list(entries)
+    numeric = any(_is_numeric(entry.label) for entry in entries)
     table: dict[str, Label] = {}
-    for name, label in rows:
-        key = name.replace("\\", "/").removeprefix("./")
+    for where, name, found in entries:
+        label = _number(found) if numeric else _name(found)
+        if label is None:
+            allowed = (
+                f"a whole number from 0 to {_MOST_CLASSES - 1}, as the others are"
+                if numeric
+                else "a class number or name"
+            )
+            raise ValueError(f"{source}, {where}: the label of {name!r} is {found!r}; it must be {allowed}")
+        key = tidy(name)
         if table.setdefault(key, label) != label:
-            raise ValueError(f"{source}: {key!r} has two labels, {table[key]!r} and {label!r}")
+            raise ValueError(f"{source}, {where}: {key!r} has two labels, {table[key]!r} and {label!r}")
     return table
 
 
-def _json_rows(text: str, source: str) -> list[tuple[str, Label]] | None:
+def _is_numeric(label: Any) -> bool:
+    if isinstance(label, str):
+        return _LIKE_A_NUMBER.fullmatch(label.strip()) is not None
+    return isinstance(label, (int, float)) and not isinstance(label, bool)
+
+
+def _number(label: Any) -> int | None:
+    if isinstance(label, str):
+        text = label.strip()
+        value: Any = int(text.split(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None
+    else:
+        value = label if _is_numeric(label) and label == label // 1 else None  # nan and infinity are not
+    return int(value) if value is not None and 0 <= value < _MOST_CLASSES else None
+
+
+def _name(label: Any) -> str | None:
+    return label.strip() if isinstance(label, str) and label.strip().lower() not in _MISSING else None
+
+
+def _json_entries(text: str, source: str) -> list[Entry] | None:
+    # Pairs instead of dicts, which would drop all but the last of two labels of one picture.
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not valid JSON: {error}") from None
-    if isinstance(data, dict) and "labels" in data and not isinstance(data["labels"], (str, int)):
-        data = data["labels"]
-        if data is None:
+    if isinstance(data, _Pairs):
+        inner = next((value for key, value in data if key == "labels" and not isinstance(value, (str, int))), data)
+        if inner is None:
             return None
-    rows = list(data.items()) if isinstance(data, dict) else data
-    if not isinstance(rows, list) or not all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
+        data = inner
+    if not isinstance(data, list) or not all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data):
         raise ValueError(f'{source}: must be {{"labels": [[path, label], ...]}} or {{path: label, ...}}')
-    for name, label in rows:
-        if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, (int, str)):
+    for name, label in data:
+        if not isinstance(name, str):
             raise ValueError(f"{source}: entry [{name!r}, {label!r}]: must be a path and a class number or name")
-    return [(name, label) for name, label in rows]
+    return [Entry(f"entry {k}", name, label) for k, (name, label) in enumerate(data, 1)]
 
 
-def _csv_rows(text: str, source: str) -> list[tuple[str, Label]]:
-    rows = [row for row in csv.reader(io.StringIO(text)) if row and any(cell.strip() for cell in row)]
+class _Pairs(list[Any]):
+    """The (key, value) pairs of a JSON object, in order."""
+
+
+def _csv_entries(text: str, source: str) -> list[Entry]:
+    try:
+        rows = _csv_rows(text)
+    except csv.Error as error:
+        raise ValueError(f"{source}: not a csv table: {error}") from None
     path_at, label_at = 0, 1
-    head = [cell.strip().lower() for cell in rows[0]] if rows else []
-    if any(cell in _PATH_COLUMNS for cell in head) and any(cell in _LABEL_COLUMNS for cell in head):
+    if rows and _has_header(rows[0][1]):
+        head = [cell.lower() for cell in rows.pop(0)[1]]
         path_at = next(k for k, cell in enumerate(head) if cell in _PATH_COLUMNS)
         label_at = next(k for k, cell in enumerate(head) if cell in _LABEL_COLUMNS)
-        rows = rows[1:]
-    short = [",".join(row) for row in rows if len(row) <= max(path_at, label_at)]
-    if short:
-        raise ValueError(f"{source}: {len(short)} rows lack a path or a label{first(short)}")
-    cells = [(row[path_at].strip(), row[label_at].strip()) for row in rows]
-    # Numbers only if all are: 'n01440764' beside '7' are two names.
-    numeric = all(re.fullmatch(r"\d+", label) for _, label in cells)
-    return [(name, int(label) if numeric else label) for name, label in cells]
+    for line, row in rows:
+        if len(row) <= max(path_at, label_at):
+            raise ValueError(f"{source}, row {line}: {','.join(row)!r} lacks a path or a label")
+    return [Entry(f"row {line}", row[path_at], row[label_at]) for line, row in rows]
+
+
+def _csv_rows(text: str) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of the lines that are not blank; the separator is the one that cuts the first of them best."""
+    found = []
+    for separator in (",", "\t", ";"):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        rows = [(line, row) for line, row in rows if any(row)]
+        found.append((bool(rows) and _has_header(rows[0][1]), bool(rows) and len(rows[0][1]) > 1, rows))
+    return max(found, key=lambda each: each[:2])[2]
+
+
+def _has_header(row: Sequence[str]) -> bool:
+    head = [cell.lower() for cell in row]
+    return any(cell in _PATH_COLUMNS for cell in head) and any(cell in _LABEL_COLUMNS for cell in head)
 
 
 def match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labels:
-    """Put a table beside the pictures. Class numbers stay as they are; names are numbered in sorted order."""
-    known = set(names)
-    missing = [name for name in table if name not in known]
-    unlabeled = [name for name in names if name not in table]
-    if missing or unlabeled:
+    """Put a table beside the pictures. Class numbers stay as they are; names are numbered in sorted order.
+
+    Names in the table are relative to the root, or to a folder below it that leaves each picture its own name.
+    """
+    keys: Sequence[str] | None = names
+    while keys is not None and not (len(keys) == len(table) and all(key in table for key in keys)):
+        keys = _without_first_folder(keys)
+    if keys is None:
+        known = set(names)
+        missing = [name for name in table if name not in known]
+        unlabeled = [name for name in names if name not in table]
         problems = []
         if missing:
             problems.append(f"{len(missing)} of its {len(table)} entries name no image{first(missing)}")
         if unlabeled:
             problems.append(f"{len(unlabeled)} of {len(names)} images have no label{first(unlabeled)}")
         raise ValueError(f"{source}: {'; '.join(problems)}; paths are relative to the data folder")
-    values = [table[name] for name in names]
-    if all(isinstance(value, int) for value in values):
-        numbers = np.array(values, dtype=np.int64)
-        if len(numbers) and numbers.min() < 0:
-            raise ValueError(f"{source}: label {numbers.min()}: class numbers start at 0")
-        count = int(numbers.max()) + 1 if len(numbers) else 0
-        return Labels(numbers, tuple(str(k) for k in range(count)), source)
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{source}: mixes class numbers and class names; use one kind")
-    return from_names([str(value) for value in values], source)
+    values = [table[key] for key in keys]
+    if all(isinstance(value, str) for value in values):
+        return from_names([str(value) for value in values], source)
+    numbers = np.array(values, dtype=np.int64)
+    return Labels(numbers, tuple(str(k) for k in range(int(numbers.max()) + 1)), source)
+
+
+def _without_first_folder(names: Sequence[str]) -> list[str] | None:
+    if not all("/" in name for name in names):
+        return None
+    shorter = [name.split("/", 1)[1] for name in names]
+    return shorter if len(set(shorter)) == len(shorter) else None
 
 
 def first(items: Iterable[str]) -> str:

@@ -17,8 +17,6 @@ from ..runtime import storage
 from . import labels as tables
 from . import sources
 
-EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
-
 
 @dataclass(frozen=True, eq=False)
 class Records:
@@ -33,6 +31,7 @@ class Records:
     preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
     stored_size: tuple[int, int] | None = None  # (height, width) of packed pictures
     empty_folders: tuple[str, ...] = ()  # beside the class folders, but without a picture
+    left_out: str = ""  # a sentence about the files that are not read
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.paths):
@@ -54,7 +53,7 @@ class Records:
             name = path[cut:] if path.startswith(self.root) else path
             digest.update(name.replace(os.sep, "/").encode("utf-8", "surrogateescape") + b"\0")
         if self.labels is not None:
-            digest.update(self.labels.tobytes() + "\0".join(self.class_names).encode())
+            digest.update(self.labels.tobytes() + "\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def without_labels(self) -> Records:
@@ -77,56 +76,34 @@ class Records:
 
 
 def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Records:
-    """List the pictures below `root`: a folder, packed data, a zip, a folder of (or one) WebDataset tar, or an LSUN lmdb.
+    """List the pictures below `root`: a folder, packed data, a zip, WebDataset tars (one, a pattern or a folder), or an LSUN lmdb.
 
     `labels`: "folders" (sub-folder names), "prefix" (text before the first `_` of a file name), "none", the path of a csv or json
     table, or "auto": the source's own labels (dataset.json, packed labels), else folders, else prefixes, else none. What was taken is
-    in `label_source`. ValueError if there are no pictures.
+    in `label_source`; nothing else is read. ValueError if there are no pictures.
     """
-    place = os.fspath(root)
-    if not place:
-        raise ValueError("unspecified data directory: give the folder or archive that holds the images")
-    if not storage.exists(place):
-        raise ValueError(f"{place!r}: no such folder or file")
-    source = sources.list_source(place, EXTENSIONS)
-    if not source.paths:
-        raise ValueError(
-            f"{place!r}: no images found; looked for {', '.join('.' + e for e in EXTENSIONS)} in all sub-folders"
-        )
-    found = _choose_labels(source, labels)
-    empty = _empty_folders(place, source) if found.source == "folders" and source.kind == "files" else ()
+    source = sources.list_source(os.fspath(root))
+    found = source.labels(labels)
+    empty = _empty_folders(source) if found.source == "folders" and source.kind == "files" else ()
     return Records(
         source.paths,
         found.numbers,
         found.class_names,
         found.source,
         source.kind,
-        place,
+        source.root,
         source.preprocessing,
         source.stored_size,
         empty,
+        source.left_out,
     )
 
 
-def _empty_folders(root: str, source: sources.Source) -> tuple[str, ...]:
-    """Folders in the root below which there is no picture; hidden ones are not looked at."""
+def _empty_folders(source: sources.Source) -> tuple[str, ...]:
+    """Folders in the root below which there is no picture, and links to where there is none; hidden ones are not looked at."""
     held = {name.split("/")[0] for name in source.names}
-    others = [name for name in storage.listdir(root) if name not in held and not name.startswith(".")]
-    return tuple(name for name in others if storage.isdir(storage.join(root, name)))
-
-
-def _choose_labels(source: sources.Source, labels: str) -> tables.Labels:
-    if labels == "none":
-        return tables.NONE
-    if labels == "prefix":
-        return tables.by_prefix(source.names)
-    if labels == "folders":
-        return tables.by_folder(source.names)
-    if labels != "auto":
-        return tables.from_file(labels, source.names)
-    return source.labels if source.labels is not None else tables.detect(source.names)
-
-
-def image_files(root: str, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
-    """Paths of all pictures below a folder, in order; names that begin with a dot are not looked at."""
-    return sources.image_files(root, extensions)
+    others = [name for name in storage.listdir(source.root) if name not in held and not name.startswith(".")]
+    whole = {name: storage.join(source.root, name) for name in others}
+    return tuple(
+        n for n in others if storage.isdir(whole[n]) or (os.path.islink(whole[n]) and not os.path.exists(whole[n]))
+    )

@@ -1,18 +1,23 @@
-"""Where pictures may lie: a folder of files, an EDM zip, WebDataset tars, an LSUN lmdb, or packed arrays (`packed.py`).
+"""Where pictures may lie: a folder of files, a zip, tars (WebDataset), an LSUN lmdb, or packed arrays (`packed.py`).
 
-Two things per kind: how to list it (`list_source`) and how to read one picture of it (`Reader`).
+Two things per kind: how to list it (`list_source`) and how to read one picture of it (`Reader`). What is a picture, what is hidden and
+where labels come from is the same for all kinds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
+import posixpath
+import re
 import tarfile
 import threading
 import zipfile
-import zlib
-from collections.abc import Callable, Sequence
-from typing import IO, Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,122 +25,289 @@ from ..runtime import storage
 from . import images
 from . import labels as tables
 
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+EXTENSIONS = tuple(
+    "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 j2k jpx jpf avif ico tga".split()
+)
 PACKED_INDEX = "packed.json"
 KINDS = ("files", "zip", "tar", "lmdb", "packed")
+_LMDB = "data.mdb"
+_TABLE = "dataset.json"
+_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # left by file managers, as names that begin with a dot are
+_MAX_SHARDS = 1_000_000
+_MAX_LINKS = 8
+_SHOWN = 8
 
 
 class Source(NamedTuple):
-    """A listing: how each picture is addressed, its name relative to the root, and the source's own labels (None: it has none)."""
+    """A listing: how each picture is addressed, and its name relative to the root."""
 
     kind: str
+    root: str
     paths: tuple[str, ...]
     names: tuple[str, ...]
-    labels: tables.Labels | None = None
+    own_labels: Callable[[], tables.Labels | None]  # reads the labels that the source brings along; None: it has none
+    left_out: str = ""  # a sentence about the files that are not read
     preprocessing: str = ""
     stored_size: tuple[int, int] | None = None
 
-
-def list_source(root: str, extensions: Sequence[str]) -> Source:
-    """Find out what `root` is and list it."""
-    if not storage.isdir(root):
-        kind = os.path.splitext(root)[1].lower()
-        if kind == ".zip":
-            return _list_zip(root, extensions)
-        if kind == ".tar":
-            return _list_tars(root, [os.path.basename(root)], extensions)
-        raise ValueError(f"{root!r}: is a file; must be a folder, a .zip, a .tar, an lmdb folder or packed data")
-    top = storage.listdir(root)
-    if PACKED_INDEX in top:
-        return _list_packed(root)
-    if "data.mdb" in top:
-        return _list_lmdb(root)
-    tars = [name for name in top if name.lower().endswith(".tar")]
-    if tars:
-        return _list_tars(root, tars, extensions)
-    paths = tuple(image_files(root, extensions))
-    names = tuple(_relative(path, root) for path in paths)
-    own = tables.from_file(storage.join(root, "dataset.json"), names) if "dataset.json" in top else None
-    return Source("files", paths, names, own)
+    def labels(self, wanted: str = "auto") -> tables.Labels:
+        """The class of each picture, from what is wanted (see `listing.list_records`); nothing else is read."""
+        if wanted == "none":
+            return tables.NONE
+        if wanted == "prefix":
+            return tables.by_prefix(self.names)
+        # Tars are shards as a rule: the folders inside of them are meant.
+        inside = [name.split("/", 1)[1] for name in self.names] if self.kind == "tar" else self.names
+        if wanted == "folders":
+            return tables.by_folder(inside if any("/" in name for name in inside) else self.names)
+        if wanted != "auto":
+            return tables.from_file(wanted, self.names)
+        return self.own_labels() or tables.detect(inside)
 
 
-def image_files(root: str, extensions: Sequence[str]) -> list[str]:
+def list_source(root: str, extensions: Sequence[str] = EXTENSIONS) -> Source:
+    """Find out what `root` is and list it. ValueError if it holds no pictures, or if it is not clear which are meant."""
+    if not root:
+        raise ValueError("unspecified data directory: give the folder or archive that holds the images")
+    if storage.isdir(root):
+        found = _list_folder(root, extensions)
+    elif root.lower().endswith(".tar"):
+        found = _list_tars(*_shards(root), extensions)
+    elif not storage.exists(root):
+        raise ValueError(f"{root!r}: no such folder or file")
+    elif root.lower().endswith(".zip") or _begins(root, b"PK"):
+        found = _list_zip(root, extensions)
+    else:
+        raise ValueError(
+            f"{root!r}: is a file; must be a folder, a .zip, an uncompressed .tar, an lmdb folder or packed data"
+        )
+    if not found.paths:
+        looked = ", ".join("." + extension for extension in extensions)
+        raise ValueError(
+            f"{root!r}: no images found; looked for {looked} at all depths"
+            + (f"; {found.left_out}; archives in archives or below the folder are not opened" if found.left_out else "")
+        )
+    return found
+
+
+def _begins(path: str, start: bytes) -> bool:
+    with storage.open_file(path, "rb") as file:
+        return bool(file.read(len(start)) == start)
+
+
+def image_files(root: str, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
     """Paths of all pictures below a folder, sorted folder by folder; extensions without the dot, in any case."""
+    return [path for path, name in _walk(root) if _is_image(name, extensions)]
+
+
+def _walk(root: str) -> Iterator[tuple[str, str]]:
+    """(path, name relative to the root) of all files below a folder that are not hidden."""
     base = root.rstrip("/" + os.sep) or root
-    return [path for path in storage.walk_files(base) if _is_image(_relative(path, base), extensions)]
+    for path in storage.walk_files(base):
+        name = path[len(base.rstrip("/" + os.sep)) :].replace(os.sep, "/").lstrip("/")
+        if not _is_hidden(name):
+            yield path, name
 
 
-def _relative(path: str, root: str) -> str:
-    return path[len(root.rstrip("/" + os.sep)) :].replace(os.sep, "/").lstrip("/")
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part in _CLUTTER for part in name.split("/"))
 
 
 def _is_image(name: str, extensions: Sequence[str]) -> bool:
-    parts = name.split("/")
-    if any(part.startswith(".") for part in parts) or "." not in parts[-1]:  # hidden: editor caches, macOS "._x.jpg"
-        return False
-    return parts[-1].rsplit(".", 1)[-1].lower() in extensions
+    return posixpath.basename(name).rpartition(".")[2].lower() in extensions and "." in name
+
+
+def _is_table(name: str) -> bool:
+    return posixpath.basename(name) == _TABLE
+
+
+def _told(left_out: Iterable[str]) -> str:
+    """A sentence about files that are left out, by what each seems to be."""
+    counts = Counter(left_out)
+    shown = ", ".join(f"{what} {count}" for what, count in counts.most_common(_SHOWN))
+    files = "1 file was" if counts.total() == 1 else f"{counts.total()} files were"
+    return f"{files} left out: {shown}{', ...' if len(counts) > _SHOWN else ''}" if counts else ""
+
+
+def _ending(name: str) -> str:
+    found = re.search(r"(\.tar)?\.[^./]+$", name.lower())
+    return found[0] if found else "without an ending"
+
+
+def _list_folder(root: str, extensions: Sequence[str]) -> Source:
+    files = {name: path for path, name in _walk(root)}
+    pictures = [name for name in files if _is_image(name, extensions)]
+    tars = [name for name in files if "/" not in name and name.lower().endswith(".tar")]
+    stores = [name for name in (PACKED_INDEX, _LMDB) if name in files] + tars
+    if stores and pictures:
+        raise ValueError(
+            f"{root!r} holds {len(pictures)} images{tables.first(pictures)} and beside them {stores[0]!r}, which is read "
+            "instead of a folder; give the path of what is meant, or move the other away"
+        )
+    if PACKED_INDEX in files:
+        return _list_packed(root)
+    if _LMDB in files:
+        return _list_lmdb(root)
+    if tars:
+        return _list_tars(root, tars, extensions, [_ending(name) for name in files if name not in tars])
+    return _listed("files", root, files, extensions)
+
+
+def _listed(
+    kind: str, root: str, members: Mapping[str, str], extensions: Sequence[str], left_out: Iterable[str] = ()
+) -> Source:
+    """A listing from all files there are, name -> address."""
+    names = tuple(name for name in members if _is_image(name, extensions))
+    used = {*names, *(name for name in members if _is_table(name))}
+    broken: list[str] = []
+    if kind == "files":  # a link that leads nowhere may have been a whole class, so it is named
+        broken = [n for n, path in members.items() if os.path.islink(path) and not os.path.exists(path)]
+    endings = [_ending(name) for name in members if name not in used and name not in broken]
+    told = _told([*left_out, *(f"broken link {name!r}" for name in broken if name not in used), *endings])
+
+    def own_labels() -> tables.Labels | None:
+        reader = Reader(kind, root)
+        for table in sorted(filter(_is_table, members), key=len):
+            if all(name.startswith(table.removesuffix(_TABLE)) for name in names):
+                return tables.from_bytes(reader.encoded(members[table]), f"{root}/{table}", names, is_json=True)
+        return None if kind == "files" else _labels_beside(root, reader, members, names)
+
+    return Source(kind, root, tuple(members[name] for name in names), names, own_labels, told)
+
+
+def _labels_beside(root: str, reader: Reader, members: Mapping[str, str], names: Sequence[str]) -> tables.Labels | None:
+    """WebDataset: members that share a name up to the first dot belong together; `.cls`, else `.json` ("label", "cls"), is the class."""
+    held = {ending: {_key(name): name for name in members if name.endswith(ending)} for ending in (".cls", ".json")}
+    entries = []
+    for name in names:
+        for ending, tellers in held.items():
+            teller = tellers.get(_key(name))
+            label = None if teller is None else _label(reader.encoded(members[teller]), f"{root}: {teller}", ending)
+            if label is not None:
+                entries.append(tables.Entry(f"{teller}", name, label))
+                break
+    source = f"{root} (.cls/.json members)"
+    return tables.match(tables.parse(entries, source), names, source) if entries else None
+
+
+def _key(name: str) -> str:
+    folder, last = posixpath.split(name)
+    return f"{folder}/{last.split('.')[0]}"
+
+
+def _label(content: bytes, source: str, ending: str) -> Any:
+    text = tables.decode(content, source)
+    if ending == ".cls":
+        return text
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
+    found = [data[key] for key in ("label", "cls", "class") if key in data] if isinstance(data, dict) else []
+    return next((label for label in found if isinstance(label, (int, float, str))), None)
+
+
+def _add(members: dict[str, str], name: str, address: str, archive: str, extensions: Sequence[str]) -> None:
+    """Put a member of an archive to the others, unless it is hidden. ValueError for a picture that is there already."""
+    if _is_hidden(name):
+        return
+    if name in members and _is_image(name, extensions):
+        raise ValueError(f"{archive!r}: holds {name!r} twice; unpack the archive and pack each picture once")
+    members[name] = address
 
 
 def _list_zip(root: str, extensions: Sequence[str]) -> Source:
     try:
         with storage.open_file(root, "rb") as file, zipfile.ZipFile(file) as archive:
-            members = [info.filename for info in archive.infolist() if not info.is_dir()]
-            text = archive.read("dataset.json").decode("utf-8-sig") if "dataset.json" in members else None
-    except zipfile.BadZipFile as error:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged directory is answered with a dozen kinds: BadZipFile, struct.error, ...
         raise ValueError(f"{root!r}: not a readable zip file: {error}") from error
-    names = tuple(sorted((name for name in members if _is_image(name, extensions)), key=lambda name: name.split("/")))
-    if text is None:
-        return Source("zip", names, names)
-    source = f"{root}/dataset.json"
-    table = tables.parse(text, source, is_json=True)
-    return Source("zip", names, names, tables.NONE if table is None else tables.match(table, names, source))
+    members: dict[str, str] = {}
+    for info in infos:
+        if info.flag_bits & 1:
+            raise ValueError(f"{root!r}: {info.filename!r} is encrypted; unpack the archive and pack it again without")
+        if info.file_size > info.compress_size * 1032 + 64:  # deflate cannot do better than 1032:1
+            raise ValueError(f"{root!r}: {info.filename!r} claims {info.file_size} bytes, which is not possible")
+        _add(members, tables.tidy(info.filename), info.filename, root, extensions)
+    ordered = dict(sorted(members.items(), key=lambda member: member[0].split("/")))
+    return _listed("zip", root, ordered, extensions)
 
 
-def _list_tars(root: str, tars: Sequence[str], extensions: Sequence[str]) -> Source:
-    """WebDataset: members that share a name up to the first dot belong together; `.cls` or `.json` ("label", "cls") is the class.
+def _shards(root: str) -> tuple[str, list[str]]:
+    """A tar: (root, [""]). A pattern, `{000..012}` counted, `*` and `?` matched: (folder, tars in it)."""
+    if storage.exists(root):
+        return root, [""]
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", root)
+    if braces:
+        first, last = braces.groups()
+        numbers = range(int(first), min(int(last), int(first) + _MAX_SHARDS) + 1)
+        found = [f"{root[: braces.start()]}{n:0{len(first)}d}{root[braces.end() :]}" for n in numbers]
+    else:
+        found = sorted(glob.glob(root, recursive=True))
+    missing = [name for name in found if not storage.exists(name)]
+    if not found:
+        raise ValueError(f"{root!r}: no such file, nor a pattern of some")
+    if missing:
+        raise ValueError(f"{root!r}: {len(missing)} of {len(found)} shards are missing{tables.first(missing)}")
+    folder = posixpath.dirname(re.split(r"[{*?[]", root.replace(os.sep, "/"))[0])
+    return folder or ".", [name[len(folder) :].replace(os.sep, "/").lstrip("/") for name in found]
 
-    A picture is addressed by `tar:offset:size:name`, so reading it is one seek.
-    """
-    paths, names, found = [], [], {}
+
+def _list_tars(root: str, tars: Sequence[str], extensions: Sequence[str], left_out: Iterable[str] = ()) -> Source:
+    """A picture is addressed by `offset:size:tar`, a zero byte and its name in the tar, so reading it is one seek."""
+    members: dict[str, str] = {}
+    unread = list(left_out)
     for tar in tars:
-        whole = root if not storage.isdir(root) else storage.join(root, tar)
-        try:
-            with storage.open_file(whole, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                keys: dict[str, tables.Label] = {}
-                pictures = []
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    folder, _, last = member.name.rpartition("/")
-                    key = f"{folder}/{last.split('.')[0]}"
-                    if _is_image(member.name, extensions):
-                        pictures.append((key, member))
-                    elif last.endswith((".cls", ".json")):
-                        content = archive.extractfile(member)
-                        assert content is not None  # isfile() was asked above
-                        label = _tar_label(content, is_json=last.endswith(".json"))
-                        if label is not None:
-                            keys[key] = label
-        except tarfile.TarError as error:
-            raise ValueError(f"{whole!r}: not a readable uncompressed tar file: {error}") from error
-        for key, member in pictures:
-            name = f"{tar}/{member.name}"
-            paths.append(f"{member.offset_data}:{member.size}:{name}")
-            names.append(name)
-            if key in keys:
-                found[name] = keys[key]
-    labels = tables.match(found, names, f"{root} (.cls/.json members)") if found else tables.NONE
-    return Source("tar", tuple(paths), tuple(names), labels)
+        whole = storage.join(root, tar) if tar else root
+        for name, place in _tar_members(whole, unread, extensions).items():
+            members[f"{tar or posixpath.basename(root.replace(os.sep, '/'))}/{name}"] = f"{place}:{tar}\0{name}"
+    return _listed("tar", root, members, extensions, unread)
 
 
-def _tar_label(content: IO[bytes], *, is_json: bool) -> tables.Label | None:
-    text = content.read().decode("utf-8").strip()
-    if not is_json:
-        return int(text) if text.isdigit() else text
-    data = json.loads(text)
-    for key in ("label", "cls", "class"):
-        if isinstance(data, dict) and isinstance(data.get(key), (int, str)):
-            return data[key]
-    return None
+def _tar_members(whole: str, unread: list[str], extensions: Sequence[str]) -> dict[str, str]:
+    """Name -> `offset:size` of what a tar holds. Links stand for the members that they lead to; other links go to `unread`."""
+    end = storage.size(whole)
+    try:
+        with storage.open_file(whole, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            infos = [info for info in archive if info.isfile() or info.islnk() or info.issym()]
+            file.seek(archive.offset)
+            goes_on = file.read(1 << 20).strip(b"\0")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{whole!r}: not a readable uncompressed tar file: {error}") from error
+    if goes_on:
+        raise ValueError(f"{whole!r}: goes on after its end, as if made by cat; join tars with tar --concatenate")
+    members: dict[str, str] = {}
+    places: dict[str, str] = {}
+    links: dict[str, str] = {}
+    for info in infos:
+        name = tables.tidy(info.name)
+        if info.issparse() or info.offset_data + info.size > end:
+            fault = "stored with holes" if info.issparse() else "cut off"
+            raise ValueError(f"{whole!r}: {info.name!r} is {fault}; make the tar again")
+        if info.isfile():
+            places[name] = f"{info.offset_data}:{info.size}"
+        else:  # a hard link names a member, a symbolic one a path from where it stands
+            target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(name), info.linkname)
+            links[name] = name if target.startswith("/") else tables.tidy(target)
+        _add(members, name, places.get(name, ""), whole, extensions)
+    for name in [name for name in links if name in members]:
+        target = links[name]
+        for _ in range(_MAX_LINKS):  # links to links, with an end to circles
+            target = links.get(target, target)
+        if target in places:
+            members[name] = places[target]
+            continue
+        del members[name]
+        above = f"{name}/".startswith(f"{target}/") or not target
+        inside = {} if above else {name + n[len(target) :]: n for n in places if n.startswith(f"{target}/")}
+        members |= {new: places[old] for new, old in inside.items() if not _is_hidden(new)}
+        unread += [] if inside else [f"link {name!r}"]
+    return members
 
 
 def _lmdb(root: str) -> Any:
@@ -149,29 +321,37 @@ def _lmdb(root: str) -> Any:
 
 def _list_lmdb(root: str) -> Source:
     with _lmdb(root) as environment, environment.begin() as transaction:
-        keys = tuple(
-            bytes(key).decode("utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)
-        )
-    return Source("lmdb", keys, keys, tables.NONE)
+        keys = [bytes(key).decode("utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)]
+    names = tuple(key for key in keys if not _is_hidden(key))
+    return Source("lmdb", root, names, names, lambda: tables.NONE)
 
 
 def _list_packed(root: str) -> Source:
     index = read_packed_index(root)
     names = tuple(str(k) for k in range(int(index["count"])))
-    labels = tables.NONE
-    if index["labels"] is not None:
+
+    def own_labels() -> tables.Labels:
+        if index["labels"] is None:
+            return tables.NONE
         numbers = np.load(os.path.join(root, index["labels"]["file"]), allow_pickle=False)
-        labels = tables.Labels(numbers, tuple(index["class_names"]), index["label_source"])
+        return tables.Labels(numbers, tuple(index["class_names"]), index["label_source"])
+
     height, width, _ = index["shape"]
-    return Source("packed", names, names, labels, index["preprocessing"], (height, width))
+    return Source("packed", root, names, names, own_labels, "", index["preprocessing"], (height, width))
 
 
 def read_packed_index(root: str) -> dict[str, Any]:
-    """The index of packed data; ValueError if it is of a version this code does not know."""
-    index = json.loads(storage.read_bytes(storage.join(root, PACKED_INDEX)))
-    if index.get("format") != 1:
+    """The index of packed data; ValueError if it is another file, or of a version this code does not know."""
+    path = storage.join(root, PACKED_INDEX)
+    try:
+        index = json.loads(storage.read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not an index of packed data: {error}") from None
+    if not isinstance(index, dict) or "format" not in index:
+        raise ValueError(f"{path}: not the index of packed data that `data pack` writes; give another folder")
+    if index["format"] != 1:
         raise ValueError(
-            f"{root!r}: packed data of format {index.get('format')!r}; this version reads format 1: pack it again"
+            f"{root!r}: packed data of format {index['format']!r}; this version reads format 1: pack it again"
         )
     if storage.is_remote(root):
         raise ValueError(f"{root!r}: packed data is memory-mapped; copy it to a local disk first")
@@ -193,24 +373,34 @@ class Reader:
 
     def describe(self, path: str) -> str:
         """A name for error messages."""
-        return path if self.kind == "files" else f"{self.root}: {path.split(':', 2)[-1]}"
+        if self.kind == "files":
+            return path
+        name = path.split(":", 2)[-1].replace("\0", "/").lstrip("/") if self.kind == "tar" else path
+        return f"{self.root}: {name}"
 
     def read(self, path: str, channels: int = 3) -> np.ndarray:
         """One picture, uint8 `[H, W, channels]`; ValueError names one that cannot be read."""
         if self.kind == "packed":
             return self._packed(path, channels)
-        return images.decode(self._bytes(path), self.describe(path), channels)
+        with self.opened(path) as image:
+            return images.as_array(image, channels)
 
-    def inspect(self, path: str) -> tuple[tuple[int, int], str]:
-        """Decode one picture of an unpacked source: ((width, height), PIL mode as stored); ValueError if it cannot be read."""
-        return images.inspect(self._bytes(path), self.describe(path))
+    def opened(self, path: str) -> contextlib.AbstractContextManager[PILImage.Image]:
+        """One picture of an unpacked source as stored, decoded by PIL; ValueError if it cannot be read."""
+        return images.opened(self.encoded(path), self.describe(path))
 
-    def _bytes(self, path: str) -> bytes:
+    def size(self, path: str) -> tuple[int, int]:
+        """(height, width) of one picture of an unpacked source, from its head alone."""
+        return images.stored_size(self.encoded(path), self.describe(path))
+
+    def encoded(self, path: str) -> bytes:
+        """The file at an address, a picture or another; of packed data, the pixels."""
+        read = {"files": storage.read_bytes, "zip": self._zip, "tar": self._tar, "lmdb": self._lmdb}
+        if self.kind == "packed":
+            return self._pixels(path).tobytes()
         try:
-            return {"files": storage.read_bytes, "zip": self._zip, "tar": self._tar, "lmdb": self._lmdb}[self.kind](
-                path
-            )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            return read[self.kind](path)
+        except Exception as error:  # damaged archives are answered with a dozen kinds: BadZipFile, zlib.error, ...
             raise images.unreadable(self.describe(path), error) from error
 
     def _handle(self, name: str, make: Callable[[], Any], *, threads_share: bool = False) -> Any:
@@ -227,7 +417,8 @@ class Reader:
 
     def _tar(self, path: str) -> bytes:
         offset, size, name = path.split(":", 2)
-        whole = self.root if not storage.isdir(self.root) else storage.join(self.root, name.split("/", 1)[0])
+        tar = name.partition("\0")[0]
+        whole = storage.join(self.root, tar) if tar else self.root
         file = self._handle(whole, lambda: storage.open_file(whole, "rb"))
         file.seek(int(offset))
         return file.read(int(size))
@@ -242,15 +433,18 @@ class Reader:
         return bytes(value)
 
     def _packed(self, path: str, channels: int) -> np.ndarray:
+        picture = self._pixels(path)
+        if picture.shape[2] == channels:
+            return picture
+        return images.as_array(images.from_array(picture), channels)
+
+    def _pixels(self, path: str) -> np.ndarray:
         firsts, files = self._handle("index", self._packed_shards, threads_share=True)
         row = int(path)
         shard = int(np.searchsorted(firsts, row, side="right")) - 1
         whole = os.path.join(self.root, files[shard])
         array = self._handle(whole, lambda: np.load(whole, mmap_mode="r", allow_pickle=False), threads_share=True)
-        picture = np.array(array[row - firsts[shard]])
-        if picture.shape[2] == channels:
-            return picture
-        return images.as_array(images.from_array(picture), channels)
+        return np.array(array[row - firsts[shard]])
 
     def _packed_shards(self) -> tuple[np.ndarray, list[str]]:
         shards = read_packed_index(self.root)["shards"]

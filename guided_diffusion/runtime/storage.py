@@ -99,7 +99,7 @@ def walk_files(path: PathLike) -> Iterator[str]:
     """Every file below a folder, as `join(path, relative)`, in the order of a walk that sorts the names of each folder.
 
     A folder stands where its name sorts among the names beside it, so the order is that of the lists of path parts. Links to folders
-    are followed; one that leads back to a folder above itself is not.
+    are followed; one that leads back to a folder above itself, or above the root, is not.
     """
     if is_remote(path):
         root = os.fspath(path).rstrip("/")
@@ -111,7 +111,7 @@ def walk_files(path: PathLike) -> Iterator[str]:
 
 def _walk_local(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     here = os.path.realpath(folder)
-    if here in above:
+    if here in above or (above and f"{above[-1]}{os.sep}".startswith(f"{here.rstrip(os.sep)}{os.sep}")):
         return
     with os.scandir(folder) as entries:
         listed = sorted((entry.name, entry.is_dir()) for entry in entries)

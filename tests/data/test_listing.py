@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guided_diffusion.data import labels as tables
-from guided_diffusion.data.listing import Records, image_files, list_records
+from guided_diffusion.data.listing import Records, list_records
+from guided_diffusion.data.sources import image_files
 
 
 def walk_like_2021(folder: str) -> list[str]:
@@ -153,11 +154,11 @@ def test_a_table_that_does_not_fit_is_one_error_with_counts_and_names(write_pict
     [
         ("l.json", "{", "not valid JSON"),
         ("l.json", '{"labels": [[1, 2]]}', "must be a path and a class"),
-        ("l.json", '{"labels": [["a.png", true]]}', "must be a path and a class"),
+        ("l.json", '{"labels": [["a.png", true]]}', "entry 1: the label of 'a.png' is True; it must be"),
         ("l.json", "[1, 2]", "must be"),
-        ("l.json", '{"a.png": -1}', "class numbers start at 0"),
+        ("l.json", '{"a.png": -1}', "is -1; it must be a whole number from 0"),
         ("l.json", '{"a.png": 0, "./a.png": 1}', "two labels"),
-        ("l.csv", "a.png\n", "1 rows lack a path or a label"),
+        ("l.csv", "a.png\n", "row 1: 'a.png' lacks a path or a label"),
     ],
 )
 def test_malformed_tables(write_pictures, tmp_path, name, text, complaint):

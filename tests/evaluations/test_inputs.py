@@ -221,27 +221,27 @@ def test_mixed_sizes_modes_and_other_files(images, tmp_path):
     assert np.array_equal(batches[2][1], images[3])
     assert source.shape is None
     told = " ".join(source.notes)
-    for word in ("1 files that are not images", "different sizes", "grey", "transparency", "JPEG"):
+    for word in ("1 file was left out: .txt 1", "different sizes", "grey", "transparency", "JPEG"):
         assert word in told
 
 
 def test_bad_pictures_are_named(images, tmp_path):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "x.png").write_bytes(encoded(images[0])[:60])
-    with pytest.raises(ValueError, match=r"x\.png .* cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"cannot read image .*x\.png"):
         all_of(tmp_path / "cut")
     (tmp_path / "deep").mkdir()
-    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "deep" / "x.png")
-    with pytest.raises(ValueError, match="8 bits"):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "deep" / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif.* 8 or 16 bits"):
         all_of(tmp_path / "deep")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="no images found"):
         open_images(tmp_path / "empty")
 
 
 def test_a_picture_that_claims_too_many_pixels(tmp_path):
-    Image.new("1", (9_000, 9_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match=r"bomb\.png .* 9000x9000 pixels"):
+    Image.new("1", (19_000, 19_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb\.png.* decompression bomb"):
         all_of(tmp_path)
 
 
@@ -260,5 +260,5 @@ def test_tar_members_do_not_leave_the_archive(images, tmp_path):
     (tmp_path / "cut.tar").write_bytes(data[:1200])
     with pytest.raises(ValueError, match="cut"):
         open_images(tmp_path / "cut.tar")
-    with pytest.raises(ValueError, match=r"2 shards are missing, first .*y-0\.tar"):
+    with pytest.raises(ValueError, match=r"2 of 2 shards are missing .*y-0\.tar"):
         open_images(str(tmp_path / "y-{0..1}.tar"))
