@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
-from ..config import flatten
+from ..config import flatten, laid_over
 from ..runtime import storage
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -89,7 +89,7 @@ def parse(
         raise UsageError(_unknown(unknown[0], known))
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
-        typed = {**_from_file(arguments.config, known), **typed}
+        typed = laid_over(_from_file(arguments.config, known), typed)
     typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():
         choices = known[name].choices
@@ -177,6 +177,8 @@ def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
     if set(values) <= {"model", "diffusion", "data", "train"} and "data_dir" not in known:
         values = {name: section for name, section in values.items() if name not in foreign}
     flat = flatten(values)
+    if isinstance(values.get("train"), dict):  # a stored run's: what it was once started from is no instruction
+        flat.pop("resume_checkpoint", None)
     for name in flat:
         if name not in known:
             raise UsageError(f"--config {path}: {_unknown('--' + name, known)}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import RunConfig, flatten
+from ..config import RunConfig, flatten, laid_over
 from . import arguments, runs, watching
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ EXTRA: dict[str, tuple[Any, str]] = {
     "timeout_s": (600.0, "seconds that a process waits for the others before it ends with an error"),
     "tensorboard": (False, "also write curves for TensorBoard"),
 }
+# What may differ between two starts of one command: how far it goes, on how many processes.
+_NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size")
 _DESCRIPTIONS = {
     "diffusion": "Train a diffusion model on a folder of images.",
     "super_resolution": "Train a diffusion model that enlarges images.",
@@ -92,11 +94,14 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     from ..runtime.log import Log
     from ..training.fitting import fit_checkpointing, fitting_microbatch
     from ..training.measuring import recompute
-    from ..training.saver import Checkpoints
+    from ..training.saver import Checkpoints, find_save
     from ..training.trainer import Trainer
 
+    say: Callable[[str], None] = print if world.is_main else _silent
     folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
-    config = _configuration(parsed, kind, folder, modern=not script and _has_bfloat16(world))
+    resume = parsed.flags["resume_checkpoint"] or "auto"
+    saved = find_save(folder, resume, kind=kind, world=world)
+    config = _configuration(parsed, kind, saved, modern=not script and _has_bfloat16(world), tell=say)
     if config.train.compile:
         require_compiler(world.device)
     if not config.data.data_dir:
@@ -117,11 +122,16 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
         kind=kind,
         config=config.to_dict(),
         class_names=names,
+        started_from="" if resume == "auto" else resume,
         keep_last=config.train.keep_last,
         keep_every=config.train.keep_every,
         world=world,
     )
-    saved = _saved(config, checkpoints)
+    if resume == "none":
+        saved = _already_begun(folder, config, world)
+        if saved is None:
+            checkpoints.set_aside()
+    checkpoints.continue_from(saved)
     writers = ["stdout", "csv", "json", *(["tensorboard"] if parsed.flags["tensorboard"] else [])]
     log = Log(folder, world=world, writers=writers, continuing=saved is not None)
     if world.is_main:
@@ -131,7 +141,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     net = build.build_network(config.model, config.diffusion, seed=config.train.seed)
     timesteps = build.build_timesteps(config.train.schedule_sampler, len(process))
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    tell = log.info if world.is_main else _silent
+    tell: Callable[[str], None] = log.info if world.is_main else _silent
     precision = build.choose_precision(config.train.precision, half, world.device, tell)
     if kind == "classifier":
         loss = build.classifier_loss(process, timesteps, noised=getattr(config.train, "noised", True))
@@ -226,29 +236,30 @@ def _has_bfloat16(world: World) -> bool:
     return world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _configuration(parsed: arguments.Parsed, kind: str, folder: str, *, modern: bool = False) -> RunConfig:
+def _configuration(
+    parsed: arguments.Parsed, kind: str, saved: SavedRun | None, *, modern: bool, tell: Callable[[str], None]
+) -> RunConfig:
     """Flags, completed by what the save that is continued was trained with; typed ones that contradict it are refused.
 
-    A new run that is `modern` computes in bfloat16 unless a flag says otherwise.
+    A new run that is `modern` computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of the result: a
+    later start goes on from the run's own saves.
     """
     from .. import build
-    from ..training.checkpoint import read_run_json
+    from ..identify import FREE
 
-    resume = parsed.flags["resume_checkpoint"]
-    source = folder if resume in ("", "auto") else resume
-    before = read_run_json(source) if resume != "none" else None
-    if before is None or not before["config"]:
+    if saved is None or not saved.config:
         chosen = any(name in parsed.typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
-        return RunConfig.from_flags(kind, {**parsed.flags, **({"precision": "bf16"} if modern and not chosen else {})})
-    if before["kind"] != kind:
-        raise ValueError(
-            f"{source} holds a run of kind {before['kind']!r}, this command trains {kind!r}; give another --out"
-        )
-    build.agree(RunConfig.from_dict(kind, before["config"]), parsed.typed, source)
-    stored = flatten(before["config"])
-    if parsed.typed.get("batch_size", stored.get("batch_size")) != stored.get("batch_size"):
-        stored["global_batch_size"] = 0  # another batch per process is asked for
-    return RunConfig.from_flags(kind, {**parsed.flags, **stored, **parsed.typed})
+        flags = {**parsed.flags, **({"precision": "bf16"} if modern and not chosen else {})}
+    else:
+        build.agree(RunConfig.from_dict(kind, saved.config), parsed.typed, saved.directory)
+        stored = flatten(saved.config)
+        # What the weights are is agreed upon, and stays as it is spelled there.
+        fixed = {name for section in ("model", "diffusion") for name in saved.config[section]} - FREE
+        flags = {**parsed.flags, **{name: stored[name] for name in fixed}, **laid_over(stored, parsed.typed)}
+        for name in sorted(set(stored) - set(parsed.typed) - {"resume_checkpoint", "global_batch_size"}):
+            if flags[name] != stored[name]:
+                tell(f"--{name} was {stored[name]!r} before and is {flags[name]!r} now, as the flags given decide")
+    return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})
 
 
 def _same_everywhere(world: World, config: RunConfig, records: Records) -> None:
@@ -319,9 +330,22 @@ def _with_classes(config: RunConfig, records: Records) -> RunConfig:
     return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
 
 
-def _saved(config: RunConfig, checkpoints: Any) -> SavedRun | None:
-    resume = config.train.resume_checkpoint or "auto"
-    return None if resume == "none" else checkpoints.find(resume)
+def _already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | None:
+    """The save to go on from although --resume_checkpoint is none: such a run's, of these very settings. That is the command of
+    before, started again by a scheduler: it would make the same saves once more."""
+    from ..training.checkpoint import find_latest
+
+    saved = None
+    if world.is_main and (found := find_latest(folder)) is not None and found.started_from == "none":
+        before, now = ({**flatten(c), **dict.fromkeys(_NOT_COMPARED)} for c in (found.config or {}, config.to_dict()))
+        saved = found if before == now else None
+    saved = world.broadcast_object(saved, name="was the run begun already?")
+    if saved is not None and world.is_main:
+        print(
+            f"--resume_checkpoint none has begun the run in {folder} before, with these settings: it goes on. To begin once more, give "
+            "another --out"
+        )
+    return saved
 
 
 def _announce(

@@ -252,3 +252,37 @@ class RunConfig:
 
 
 SECTIONS = ("model", "diffusion", "data", "train")
+
+# Flags that decide one thing between them: a flag given now, and what it replaces of what was stored.
+_REPLACES = {
+    "use_fp16": ("precision",),
+    "classifier_use_fp16": ("precision",),
+    "lr_anneal_steps": ("max_steps",),
+    "iterations": ("max_steps",),
+    "use_checkpoint": ("checkpoint", "memory_limit_gb"),
+    "classifier_use_checkpoint": ("checkpoint", "memory_limit_gb"),
+    "checkpoint": ("use_checkpoint", "classifier_use_checkpoint", "memory_limit_gb"),
+    "batch_size": ("global_batch_size",),
+    "val_fraction": ("val_data_dir",),
+    "num_heads": ("num_head_channels",),
+    "predict": ("predict_xstart",),
+    "predict_xstart": ("predict",),
+    "use_ddim": ("sampler",),
+}
+
+
+def laid_over(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored flags under those given now, where a given one also wins over stored ones that would decide in its place.
+
+    `--use_fp16 True` over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. A number 0 or an empty text decides
+    nothing and replaces nothing else.
+    """
+    deciding = {name for name, value in given.items() if value or isinstance(value, bool)}
+    if given.get("batch_size") == stored.get("batch_size"):  # the global batch stays, on any number of processes
+        deciding.discard("batch_size")
+    replaced = {other for name in deciding for other in _REPLACES.get(name, ())}
+    merged = {**{name: value for name, value in stored.items() if name not in replaced}, **given}
+    # A limit beyond the end of the stored annealing: the rate falls to 0 there and not before.
+    if "lr_anneal_steps" not in given and 0 < merged.get("lr_anneal_steps", 0) < given.get("max_steps", 0):
+        merged["lr_anneal_steps"] = given["max_steps"]
+    return merged

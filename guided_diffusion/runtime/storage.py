@@ -144,6 +144,15 @@ def remove(path: PathLike) -> None:
         os.remove(path)
 
 
+def move(source: PathLike, target: PathLike) -> None:
+    """Give a file another name in the same file system or bucket."""
+    if is_remote(source):
+        _blobfile(source).copy(os.fspath(source), os.fspath(target), overwrite=True)
+        remove(source)
+    else:
+        os.replace(source, target)
+
+
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` complete or not at all.

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -31,6 +32,7 @@ from .weights import load_object, load_weights
 
 __all__ = [
     "FORMAT", "SavedRun", "find_latest", "load_object", "load_run", "load_weights", "parse_name", "read_run_json", "remove_run", "save_run",
+    "set_aside", "steps_of",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -82,6 +84,8 @@ class SavedRun:
     class_names: tuple[str, ...] = ()
     state: dict[str, Any] | None = None
     """Counters, loss scale and the like; None for saves of 2021, which lack them."""
+    started_from: str = ""
+    """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record, never an instruction."""
 
     def lacks(self) -> list[str]:
         """What a run that continues from here will have to start afresh, in words."""
@@ -136,6 +140,7 @@ def save_run(
     config: Mapping[str, Any] | None = None,
     kind: str = "diffusion",
     class_names: Sequence[str] = (),
+    started_from: str = "",
 ) -> str:
     """Write one save and return the path of its JSON file. Call it on one process only. Raises OSError if it cannot write.
 
@@ -167,6 +172,7 @@ def save_run(
         "step": step,
         "config": dict(config or {}),
         "class_names": list(class_names),
+        "started_from": started_from,
         "state": _encode(dict(state or {})),
         "files": receipts,
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
@@ -186,6 +192,18 @@ def remove_run(directory: str, step: int) -> None:
             storage.remove(full)
 
 
+def set_aside(directory: str) -> str | None:
+    """Move every file of a save into a new folder within `directory`, `before_DATE`; returns its path, None where there are none."""
+    names = [name for name in storage.listdir(directory) if parse_name(name)] if storage.isdir(directory) else []
+    if not names:
+        return None
+    aside = storage.join(directory, time.strftime("before_%Y%m%d-%H%M%S"))
+    storage.makedirs(aside)
+    for name in names:
+        storage.move(storage.join(directory, name), storage.join(aside, name))
+    return aside
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -193,7 +211,7 @@ def remove_run(directory: str, step: int) -> None:
 def read_run_json(path: str) -> dict[str, Any] | None:
     """The JSON of the save that the file `path` belongs to (any of its files, or a folder: its newest), or None."""
     if storage.isdir(path):
-        newest = max(_steps(path, "run"), default=None)
+        newest = max(steps_of(path), default=None)
         return None if newest is None else _read_json(storage.join(path, run_name(newest)))
     parsed = parse_name(path)
     if parsed is None:
@@ -207,7 +225,7 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
 
     Its files are not looked at: no more is asked of a save than what stands in its JSON file.
     """
-    for earlier in sorted((s for s in _steps(directory, "run") if s <= step), reverse=True):
+    for earlier in sorted((s for s in steps_of(directory) if s <= step), reverse=True):
         with contextlib.suppress(ValueError):
             if not _read_json(storage.join(directory, run_name(earlier)))["state"].get("bad_in_a_row"):
                 return earlier
@@ -222,13 +240,13 @@ def find_latest(directory: str, *, tell: Tell | None = None) -> SavedRun | None:
     tell = tell or _silent
     if not storage.isdir(directory):
         return None
-    complete = sorted(_steps(directory, "run"), reverse=True)
-    for step in sorted(_steps(directory, "model"), reverse=True):
+    complete = sorted(steps_of(directory), reverse=True)
+    for step in sorted(steps_of(directory, "model"), reverse=True):
         if complete and step > complete[0]:
             tell(
                 f"passing over {storage.join(directory, model_name(step))}: its save was interrupted (no {run_name(step)})"
             )
-    candidates = complete or sorted(_steps(directory, "model"), reverse=True)
+    candidates = complete or sorted(steps_of(directory, "model"), reverse=True)
     opener = _open_complete if complete else _open_2021_readable
     found = (_open_or_tell(opener, directory, step, tell) for step in candidates)
     return next((run for run in found if run is not None), None)
@@ -287,6 +305,7 @@ def _open_complete(directory: str, step: int) -> SavedRun:
         config=run["config"],
         class_names=tuple(run["class_names"]),
         state=_decode(run["state"]),
+        started_from=run.get("started_from", ""),
     )
 
 
@@ -316,7 +335,8 @@ def _role(name: str) -> str:
     return name if parsed is None else parsed[0]
 
 
-def _steps(directory: str, role: str) -> list[int]:
+def steps_of(directory: str, role: str = "run") -> list[int]:
+    """The steps of the files of one role in a folder, which must exist, in the order of their names."""
     parsed = (parse_name(name) for name in storage.listdir(directory))
     return [found[1] for found in parsed if found is not None and found[0] == role]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ class Checkpoints:
         kind: str = "diffusion",
         config: Mapping[str, Any] | None = None,
         class_names: Sequence[str] = (),
+        started_from: str = "",
         keep_last: int = 0,
         keep_every: int = 0,
         on_error: str = "warn",
@@ -58,6 +60,7 @@ class Checkpoints:
         """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
         self._good_step: int | None = None  # of `last_good`, where that lies in this folder
         self._about: dict[str, Any] = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
+        self._about["started_from"] = started_from
         self._keep_last, self._keep_every = keep_last, keep_every
         self.on_error = on_error
         self._background, self._tell = background, tell
@@ -77,32 +80,27 @@ class Checkpoints:
             raise ValueError(refused)
 
     def find(self, resume: str) -> SavedRun | None:
-        """The save to continue from, agreed by all processes: "" none, "auto" the newest whole one here, else a path."""
-        found: SavedRun | None = None
-        problem = ""
-        if self._world.is_main and resume:
-            try:
-                if resume == "auto":
-                    found = checkpoint.find_latest(self.directory, tell=self._tell)
-                else:
-                    found = checkpoint.load_run(resume, tell=self._tell)
-                if found is None and resume != "auto":
-                    problem = f"cannot resume from {resume}: there is no whole save in it"
-            except ValueError as error:
-                problem = str(error)
-        found, problem = self._world.broadcast_object((found, problem), name="choosing the save to resume from")
-        if problem:
-            raise ValueError(problem)
-        if found is not None and found.kind not in (None, self._about["kind"]):
-            raise ValueError(
-                f"cannot resume from {resume}: {found.directory} holds a run of kind {found.kind!r}, this one is {self._about['kind']!r}"
-            )
-        if self._world.is_main and found is not None and found.state is not None:
-            good = checkpoint.last_before_bad_steps(found.directory, found.step)
-            if good is not None:
-                self.last_good = storage.join(found.directory, checkpoint.run_name(good))
-                self._good_step = good if storage.same_folder(found.directory, self.directory) else None
-        return found
+        """`find_save` in this folder, for a run that goes on with `continue_from`."""
+        saved = find_save(self.directory, resume, kind=self._about["kind"], world=self._world, tell=self._tell)
+        self.continue_from(saved)
+        return saved
+
+    def continue_from(self, saved: SavedRun | None) -> None:
+        """Learn from the save that is continued which one was the last good one, and how the run began."""
+        if not self._world.is_main or saved is None or saved.state is None:
+            return
+        here = storage.same_folder(saved.directory, self.directory)
+        if here:
+            self._about["started_from"] = saved.started_from
+        good = checkpoint.last_before_bad_steps(saved.directory, saved.step)
+        if good is not None:
+            self.last_good = storage.join(saved.directory, checkpoint.run_name(good))
+            self._good_step = good if here else None
+
+    def set_aside(self) -> None:
+        """Make room for a run that starts afresh: the saves of an earlier one move into a folder within this one."""
+        if self._world.is_main and (aside := checkpoint.set_aside(self.directory)) is not None:
+            self._tell(f"starting afresh: the saves that were in {self.directory} are in {aside} now")
 
     def save(
         self,
@@ -181,6 +179,64 @@ class Checkpoints:
             milestone = self._keep_every > 0 and step % self._keep_every == 0
             if not milestone and step != self._good_step:
                 checkpoint.remove_run(self.directory, step)
+
+
+def find_save(
+    directory: str, resume: str, *, kind: str, world: World | None = None, tell: Callable[[str], None] = print
+) -> SavedRun | None:
+    """The save that a start of the run in `directory` continues, agreed by all processes; None for step 0.
+
+    It is the newest whole save in `directory`, whatever the run was started from. Where there is none: the file or folder
+    `resume`, if it is a path. `resume` "" or "none" asks for nothing at all, "auto" for the newest here. ValueError where what
+    is asked for does not exist, is of another kind, or where saves are here but none of them is whole.
+    """
+    world = World() if world is None else world
+    found: SavedRun | None = None
+    problem = ""
+    if world.is_main and resume not in ("", "none"):
+        try:
+            found = _find(directory, resume, kind, tell)
+        except ValueError as error:
+            problem = str(error)
+    found, problem = world.broadcast_object((found, problem), name="choosing the save to resume from")
+    if problem:
+        raise ValueError(problem)
+    return found
+
+
+def _find(directory: str, resume: str, kind: str, tell: Callable[[str], None]) -> SavedRun | None:
+    here = checkpoint.find_latest(directory, tell=tell)
+    if here is None and storage.isdir(directory) and (damaged := checkpoint.steps_of(directory)):
+        raise ValueError(
+            f"{directory} holds {len(damaged)} saves and none of them is whole (the reasons are above); repair one, give another "
+            "--out, or start afresh with --resume_checkpoint none"
+        )
+    found = here if here is not None or resume == "auto" else checkpoint.load_run(resume, tell=tell)
+    if found is None and resume != "auto":
+        raise ValueError(f"cannot resume from {resume}: there is no whole save in it")
+    if found is not None and found.kind not in (None, kind):
+        raise ValueError(
+            f"cannot resume from {directory if found is here else resume}: {found.directory} holds a run of kind {found.kind!r}, "
+            f"this one is {kind!r}; give another {'--out' if found is here else '--resume_checkpoint'}"
+        )
+    if here is not None and resume != "auto" and not _means(resume, here):
+        tell(
+            f"{directory} has saves of its own, up to step {here.step}: going on from there and not from {resume}, as the "
+            "run's newest save always comes first. To start from that file again, give another --out"
+        )
+    return found
+
+
+def _means(resume: str, saved: SavedRun) -> bool:
+    """Whether the path `resume` is the folder of a save, or one of its files."""
+    if storage.same_folder(resume, saved.directory):
+        return True
+    parsed = checkpoint.parse_name(resume)
+    return (
+        parsed is not None
+        and parsed[1] == saved.step
+        and storage.same_folder(os.path.dirname(resume) or ".", saved.directory)
+    )
 
 
 def _on_host(value: Any) -> Any:
