@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import identify
 from .config import (
     ClassifierConfig,
     DataConfig,
@@ -39,20 +36,20 @@ from .diffusion.schedules import SCHEDULES, named_betas
 from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
 from .models.network import Network as Torso
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
-from .runtime import storage
+from .reading import agree as agree
+from .reading import classes_of as classes_of
+from .reading import find as find
+from .reading import fitted as fitted
+from .reading import read as read
+from .reading import recognise as recognise
 from .runtime.streams import TRAIN, Streams, key_of
-from .training.checkpoint import find_latest, parse_name, read_run_json, save_run
+from .training.checkpoint import save_run
 from .training.losses import Losses
 from .training.restore import load_weights_into
-from .training.weights import CHOICES, read_metadata, read_weights
 
 Tell = Callable[[str], None]
 LossFn = Callable[[Any, Any, Streams], Losses]
 Sample = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
-
-# Classes of ImageNet, which the networks of 2021 have whenever they know classes at all.
-CLASSES_OF_2021 = 1000
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks and processes
@@ -131,11 +128,6 @@ class _Unfilled(TorchFunctionMode):
         if func in (Tensor.zero_, Tensor.fill_) or getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def classes_of(model: Network) -> int:
-    """The number of classes, 0 where the network is told none; of a network of 2021 those of ImageNet."""
-    return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0
 
 
 def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -> Process:
@@ -414,96 +406,6 @@ class Loaded:
         return self.config.kind
 
 
-@dataclass(frozen=True)
-class Found:
-    """A file of weights and what is known of it before its numbers are read."""
-
-    path: str
-    config: RunConfig | None
-    class_names: tuple[str, ...] = ()
-    step: int | None = None
-    sha256: str = ""
-
-
-def find(path: str, *, weights: str = "", tell: Tell = print) -> Found:
-    """The weights that `path` means: a file, or a run folder, whose newest averaged weights (or those of `weights`) are taken."""
-    if weights not in CHOICES:
-        raise ValueError(f"--weights is {weights!r}; it must be one of {', '.join(map(repr, CHOICES))}")
-    if not path or not storage.exists(path):
-        raise FileNotFoundError(f"{path!r}: no such file of weights or run folder")
-    step = None
-    if storage.isdir(path):
-        path, step = _in_folder(path, weights, tell)
-    else:
-        role = (parse_name(path) or (weights,))[0].partition("_")[0]
-        if weights and role in ("ema", "model") and role != weights:
-            raise ValueError(f"--weights is {weights!r}, but {path} holds the other ones; give the file you mean")
-    run = _inside(path) if path.endswith(".safetensors") else read_run_json(path)
-    if run is None:
-        return Found(path, None, step=step)
-    names = tuple(run["class_names"])
-    if not run["config"]:
-        return Found(path, None, names, run["step"])
-    config = RunConfig.from_dict(run["kind"], run["config"])
-    sha256 = run.get("files", {}).get(os.path.basename(path), {}).get("sha256", "")
-    # A network without classes has no class names, whatever the files of its images are called.
-    return Found(path, config, names if classes_of(config.model) else (), run["step"], sha256)
-
-
-def _in_folder(folder: str, weights: str, tell: Tell) -> tuple[str, int]:
-    """(file of weights, step) of the newest save in a run folder."""
-    saved = find_latest(folder, tell=tell)
-    if saved is None or saved.model is None:
-        raise ValueError(f"{folder} holds no save of a run; give a folder that training wrote, or a .pt file")
-    rate = None if weights == "model" else max(saved.ema, key=float, default=None)
-    if rate is None and weights == "ema":
-        raise ValueError(f"--weights is 'ema', but the newest save in {folder} kept no averaged weights")
-    if rate is None:
-        path, what = saved.model, "weights" if weights else "weights (no average was kept)"
-    else:
-        path, what = saved.ema[rate], f"averaged weights (EMA {rate})"
-    tell(f"taking the newest {what}: {path}")
-    if rate is not None and saved.step < 1 / (1 - float(rate)):
-        tell(f"note: after {saved.step} steps an average of rate {rate} still remembers the first, random weights")
-    return path, saved.step
-
-
-def _inside(path: str) -> dict[str, Any] | None:
-    """What `convert` wrote into a safetensors file beside its tensors, or None for those of others."""
-    text = read_metadata(path).get("guided_diffusion")
-    if text is None:
-        return None
-    try:
-        told = json.loads(text)
-        RunConfig.from_dict(told["kind"], told["config"])
-        return {name: told[name] for name in ("kind", "config", "class_names", "step")}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} carries a configuration that cannot be read ({error}); convert it again") from error
-
-
-def recognise(
-    path: str,
-    weights: Mapping[str, Tensor],
-    flags: Mapping[str, Any],
-    *,
-    kind: str | None = None,
-    tell: Tell = print,
-) -> RunConfig:
-    """The configuration of a file that carries none, from its tensors and the flags that were typed; of `kind`, if given."""
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    config = identify.identify(path, shapes, flags=flags, kind=kind, tell=tell)
-    if config.kind == "classifier":  # its tensors say nothing of the noise it was trained on
-        told = {name: flags[name] for name in DiffusionConfig.names() if name in flags}
-        config = replace(config, diffusion=replace(config.diffusion, **told))
-    return config
-
-
-def fitted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as our networks keep them: float32, and attention as 1x1 Conv1d where a file has 1x1 Conv2d. Copies nothing else."""
-    squeezed = set(identify.squeezed_attention({name: tuple(value.shape) for name, value in weights.items()}))
-    return {name: (value.squeeze(-1) if name in squeezed else value).float() for name, value in weights.items()}
-
-
 def load(
     path: str,
     *,
@@ -522,46 +424,19 @@ def load(
     follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds both averaged and raw ones; else the
     averaged are taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
     """
-    device, flags = torch.device(device), dict(flags or {})
-    found = find(path, weights=weights, tell=tell)
-    read = read_weights(found.path, which=weights, tell=tell)
-    tensors = fitted(read.tensors)
+    device = torch.device(device)
+    found, held = read(path, kind=kind, flags=flags, weights=weights, tell=tell)
     config = found.config
-    if config is None:
-        config = recognise(found.path, tensors, flags, kind=kind, tell=tell)
-    else:
-        identify.require_kind(found.path, config.kind, kind)
-        config = agree(config, flags, found.path)
+    assert config is not None
     net = build_empty(config.model, config.diffusion)
-    load_weights_into(net, tensors, found.path, assign=True)
+    load_weights_into(net, held.tensors, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     chosen = choose_precision(precision, half, device, tell)
     net.set_compute_dtype(DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
     process = build_process(config.diffusion).to(device)
-    certain = found.config is not None or config.kind != "classifier"
-    names = found.class_names if classes_of(config.model) else ()
-    return Loaded(net, process, config, found.path, names, found.step, found.sha256, certain, read.taken)
-
-
-def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
-    """The file's configuration with those of `flags` that concern its use; ValueError where another one contradicts the file."""
-    changed: dict[str, Any] = {}
-    complaints: list[str] = []
-    own: dict[str, Any] = {}
-    for section in ("model", "diffusion"):
-        values = getattr(config, section)
-        free = {name: flags[name] for name in identify.FREE if name in flags and name in values.names()}
-        changed[section] = replace(values, **free).validate()
-        found = identify.contradictions(values, {name: v for name, v in flags.items() if name not in identify.FREE})
-        complaints += found.values()
-        own.update({name: getattr(values, name) for name in found})
-    if complaints:
-        raise ValueError(
-            f"{path} is another network than the flags say: {'; '.join(complaints)}. "
-            f"Leave these flags out, or give its own: {identify.flag_line(own)}"
-        )
-    return replace(config, **changed)
+    about = (found.path, found.class_names, found.step, found.sha256, found.certain)
+    return Loaded(net, process, config, *about, held.taken)
 
 
 def save(loaded: Loaded, folder: str) -> str:

@@ -166,13 +166,25 @@ def _same(values: Any, name: str, asked: Any) -> bool:
         return bool(replace(values, **{name: asked}).multipliers == values.multipliers)
     if name == "num_classes":
         return not asked or not getattr(values, "class_cond", True)
+    if name in ("predict", "predict_xstart"):
+        return _predicts(name, asked) == values.reading["predicts"]
     if name == "num_heads_upsample":
         return values.num_head_channels != -1 or {asked, values.num_heads_upsample} == {-1, values.num_heads}
     return name == "num_heads" and values.num_head_channels != -1
 
 
+def _predicts(name: str, asked: Any) -> str:
+    """What a network predicts, as either flag says it."""
+    return asked or "eps" if name == "predict" else "x0" if asked else "eps"
+
+
+def value_of(values: Any, name: str) -> Any:
+    """A flag's value, where an empty one says something too."""
+    return values.reading["predicts"] if name == "predict" else getattr(values, name)
+
+
 def _in_words(values: Any, name: str, asked: Any) -> str:
-    has = getattr(values, name)
+    has = value_of(values, name)
     if name == "class_cond":
         told = f"{values.num_classes} classes" if has else "no classes"
         return f"the file has {told}; you asked for --class_cond {asked}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelConfig
+from ..config import WEIGHTS, WEIGHTS_HELP, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--noise_schedule", default="linear", help="of a diffusers source, which does not carry it (default linear)"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help=WEIGHTS_HELP)
     args = parser.parse_args(argv)
     to = args.to or {".safetensors": "safetensors", ".pt": "pt"}.get(Path(args.target).suffix)
     if to is None:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from .. import build
 
-        loaded = build.load(args.source)
+        loaded = build.load(args.source, weights=args.weights)
         original = loaded.net
     if to == "diffusers":
         converted = save_diffusers(loaded, args.target)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..config import WEIGHTS, WEIGHTS_HELP
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..config import RunConfig
@@ -29,57 +32,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=0,
         help="for --probe, where the channel multipliers belong to no standard size",
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help=WEIGHTS_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args(argv)
     if args.probe_images < 1:
         raise ValueError(f"--probe_images is {args.probe_images}; it must be at least 1")
 
-    from .. import build
-    from ..recognise import inspect_shapes, normalise_keys
-    from ..training.weights import load_weights
+    from . import making, runs
 
-    found = build.find(args.path)
-    weights = load_weights(found.path)
-    shapes = normalise_keys({name: tuple(value.shape) for name, value in weights.items()})
+    with runs.session({"device": args.device, "debug": False}) as here:
+        tell = making.teller(here)
+        for line in report(args, here.device, tell):
+            tell(line)
+    return 0
+
+
+def report(args: argparse.Namespace, device: torch.device, tell: Callable[[str], None]) -> Iterator[str]:
+    """What a file of weights is, line by line."""
+    from .. import build
+    from ..recognise import inspect_shapes
+    from ..training.weights import read_weights
+
+    found = build.find(args.path, weights=args.weights, tell=tell)
+    weights = read_weights(found.path, which=args.weights, tell=tell).tensors
+    millions = sum(value.numel() for value in weights.values()) / 1e6
+    yield f"file        {found.path}"
+    yield f"tensors     {len(weights)}, {millions:.2f} million parameters, {_dtypes(weights)}"
     config = found.config
-    print(f"file        {found.path}")
-    print(
-        f"tensors     {len(weights)}, {sum(v.numel() for v in weights.values()) / 1e6:.2f} million parameters, {_dtypes(weights)}"
-    )
     if args.probe and (config is None or config.kind != "classifier"):
-        layout = inspect_shapes(shapes)
+        layout = inspect_shapes({name: tuple(value.shape) for name, value in weights.items()})
         if layout.kind != "diffusion":
             raise ValueError(
                 f"--probe compares denoising losses of a diffusion model; {found.path} is a {layout.kind} network"
             )
-        from ..runtime import world
-
-        with world.session(args.device) as here:
-            trials = probe(weights, layout, args.probe, args.probe_images, here.device, image_size=args.image_size)
-        print(verdict(trials))
-        return 0
+        trials = probe(weights, layout, args.probe, args.probe_images, device, image_size=args.image_size)
+        yield verdict(trials)
+        return
     if config is None:
-        config = build.recognise(found.path, weights, {})
-    _describe(config, found.step, found.class_names)
-    return 0
+        config = build.recognise(found.path, weights, {}, tell=tell)
+    yield from _describe(config, found.step, found.class_names if build.classes_of(config.model) else ())
 
 
 def _dtypes(weights: Mapping[str, Tensor]) -> str:
     return ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()}))
 
 
-def _describe(config: RunConfig, step: int | None, class_names: Sequence[str]) -> None:
+def _describe(config: RunConfig, step: int | None, class_names: Sequence[str]) -> Iterator[str]:
     from ..identify import flag_line
     from ..runtime.doctor import format_bytes
 
-    print(f"kind        {config.kind}" + (f", after {step} training steps" if step is not None else ""))
+    yield f"kind        {config.kind}" + (f", after {step} training steps" if step is not None else "")
     if class_names:
-        print(f"classes     {len(class_names)}: {', '.join(class_names[:8])}{' …' if len(class_names) > 8 else ''}")
-    print(f"network     {flag_line(config.model.to_dict())}")
-    print(f"process     {flag_line(config.diffusion.to_dict())}")
+        yield f"classes     {len(class_names)}: {', '.join(class_names[:8])}{' …' if len(class_names) > 8 else ''}"
+    yield f"network     {flag_line(config.model.to_dict())}"
+    yield f"process     {flag_line(config.diffusion.to_dict())}"
     cost = cost_of(config)
-    print(f"arithmetic  {cost.forward_flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)")
-    print(
+    yield f"arithmetic  {cost.forward_flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)"
+    yield (
         f"memory      {format_bytes(cost.weight_bytes)} of float32 weights; training adds about "
         f"{format_bytes(cost.activation_bytes)} of activations per image, and 16 bytes per parameter in all"
     )

@@ -11,7 +11,7 @@ from .networks import NETWORKS, ModelConfig, Network
 
 PRECISIONS = ("", "fp32", "bf16", "fp16")
 WEIGHTS = ("", "ema", "model")  # which weights of a file or run folder that holds several
-WEIGHTS_HELP = "which weights to take where model_path holds both: averaged (ema) or raw (model); empty = ema"
+WEIGHTS_HELP = "which weights to take where model_path holds both: averaged (ema) or raw (model); else the averaged"
 _CHOSEN = "what a network learns depends on its batch, so give a number; --microbatch auto finds how much of it fits"
 
 

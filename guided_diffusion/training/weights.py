@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..runtime import storage
 
-CHOICES = ("", "ema", "model")
 # Every network of this family has this tensor: what stands before its name in a file stands before all names of that network.
 _ANCHOR = "input_blocks.0.0.weight"
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")

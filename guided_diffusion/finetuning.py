@@ -1,0 +1,163 @@
+"""What a training run starts from where that is not a save of its own: the file's configuration, classes and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import identify
+from .build import build_empty
+from .config import ClassifierConfig, DiffusionConfig, Network, RunConfig
+from .reading import classes_of, read
+from .training.checkpoint import SavedRun, parse_name
+from .training.restore import load_weights_into
+
+Tell = Callable[[str], None]
+_SIZES = ("image_size", "image_width", "large_size", "small_size")
+_CLASSES = ("class_cond", "num_classes")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A start from another run's save or from a file.
+
+    config       of network and process to train: the file's, with what may change
+    class_names  of the file; () where it has none
+    old          the file's own network, before its classes changed
+    tensors      the weights to begin with, at step 0; None where the whole save is continued
+    new_classes  whether the classes are those of the data
+    as_2021      whether a run of the 2021 code goes on, which names no classes
+    """
+
+    path: str
+    config: RunConfig
+    class_names: tuple[str, ...]
+    old: Network
+    tensors: dict[str, Tensor] | None
+    new_classes: bool
+    as_2021: bool
+
+
+def origin(
+    saved: SavedRun,
+    kind: str,
+    typed: Mapping[str, Any],
+    *,
+    weights: str = "",
+    new_classes: bool = False,
+    tell: Tell = print,
+) -> Origin:
+    """What starting from `saved` means: a save is continued; of any other file, and of a save where `weights` ("ema" or "model")
+    says which or `new_classes` asks for other classes, the weights alone are taken, at step 0.
+
+    The configuration of network and process is the file's, found as `build.load` finds it. `typed` flags that deny it are a
+    ValueError, but for the size of the images, where the network allows another, and for classes, with `new_classes`.
+    """
+    path, which = _file(saved, weights)
+    plain = (parse_name(path) or ("",))[0] != "model"
+    asked = _asked(kind, typed)
+    fixed = {name: value for name, value in asked.items() if name not in (*_SIZES, *_CLASSES)}
+    sizes = {name: value for name, value in asked.items() if name in _SIZES}
+    found, held = read(path, kind=kind, flags=fixed, weights=which if plain else "", sizes=sizes, tell=tell)
+    assert found.config is not None
+    config = _resized(found.config, sizes, path, tell)
+    old = config.model
+    config = _with_classes(config, asked, path, new_classes)
+    whole = not (plain or weights or new_classes)
+    tensors = None if whole else held.tensors
+    return Origin(path, config, found.class_names, old, tensors, new_classes, whole and not saved.config)
+
+
+def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
+    """(file of weights, which of those in it) of a save."""
+    assert saved.model is not None
+    if weights != "ema" or parse_name(saved.model) is None:  # a plain file may hold both
+        return saved.model, weights
+    if not saved.ema:
+        raise ValueError(
+            f"--resume_from is 'ema', but the save at step {saved.step} in {saved.directory} has no averages"
+        )
+    return saved.ema[max(saved.ema, key=float)], ""
+
+
+def _asked(kind: str, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the typed flags those that say what the network or its process is."""
+    own = {*RunConfig.sections(kind)["model"].names(), *DiffusionConfig.names()}
+    return {name: value for name, value in typed.items() if name in own}
+
+
+def _resized(config: RunConfig, sizes: Mapping[str, int], path: str, tell: Tell) -> RunConfig:
+    """The configuration for images of another size: the same levels, with attention at the same ones."""
+    model = config.model
+    sizes = {name: size for name, size in sizes.items() if name in model.names() and size != getattr(model, name)}
+    if not sizes:
+        return config
+    told = ", ".join(f"{name} {getattr(model, name)}; you asked for {size}" for name, size in sizes.items())
+    prefix = ""
+    if isinstance(model, ClassifierConfig):
+        prefix = "classifier_"
+        if model.classifier_pool == "attention":
+            raise ValueError(
+                f"{path} is another network than the flags say: the file has {told}. Its attention pool fits no other size"
+            )
+    height = sizes.get("large_size", sizes.get("image_size", model.sample_size))
+    reached = [2**k for k in range(len(model.multipliers)) if 2**k in model.attention_downsamplings]
+    changed: dict[str, Any] = {
+        **sizes,
+        f"{prefix}channel_mult": ",".join(f"{m:g}" for m in model.multipliers),
+        f"{prefix}attention_resolutions": ",".join(str(height // ds) for ds in reached),
+    }
+    tell(f"{path}: the file has {told}: the levels stay, with attention at {changed[f'{prefix}attention_resolutions']}")
+    return replace(config, model=replace(model, **changed).validate())
+
+
+def _with_classes(config: RunConfig, asked: Mapping[str, Any], path: str, new_classes: bool) -> RunConfig:
+    """The configuration with the classes that are asked for; ValueError where they are others than the file's for no reason."""
+    wanted = {name: value for name, value in asked.items() if name in _CLASSES}
+    if not new_classes:
+        found = identify.contradictions(config.model, wanted)
+        if found:
+            raise ValueError(
+                f"{path} is another network than the flags say: {'; '.join(found.values())}. Leave these flags out, or give "
+                "--new_classes True: the network gets the classes of the data"
+            )
+        return replace(config, model=replace(config.model, num_classes=classes_of(config.model)))
+    changed: dict[str, Any] = {"num_classes": wanted.get("num_classes", 0)}
+    if "class_cond" in config.model.names():
+        changed["class_cond"] = wanted.get("class_cond", True)
+    return replace(config, model=replace(config.model, **changed).validate())
+
+
+def fill(net: nn.Module, start: Origin, class_names: Sequence[str], tell: Tell = print) -> None:
+    """Give `net`, just built for `start.config`, the weights of the file. Of new classes those that the file has by name keep
+    their rows of the label embedding (of a classifier: of its last layer), the others those that `net` has."""
+    assert start.tensors is not None
+    tensors = dict(start.tensors)
+    if start.new_classes:
+        known = {name: k for k, name in enumerate(start.class_names)}
+        kept = [(k, known[name]) for k, name in enumerate(class_names) if name in known]
+        fresh = net.state_dict()
+        for name in _of_classes(start.old):
+            before = tensors.pop(name, None)
+            if name in fresh:
+                tensors[name] = fresh[name].clone()
+                if before is not None:
+                    for row, source in kept:
+                        tensors[name][row] = before[source]
+        had = classes_of(start.old)
+        tell(
+            f"{start.path} has {had} classes{'' if start.class_names or not had else ' without names'}; {len(kept)} of the "
+            f"{len(class_names)} of this run are among them by name and keep what was learned, the others start anew"
+        )
+    load_weights_into(net, tensors, start.path)
+    tell(f"starting from the weights of {start.path}, at step 0")
+
+
+def _of_classes(model: Network) -> list[str]:
+    """The names of the tensors that have a row for each class."""
+    more = {"class_cond": True} if "class_cond" in model.names() else {}
+    two, three = (build_empty(replace(model, num_classes=count, **more)).state_dict() for count in (2, 3))
+    return [name for name, value in two.items() if value.shape != three[name].shape]
