@@ -1,12 +1,15 @@
 """Door: the 2021 diffusion class, on the rooms of `diffusion`.
 
-A template-method class: every method calls the others through `self`, reads the schedule from its own NumPy attributes as they are at that
-moment, and draws noise in the recorded order. So subclasses may override any of them, and old seeds give old samples. It holds no formula.
+A template-method class: every method calls the others through `self` where 2021 did, and with the same arguments; `mean_flat`, `normal_kl`
+and the other functions of this module are looked up in it at each call. So subclasses may override any method, and programs replace any
+function. The schedule is read from the NumPy attributes as they are at that moment, and noise is drawn in the recorded order: old seeds
+give old samples. Formulas are those of `diffusion`.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import math  # noqa: F401  star imports of this module rely on it
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +24,8 @@ from .diffusion import objectives as _objectives
 from .diffusion import process as _process
 from .diffusion import samplers as _samplers
 from .diffusion import schedules as _schedules
-from .diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl  # noqa: F401  as above
-from .diffusion.process import mean_flat  # noqa: F401  as above
+from .diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from .diffusion.process import mean_flat
 
 Output = dict[str, Any]
 
@@ -71,7 +74,6 @@ class LossType(enum.Enum):
 
 
 # Enumerations are compared by name: a vendored copy's members, or those unpickled from an old file, mean the same.
-_PREDICTS: dict[str, _denoiser.Predicts] = {"PREVIOUS_X": "previous_x", "START_X": "x0", "EPSILON": "eps"}
 _VARIANCE: dict[str, _denoiser.Variance] = {name: name.lower() for name in ModelVarType.__members__}  # type: ignore[misc]
 _LOSS: dict[str, _objectives.Loss] = {name: name.lower() for name in LossType.__members__}  # type: ignore[misc]
 
@@ -100,13 +102,28 @@ class _Tables:
         self.diffusion = diffusion
 
     def at(self, name: str, i: th.Tensor, like: th.Tensor) -> th.Tensor:
-        if name == "score_to_x0":  # 2021 has no attribute of it, but of both its factors
-            return self.at("sqrt_recipm1_alpha_bar", i, like) * self.at("sqrt_one_minus_alpha_bar", i, like)
         if name in _ATTRIBUTE_OF:
             table = getattr(self.diffusion, _ATTRIBUTE_OF[name])
         else:
             table = _process.tables_of(np.asarray(self.diffusion.betas))[name]
         return _extract_into_tensor(table, i, like.shape)
+
+
+def _contiguous(method: Callable) -> Callable:
+    """What `method` returns, its tensors contiguous: programs flatten them with `view`. Broadcast ones (stride 0) stay, as in 2021."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, th.Tensor):
+            return value if 0 in value.stride() else value.contiguous()
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return tuple(plain(item) for item in value) if isinstance(value, tuple) else value
+
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return plain(method(*args, **kwargs))
+
+    return called
 
 
 class GaussianDiffusion:
@@ -150,25 +167,31 @@ class GaussianDiffusion:
 
     # --- the process ---
 
+    @_contiguous
     def q_mean_variance(self, x_start: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         mean, variance, log_variance = _process.marginal(_Tables(self), x_start, t)
         return mean, variance.expand(x_start.shape), log_variance.expand(x_start.shape)
 
+    @_contiguous
     def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
         return _process.add_noise(_Tables(self), x_start, t, th.randn_like(x_start) if noise is None else noise)
 
+    @_contiguous
     def q_posterior_mean_variance(
         self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         mean, variance, log_variance = _process.posterior(_Tables(self), x_start, x_t, t)
         return mean, variance.expand(x_t.shape), log_variance.expand(x_t.shape)
 
+    @_contiguous
     def _predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
         return _process.x0_from_eps(_Tables(self), x_t, t, eps)
 
+    @_contiguous
     def _predict_xstart_from_xprev(self, x_t: th.Tensor, t: th.Tensor, xprev: th.Tensor) -> th.Tensor:
         return _process.x0_from_previous_x(_Tables(self), x_t, t, xprev)
 
+    @_contiguous
     def _predict_eps_from_xstart(self, x_t: th.Tensor, t: th.Tensor, pred_xstart: th.Tensor) -> th.Tensor:
         return _process.eps_from_x0(_Tables(self), x_t, t, pred_xstart)
 
@@ -177,6 +200,7 @@ class GaussianDiffusion:
 
     # --- reading a model ---
 
+    @_contiguous
     def p_mean_variance(
         self,
         model: Callable,
@@ -188,17 +212,18 @@ class GaussianDiffusion:
     ) -> Output:
         """Keys mean, variance, log_variance, pred_xstart, each of x's shape."""
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        variance_type, predicts = _VARIANCE[self.model_var_type.name], _PREDICTS[self.model_mean_type.name]
+        variance_type, predicts = _VARIANCE[self.model_var_type.name], self.model_mean_type.name
         prediction, raw = _denoiser.split_variance(output, x, variance_type)
-        if predicts == "eps":
+        if predicts == "EPSILON":
             xstart = self._predict_xstart_from_eps(x_t=x, t=t, eps=prediction)
-        elif predicts == "previous_x":
+        elif predicts == "PREVIOUS_X":
             xstart = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=prediction)
         else:
             xstart = prediction
         xstart = _denoiser.bounded(xstart, clip_denoised, denoised_fn)
-        posterior_mean, _, _ = self.q_posterior_mean_variance(x_start=xstart, x_t=x, t=t)
-        mean = prediction if predicts == "previous_x" else posterior_mean
+        mean = prediction
+        if predicts != "PREVIOUS_X":
+            mean, _, _ = self.q_posterior_mean_variance(x_start=xstart, x_t=x, t=t)
         variance, log_variance = (
             value.expand(x.shape) for value in _denoiser.step_spread(_Tables(self), raw, x, t, variance_type)
         )
@@ -206,17 +231,20 @@ class GaussianDiffusion:
 
     # --- guidance ---
 
+    @_contiguous
     def condition_mean(
         self, cond_fn: Callable, p_mean_var: Output, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
     ) -> th.Tensor:
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + _guidance.mean_shift(p_mean_var["variance"], gradient)
 
+    @_contiguous
     def condition_score(
         self, cond_fn: Callable, p_mean_var: Output, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
     ) -> Output:
         return self._score_moved(p_mean_var, x, t, cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {})))
 
+    @_contiguous
     def condition_mean_with_grad(
         self, cond_fn: Callable, p_mean_var: Output, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
     ) -> th.Tensor:
@@ -224,6 +252,7 @@ class GaussianDiffusion:
         gradient = cond_fn(x, t, p_mean_var, **(model_kwargs or {}))
         return p_mean_var["mean"].float() + _guidance.mean_shift(p_mean_var["variance"], gradient)
 
+    @_contiguous
     def condition_score_with_grad(
         self, cond_fn: Callable, p_mean_var: Output, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
     ) -> Output:
@@ -231,12 +260,14 @@ class GaussianDiffusion:
         return self._score_moved(p_mean_var, x, t, cond_fn(x, t, p_mean_var, **(model_kwargs or {})))
 
     def _score_moved(self, p_mean_var: Output, x: th.Tensor, t: th.Tensor, gradient: th.Tensor) -> Output:
-        xstart = _guidance.score_shifted_x0(_Tables(self), p_mean_var["pred_xstart"], x, t, gradient)
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        xstart = self._predict_xstart_from_eps(x, t, _guidance.score_shifted_eps(_Tables(self), eps, x, t, gradient))
         mean, _, _ = self.q_posterior_mean_variance(x_start=xstart, x_t=x, t=t)
         return {**p_mean_var, "pred_xstart": xstart, "mean": mean}
 
     # --- one step of sampling ---
 
+    @_contiguous
     def p_sample(
         self,
         model: Callable,
@@ -257,6 +288,7 @@ class GaussianDiffusion:
         sample = _samplers.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
+    @_contiguous
     def p_sample_with_grad(
         self,
         model: Callable,
@@ -279,6 +311,7 @@ class GaussianDiffusion:
         sample = _samplers.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"].detach()}
 
+    @_contiguous
     def ddim_sample(
         self,
         model: Callable,
@@ -298,6 +331,7 @@ class GaussianDiffusion:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         return {"sample": self._ddim_step(x, t, out["pred_xstart"], eta), "pred_xstart": out["pred_xstart"]}
 
+    @_contiguous
     def ddim_sample_with_grad(
         self,
         model: Callable,
@@ -327,6 +361,7 @@ class GaussianDiffusion:
         noise = th.randn_like(x)  # drawn even where sigma is zero: it belongs to the recorded order
         return _samplers.ddim_update(xstart, eps, alpha_bar_prev, sigma) + _later_than_0(t, x) * sigma * noise
 
+    @_contiguous
     def ddim_reverse_sample(
         self,
         model: Callable,
@@ -343,10 +378,11 @@ class GaussianDiffusion:
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
-        eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
+        eps = _process.eps_from_x0(_Tables(self), x, t, out["pred_xstart"])  # not through `self`: nor in 2021
         sample = _samplers.ddim_update(out["pred_xstart"], eps, _Tables(self).at("alpha_bar_next", t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
+    @_contiguous
     def plms_sample(
         self,
         model: Callable,
@@ -587,9 +623,9 @@ class GaussianDiffusion:
         if raw is not None:  # the bound trains the variance only
             frozen = th.cat([prediction.detach(), raw], dim=1)
             terms["vb"] = self._vb_terms_bpd(model=lambda *args, **kwargs: frozen, **bound)["output"] * scale
-        predicts = _PREDICTS[self.model_mean_type.name]
-        target = _objectives.mse_target(_Tables(self), x_start, x_t, t, noise, predicts)
-        terms["mse"] = _process.squared_error(target, prediction)
+        previous, _, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
+        target = {"PREVIOUS_X": previous, "START_X": x_start, "EPSILON": noise}[self.model_mean_type.name]
+        terms["mse"] = _squared_error(target, prediction)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 
@@ -603,13 +639,18 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
     ) -> Output:
         """One term of the bound, keys output `[N]` in bits per dimension, and pred_xstart."""
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        term = _likelihood.bound_term(_Tables(self), x_start, x_t, t, out["mean"], out["log_variance"])
+        mean, log_variance = out["mean"], out["log_variance"]
+        divergence = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        log_likelihood = discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+        term = _likelihood.bound_term(t, divergence, mean_flat(-log_likelihood))
         return {"output": term, "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start: th.Tensor) -> th.Tensor:
         t = th.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device, dtype=th.long)
-        return _likelihood.prior_term(_Tables(self), x_start, t)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return _likelihood.in_bits(mean_flat(normal_kl(mean1=mean, logvar1=log_variance, mean2=0.0, logvar2=0.0)))
 
     def calc_bpd_loop(
         self, model: Callable, x_start: th.Tensor, clip_denoised: bool = True, model_kwargs: dict | None = None
@@ -621,13 +662,20 @@ class GaussianDiffusion:
             noise = th.randn_like(x_start)
             x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
             with th.no_grad():
-                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+                out = self._vb_terms_bpd(
+                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+                )
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             pairs = ((out["pred_xstart"], x_start), (eps, noise))
-            rows.append((out["output"], *(_process.squared_error(*pair) for pair in pairs)))
+            rows.append((out["output"], *(_squared_error(*pair) for pair in pairs)))
         vb, xstart_mse, mse = (th.stack(column, dim=1) for column in zip(*rows))
         bound = _likelihood.bound_of(self._prior_bpd(x_start), vb, xstart_mse, mse)
         return {"total_bpd": bound.total, "prior_bpd": bound.prior, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
+
+
+def _squared_error(a: th.Tensor, b: th.Tensor) -> th.Tensor:
+    """As `diffusion.process.squared_error`, by the `mean_flat` of this module."""
+    return mean_flat((a - b) ** 2)
 
 
 def _later_than_0(t: th.Tensor, x: th.Tensor) -> th.Tensor:

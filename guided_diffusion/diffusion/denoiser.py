@@ -142,14 +142,11 @@ def step_spread(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, varian
     "fixed_small" is the posterior's (0 at i = 0), "fixed_large" beta; "learned" reads the network's channels as the logarithm, and
     "learned_range" puts their -1 .. 1 between the logarithms of the two (arXiv 2102.09672, eq. 15).
     """
-    if variance == "fixed_small":
-        return Spread(tables.at("posterior_variance", i, x), tables.at("posterior_log_variance", i, x))
-    if variance == "fixed_large":
-        log_variance = tables.at("fixed_large_log_variance", i, x)
-    else:
-        assert raw is not None
-        log_variance = raw
-        if variance == "learned_range":
-            share = (raw + 1) / 2
-            log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
+    if raw is None:
+        name = {"fixed_small": "posterior", "fixed_large": "fixed_large"}[variance]
+        return Spread(tables.at(f"{name}_variance", i, x), tables.at(f"{name}_log_variance", i, x))
+    log_variance = raw
+    if variance == "learned_range":
+        share = (raw + 1) / 2
+        log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
     return Spread(log_variance.exp(), log_variance)

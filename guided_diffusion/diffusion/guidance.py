@@ -55,6 +55,11 @@ def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient:
     return torch.addcmul(x0, tables.at("score_to_x0", i, x), gradient, value=scale)
 
 
+def score_shifted_eps(tables: Tables, eps: Tensor, x: Tensor, i: Tensor, gradient: Tensor) -> Tensor:
+    """The same move said of eps: it falls by sqrt(1 - alpha_bar) gradient."""
+    return torch.addcmul(eps, (1 - tables.at("alpha_bar", i, x)).sqrt(), gradient, value=-1)
+
+
 def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:
     """Guide the mean of a step: mean + variance * scale * gradient (Dhariwal & Nichol 2021, algorithm 1). For ancestral sampling.
 

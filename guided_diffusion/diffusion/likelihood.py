@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
+import numpy as np  # noqa: F401  `from guided_diffusion.losses import *` has always brought `np` and `th`; this room is what it opens on
 import torch
-import torch as th  # noqa: F401  `from guided_diffusion.losses import *` has always brought `np` and `th`; this room is what it opens on
+import torch as th  # noqa: F401  as above
 from torch import Tensor
 
 from .denoiser import Denoiser
@@ -16,7 +16,7 @@ from .process import Process, Tables, add_noise, eps_from_x0, marginal, mean_fla
 from .samplers import Noise
 
 
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
+def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
     """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) elementwise, in nats. Arguments broadcast; all but one may be numbers."""
     like = next((value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)), None)
     if like is None:
@@ -45,20 +45,30 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     return torch.log(torch.where(x < -0.999, below_upper, inside).clamp(min=1e-12))
 
 
-def bound_term(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """One term of the variational bound in bits per dimension, `[B]`: a divergence, at i = 0 the likelihood of the pixels (eq. 5)."""
+def in_bits(nats: Tensor) -> Tensor:
+    """The same amount of information in bits."""
+    return nats / math.log(2.0)
+
+
+def bound_term(i: Tensor, divergence: Tensor, surprise: Tensor) -> Tensor:
+    """One term of the variational bound in bits, from nats `[B]`: a divergence, at i = 0 the surprise at the pixels (eq. 5)."""
+    return in_bits(torch.where(i == 0, surprise, divergence))
+
+
+def bound_between(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """The bound's term for steps N(mean, e^log_variance) from x at i, in bits per dimension, `[B]`."""
     true = posterior(tables, x0, x, i)
     divergence = mean_flat(normal_kl(true.mean, true.log_variance, mean, log_variance))
     scales = (0.5 * log_variance).expand_as(mean)
     surprise = -mean_flat(discretized_gaussian_log_likelihood(x0, means=mean, log_scales=scales))
-    return torch.where(i == 0, surprise, divergence) / np.log(2.0)
+    return bound_term(i, divergence, surprise)
 
 
 def prior_term(tables: Tables, x0: Tensor, last_step: Tensor) -> Tensor:
     """What the noisiest step `[B]` still tells of x0, in bits per dimension, `[B]`; nothing in a model can change it."""
     end = marginal(tables, x0, last_step)
     zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
-    return mean_flat(normal_kl(end.mean, end.log_variance, zero, zero)) / np.log(2.0)
+    return in_bits(mean_flat(normal_kl(end.mean, end.log_variance, zero, zero)))
 
 
 class BoundStep(NamedTuple):
@@ -93,7 +103,7 @@ def bound_steps(
         mean = posterior(process, denoised.x0, x, i).mean
         yield BoundStep(
             k,
-            bound_term(process, x0, x, i, mean, denoised.log_variance),
+            bound_between(process, x0, x, i, mean, denoised.log_variance),
             squared_error(denoised.x0, x0),
             squared_error(eps_from_x0(process, x, i, denoised.x0), eps),
         )

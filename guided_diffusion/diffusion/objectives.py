@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_spread, x0_from_output
-from .likelihood import bound_term
+from .likelihood import bound_between
 from .process import Process, Tables, add_noise, posterior_mean, squared_error, v_from_x0
 
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
@@ -96,7 +96,7 @@ def variational_term(
 ) -> Tensor:
     """The bound's term for a prediction that is not clipped, in bits per dimension, `[B]`."""
     mean = posterior_mean(tables, x0_from_output(tables, prediction, x, i, predicts), x, i)
-    return bound_term(tables, x0, x, i, mean, step_spread(tables, raw, x, i, variance).log_variance)
+    return bound_between(tables, x0, x, i, mean, step_spread(tables, raw, x, i, variance).log_variance)
 
 
 def bound_scale(loss: Loss, num_steps: int) -> float:

@@ -47,6 +47,7 @@ class Process:
     posterior_log_variance: Tensor  # step 0 has variance zero; its logarithm is that of step 1 instead
     posterior_mean_x0: Tensor
     posterior_mean_x: Tensor
+    fixed_large_variance: Tensor
     fixed_large_log_variance: Tensor
 
     def __len__(self) -> int:
@@ -108,6 +109,7 @@ def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     posterior_variance = betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)  # eq. 7
     first = posterior_variance[1] if len(betas) > 1 else betas[0]  # stands in where the posterior variance is zero
+    fixed_large = np.append(first, betas[1:])
     return {
         "beta": betas,
         "log_beta": np.log(betas),
@@ -125,7 +127,8 @@ def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
         "posterior_log_variance": np.log(np.append(first, posterior_variance[1:])),
         "posterior_mean_x0": betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),  # eq. 7
         "posterior_mean_x": (1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar),
-        "fixed_large_log_variance": np.log(np.append(first, betas[1:])),
+        "fixed_large_variance": fixed_large,
+        "fixed_large_log_variance": np.log(fixed_large),
     }
 
 
@@ -255,7 +258,7 @@ class Gaussian(NamedTuple):
 
 def marginal(tables: Tables, x0: Tensor, i: Tensor) -> Gaussian:
     """q(x_i | x0), eq. 4."""
-    variance = 1.0 - tables.at("alpha_bar", i, x0)
+    variance = tables.at("sqrt_one_minus_alpha_bar", i, x0) ** 2  # 1 - alpha_bar in float32 has lost half its digits
     return Gaussian(tables.at("sqrt_alpha_bar", i, x0) * x0, variance, tables.at("log_one_minus_alpha_bar", i, x0))
 
 

@@ -179,54 +179,6 @@ def test_reassigned_tables_are_read():
     torch.testing.assert_close(diffusion.p_mean_variance(half, x, t)["mean"], 3 * x)
 
 
-def test_subclasses_hooks_are_called_through_self():
-    calls = []
-
-    class Watched(gd.GaussianDiffusion):
-        pass
-
-    def watch(name):
-        original = getattr(gd.GaussianDiffusion, name)
-
-        def method(self, *args, **kwargs):
-            calls.append(name)
-            return original(self, *args, **kwargs)
-
-        setattr(Watched, name, method)
-
-    sampling = "p_mean_variance p_sample ddim_sample condition_mean condition_score _scale_timesteps"
-    loops = "p_sample_loop_progressive ddim_sample_loop_progressive _vb_terms_bpd _prior_bpd q_sample"
-    formulas = "q_posterior_mean_variance _predict_xstart_from_eps _predict_eps_from_xstart"
-    for name in [*sampling.split(), *loops.split(), *formulas.split()]:
-        watch(name)
-    diffusion = plain(2)
-    watched = Watched(
-        betas=diffusion.betas,
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=gd.ModelVarType.LEARNED_RANGE,
-        loss_type=gd.LossType.MSE,
-    )
-
-    def net(x, t):
-        return torch.cat([x, x], 1)
-
-    def needs(*names):
-        assert set(names) <= set(calls), calls
-        calls.clear()
-
-    x = torch.randn(1, 1, 2, 2)
-    watched.p_sample_loop(net, (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: x)
-    needs("p_sample_loop_progressive", "p_sample", "p_mean_variance", "condition_mean", "_scale_timesteps")
-    watched.ddim_sample_loop(net, (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: x)
-    needs(
-        "ddim_sample_loop_progressive", "ddim_sample", "p_mean_variance", "condition_score", "_predict_eps_from_xstart"
-    )
-    watched.training_losses(net, x, torch.tensor([1]))
-    needs("q_sample", "_vb_terms_bpd", "p_mean_variance", "_predict_xstart_from_eps", "q_posterior_mean_variance")
-    watched.calc_bpd_loop(net, x)
-    needs("q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart")
-
-
 def test_randomness_is_drawn_in_the_recorded_order(monkeypatch):
     """One randn of the shape, then one randn_like per step, at t = 0 and with eta 0 too."""
     drawn = []
@@ -383,6 +335,59 @@ def test_condition_score_reads_attributes_as_they_are():
     x, t = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2])
     out = {"pred_xstart": torch.zeros_like(x), "mean": x, "variance": x, "log_variance": x}
     diffusion.sqrt_recipm1_alphas_cumprod = np.full(diffusion.num_timesteps, 3.0)
-    diffusion.sqrt_one_minus_alphas_cumprod = np.full(diffusion.num_timesteps, 0.5)
+    diffusion.alphas_cumprod = np.full(diffusion.num_timesteps, 0.75)  # the score moves by the root of 1 - 0.75
     moved = diffusion.condition_score(lambda x, t, **_: torch.ones_like(x), out, x, t)
     torch.testing.assert_close(moved["pred_xstart"], torch.full_like(x, 1.5))  # 3 times 0.5 times a gradient of 1
+
+
+@pytest.mark.parametrize("given", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("returned", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize("mean", list(gd.ModelMeanType))
+@pytest.mark.parametrize("variance", list(gd.ModelVarType))
+def test_what_leaves_is_contiguous(given, returned, mean, variance):
+    """Whatever layout goes in or leaves the network: programs flatten with `view`. Broadcast tables have stride 0, as in 2021."""
+
+    def laid_out(x, layout):
+        if layout == "slice":
+            return torch.cat([x, x], 1)[:, : x.shape[1]]
+        return x.contiguous(memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout))
+
+    def net(x, t, **kwargs):
+        width = 2 if "LEARNED" in variance.name else 1
+        return laid_out(torch.cat([0.5 * x] * width, 1), returned)
+
+    def gradient(x, t, out=None, **kwargs):
+        return laid_out(-0.1 * x, returned)
+
+    diffusion = plain(model_mean_type=mean, model_var_type=variance)
+    x, t = laid_out(torch.rand(2, 3, 4, 5), given), torch.tensor([0, 3])
+    y = laid_out(torch.rand(2, 3, 4, 5), given)
+    outputs = {}
+    for clip in (False, True):
+        options = {"clip_denoised": clip}
+        out = outputs[f"p_mean_variance {clip}"] = diffusion.p_mean_variance(net, x, t, **options)
+        outputs[f"reverse {clip}"] = diffusion.ddim_reverse_sample(net, x, t, **options)
+        outputs[f"plms {clip}"] = diffusion.plms_sample(net, x, t, **options)
+        for guide in (None, gradient):
+            for step in ("p_sample", "ddim_sample", "p_sample_with_grad", "ddim_sample_with_grad"):
+                outputs[f"{step} {clip} {guide}"] = getattr(diffusion, step)(net, x, t, cond_fn=guide, **options)
+            for loop in ("p_sample_loop", "ddim_sample_loop", "plms_sample_loop"):
+                outputs[f"{loop} {clip} {guide}"] = getattr(diffusion, loop)(
+                    net, x.shape, noise=x, cond_fn=guide, **options
+                )
+    outputs["condition_mean"] = diffusion.condition_mean(gradient, out, x, t)
+    outputs["condition_score"] = diffusion.condition_score(gradient, out, x, t)
+    outputs["q_sample"] = diffusion.q_sample(x, t, noise=y)
+    outputs["q_mean_variance"] = diffusion.q_mean_variance(x, t)
+    outputs["q_posterior_mean_variance"] = diffusion.q_posterior_mean_variance(x, y, t)
+    outputs["predictions"] = tuple(
+        getattr(diffusion, name)(x, t, y)
+        for name in ("_predict_xstart_from_eps", "_predict_xstart_from_xprev", "_predict_eps_from_xstart")
+    )
+    outputs["training_losses"] = diffusion.training_losses(net, x, t, noise=y)
+    outputs["calc_bpd_loop"] = diffusion.calc_bpd_loop(net, x)
+    for name, value in outputs.items():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        for part in parts:
+            for tensor in part if isinstance(part, list) else [part]:
+                assert tensor.is_contiguous() or 0 in tensor.stride(), name
