@@ -148,6 +148,7 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
 
     from .. import build
     from ..runtime import world
+    from ..sampling.generate import finished_npz
     from .features import classifier_features, read_images
 
     rows = []
@@ -156,8 +157,8 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
         images, _ = read_images(data_dir, critic, 100)
         real, _ = classifier_features(critic, images, here.device)
         for scale in SCALES:
-            path = next((out / "samples" / f"scale_{scale:g}").glob("samples_*.npz"))
-            images, labels = read_images(str(path), critic, 100)
+            path = finished_npz(str(out / "samples" / f"scale_{scale:g}"))
+            images, labels = read_images(path, critic, 100)
             made, predicted = classifier_features(critic, images, here.device)
             near = neighbours(made, real)
             rows.append(
@@ -190,10 +191,11 @@ def write_pictures(out: Path, rows: list[dict[str, float]]) -> None:
     import numpy as np
     from PIL import Image
 
+    from ..sampling.generate import finished_npz
     from ..sampling.writers import write_grid
 
     for scale in SCALES:
-        path = next((out / "samples" / f"scale_{scale:g}").glob("samples_*.npz"))
+        path = finished_npz(str(out / "samples" / f"scale_{scale:g}"))
         with np.load(path, allow_pickle=False) as held:
             images, labels = held["arr_0"], held["arr_1"]
         of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]

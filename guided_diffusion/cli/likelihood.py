@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import PRECISIONS, WEIGHTS, WEIGHTS_HELP, DataConfig, DiffusionConfig, ModelConfig, Section, flag
@@ -92,8 +92,7 @@ def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> in
     tell(f"{count} images, {len(model.process)} steps each, into {folder} ({chosen})")
     found = measure(model, records, data, config, count, world, tell)
     if world.is_main:
-        runs.write_config(folder, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
-        write(folder, found)
+        write(folder, found, {**config.to_dict(), **data.to_dict(), **typed})
         tell(summary(found))
     return 0
 
@@ -213,12 +212,16 @@ def summary(found: Found) -> str:
     return "\n".join(lines)
 
 
-def write(folder: str, found: Found) -> None:
-    """The three files of 2021 (`vb_terms.npz`, `mse_terms.npz`, `xstart_mse_terms.npz`, each `arr_0` [T]) and `likelihood.json`."""
+def write(folder: str, found: Found, flags: Mapping[str, Any]) -> None:
+    """The three files of 2021 (`vb_terms.npz`, `mse_terms.npz`, `xstart_mse_terms.npz`, each `arr_0` [T]) and `likelihood.json`.
+
+    The latter ends with the flags, so that `--config likelihood.json` measures the same again.
+    """
     import numpy as np
 
     from ..runtime import storage
 
+    storage.makedirs(folder)
     for name, values in (("vb", found.vb), ("mse", found.mse), ("xstart_mse", found.xstart_mse)):
         buffer = io.BytesIO()
         np.savez(buffer, values)
@@ -229,5 +232,6 @@ def write(folder: str, found: Found) -> None:
         "images": len(found.total),
         "breakdown": breakdown(found),
         "by_image": found.total.tolist(),
+        "config": dict(flags),
     }
     storage.write_json_atomic(storage.join(folder, "likelihood.json"), about)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig
+from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig, Section
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -20,6 +20,25 @@ if TYPE_CHECKING:
 PATIENCE_S = 3600.0
 # What a classifier and the model it guides must agree on.
 _SHARED_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
+# Fields of the configurations that are not in the receipt as they are. All others are: a new one need not be named anywhere.
+NOT_IN_RECEIPT = {
+    *(
+        "model_path",
+        "classifier_path",
+        "weights",
+    ),  # the content counts: its hash, and which of a file's weights were taken
+    *(
+        "precision",
+        "classifier_precision",
+        "use_fp16",
+        "classifier_use_fp16",
+    ),  # what they led to stands with each network
+    *("num_samples", "batch_size", "grid"),  # image i is image i
+    *("compile", "cuda_graphs"),  # the same arithmetic, rounded otherwise
+    *("seed", "classes", "labels"),  # the job adds them
+    "use_ddim",  # another spelling of sampler
+    *("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"),  # of training alone
+}
 Work = Callable[["World", Any], Any]
 Tell = Callable[[str], None]
 
@@ -89,21 +108,34 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
         compile=config.compile,
         graphs=config.cuda_graphs,
     )
-    receipt = {
-        "model": _identity(model),
-        "classifier": _identity(critic) if critic else None,
-        "classifier_scale": config.classifier_scale if critic else 0.0,
+    classes = build.classes_of(model.config.model) or (build.classes_of(critic.config.model) if critic else 0)
+    return Pieces(
+        model,
+        critic,
+        sample,
+        model.class_names or (critic.class_names if critic else ()),
+        classes,
+        receipt_of(config, model, critic),
+    )
+
+
+def receipt_of(config: SampleConfig, model: Loaded, critic: Loaded | None) -> dict[str, Any]:
+    """All that images depend on besides seed and labels, made of the configurations of model, process, classifier and sampler."""
+    return {
+        **_telling(config),
         "sampler": config.method,
         "eta": config.eta if config.method == "ddim" else None,
         "steps": len(model.process),
-        "timestep_respacing": model.config.diffusion.timestep_respacing,
-        "clip_denoised": config.clip_denoised,
-        "precision": config.precision,
+        "model": {**_identity(model), **_telling(model.config.model)},
+        "diffusion": _telling(model.config.diffusion),
+        # Its own process plays no part: the generator's tells it the time.
+        "classifier": {**_identity(critic), **_telling(critic.config.model)} if critic else None,
+        "classifier_scale": config.classifier_scale if critic else 0.0,
     }
-    if config.classifier_precision and critic:
-        receipt["classifier_precision"] = config.classifier_precision
-    classes = build.classes_of(model.config.model) or (build.classes_of(critic.config.model) if critic else 0)
-    return Pieces(model, critic, sample, model.class_names or (critic.class_names if critic else ()), classes, receipt)
+
+
+def _telling(section: Section) -> dict[str, Any]:
+    return {name: value for name, value in section.to_dict().items() if name not in NOT_IN_RECEIPT}
 
 
 def make(
@@ -133,8 +165,6 @@ def make(
     what = what_is_made(config, pieces)
     what += f", {len(labels.classes)} classes" if labels.classes else ""
     tell(f"{config.num_samples} {what}, seed {config.seed}, into {job.out} ({chosen})")
-    if world.is_main:
-        runs.write_config(job.out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
     return g.generate(pieces.sample, job, world=world, tell=tell, should_stop=lambda: stop.requested)
 
 
@@ -153,6 +183,7 @@ def job_of(
 
     model, critic = pieces.model, pieces.critic
     out, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], folder), name=f"folder of {folder}")
+    typed = {name: value for name, value in parsed.typed.items() if name not in ("out", "device", "debug", "requests")}
     job = Job(
         out=out,
         num_samples=config.num_samples,
@@ -163,6 +194,7 @@ def job_of(
         about={"model": model.path, "classifier": critic.path if critic else None, "device": str(world.device)},
         grid=config.grid,
         class_names=pieces.names,
+        config={**SampleConfig.from_flags(parsed.flags).to_dict(), **typed},
     )
     return job, chosen
 
@@ -224,7 +256,10 @@ def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, 
 def _identity(loaded: Loaded) -> dict[str, Any]:
     from ..runtime import storage
 
-    identity = {"sha256": loaded.sha256 or storage.sha256_of(loaded.path), "step": loaded.step}
+    # The file itself is read: what stands beside it may tell of what it was before.
+    recorded = loaded.sha256 if storage.is_remote(loaded.path) else ""
+    precision = str(loaded.net.dtype).removeprefix("torch.")
+    identity = {"sha256": recorded or storage.sha256_of(loaded.path), "step": loaded.step, "precision": precision}
     return {**identity, **({"weights": loaded.weights} if loaded.weights else {})}
 
 

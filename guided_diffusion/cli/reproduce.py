@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out or f"runs/reproduce/{args.name}")
 
     from ..runtime import storage
+    from ..sampling.generate import finished_npz
     from . import sample, zoo
 
     cache = zoo.cache_folder()
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = sample.main(flags)
     if code:
         return code
-    npz = next(out.glob(f"samples_{args.num_samples}x*.npz"))
+    npz = Path(finished_npz(str(out)))
     manifest = manifest_of(args.name, target, flags, out, npz)
     if args.reference:
         manifest["evaluation"] = evaluate(args.reference, str(npz), out, args)
@@ -106,16 +107,14 @@ def manifest_of(name: str, target: Target, flags: Sequence[str], out: Path, npz:
     import torch
 
     from ..runtime import storage
+    from ..sampling.generate import RECEIPT
 
-    receipts = sorted(out.glob("*.json"))
-    made = {
-        path.name: json.loads(path.read_text(encoding="utf-8")) for path in receipts if path.name != "manifest.json"
-    }
+    receipt = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
     return {
         "recipe": name,
         "model": target.preset.file,
         "flags": list(flags),
-        "sampling": made,
+        "sampling": {RECEIPT: receipt},
         "label_draw": "uniform over the classes, one draw per image from the image's own stream",
         "quantisation": "((x + 1) * 127.5) clamped to [0, 255] and truncated, as in 2021",
         "samples_sha256": storage.sha256_of(str(npz)),

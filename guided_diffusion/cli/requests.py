@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import SampleConfig
-from . import making, runs
+from . import making
 from .arguments import Parsed, UsageError, near
 
 if TYPE_CHECKING:
@@ -131,7 +131,6 @@ def work(asked: Sequence[Asked], parsed: Parsed, world: World, stop: Any) -> str
     what = making.what_is_made(config, pieces)
     tell(f"{len(asked)} requests, {total} {what}, into {job.out} ({chosen})")
     if world.is_main:
-        runs.write_config(job.out, parsed, {f.name: getattr(config, f.name) for f in fields(config)})
         understood = [{name: getattr(one, name) for name in FIELDS} for one in asked]
         storage.write_json_atomic(storage.join(job.out, "requests.json"), understood)
     done = fulfil(pieces.sample, job, requests, world=world, tell=tell, should_stop=lambda: stop.requested)

@@ -263,7 +263,7 @@ def _folder(path: str, size: int, channels: int, labels: str) -> Base:
         found = center_crop(read_image(records.paths[k], channels), size)
         return torch.from_numpy(found.copy()).reshape(size, size, channels).numpy()
 
-    names = "\n".join(f"{name} {storage.size(name)}" for name in records.paths)
     about = f"cut and scaled to {size}x{size}; labels: {records.label_source}"
-    identity = hashlib.sha256(names.encode()).hexdigest()
+    content = "".join(storage.sha256_of(name) for name in records.paths)
+    identity = hashlib.sha256((content + records.digest()).encode()).hexdigest()
     return Base(pixels, len(records), records.labels, identity, about, path, records.class_names, records.label_source)

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO, Any
 
 _REMOTE_SCHEMES = ("gs://", "az://", "https://")
@@ -199,11 +199,16 @@ def _atomic_upload(path: str) -> Iterator[IO[bytes]]:
         blobfile.copy(local, path, overwrite=True)
 
 
-def remove_unfinished(folder: PathLike) -> int:
-    """Delete what killed writers left in a local folder, gigabytes perhaps; returns how many files. Only where nobody else writes."""
+def remove_unfinished(folder: PathLike, names: Collection[str] | None = None) -> int:
+    """Delete what killed writers of `names` (None: of any file) left in a local folder, gigabytes perhaps; returns how many files.
+
+    Only where nobody else writes them.
+    """
     if is_remote(folder) or not os.path.isdir(folder):
         return 0
     left = [name for name in os.listdir(folder) if _UNFINISHED.match(name)]
+    if names is not None:
+        left = [name for name in left if name[1:].rsplit(".", 2)[0] in names]
     for name in left:
         remove(join(folder, name))
     return len(left)

@@ -7,6 +7,7 @@ missing. The npz is put together at the end, one part at a time.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,8 @@ from ..runtime.streams import LABELS, SAMPLE, Streams, key_of
 from ..runtime.world import World
 from . import writers
 
-PARTS, RECEIPT, LOCK = "parts", "sampling.json", "sampling.lock"
+PARTS, RECEIPT, LOCK, PICTURE = "parts", "sampling.json", "sampling.lock", "samples.png"
+FORMAT = 2  # of the receipt; from 2 on it says all that an image depends on
 _PART = re.compile(r"^images_(\d+)_(\d+)\.npy$")
 
 # (noise [B, C, H, W], source of further noise, conditions of the network) -> images in [-1, 1], [B, C, H, W]
@@ -63,6 +65,7 @@ class Job:
     out         folder; the npz, the picture and the receipt come here
     receipt     what the images depend on (flags, hashes of weights): written beside them, compared when a job goes on
     about       what else to write beside them
+    config      the flags, written beside them, so that `--config sampling.json` asks for the same images
     to_uint8    images in [-1, 1] `[B, C, H, W]` -> uint8 `[B, H, W, C]`
     conditions  further inputs of the network by image number, such as low-resolution images
     """
@@ -76,6 +79,7 @@ class Job:
     labels: LabelPlan = field(default_factory=LabelPlan)
     receipt: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     conditions: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
     grid: int = 64
     class_names: Sequence[str] = ()
@@ -208,20 +212,26 @@ def prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str | None:
     folder = storage.join(job.out, PARTS)
     storage.makedirs(folder)
     storage.remove_unfinished(folder)
-    storage.remove_unfinished(job.out)
+    # Of our own files only: the folder may be that of a training run, which writes its own.
+    storage.remove_unfinished(job.out, (RECEIPT, PICTURE, os.path.basename(job.npz)))
     path, receipt, parts = storage.join(job.out, RECEIPT), _fingerprint(job), _whole_parts(job, tell)
-    told = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    told = _read_receipt(path)
+    if told.get("format") != FORMAT and (parts or (told and storage.exists(job.npz))):
+        return (
+            f"{job.out} holds images, and {path} does not say all that they depend on (it is of an earlier version, or gone). "
+            f"Give another folder, or remove {storage.join(job.out, PARTS)} and {path} to make them anew"
+        )
     if _is_done(job, told, receipt):
         tell(f"{job.npz} is there already, with these settings")
         for _, _, left in parts:
             storage.remove(left)
         return None
     if parts and told:
-        before = told["settings"]
+        before, now = _flat(told["settings"]), _flat(receipt)
         differing = [
-            f"{k} was {before.get(k)!r} and is {receipt.get(k)!r}"
-            for k in sorted({*before, *receipt})
-            if before.get(k) != receipt.get(k)
+            f"{k} was {before.get(k)!r} and is {now.get(k)!r}"
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
         ]
         if differing:
             return (
@@ -235,6 +245,31 @@ def prepare(job: Job, tell: Callable[[str], None]) -> list[int] | str | None:
     if done.any():
         tell(f"{int(done.sum())} of {job.num_samples} images are there already; going on with the rest")
     return np.flatnonzero(~done).tolist()
+
+
+def _read_receipt(path: str) -> dict[str, Any]:
+    """What stands in a receipt; nothing where there is none, or where it is none."""
+    try:
+        told = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) and isinstance(told.get("settings"), dict) else {}
+
+
+def finished_npz(folder: str) -> str:
+    """The npz that the last job in `folder` made. Others may lie beside it. ValueError where the receipt tells of none."""
+    told = _read_receipt(storage.join(folder, RECEIPT))
+    if "file" not in told:
+        raise ValueError(f"{storage.join(folder, RECEIPT)} tells of no finished npz; sample into this folder first")
+    return storage.join(folder, os.path.basename(told["file"]))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"num_heads": 4}} -> {"model.num_heads": 4}."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def _whole_parts(job: Job, tell: Callable[[str], None]) -> list[tuple[int, int, str]]:
@@ -271,10 +306,11 @@ def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
     from platform import python_version
 
     told = {
-        "format": 1,
+        "format": FORMAT,
         "num_samples": job.num_samples,
         "settings": _fingerprint(job),
         "about": dict(job.about),
+        "config": dict(job.config),
         "class_names": list(job.class_names),
         "uint8": "((x + 1) * 127.5).clamp(0, 255), truncated",
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": python_version()},
@@ -300,8 +336,8 @@ def assemble(job: Job, tell: Callable[[str], None]) -> None:
             if first < count:
                 head.append(writers.read_part(path)[: count - first])
         captions = None if labels is None else [_name(int(label), job.class_names) for label in labels[:count]]
-        writers.write_grid(storage.join(job.out, "samples.png"), np.concatenate(head), captions)
-        told += f" and {storage.join(job.out, 'samples.png')}"
+        writers.write_grid(storage.join(job.out, PICTURE), np.concatenate(head), captions)
+        told += f" and {storage.join(job.out, PICTURE)}"
     _write_receipt(job, {"file": job.npz, "bytes": storage.size(job.npz), "sha256": storage.sha256_of(job.npz)})
     for _, _, path in _parts(job):
         storage.remove(path)

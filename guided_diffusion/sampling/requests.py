@@ -176,7 +176,15 @@ def fulfil(
 
 def _job_of(request: Request, job: g.Job) -> g.Job:
     out = storage.join(job.out, request.name)
-    return replace(job, out=out, num_samples=request.num_samples, seed=request.seed, labels=request.labels)
+    dealt = request.labels
+    asked = {
+        "num_samples": request.num_samples,
+        "seed": request.seed,
+        "classes": ",".join(map(str, dealt.classes)),
+        "labels": "balanced" if dealt.balanced else "random",
+    }
+    config = {**job.config, **asked} if job.config else {}
+    return replace(job, out=out, num_samples=request.num_samples, seed=request.seed, labels=dealt, config=config)
 
 
 def _open(

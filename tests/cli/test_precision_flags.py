@@ -52,4 +52,5 @@ def test_formats(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(words.split()) == 0
     assert (used["diffusion"], used["classifier"]) == formats
     settings = json.loads((tmp_path / "out" / "sampling.json").read_text())["settings"]
-    assert settings.get("classifier_precision", "") == (flags.split()[-1] if "classifier" in flags else "")
+    told = [getattr(torch, settings[name]["precision"]) for name in ("model", "classifier")]
+    assert told == list(formats)

@@ -1,0 +1,296 @@
+"""The receipt holds all that images depend on; folders that hold something else keep it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import guided_diffusion as gd
+from guided_diffusion import build
+from guided_diffusion.cli import making
+from guided_diffusion.cli.main import main
+from guided_diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    SuperResConfig,
+)
+from guided_diffusion.sampling import generate as g
+
+NETWORK = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "diffusion_steps": 50, "num_heads": 2}
+BASE = {
+    **NETWORK,
+    "image_size": 8,
+    "attention_resolutions": "4",
+    "class_cond": True,
+    "num_classes": 3,
+    "learn_sigma": True,
+}
+LARGE = {**BASE, "large_size": 16, "small_size": 8, "attention_resolutions": "8"}
+CRITIC = {
+    "image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4",
+    "classifier_channel_mult": "1,2", "classifier_num_head_channels": 32, "num_classes": 3, "diffusion_steps": 50,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every field of the configurations
+
+
+def loaded(tmp_path: Path, model: Any, diffusion: Any = None, content: bytes = b"w", **more: Any) -> build.Loaded:
+    path = tmp_path / f"{model.kind}-{content.hex()}.pt"
+    path.write_bytes(content)
+    net: Any = SimpleNamespace(dtype=more.pop("dtype", torch.float32))
+    config = RunConfig(model=model, diffusion=diffusion or DiffusionConfig())
+    return build.Loaded(net, range(1000), config, str(path), **more)  # type: ignore[arg-type]
+
+
+def other(value: Any) -> Any:
+    """A value that the field does not have; whether it is a possible one is nobody's business here."""
+    return not value if isinstance(value, bool) else value + "1" if isinstance(value, str) else value + 1
+
+
+SECTIONS = [
+    SampleConfig(),
+    SampleConfig(use_ddim=True),
+    ModelConfig(),
+    SuperResConfig(),
+    DiffusionConfig(),
+    ClassifierConfig(),
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: type(s).__name__)
+def test_every_field_reaches_the_receipt_or_says_why_not(section: Any, tmp_path: Path) -> None:
+    def receipt(changed: Any) -> Any:
+        parts: dict[type, Any] = {type(changed): changed}
+        denoiser = parts.get(SuperResConfig) or parts.get(ModelConfig, ModelConfig())
+        model = loaded(tmp_path, denoiser, parts.get(DiffusionConfig))
+        critic = loaded(tmp_path, parts.get(ClassifierConfig, ClassifierConfig()))
+        return making.receipt_of(parts.get(SampleConfig, SampleConfig()), model, critic)
+
+    for field in fields(section):
+        same = receipt(replace(section, **{field.name: other(getattr(section, field.name))})) == receipt(section)
+        if field.name == "use_ddim" or (field.name, type(section)) == ("eta", SampleConfig):
+            continue  # seen through `sampler`, below
+        assert same == (field.name in making.NOT_IN_RECEIPT), field.name
+
+
+def test_what_stands_there_in_another_form(tmp_path: Path) -> None:
+    model, critic = loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig())
+    config = SampleConfig(use_ddim=True)
+    seen = [
+        making.receipt_of(config, model, critic),
+        making.receipt_of(replace(config, use_ddim=False), model, critic),
+        making.receipt_of(replace(config, eta=0.5), model, critic),
+        making.receipt_of(config, model, None),
+        making.receipt_of(config, loaded(tmp_path, ModelConfig(), content=b"v"), critic),
+        making.receipt_of(config, loaded(tmp_path, ModelConfig(), weights="ema"), critic),
+        making.receipt_of(config, loaded(tmp_path, ModelConfig(), dtype=torch.bfloat16), critic),
+        making.receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), content=b"v")),
+        making.receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), dtype=torch.float16)),
+    ]
+    assert len({json.dumps(receipt, sort_keys=True) for receipt in seen}) == len(seen)
+    # Spellings of one thing, and values that do nothing, do not part what belongs together.
+    assert seen[0] == making.receipt_of(SampleConfig(sampler="ddim"), model, critic)
+    assert seen[1] == making.receipt_of(SampleConfig(eta=0.5), model, critic)
+    assert seen[3] == making.receipt_of(replace(config, classifier_scale=3.0), model, None)
+
+
+def test_the_job_adds_seed_and_classes(tmp_path: Path) -> None:
+    plain = g.Job("x", 4, (3, 8, 8), 2, lambda x: x)
+    jobs = [
+        plain,
+        replace(plain, seed=1),
+        replace(plain, shape=(3, 8, 16)),
+        replace(plain, labels=g.LabelPlan((1,))),
+        replace(plain, labels=g.LabelPlan((1, 2))),
+        replace(plain, labels=g.LabelPlan((1, 2), balanced=True)),
+    ]
+    assert len({json.dumps(g._fingerprint(job), sort_keys=True) for job in jobs}) == len(jobs)
+    assert g._fingerprint(replace(plain, num_samples=9, batch_size=3, grid=0)) == g._fingerprint(plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, kind, flags in (
+        ("base", "diffusion", BASE),
+        ("large", "super_resolution", LARGE),
+        ("critic", "classifier", CRITIC),
+    ):
+        config = RunConfig.from_flags(kind, flags)
+        net = build.build_network(config.model, config.diffusion, seed=1)
+        with torch.no_grad():
+            for number, p in enumerate(net.parameters()):
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+        gd.save(build.Loaded(net, build.build_process(config.diffusion), config, ""), str(root / name))
+    shutil.copy(next((root / "base").glob("model*.pt")), root / "bare.pt")  # a file that says nothing of itself
+    return root
+
+
+def made(out: Path) -> np.ndarray:
+    with np.load(g.finished_npz(str(out))) as found:
+        return np.asarray(found["arr_0"])
+
+
+FLAGS = " ".join(f"--{name} {value}" for name, value in BASE.items())
+TOO = "--num_samples 2 --batch_size 2 --timestep_respacing 3 --grid 0 --classifier_scale 0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--noise_schedule cosine",
+        "--predict_xstart True",
+        "--num_heads 4",
+        "--use_new_attention_order True",
+        "--predict v",
+    ],
+)
+def test_other_settings_make_other_images_and_end_a_half_made_job(
+    change: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"sample --model_path {models}/bare.pt {FLAGS} {TOO} --out"
+    assert main([*words.split(), f"{tmp_path}/a"]) == 0
+    first, told = made(tmp_path / "a"), capsys.readouterr().out
+    assert main([*words.split(), f"{tmp_path}/a"]) == 0 and "is there already" in capsys.readouterr().out
+    assert main([*words.split(), f"{tmp_path}/a", *change.split()]) == 0
+    assert "is there already" not in capsys.readouterr().out and "wrote" in told
+    assert main([*words.split(), f"{tmp_path}/b", *change.split()]) == 0
+    np.testing.assert_array_equal(made(tmp_path / "a"), made(tmp_path / "b"))
+    assert not np.array_equal(first, made(tmp_path / "a"))
+    # A part of a job with the other settings is not taken over.
+    (tmp_path / "a" / g.PARTS).mkdir(exist_ok=True)
+    np.save(tmp_path / "a" / g.PARTS / "images_00000000_00000000.npy", first[:1])
+    capsys.readouterr()
+    assert main([*words.split(), f"{tmp_path}/a"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and change.split()[0][2:] in error and "Give another folder" in error
+
+
+def test_weights_that_were_overwritten_are_other_weights(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "run")
+    path = next((tmp_path / "run").glob("model*.pt"))  # the JSON beside it tells the hash it had
+    words = f"sample --model_path {path} {TOO} --out {tmp_path}/out".split()
+    assert main(words) == 0
+    before = made(tmp_path / "out")
+    state = torch.load(path)
+    torch.save({name: 0.5 * value for name, value in state.items()}, path)
+    assert main(words) == 0
+    assert not np.array_equal(before, made(tmp_path / "out"))
+
+
+def test_small_pictures_of_the_same_names_and_sizes_are_enlarged_anew(models: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "small").mkdir()
+    words = f"upsample --model_path {models}/large --base_samples {tmp_path}/small {TOO} --classes 1 --out {tmp_path}/out".split()
+    results = []
+    for grey in (60, 200):
+        Image.new("RGB", (8, 8), (grey, 0, grey)).save(tmp_path / "small" / "a.bmp")  # as many bytes each time
+        assert main(words) == 0
+        results.append(made(tmp_path / "out"))
+    assert not np.array_equal(*results)
+
+
+@pytest.mark.parametrize("receipt", ["earlier", "gone", "broken"])
+def test_images_of_which_too_little_is_known_are_neither_kept_nor_lost(
+    receipt: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"sample --model_path {models}/base {TOO} --out {tmp_path}/a".split()
+    assert main(words) == 0
+    path = tmp_path / "a" / g.RECEIPT
+    told = json.loads(path.read_text())
+    (tmp_path / "a" / g.PARTS).mkdir(exist_ok=True)
+    part = tmp_path / "a" / g.PARTS / "images_00000000_00000001.npy"
+    np.save(part, made(tmp_path / "a"))
+    kinds = {"earlier": json.dumps({**told, "format": 1, "settings": {"seed": 0}}), "broken": "{"}
+    path.write_text(kinds[receipt]) if receipt in kinds else path.unlink()
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error and "Give another folder" in error and part.exists()
+
+
+def test_the_npz_of_the_receipt_is_the_one_that_is_scored(models: Path, tmp_path: Path) -> None:
+    words = f"sample --model_path {models}/base --out {tmp_path} {TOO}".split()
+    assert main([*words, "--num_samples", "3"]) == 0 and main(words) == 0
+    assert len(list(tmp_path.glob("samples_*.npz"))) == 2 and len(made(tmp_path)) == 2
+
+
+def test_the_flags_read_back(models: Path, tmp_path: Path) -> None:
+    words = f"sample --model_path {models}/base {TOO} --seed 5 --classes 2".split()
+    assert main([*words, "--out", f"{tmp_path}/a"]) == 0
+    assert main(["sample", "--config", f"{tmp_path}/a/sampling.json", "--out", f"{tmp_path}/b"]) == 0
+    settings = [json.loads((tmp_path / name / g.RECEIPT).read_text())["settings"] for name in "ab"]
+    assert settings[0] == settings[1] and settings[0]["seed"] == 5 and settings[0]["classes"] == [2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def test_sampling_into_a_run_folder_leaves_the_run_as_it_is(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one of its files is written, whatever command it is, and nothing that training writes at the moment is taken away."""
+    run = tmp_path / "run"
+    shutil.copytree(models / "base", run)
+    own = {
+        "config.json": "{}",
+        "progress.csv": "step\n",
+        "log.txt": "x",
+        ".model000009.pt.0123abcd.tmp": "half",
+        "samples_000001.png": "p",
+    }
+    for name, text in own.items():
+        (run / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    (tmp_path / "r.json").write_text('{"num_samples": 1, "name": "one"}')
+    np.savez(tmp_path / "small.npz", np.zeros((2, 8, 8, 3), np.uint8), np.array([1, 2]))
+    from PIL import Image
+
+    (tmp_path / "data" / "c").mkdir(parents=True)
+    Image.new("RGB", (8, 8), (9, 99, 199)).save(tmp_path / "data" / "c" / "a.png")
+    unlabelled = f"{TOO} --out {run}"
+    monkeypatch.setenv("OPENAI_LOGDIR", str(run))
+    from guided_diffusion.cli.sample import classifier_sample, image_sample
+
+    assert main(f"sample --model_path {run} {unlabelled}".split()) == 0
+    assert main(f"sample --model_path {run} --requests {tmp_path}/r.json {unlabelled}".split()) == 0
+    assert main(f"upsample --model_path {models}/large --base_samples {tmp_path}/small.npz {unlabelled}".split()) == 0
+    assert main(f"cascade --model_path {run} --upsampler_path {models}/large {unlabelled}".split()) == 0
+    assert image_sample(f"--model_path {run} {TOO} --seed 1".split()) == 0
+    assert (
+        classifier_sample(
+            f"--model_path {run} --classifier_path {models}/critic {TOO} --classifier_scale 1 --seed 2".split()
+        )
+        == 0
+    )
+    save(tmp_path / "free")
+    nll = f"nll --model_path {tmp_path}/free --data_dir {tmp_path}/data --num_samples 1 --timestep_respacing 2 --out {run}"
+    assert main(nll.split()) == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert json.loads((run / "likelihood.json").read_text())["config"]["num_samples"] == 1
+
+
+def save(folder: Path) -> None:
+    """A network without classes."""
+    config = RunConfig.from_flags("diffusion", {**BASE, "class_cond": False, "num_classes": 0})
+    net = build.build_network(config.model, config.diffusion, seed=1)
+    gd.save(build.Loaded(net, build.build_process(config.diffusion), config, ""), str(folder))
