@@ -158,6 +158,6 @@ def fill(net: nn.Module, start: Origin, class_names: Sequence[str], tell: Tell =
 
 def _of_classes(model: Network) -> list[str]:
     """The names of the tensors that have a row for each class."""
-    more = {"class_cond": True} if "class_cond" in model.names() else {}
+    more: dict[str, Any] = {"class_cond": True} if "class_cond" in model.names() else {}
     two, three = (build_empty(replace(model, num_classes=count, **more)).state_dict() for count in (2, 3))
     return [name for name, value in two.items() if value.shape != three[name].shape]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import RunConfig, flatten, laid_over
+from ..config import WEIGHTS, RunConfig, flatten, laid_over
 from . import arguments, runs, watching
 
 if TYPE_CHECKING:
     from ..data.listing import Records
+    from ..finetuning import Origin
     from ..runtime.log import Log
     from ..runtime.world import World
     from ..training.checkpoint import SavedRun
@@ -21,7 +22,17 @@ EXTRA: dict[str, tuple[Any, str]] = {
     "progress": (True, "show a progress bar"),
     "timeout_s": (600.0, "seconds that a process waits for the others before it ends with an error"),
     "tensorboard": (False, "also write curves for TensorBoard"),
+    "new_classes": (
+        False,
+        "with --resume_checkpoint: the classes of the data; those the file has by name keep what was learned",
+    ),
+    "resume_from": (
+        "",
+        "with --resume_checkpoint: ema or model, these weights alone, at step 0; empty = all of a save",
+    ),
+    "weights": ("", "as --resume_from"),
 }
+_NO_FILE = ("", "auto", "none")  # values of --resume_checkpoint that are no path
 # What may differ between two starts of one command: how far it goes, on how many processes.
 _NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size")
 _DESCRIPTIONS = {
@@ -77,7 +88,15 @@ def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool =
 def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
     """Train as the flags say; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
     parsed = flags(argv, kind, program=program, script=script)
-    RunConfig.from_flags(kind, parsed.flags)  # complain before torch is loaded and processes meet
+    if parsed.flags["resume_checkpoint"] in _NO_FILE:
+        RunConfig.from_flags(kind, parsed.flags)  # complain before torch is loaded and processes meet
+        for name in ("new_classes", "resume_from", "weights"):
+            if parsed.flags[name]:
+                raise ValueError(f"--{name} is for starting from a file; give it as --resume_checkpoint")
+    if not {parsed.flags["resume_from"], parsed.flags["weights"]} <= set(WEIGHTS):
+        raise ValueError(
+            f"--resume_from is {parsed.flags['resume_from'] or parsed.flags['weights']!r}; it must be ema or model"
+        )
     if not parsed.flags["data_dir"] and not parsed.flags["resume_checkpoint"] and not parsed.flags["out"]:
         raise ValueError("--data_dir is empty; give the folder of training images")
 
@@ -89,7 +108,8 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 
 
 def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script: bool = False) -> int:
-    from .. import build
+    from .. import build, finetuning
+    from ..data.classes import some
     from ..runtime.devices import require_compiler
     from ..runtime.log import Log
     from ..training.fitting import fit_checkpointing, fitting_microbatch
@@ -101,13 +121,19 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
     resume = parsed.flags["resume_checkpoint"] or "auto"
     saved = find_save(folder, resume, kind=kind, world=world)
-    config = _configuration(parsed, kind, saved, modern=not script and _has_bfloat16(world), tell=say)
+    modern = not script and _has_bfloat16(world)
+    start = _start(saved, folder, parsed, kind, tell=say)
+    if saved is not None and start is not None:
+        saved = replace(saved, config=_of_start(saved, start), class_names=start.class_names)
+    config = _configuration(parsed, kind, saved, modern=modern, tell=say)
     if config.train.compile:
         require_compiler(world.device)
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
-    records, held_out = _records(config)
+    records, held_out = _records(config, saved, start, tell=say)
     config = _with_classes(config, records)
+    if start is not None and start.tensors is not None:
+        saved = None
     batch_size = config.train.global_batch_size or config.train.batch_size * world.size
     if batch_size % world.size:
         raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
@@ -129,6 +155,11 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     )
     if resume == "none":
         saved = _already_begun(folder, config, world)
+        if saved is not None and names and saved.class_names != names:
+            raise ValueError(
+                f"the run in {folder} has the classes {some(saved.class_names)}, {records.root} has {some(names)}; leave out "
+                "--resume_checkpoint none to go on with those of the run, or give another --out"
+            )
         if saved is None:
             checkpoints.set_aside()
     checkpoints.continue_from(saved)
@@ -139,6 +170,8 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
         runs.write_config(folder, parsed, dict(config.to_dict()))
 
     net = build.build_network(config.model, config.diffusion, seed=config.train.seed)
+    if start is not None and start.tensors is not None and saved is None:
+        finetuning.fill(net, start, names, say)
     timesteps = build.build_timesteps(config.train.schedule_sampler, len(process))
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     tell: Callable[[str], None] = log.info if world.is_main else _silent
@@ -247,19 +280,39 @@ def _configuration(
     from .. import build
     from ..identify import FREE
 
-    if saved is None or not saved.config:
-        chosen = any(name in parsed.typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
-        flags = {**parsed.flags, **({"precision": "bf16"} if modern and not chosen else {})}
-    else:
+    chosen = any(name in parsed.typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
+    begun = saved is not None and bool(saved.config and saved.config["train"])
+    flags = {**parsed.flags, **({"precision": "bf16"} if modern and not chosen and not begun else {})}
+    if saved is not None and saved.config:
         build.agree(RunConfig.from_dict(kind, saved.config), parsed.typed, saved.directory)
         stored = flatten(saved.config)
         # What the weights are is agreed upon, and stays as it is spelled there.
         fixed = {name for section in ("model", "diffusion") for name in saved.config[section]} - FREE
-        flags = {**parsed.flags, **{name: stored[name] for name in fixed}, **laid_over(stored, parsed.typed)}
+        flags = {**flags, **{name: stored[name] for name in fixed}, **laid_over(stored, parsed.typed)}
         for name in sorted(set(stored) - set(parsed.typed) - {"resume_checkpoint", "global_batch_size"}):
             if flags[name] != stored[name]:
                 tell(f"--{name} was {stored[name]!r} before and is {flags[name]!r} now, as the flags given decide")
     return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})
+
+
+def _start(
+    saved: SavedRun | None, folder: str, parsed: arguments.Parsed, kind: str, *, tell: Callable[[str], None]
+) -> Origin | None:
+    """What the file says that a run starts from; None where the run's own save says it, or nothing is given."""
+    from .. import finetuning
+    from ..runtime import storage
+
+    if saved is None or (saved.config and storage.same_folder(saved.directory, folder)):
+        return None
+    which = parsed.flags["resume_from"] or parsed.flags["weights"]
+    new_classes = parsed.flags["new_classes"]
+    return finetuning.origin(saved, kind, parsed.typed, weights=which, new_classes=new_classes, tell=tell)
+
+
+def _of_start(saved: SavedRun, start: Origin) -> dict[str, Any]:
+    """The configuration to go on with: how another run was trained holds only where all of its save is continued."""
+    whole = saved.config or {} if start.tensors is None else {}
+    return {"data": {}, "train": {}, **whole, **{name: start.config.to_dict()[name] for name in ("model", "diffusion")}}
 
 
 def _same_everywhere(world: World, config: RunConfig, records: Records) -> None:
@@ -282,42 +335,35 @@ def _same_everywhere(world: World, config: RunConfig, records: Records) -> None:
             )
 
 
-def _records(config: RunConfig) -> tuple[Records, Records | None]:
-    """(training, validation) records; the latter only for classifiers."""
+def _records(
+    config: RunConfig, saved: SavedRun | None, start: Origin | None, *, tell: Callable[[str], None]
+) -> tuple[Records, Records | None]:
+    """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
     from .. import build
+    from ..data.classes import renumber
     from ..data.listing import list_records
 
+    if not build.classes_of(config.model):
+        return list_records(config.data.data_dir, labels="none"), None
     records = list_records(config.data.data_dir, labels=config.data.labels)
-    if config.kind != "classifier":
-        if getattr(config.model, "class_cond", False):
-            records.require_labels()
-        return records, None
     records.require_labels()
+    if saved is not None and not (start is not None and start.new_classes):
+        count, whose = build.classes_of(config.model), start.path if start else saved.directory
+        remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
+        as_2021 = start is not None and start.as_2021
+        records, note = renumber(records, saved.class_names, count, whose, as_2021=as_2021, remedy=remedy)
+        if note:
+            tell(note)
+    if config.kind != "classifier":
+        return records, None
     if config.data.val_data_dir:
         held_out = list_records(config.data.val_data_dir, labels=config.data.labels)
-        held_out = _same_classes(held_out, records)
+        held_out, _ = renumber(held_out, records.class_names, len(records.class_names), records.root)
+        held_out.require_labels()
         return records, held_out
     if config.data.val_fraction:
         return build.split_records(records, config.data.val_fraction, config.train.seed)
     return records, None
-
-
-def _same_classes(held_out: Records, records: Records) -> Records:
-    """Held-out records with the class numbers of the training records; some classes may be absent there."""
-    import numpy as np
-
-    strange = sorted(set(held_out.class_names) - set(records.class_names))
-    if strange:
-        raise ValueError(
-            f"--val_data_dir has the classes {_some(strange)}, which --data_dir lacks; it has {_some(records.class_names)}"
-        )
-    number = np.array([records.class_names.index(name) for name in held_out.class_names], dtype=np.int64)
-    held_out = replace(held_out, empty_folders=())
-    return replace(held_out, labels=number[held_out.require_labels()], class_names=records.class_names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
 
 def _with_classes(config: RunConfig, records: Records) -> RunConfig:

@@ -83,7 +83,7 @@ class SavedRun:
     config: dict[str, Any] | None = None
     class_names: tuple[str, ...] = ()
     state: dict[str, Any] | None = None
-    """Counters, loss scale and the like; None for saves of 2021, which lack them."""
+    """Counters, loss scale and the like; None or empty for saves of 2021 and of `build.save`, which lack them."""
     started_from: str = ""
     """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record, never an instruction."""
 
@@ -94,7 +94,7 @@ class SavedRun:
             absent.append("averaged weights")
         if self.optimizer is None:
             absent.append("optimizer state")
-        if self.state is None:
+        if not self.state:
             absent.append("counters, loss scale and the state of the step sampler (saves of 2021 have none)")
         return absent
 

@@ -81,7 +81,7 @@ def _restore(trainer: Trainer, saved: SavedRun, net: nn.Module) -> list[str]:
     if saved.optimizer is not None:
         optimizer.load_state(trainer.optimizer, load_object(saved.optimizer), trainer.params)
         lines.append(f"optimizer: {saved.optimizer}")
-    if saved.state is not None:
+    if saved.state:
         if saved.state.get("seed") != trainer.seed:
             lines.append(f"note: the save was made with seed {saved.state.get('seed')}, this run has {trainer.seed}")
         trainer.load_counters(saved.state)
