@@ -46,12 +46,14 @@ Tell = Callable[[str], None]
 def session(parsed: arguments.Parsed, work: Work) -> int:
     """Call `work(world, stop)`; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
     from ..runtime import signals
+    from ..runtime.log import mute_unheard
     from ..sampling.generate import Interrupted
 
     with signals.Stop() as stop, runs.session(parsed.flags, timeout_s=PATIENCE_S) as here:
         try:
             work(here, stop)
         except Interrupted as told:
+            mute_unheard()
             if here.is_main:
                 print(f"stopped on request: {told}")
             return runs.REQUEUE

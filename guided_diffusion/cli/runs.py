@@ -121,4 +121,4 @@ def session(flags: Mapping[str, Any], **options: Any) -> Iterator[World]:
             same = earlier is not None and earlier.endswith(f" failed: {error}")
             mark = "" if str(error).startswith("[") else f"[{here.context.where()}] "
             code = 1 if isinstance(error, world.CollectiveError) else USER_ERROR
-            watch.leave("" if same else f"{mark}error: {error}\n", code)
+            watch.leave("" if same else f"{mark}error: {error}\n", code, after=here.context)

@@ -86,7 +86,7 @@ def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool =
 
 
 def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
-    """Train as the flags say; returns the exit code: 0, or 85 where it was asked to stop early and start again later."""
+    """Train as the flags say; returns the exit code: 0; 85 where it was asked to stop early and start again later, 130 by Ctrl-C."""
     parsed = flags(argv, kind, program=program, script=script)
     if parsed.flags["resume_checkpoint"] in _NO_FILE:
         RunConfig.from_flags(kind, parsed.flags)  # complain before torch is loaded and processes meet
@@ -103,7 +103,11 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
     from ..runtime import signals
 
     # A signal that comes while the processes meet must not be lost.
-    with signals.Stop() as stop, runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here:
+    with (
+        signals.Stop(signals.TRAINING_SIGNALS) as stop,
+        runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here,
+    ):
+        stop.quiet = not here.is_main
         return _run(parsed, kind, here, stop, script=script)
 
 
@@ -111,7 +115,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     from .. import build, finetuning
     from ..data.classes import some
     from ..runtime.devices import require_compiler
-    from ..runtime.log import Log
+    from ..runtime.log import Log, mute_unheard
     from ..training.fitting import fit_checkpointing, fitting_microbatch
     from ..training.measuring import recompute
     from ..training.saver import Checkpoints, find_save
@@ -241,11 +245,12 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     if failure is not None:
         raise failure
     if outcome == "stopped":
+        mute_unheard()
         if world.is_main:
             print(
                 f"stopped on request after {trainer.steps_done} steps, all saved in {folder}; the same command goes on"
             )
-        return runs.REQUEUE
+        return int(stop.exit_code)
     return 0
 
 

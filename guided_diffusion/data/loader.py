@@ -8,7 +8,6 @@ global batch is number `g = s * batch_size + p` of an endless walk; epoch `g // 
 from __future__ import annotations
 
 import random
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..runtime import streams
+from ..runtime import signals, streams
 from . import images
 from .listing import Records
 from .sources import Reader
@@ -250,8 +249,7 @@ def _as_it_is(fetched: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process alone reports it and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.leave_to_parent()
 
 
 def _check(

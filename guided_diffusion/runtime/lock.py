@@ -44,7 +44,7 @@ class RunLock:
                     file.close()
                     return
                 holder = _holder(path)
-                # Loader workers of a killed job keep its lock until they notice, a few seconds later.
+                # Loader workers of a killed job keep its lock until they notice, about a second later.
                 if _is_gone(holder) and time.monotonic() < end:
                     time.sleep(0.2)
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,18 @@ from . import storage
 from .world import World
 
 FIRST_COLUMNS = ("step", "samples")
+
+
+def mute_unheard() -> None:
+    """Let words go nowhere where nobody hears them any more, instead of being errors: a pipe without a reader, a closed terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # no file, or no poll (Windows)
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if poll.poll(0):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 class Writer(Protocol):
@@ -188,6 +201,8 @@ class Log:
         self._since = time.perf_counter()
         self._writers: list[Writer] = []
         self._troubled: set[int] = set()
+        self.reader_left = False
+        """Whether the program that read our words (`| tee`, `| head`) has ended: mostly a sign that the job shall end."""
         if unknown := [name for name in writers if name not in WRITERS]:
             raise ValueError(f"unknown log format {unknown[0]!r}; choose among {', '.join(WRITERS)}")
         if directory is not None and "://" in str(directory):
@@ -265,9 +280,9 @@ class Log:
         """A full disk, or a folder that is gone, costs rows of the log and not the run; it is said once per writer."""
         try:
             action()
-        except BrokenPipeError:  # whoever read our words has left
-            raise
         except OSError as error:
+            self.reader_left |= isinstance(error, BrokenPipeError)
+            mute_unheard()
             if id(writer) not in self._troubled:
                 self._troubled.add(id(writer))
                 print(f"warning: the log cannot be written: {error}. Training goes on", file=sys.stderr, flush=True)

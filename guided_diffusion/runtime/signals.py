@@ -1,11 +1,17 @@
-"""Asked to stop: SIGTERM and SIGUSR1 set a flag; the ranks agree on it between two steps, save once, and leave with a code of their own.
+"""Asked to stop: a signal sets a flag; the ranks agree on it between two steps, save once, and leave with a code of their own.
 
-Slurm sends the signal before a time limit (`#SBATCH --signal=USR1@120`), cloud machines before they are taken back. Exit code 85
-(`REQUEUE_EXIT_CODE`) says: stopped early, everything saved, start me again. See docs/clusters.md.
+Slurm sends SIGUSR1 before a time limit (`#SBATCH --signal=USR1@120`), cloud machines SIGTERM before they are taken back, a closed terminal
+SIGHUP. Exit code 85 (`REQUEUE_EXIT_CODE`) says: stopped early, everything saved, start me again. Ctrl-C (SIGINT) does the same and ends
+with 130: a person does not want to be started again. See docs/clusters.md.
+
+Signals often go to every process of a job. Those that a process of ours starts leave them to it: see `leave_to_parent`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -15,22 +21,30 @@ from typing import Any
 
 import torch
 
+from .log import mute_unheard
 from .world import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 from .world import World
 
 AGREE_S = 2.0
 """About how often several processes ask each other whether to stop; each time costs one wait for the device."""
 
-# Names, because Windows has no SIGUSR1
-DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1")
+INTERRUPTED_EXIT_CODE = 130
+
+# Names, because Windows has neither SIGUSR1 nor SIGHUP
+DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")
+TRAINING_SIGNALS = (*DEFAULT_SIGNALS, "SIGINT")
+# `nohup` and shells that start a command in the background have these ignored for it, and mean it.
+_MAY_BE_IGNORED = ("SIGHUP", "SIGINT")
+# Repetitions within so many seconds are one request: `timeout` and launchers send a signal to a process and to its whole group.
+_ONE_REQUEST_S = {"SIGINT": 0.2}
+_ONE_REQUEST_BY_PROGRAMS_S = 3.0
 
 
 class Stop:
     """A flag that signals set. Use it as a context manager: the handlers that were there before come back afterwards.
 
-    Workers that a data loader forks inherit the handlers, and so live through a first signal that Slurm sends to every process of a step.
-    A second signal of the same kind gets the handler from before, so that an impatient second SIGTERM still ends the process.
-    Outside the main thread Python allows no handlers; the flag can then only be set by `request`.
+    A later signal of the same kind ends the process at once (SIGINT), or gets the handler from before, so that an impatient second SIGTERM
+    ends it too. Outside the main thread Python allows no handlers; the flag can then only be set by `request`.
     """
 
     def __init__(self, signals: Sequence[str] = DEFAULT_SIGNALS) -> None:
@@ -38,8 +52,18 @@ class Stop:
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no signal; name them like {DEFAULT_SIGNALS}")
         self.reason: str | None = None
+        self.interrupted = False
+        """Whether it was Ctrl-C, here or on another rank: a person and no scheduler."""
+        self.quiet = False
+        """Say nothing on Ctrl-C: set on all ranks but the main one, as all hear it."""
         self._names = [name for name in signals if hasattr(signal, name)]
         self._before: dict[int, Any] = {}
+        self._since: dict[int, float] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a command that stopped early ends with."""
+        return INTERRUPTED_EXIT_CODE if self.interrupted else REQUEUE_EXIT_CODE
 
     @property
     def requested(self) -> bool:
@@ -62,6 +86,8 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             for name in self._names:
                 number = getattr(signal, name)
+                if name in _MAY_BE_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -73,8 +99,55 @@ class Stop:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.request(f"received {signal.Signals(number).name}")
-        signal.signal(number, self._before.get(number, signal.SIG_DFL))
+        name, now = signal.Signals(number).name, time.monotonic()
+        since = self._since.setdefault(number, now)
+        if since != now:
+            if now - since > _ONE_REQUEST_S.get(name, _ONE_REQUEST_BY_PROGRAMS_S):
+                before = self._before.get(number, signal.SIG_DFL)
+                # Python's own handler would unwind, and wait for a save on the way.
+                signal.signal(number, signal.SIG_DFL if before is signal.default_int_handler else before)
+                os.kill(os.getpid(), number)
+            return
+        self.request(f"received {name}")
+        mute_unheard()
+        if name == "SIGINT":
+            self.interrupted = True
+            if not self.quiet:  # past Python's buffers, which the signal may have found in use
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\ninterrupted: ends after this step, with everything saved; once more ends at once\n")
+
+
+def leave_to_parent() -> None:
+    """Call it in a process that works for another one of ours: it ends when that one says so or is gone, and not before.
+
+    A scheduler, `timeout` or a terminal signals every process of a job. One that died of it would end the main one with an error, before
+    it has saved; and a main process that is killed must leave nothing behind.
+    """
+    started_by = multiprocessing.parent_process()
+    parents = {os.getppid(), started_by.pid if started_by is not None else None}
+    numbers = [getattr(signal, name) for name in TRAINING_SIGNALS if hasattr(signal, name)]
+    who_sent_it = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
+    if who_sent_it:
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    else:
+        for number in numbers:
+            if number != signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)
+
+    def obey(parent: int = os.getppid()) -> None:
+        while os.getppid() == parent:
+            if not who_sent_it:
+                time.sleep(_LOOK_S)
+                continue
+            sent = signal.sigtimedwait(numbers, _LOOK_S)
+            if sent is not None and sent.si_signo == signal.SIGTERM and sent.si_pid in parents:
+                break
+        os._exit(0)
+
+    threading.Thread(target=obey, name="obey-parent", daemon=True).start()
+
+
+_LOOK_S = 0.5
 
 
 class Agreement:
@@ -96,10 +169,12 @@ class Agreement:
             return requested
         now, (asked_step, asked_at) = time.monotonic(), self._asked
         pace = (now - asked_at) / max(1, step - asked_step) if self._next is not None else AGREE_S
-        told = torch.tensor([float(requested), pace], device=self._world.device)
-        count, pace = self._world.all_reduce_sum_(told, "agreement to stop").tolist()
+        interrupted = self._stop is not None and self._stop.interrupted
+        told = torch.tensor([float(requested), float(interrupted), pace], device=self._world.device)
+        count, by_hand, pace = self._world.all_reduce_sum_(told, "agreement to stop").tolist()
         self._next = step + min(100, max(1, int(AGREE_S * self._world.size / max(pace, 1e-6))))
         self._asked = (step, now)
         if count and self._stop is not None:
             self._stop.request("another rank was asked to stop")
+            self._stop.interrupted = bool(by_hand)
         return bool(count)

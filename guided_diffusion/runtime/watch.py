@@ -98,7 +98,7 @@ class Watch(threading.Thread):
                 print(timeout_message(self._context, operation, waited), file=sys.stderr)
                 faulthandler.dump_traceback(all_threads=True)
                 post_note(self._context, f"{self._context.where()} waited {waited:.0f} s for {operation}")
-                leave("")
+                leave("", after=self._context)
 
     def _say_alive(self) -> None:
         self._store.set(f"{BEAT}/{self._context.rank}", str(self._rounds))
@@ -117,7 +117,7 @@ class Watch(threading.Thread):
                 told = f"rank {rank} gave no sign of life for {silent * BEAT_S:.0f} s: killed (out of memory?), stopped, or cut off"
                 print(f"[{self._context.where()}] ends because {told}", file=sys.stderr, flush=True)
                 post_note(self._context, told)
-                leave("")
+                leave("", after=self._context)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -135,7 +135,10 @@ def timeout_message(context: Context, operation: str, waited: float) -> str:
 
 
 def post_note(context: Context, reason: str) -> str | None:
-    """Leave the reason of this rank's death for the others. Returns an earlier rank's reason, which stays, or None."""
+    """Leave the reason of this rank's death for the others. Returns an earlier rank's reason, which stays, or None.
+
+    Write what there is to say next, and then `linger`: as soon as another rank has heard and left, the launcher may end this one.
+    """
     if context.store is None:
         return None
     own = f"{context.rank}\n{reason}"
@@ -143,32 +146,39 @@ def post_note(context: Context, reason: str) -> str | None:
         standing = context.store.compare_set(DEATH_NOTE, "", own).decode()
     except RuntimeError:
         return None  # the store's host is gone: the others know already
-    if standing != own:
-        if context.rank == 0:
-            time.sleep(3 * POLL_S)  # as below, and longer than the one who was first
-        return standing.partition("\n")[2]
-    time.sleep(2 * POLL_S)  # this process may host the store: let the others read
-    return None
+    return None if standing == own else standing.partition("\n")[2]
 
 
-def leave(message: str, code: int = 1) -> NoReturn:
-    """Say `message` on stderr and end at once: interpreter clean-up after a lost rank can hang or abort in gloo, NCCL and MPI."""
+def linger(context: Context) -> None:
+    """Wait until the others have had time to read a note and to write their words; longest where the store is hosted."""
+    if context.store is not None:
+        time.sleep((3 if context.rank == 0 else 2) * POLL_S)
+
+
+def leave(message: str, code: int = 1, *, after: Context | None = None) -> NoReturn:
+    """Say `message` on stderr and end at once, or when the others have read the note that was posted in `after`.
+
+    Without Python's clean-up: after a lost rank it can hang or abort in gloo, NCCL and MPI.
+    """
     sys.stderr.write(message)
     sys.stderr.flush()
     sys.stdout.flush()
+    if after is not None:
+        linger(after)
     os._exit(code)
 
 
 def die(context: Context, error: BaseException) -> NoReturn:
     """Print `error`'s traceback, each line marked with the rank, tell the others and end with a non-zero code."""
-    interrupted = isinstance(error, KeyboardInterrupt)  # Ctrl-C reaches every rank; nobody wants all their tracebacks
-    text = "interrupted\n" if interrupted else "".join(traceback.format_exception(error))
     mark = f"[{context.where()}] "
+    if isinstance(error, KeyboardInterrupt):  # Ctrl-C reaches every rank; one line is enough
+        earlier = post_note(context, "interrupted")
+        leave("" if earlier == "interrupted" else f"{mark}interrupted\n", 130, after=context)
+    text = "".join(traceback.format_exception(error))
     sys.stderr.write("".join(mark + line for line in text.splitlines(keepends=True)))
     sys.stderr.flush()
-    code = 130 if interrupted else 1
     earlier = post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
-    leave(f"{mark.strip()} ends because {earlier}\n" if earlier else "", code)
+    leave(f"{mark}ends because {earlier}\n" if earlier else "", 1, after=context)
 
 
 @contextmanager

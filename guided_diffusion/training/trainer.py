@@ -115,7 +115,7 @@ class Trainer:
         self.hooks = list(hooks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
-        self._agreement = Agreement(self.world, stop)
+        self.stop, self._agreement = stop, Agreement(self.world, stop)
 
         self.steps_done = 0
         self.samples_seen = 0
@@ -269,6 +269,7 @@ class Trainer:
             self._raise_save_failure(last=True)
         finally:
             clock.close()
+            self._close_batches()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
         return outcome
@@ -304,8 +305,17 @@ class Trainer:
             )
         return batch
 
+    def _close_batches(self) -> None:
+        """End the processes that read images, where this trainer has made them: the next run makes them anew."""
+        if self._make_batches is not None:
+            self._iterator = None
+            if hasattr(self.source, "close"):
+                self.source.close()
+
     def _should_leave(self) -> bool:
         """Whether to stop early, the same answer on all processes."""
+        if self.log is not None and self.log.reader_left and self.stop is not None:
+            self.stop.request("nobody reads the output any more")
         if not self._agreement.due(self.steps_done):
             return False
         self._raise_save_failure()

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from guided_diffusion.runtime import signals
 from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Stop
 from guided_diffusion.runtime.world import World
 
@@ -24,13 +25,15 @@ def test_a_signal_sets_the_flag_and_the_old_handlers_come_back(name):
     assert signal.getsignal(getattr(signal, name)) is before
 
 
-def test_a_second_signal_reaches_the_handler_from_before():
+def test_a_second_signal_reaches_the_handler_from_before_and_a_repeated_one_is_the_same(monkeypatch):
     heard = []
     old = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     try:
         with Stop(["SIGUSR1"]):
             os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
             assert heard == []
+            monkeypatch.setattr(signals, "_ONE_REQUEST_BY_PROGRAMS_S", -1.0)
             os.kill(os.getpid(), signal.SIGUSR1)
             assert heard == [signal.SIGUSR1]
     finally:
@@ -43,13 +46,26 @@ def test_interrupt_is_optional_and_names_are_checked():
     assert not stop.requested
     with Stop(["SIGINT"]) as stop:
         os.kill(os.getpid(), signal.SIGINT)
-    assert stop.reason == "received SIGINT"
+    assert stop.reason == "received SIGINT" and stop.interrupted and stop.exit_code == 130
     with pytest.raises(ValueError, match="'USR1' is no signal"):
         Stop(["USR1"])
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_what_nohup_and_shells_have_ignored_stays_ignored(name):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Stop(signals.TRAINING_SIGNALS) as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.requested
+    finally:
+        signal.signal(number, before)
+
+
 AGREE = """
 import os, signal, sys
+from guided_diffusion.runtime import signals
 from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Stop
 from guided_diffusion.runtime.world import session
 with session("cpu", timeout_s=90, announce=None) as world, Stop() as stop:
