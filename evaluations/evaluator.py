@@ -19,13 +19,15 @@ import argparse
 import warnings
 from collections.abc import Sequence
 
+from guided_diffusion.runtime import storage
+
 COMMANDS = ("compare", "reference", "selftest")
 CLASSIC_WARM_UP = "warming up PyTorch..."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for a mistake in what was asked, told in one line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [storage.expand_word(word) for word in (sys.argv[1:] if argv is None else argv)]
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments and arguments[0] in COMMANDS and not os.path.isfile(arguments[0]):
                 return _other_command(arguments[0], arguments[1:])
             return _score(arguments)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -123,7 +123,7 @@ def scope_names() -> dict[str, str]:
 def cache_folder() -> Path:
     """`GUIDED_DIFFUSION_CACHE`, else `~/.cache/guided_diffusion`."""
     chosen = os.environ.get("GUIDED_DIFFUSION_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "guided_diffusion"
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "guided_diffusion"
 
 
 def load_inception(

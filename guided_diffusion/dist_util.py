@@ -72,6 +72,7 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     Every process that calls it reads for itself. It is no collective, so it may stand under `if rank == 0`.
     """
     kwargs.setdefault("weights_only", True)
+    path = _storage.expand(path)
     if _storage.is_remote(path):
         return th.load(io.BytesIO(_storage.read_bytes(path)), **kwargs)
     return th.load(path, **kwargs)

@@ -44,6 +44,7 @@ def find(path: str, *, weights: str = "", tell: Tell = print) -> Found:
     """The weights that `path` means: a file, or a run folder, whose newest averaged weights (or those of `weights`) are taken."""
     if weights not in WEIGHTS:
         raise ValueError(f"--weights is {weights!r}; it must be one of {', '.join(map(repr, WEIGHTS))}")
+    path = storage.expand(path)
     if not path or not storage.exists(path):
         raise FileNotFoundError(f"{path!r}: no such file of weights or run folder")
     step = None

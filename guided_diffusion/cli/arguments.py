@@ -176,7 +176,10 @@ def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
     ]
     if set(values) <= {"model", "diffusion", "data", "train"} and "data_dir" not in known:
         values = {name: section for name, section in values.items() if name not in foreign}
-    flat = flatten(values)
+    flat = {
+        name: storage.expand(value) if isinstance(value, str) and value.startswith("~") else value
+        for name, value in flatten(values).items()
+    }
     if isinstance(values.get("train"), dict):  # a stored run's: what it was once started from is no instruction
         flat.pop("resume_checkpoint", None)
     for name in flat:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import RunConfig
+from . import runs
 from .arguments import parse
 
 if TYPE_CHECKING:
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ).flags
 
     from ..runtime import doctor
-    from ..runtime.world import session
 
-    with session(flags["device"], timeout_s=300.0) as world:
+    with runs.session(flags, timeout_s=300.0) as world:
         local = [doctor.check_device(world)]
         if world.is_main:
             local = [doctor.check_versions(), *local]

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import runs
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import numpy as np
 
     from .. import build
-    from ..runtime import storage, world
+    from ..runtime import storage
 
-    with world.session(args.device) as here:
+    with runs.session({"device": args.device, "debug": False}) as here:
         critic = build.load(args.classifier_path, kind="classifier", device=here.device)
         if critic.kind != "classifier":
             raise ValueError(f"--classifier_path {critic.path} is a {critic.kind} model, not a classifier")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..runtime import storage
 from .arguments import Parsed
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Command = Callable[[Sequence[str] | None], int]
 
 def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [storage.expand_word(word) for word in (sys.argv[1:] if argv is None else argv)]
     share_the_processor()
     try:
         return command(words)
@@ -58,10 +59,28 @@ def share_the_processor() -> None:
 def _told(error: Exception, words: Sequence[str]) -> int:
     if getattr(error, "told_elsewhere", False):
         return USER_ERROR
+    if not isinstance(error, RuntimeError) and not _first_of_machine():
+        # The same words failed in the first process here, which says so. The launcher may end it as soon as this one is gone.
+        time.sleep(_FIRST_SPEAKS_S)
+        return USER_ERROR
     if any(word.startswith("--debug") for word in words):
         traceback.print_exc()
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return USER_ERROR
+
+
+_FIRST_SPEAKS_S = 3.0
+
+
+def _first_of_machine() -> bool:
+    """Whether no other process of the job on this machine is there to say what is wrong with a command line."""
+    from ..runtime import launchers
+
+    try:
+        place = launchers.discover(os.environ, ask_mpi=False)
+    except ValueError:
+        return True
+    return not (place.rank if place.local_rank is None else place.local_rank)
 
 
 def run_folder(out: str, kind: str) -> tuple[str, str]:
@@ -69,7 +88,7 @@ def run_folder(out: str, kind: str) -> tuple[str, str]:
     if out:
         return out, "--out"
     if os.environ.get("OPENAI_LOGDIR"):
-        return os.environ["OPENAI_LOGDIR"], "OPENAI_LOGDIR"
+        return os.path.expanduser(os.environ["OPENAI_LOGDIR"]), "OPENAI_LOGDIR"
     return os.path.join("runs", time.strftime(f"{kind}-%Y%m%d-%H%M%S")), "give --out to choose it"
 
 
@@ -96,8 +115,6 @@ def show(values: dict[str, object]) -> str:
 
 def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None:
     """Write the full configuration and what was typed as `config.json`; `--config` reads it back."""
-    from ..runtime import storage
-
     storage.makedirs(folder)
     storage.write_json_atomic(storage.join(folder, "config.json"), values)
 

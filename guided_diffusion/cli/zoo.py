@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def cache_folder() -> str:
     """Where downloads are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided_diffusion."""
-    return os.environ.get("GUIDED_DIFFUSION_CACHE") or str(Path.home() / ".cache" / "guided_diffusion")
+    return os.path.expanduser(os.environ.get("GUIDED_DIFFUSION_CACHE", "")) or str(
+        Path.home() / ".cache" / "guided_diffusion"
+    )
 
 
 def table() -> str:

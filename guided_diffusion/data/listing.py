@@ -82,7 +82,7 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
     table, or "auto": the source's own labels (dataset.json, packed labels), else folders, else prefixes, else none. What was taken is
     in `label_source`; nothing else is read. ValueError if there are no pictures.
     """
-    source = sources.list_source(os.fspath(root))
+    source = sources.list_source(storage.expand(root))
     found = source.labels(labels)
     empty = _empty_folders(source) if found.source == "folders" and source.kind == "files" else ()
     return Records(

@@ -40,6 +40,17 @@ def is_remote(path: PathLike) -> bool:
     return text.startswith(_REMOTE_SCHEMES)
 
 
+def expand(path: PathLike) -> str:
+    """`path` with a leading `~` as the home folder, where no shell has done it: in files of flags, environment variables, notebooks."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def expand_word(word: str) -> str:
+    """A word of a command line with `~` as the home folder: `~/data`, `--data_dir=~/data`."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return name + equals + (expand(value) if value.startswith("~") else value)
+
+
 def _blobfile(path: PathLike) -> Any:
     try:
         import blobfile
@@ -59,39 +70,39 @@ def open_file(path: PathLike, mode: str = "rb") -> IO[Any]:
     """Open `path` like the built-in `open`; text modes are UTF-8. For output that must never be seen half written: `atomic_write`."""
     if is_remote(path):
         return _blobfile(path).BlobFile(os.fspath(path), mode)
-    return open(path, mode, encoding=None if "b" in mode else "utf-8")
+    return open(expand(path), mode, encoding=None if "b" in mode else "utf-8")
 
 
 def exists(path: PathLike) -> bool:
     """Whether there is a file or folder at `path`."""
-    return _blobfile(path).exists(os.fspath(path)) if is_remote(path) else os.path.exists(path)
+    return _blobfile(path).exists(os.fspath(path)) if is_remote(path) else os.path.exists(expand(path))
 
 
 def isdir(path: PathLike) -> bool:
     """Whether `path` is a folder (links are followed)."""
-    return _blobfile(path).isdir(os.fspath(path)) if is_remote(path) else os.path.isdir(path)
+    return _blobfile(path).isdir(os.fspath(path)) if is_remote(path) else os.path.isdir(expand(path))
 
 
 def size(path: PathLike) -> int:
     """Length of a file in bytes."""
-    return int(_blobfile(path).stat(os.fspath(path)).size) if is_remote(path) else os.path.getsize(path)
+    return int(_blobfile(path).stat(os.fspath(path)).size) if is_remote(path) else os.path.getsize(expand(path))
 
 
 def join(path: PathLike, *parts: str) -> str:
     """Join path parts; `..` in a remote path is resolved by blobfile."""
-    return _blobfile(path).join(os.fspath(path), *parts) if is_remote(path) else os.path.join(path, *parts)
+    return _blobfile(path).join(os.fspath(path), *parts) if is_remote(path) else os.path.join(expand(path), *parts)
 
 
 def same_folder(one: PathLike, other: PathLike) -> bool:
     """Whether two spellings name one folder: links, dots and slashes do not matter (of remote ones, slashes at the end)."""
     if is_remote(one) or is_remote(other):
         return str(one).rstrip("/") == str(other).rstrip("/")
-    return os.path.realpath(one) == os.path.realpath(other)
+    return os.path.realpath(expand(one)) == os.path.realpath(expand(other))
 
 
 def listdir(path: PathLike) -> list[str]:
     """Names in a folder, sorted, folders without a trailing slash."""
-    names = _blobfile(path).listdir(os.fspath(path)) if is_remote(path) else os.listdir(path)
+    names = _blobfile(path).listdir(os.fspath(path)) if is_remote(path) else os.listdir(expand(path))
     return sorted(name.rstrip("/") for name in names)
 
 
@@ -106,7 +117,7 @@ def walk_files(path: PathLike) -> Iterator[str]:
         found = [f"{folder.rstrip('/')}/{name}" for folder, _, names in _blobfile(path).walk(root) for name in names]
         yield from sorted(found, key=lambda name: name.split("/"))
     else:
-        yield from _walk_local(os.fspath(path), ())
+        yield from _walk_local(expand(path), ())
 
 
 def _walk_local(folder: str, above: tuple[str, ...]) -> Iterator[str]:
@@ -129,7 +140,7 @@ def makedirs(path: PathLike) -> None:
         _blobfile(path).makedirs(os.fspath(path))
         return
     try:
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(expand(path), exist_ok=True)
     except OSError as error:
         raise _explained(error, path, "make the folder") from error
 
@@ -141,7 +152,7 @@ def remove(path: PathLike) -> None:
             _blobfile(path).remove(os.fspath(path))
         return
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
+        os.remove(expand(path))
 
 
 def move(source: PathLike, target: PathLike) -> None:
@@ -150,7 +161,7 @@ def move(source: PathLike, target: PathLike) -> None:
         _blobfile(source).copy(os.fspath(source), os.fspath(target), overwrite=True)
         remove(source)
     else:
-        os.replace(source, target)
+        os.replace(expand(source), expand(target))
 
 
 @contextlib.contextmanager
@@ -167,7 +178,7 @@ def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
             yield file
         return
     # Through a link to the file it stands for: a rename would replace the link itself.
-    target = os.path.realpath(path)
+    target = os.path.realpath(expand(path))
     folder, name = os.path.split(target)
     # 255 bytes is the longest name common file systems take.
     temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.tmp")

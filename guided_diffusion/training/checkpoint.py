@@ -265,7 +265,7 @@ def load_run(resume: str, *, tell: Tell | None = None) -> SavedRun | None:
 
     A file of weights that belongs to no save, such as a released checkpoint, gives its weights at step 0.
     """
-    tell = tell or _silent
+    tell, resume = tell or _silent, storage.expand(resume)
     if storage.isdir(resume):
         return find_latest(resume, tell=tell)
     if not storage.exists(resume):

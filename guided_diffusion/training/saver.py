@@ -55,7 +55,7 @@ class Checkpoints:
             raise ValueError(f"on_error is {on_error!r}; it can be {' or '.join(map(repr, ON_ERROR))}")
         if keep_last < 0 or keep_every < 0:
             raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative; 0 keeps all")
-        self.directory = directory
+        self.directory = directory = storage.expand(directory)
         self.last_good: str | None = None
         """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
         self._good_step: int | None = None  # of `last_good`, where that lies in this folder
