@@ -27,7 +27,7 @@ def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float
         layout, (height, width), channels = "NCHW", shape[2:], shape[1]
     else:
         hint = " (transparency has to be blended into a background first)" if len(shape) == 4 and 4 in shape[1:] else ""
-        raise ValueError(f"{name} has shape {shape}, expected [N, H, W, 3]{hint}")
+        raise ValueError(f"{name} has shape {shape} and dtype {dtype}, expected [N, H, W, 3] uint8{hint}")
     if height < 1 or width < 1:
         raise ValueError(f"{name} has shape {shape}: images without pixels")
     notes = []
@@ -48,21 +48,47 @@ def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float
     return Conversion(height, width, apply, tuple(notes))
 
 
+def refuse_one_image(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """[H, W, 3] or [3, H, W] would pass for H or three grey images."""
+    if len(shape) == 3 and (shape[2] <= 4 or shape[0] in (3, 4)):
+        raise ValueError(
+            f"{name} has shape {shape} and dtype {dtype}: one image without the axis that counts images? "
+            "Give many images as [N, H, W, 3] (numpy.stack joins single ones), grey ones as [N, H, W, 1]"
+        )
+
+
+def refuse_binary(name: str, images: np.ndarray) -> None:
+    """Floats in [0, 1] that were cast to integers are nearly black images."""
+    if images.max(initial=0) == 1:
+        raise ValueError(
+            f"{name} holds only 0 and 1 ({images.dtype}) in its first images: floats in [0, 1] that were cast to "
+            "integers? Multiply by 255 before the cast."
+        )
+
+
 def _values(
     name: str, dtype: np.dtype, bounds: tuple[float, float] | None, notes: list[str]
 ) -> Callable[[np.ndarray], np.ndarray]:
     if dtype == np.uint8:
         return lambda images: images
     if dtype.kind == "b":
-        raise ValueError(f"{name} holds truth values, expected uint8 images")
+        raise ValueError(f"{name} holds truth values (bool), expected uint8 images 0..255: multiply by 255")
     assert bounds is not None
     low, high = bounds
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} holds values that are not finite (nan or infinity)")
     if dtype.kind in "iu":
         if low < 0 or high > 255:
-            raise ValueError(f"{name} holds {dtype.name} from {low:g} to {high:g}, expected 0..255")
-        notes.append(f"{dtype.name} images within 0..255: taken as uint8")
+            raise ValueError(
+                f"{name} holds {dtype.name} from {low:g} to {high:g}, expected 0..255. "
+                "Convert the images to uint8 0..255 and save them again."
+            )
+        if high <= 1:
+            raise ValueError(
+                f"{name} holds {dtype.name} from {low:g} to {high:g}: floats in [0, 1] that were cast to integers? "
+                "Save uint8 images 0..255: multiply by 255 before the cast."
+            )
+        notes.append(f"{dtype.name} images within 0..255 (from {low:g} to {high:g}): taken as uint8")
         return lambda images: images.astype(np.uint8)
     if low >= 0 and high <= 1:
         notes.append(f"{dtype.name} images in [0, 1]: taken as round(255 x)")

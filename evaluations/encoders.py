@@ -19,9 +19,12 @@ import torch
 
 from .features import World, extract
 from .inception import POOL_FEATURES, SPATIAL_FEATURES
-from .inputs import ImageSource, file_sha256, open_images
-from .npy import open_npz
+from .inputs import ImageSource, file_sha256, open_images, read_labels
+from .npy import DiskArray, Npz
 
+# Of cubes of products of features (KID) and their sums, float64 holds no larger ones.
+LARGEST_FEATURE = 1e48
+_SCAN_BYTES = 1 << 26
 RESIZE = "TensorFlow 1 bilinear to 299x299, no half-pixel shift, no antialiasing, float32"
 _FAMILIES = {"dinov2": ("dinov2", "dinov2_with_registers"), "clip": ("clip", "clip_vision_model")}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -35,7 +38,6 @@ class Encoded(NamedTuple):
     sha256: str
     shape: tuple[int, ...] | None
     notes: tuple[str, ...]
-    labels: np.ndarray | None
     pool: np.ndarray
     """[N, d] float32"""
     spatial: np.ndarray | None
@@ -67,8 +69,10 @@ class Encoder(Protocol):
     """Images to features. `weight`: softmax head [classes, d] for the Inception Score, or None."""
 
     name: str
-    takes_images: bool
     weight: torch.Tensor | None
+
+    def open(self, source: Any) -> ImageSource:
+        """What `encode` takes; ValueError for what it would refuse later. A source that is open already stays as it is."""
 
     def encode(self, images: Any, settings: Options, world: World) -> Encoded | None:
         """Features of a set; None in all processes but the first."""
@@ -93,7 +97,6 @@ class InceptionEncoder:
     """The network of the published scores."""
 
     name = "inception"
-    takes_images = True
 
     def __init__(self, weights: str | None, allow_other: bool, device: torch.device) -> None:
         from .weights import load_inception
@@ -101,6 +104,10 @@ class InceptionEncoder:
         self.net = load_inception(weights, device=device, allow_unknown=allow_other)
         self.weight: torch.Tensor | None = self.net.fc.weight.detach()
         self._dtype, self._compiled = "", False
+
+    def open(self, source: Any) -> ImageSource:
+        """Anything `open_images` takes."""
+        return open_images(source)
 
     def encode(self, images: ImageSource, settings: Options, world: World) -> Encoded | None:
         """Both feature tensors of every image; shards in `settings.shard_dir` are reused."""
@@ -135,13 +142,19 @@ class InceptionEncoder:
 class CallableEncoder:
     """Any function from uint8 images [n, H, W, 3] (a tensor) to features [n, d]."""
 
-    takes_images = True
     weight: torch.Tensor | None = None
 
     def __init__(self, name: str, function: Callable[[torch.Tensor], Any], about: dict[str, Any] | None = None) -> None:
         self.name = name
         self.function = function
         self.about = about or {}
+
+    def open(self, source: Any) -> ImageSource:
+        """Anything `open_images` takes that holds images."""
+        images = open_images(source)
+        if images.count == 0:
+            raise ValueError(f"{images.name} holds no images; {self.name} features cannot come from its statistics")
+        return images
 
     def encode(self, images: ImageSource, settings: Options, world: World) -> Encoded | None:
         """Features batch by batch, in the first process alone."""
@@ -155,8 +168,6 @@ class CallableEncoder:
             if found.ndim != 2 or len(found) != len(batch):
                 raise ValueError(f"{self.name} gave features of shape {found.shape} for {len(batch)} images")
             parts.append(found.astype(np.float32))
-        if not parts:
-            raise ValueError(f"{images.name} holds no images; {self.name} features cannot come from its statistics")
         return _encoded(images, np.concatenate(parts), None)
 
     def receipt(self) -> dict[str, Any]:
@@ -164,36 +175,69 @@ class CallableEncoder:
         return {"name": self.name, **self.about}
 
 
-class StoredFeatures:
-    """Features made elsewhere: npz files with a matrix `features` (or `arr_0`) [N, d], and labels `arr_1` if any."""
+class FeatureSource(ImageSource):
+    """A matrix of features in an npz file: `features` (or `arr_0`) [N, d], and labels `arr_1` if any."""
 
-    name = "npz"
-    takes_images = False
-    weight: torch.Tensor | None = None
-
-    def encode(self, images: Any, settings: Options, world: World) -> Encoded | None:
-        """Read one file."""
-        if world.rank != 0:
-            return None
-        path = os.fspath(images)
+    def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
             raise ValueError(f"there is no file {path!r}")
-        arrays = open_npz(path)
-        stored = arrays.get("features", arrays.get("arr_0"))
+        self._arrays = Npz(path)
+        stored = self._arrays.get("features" if "features" in self._arrays else "arr_0")
         if stored is None or len(stored.header.shape) != 2 or stored.header.dtype.kind != "f":
             held = "nothing of that kind" if stored is None else f"{stored.header.dtype} {list(stored.header.shape)}"
             raise ValueError(f"{path}: expected a float matrix [images, features] under 'features', found {held}")
-        matrix = stored.read(0, stored.header.shape[0])
-        labels = None
-        if "arr_1" in arrays:
-            header = arrays["arr_1"].header
-            if header.shape != (len(matrix),) or header.dtype.kind not in "iu":
+        super().__init__(path, stored.header.shape[0])
+        self._stored: DiskArray = stored
+        for at in range(0, len(self), step := max(1, _SCAN_BYTES // max(1, stored.header.item_bytes))):
+            largest = float(np.abs(stored.read(at, at + step)).max(initial=0))
+            if not largest <= LARGEST_FEATURE:
                 raise ValueError(
-                    f"arr_1 in {path} has shape {header.shape} and dtype {header.dtype}; labels are whole numbers, one "
-                    f"for each of the {len(matrix)} rows of features"
+                    f"{path}: features hold {largest:g}, expected finite numbers up to {LARGEST_FEATURE:g} (divide all "
+                    "sets by one number if they are larger)"
                 )
-            labels = arrays["arr_1"].read(0, len(matrix)).astype(np.int64)
-        return Encoded(path, file_sha256(path), None, ("features made elsewhere",), labels, matrix, None)
+
+    def __len__(self) -> int:
+        return self._stored.header.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Features of one image."""
+        return self._stored.header.shape[1]
+
+    def matrix(self) -> np.ndarray:
+        """[N, d], of the floating-point type of the file."""
+        return self._stored.read(0, len(self))
+
+    def labels(self) -> np.ndarray | None:
+        return read_labels(self.name, self._arrays, len(self))
+
+    def sha256(self) -> str:
+        return file_sha256(self.name)
+
+
+class StoredFeatures:
+    """Features made elsewhere; see `FeatureSource`."""
+
+    name = "npz"
+    weight: torch.Tensor | None = None
+
+    def __init__(self) -> None:
+        self._first: FeatureSource | None = None
+
+    def open(self, source: Any) -> ImageSource:
+        """The path of a file whose features are as many as those of the first one."""
+        found = source if isinstance(source, FeatureSource) else FeatureSource(os.fspath(source))
+        self._first = self._first or found
+        if found.width != self._first.width:
+            raise ValueError(
+                f"{found.name} holds {found.width} features of each image and {self._first.name} {self._first.width}; "
+                "features of two encoders cannot be compared"
+            )
+        return found
+
+    def encode(self, images: Any, settings: Options, world: World) -> Encoded | None:
+        """Read one file."""
+        return _encoded(images, images.matrix(), None) if world.rank == 0 else None
 
     def receipt(self) -> dict[str, Any]:
         """Nothing is known of the encoder."""
@@ -246,6 +290,4 @@ def vision_transformer(kind: str, folder: str, device: torch.device) -> Callable
 
 
 def _encoded(images: ImageSource, pool: np.ndarray, spatial: np.ndarray | None) -> Encoded:
-    return Encoded(
-        images.name, images.sha256(), images.shape, tuple(sorted(images.notes)), images.labels(), pool, spatial
-    )
+    return Encoded(images.name, images.sha256(), images.shape, tuple(sorted(images.notes)), pool, spatial)

@@ -10,15 +10,15 @@ import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from guided_diffusion.runtime import storage
 
-from .conversions import check_bounds, declared_bounds, plan
-from .npy import DiskArray, open_npz
+from .conversions import check_bounds, declared_bounds, plan, refuse_binary, refuse_one_image
+from .npy import DiskArray, Npz
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 _SCAN_BYTES = 1 << 26
@@ -52,11 +52,15 @@ class ImageSource:
         raise NotImplementedError
 
     def labels(self) -> np.ndarray | None:
-        """int64 [N] class of each image, or None."""
+        """int64 [N] class of each image, or None. ValueError for labels that are no classes: read them only if needed."""
         return None
 
+    def want_labels(self) -> None:
+        """Labels will be needed: refuse bad ones now, before the images are read."""
+        self.labels()
+
     def statistics(self) -> dict[str, np.ndarray] | None:
-        """Precomputed float64 mu, sigma (pool) and mu_s, sigma_s (spatial), or None."""
+        """Precomputed float64 mu, sigma (pool) and, where there are any, mu_s, sigma_s (spatial); None without `mu`."""
         return None
 
     def sha256(self) -> str:
@@ -118,17 +122,24 @@ def _holds_arrays(path: str) -> bool:
 
 
 def _from_npz(text: str, value_range: tuple[float, float] | None) -> ImageSource:
-    arrays = open_npz(text)
-    if "arr_0" not in arrays:
-        if "mu" in arrays:
-            return StatisticsSource(text, arrays)
-        raise ValueError(f"missing arr_0 in npz file {text} (it holds {sorted(arrays) or 'nothing'})")
-    return ArraySource(text, arrays["arr_0"], others=arrays, value_range=value_range)
+    arrays = Npz(text)
+    if "arr_0" in arrays:
+        source = ArraySource(text, arrays["arr_0"], others=arrays, value_range=value_range)
+        if "mu" not in arrays and (rest := [key for key in STATISTICS if key in arrays]):
+            source.tell(f"holds {', '.join(rest)} without mu: not used, all statistics come from the images")
+        return source
+    if "mu" in arrays:
+        return StatisticsSource(text, arrays)
+    raise ValueError(
+        f"missing arr_0 in npz file {text} (it holds {sorted(arrays) or 'nothing'}); "
+        "numpy.savez(path, images) saves images as arr_0"
+    )
 
 
 def _as_array(source: Any) -> np.ndarray | None:
     if hasattr(source, "detach"):  # a torch tensor, without importing torch here
-        source = source.detach().cpu().numpy()
+        source = source.detach().cpu()
+        source = (source.float() if str(source.dtype) == "torch.bfloat16" else source).numpy()  # which numpy lacks
     return source if isinstance(source, np.ndarray) else None
 
 
@@ -153,7 +164,7 @@ class ArraySource(ImageSource):
         name: str,
         array: DiskArray | MemoryArray,
         *,
-        others: dict[str, DiskArray] | None = None,
+        others: Mapping[str, DiskArray] | None = None,
         value_range: tuple[float, float] | None = None,
     ) -> None:
         header = array.header if isinstance(array, DiskArray) else array
@@ -164,6 +175,7 @@ class ArraySource(ImageSource):
         self._array = array
         self._others = others or {}
         self._item_bytes = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
+        refuse_one_image(name, dtype, shape)
         plan(name, np.dtype(np.uint8), shape, None)  # refuse a wrong layout before a long scan
         bounds = None if dtype == np.uint8 else declared_bounds(value_range, dtype) or self._scan(shape[0])
         self._bounds = bounds if value_range is not None else None
@@ -171,12 +183,7 @@ class ArraySource(ImageSource):
         self._conversion = plan(name, dtype, shape, bounds)
         self.notes += self._conversion.notes
         if dtype == np.uint8:
-            first = array.read(0, max(1, min(64, _SCAN_BYTES // self._item_bytes)))
-            if first.max() == 1:
-                raise ValueError(
-                    f"{name} holds only 0 and 1 in its first images: floats in [0, 1] that were cast to integers? "
-                    "Multiply by 255 before the cast."
-                )
+            refuse_binary(name, array.read(0, max(1, min(64, _SCAN_BYTES // self._item_bytes))))
 
     def _scan(self, count: int) -> tuple[float, float]:
         low, high = np.inf, -np.inf
@@ -202,15 +209,8 @@ class ArraySource(ImageSource):
             yield self._conversion.apply(images)
 
     def labels(self) -> np.ndarray | None:
-        if "arr_1" not in self._others:
-            return None
-        header = self._others["arr_1"].header
-        if header.shape != (self.count,) or header.dtype.kind not in "iu":
-            raise ValueError(
-                f"arr_1 in {self.name} has shape {header.shape} and dtype {header.dtype}; labels are whole numbers, "
-                f"one for each of the {self.count} images"
-            )
-        return self._others["arr_1"].read(0, header.shape[0]).astype(np.int64)
+        assert self.count is not None
+        return read_labels(self.name, self._others, self.count)
 
     def statistics(self) -> dict[str, np.ndarray] | None:
         return read_statistics(self.name, self._others)
@@ -227,7 +227,7 @@ class ArraySource(ImageSource):
 class StatisticsSource(ImageSource):
     """An npz file with precomputed statistics and no images: enough for FID and sFID, not for precision and recall."""
 
-    def __init__(self, name: str, arrays: dict[str, DiskArray]) -> None:
+    def __init__(self, name: str, arrays: Mapping[str, DiskArray]) -> None:
         super().__init__(name, 0)
         self._arrays = arrays
         self.tell("statistics only: there are no images in this file")
@@ -253,7 +253,8 @@ class IterableSource(ImageSource):
         self._batches = batches
         self._range = value_range
         self._digest = hashlib.sha256()
-        self._labels: list[np.ndarray] = []
+        self._labels: list[np.ndarray | ValueError] = []
+        self._labels_wanted = False
         self._shape: tuple[int, int, int] | None = None
         self._started = False
 
@@ -266,23 +267,35 @@ class IterableSource(ImageSource):
             raise ValueError("batches that come from an iterable can be read once only, from the start to the end")
         self._started = True
         total = 0
+        entry: tuple[int, ...] | None = None
         for item in self._batches:
-            images, labels = item if isinstance(item, tuple) else (item, None)
+            pair = isinstance(item, (tuple, list)) and len(item) == 2  # a DataLoader gives lists
+            images, labels = item if pair else (item, None)
             array = _as_array(images)
             if array is None:
-                raise ValueError(f"a batch must be an array or tensor of uint8 images, got {type(images).__name__}")
+                raise ValueError(
+                    "a batch must be an array or tensor of uint8 images, or a pair of these and labels, got "
+                    f"{type(images).__name__}"
+                )
+            if array.shape[1:] != entry:
+                refuse_one_image("a batch", array.dtype, array.shape)
+                entry = array.shape[1:]
             bounds = None if array.dtype == np.uint8 else declared_bounds(self._range, array.dtype)
             if array.dtype != np.uint8 and bounds is None:
                 raise ValueError(f"a batch holds {array.dtype}; give uint8, or say value_range=(0, 1) or (-1, 1)")
             check_bounds(self.name, array, bounds)
             conversion = plan(self.name, array.dtype, array.shape, bounds)
+            if array.dtype == np.uint8 and total == 0:
+                refuse_binary("a batch", array)
             array = np.array(conversion.apply(array))  # a copy: the maker of the batch may use its memory again
             for note in conversion.notes:
                 self.tell(note)
             self._shape = (conversion.height, conversion.width, 3)
             self._digest.update(f"{array.shape}\n".encode() + array.tobytes())
             if labels is not None:
-                self._labels.append(np.asarray(labels, np.int64).reshape(-1))
+                self._labels.append(_batch_labels(labels, len(array)))
+                if self._labels_wanted and isinstance(self._labels[-1], ValueError):
+                    raise self._labels[-1]
             total += len(array)
             for at in range(0, len(array), batch_size):
                 yield array[at : at + batch_size]
@@ -291,10 +304,17 @@ class IterableSource(ImageSource):
         self.count = total
 
     def labels(self) -> np.ndarray | None:
-        labels = np.concatenate(self._labels) if self._labels else None
+        good = [batch for batch in self._labels if not isinstance(batch, ValueError)]
+        for batch in self._labels:
+            if isinstance(batch, ValueError):
+                raise batch
+        labels = np.concatenate(good) if good else None
         if labels is not None and self.count is not None and len(labels) != self.count:
             raise ValueError(f"{len(labels)} labels came with {self.count} images")
         return labels
+
+    def want_labels(self) -> None:
+        self._labels_wanted = True
 
     def sha256(self) -> str:
         if self.count is None:
@@ -302,18 +322,54 @@ class IterableSource(ImageSource):
         return self._digest.hexdigest()
 
 
-def read_statistics(name: str, arrays: dict[str, DiskArray]) -> dict[str, np.ndarray] | None:
-    """mu, sigma, mu_s, sigma_s as float64; None without `mu`; ValueError when some are missing or of another shape."""
+def _batch_labels(labels: Any, count: int) -> np.ndarray | ValueError:
+    """int64 [count], or what is wrong with them, to be raised if they are needed."""
+    try:
+        array = _as_array(labels)
+        array = np.array(labels if array is None else array)
+    except (ValueError, TypeError) as error:
+        return ValueError(f"the labels of a batch cannot be read: {error}")
+    if array.shape != (count,) or array.dtype.kind not in "iu" or array.min(initial=0) < 0:
+        return ValueError(
+            f"labels of shape {array.shape} and dtype {array.dtype} came with a batch of {count} images; "
+            "labels are class numbers from 0, one for each image"
+        )
+    return array.astype(np.int64)
+
+
+def read_labels(name: str, arrays: Mapping[str, DiskArray], count: int) -> np.ndarray | None:
+    """int64 [count] from `arr_1`, None without it; ValueError for anything but one class number for each entry."""
+    if "arr_1" not in arrays:
+        return None
+    stored = arrays["arr_1"]
+    if stored.header.shape != (count,) or stored.header.dtype.kind not in "iu":
+        raise ValueError(
+            f"arr_1 in {name} has shape {stored.header.shape} and dtype {stored.header.dtype}; labels are whole "
+            f"numbers, one for each of the {count} images"
+        )
+    labels = stored.read(0, count).astype(np.int64)
+    if labels.min(initial=0) < 0:
+        raise ValueError(f"arr_1 in {name} holds the label {labels.min()}; classes are numbered from 0")
+    return labels
+
+
+def read_statistics(name: str, arrays: Mapping[str, DiskArray]) -> dict[str, np.ndarray] | None:
+    """Float64 mu, sigma and, where the file has both, mu_s, sigma_s; None without `mu`.
+
+    ValueError for `mu` without `sigma`, and for what has another shape or is not finite.
+    """
     if "mu" not in arrays:
         return None
+    if "sigma" not in arrays:
+        raise ValueError(f"{name} holds mu without sigma; a precomputed mean needs its covariance")
+    both = "mu_s" in arrays and "sigma_s" in arrays
     found = {}
-    for key, shape in STATISTICS.items():
-        if key not in arrays:
-            raise ValueError(f"{name} has precomputed statistics without {key!r}; all of {list(STATISTICS)} are needed")
-        header = arrays[key].header
+    for key in STATISTICS if both else ("mu", "sigma"):
+        header, shape = arrays[key].header, STATISTICS[key]
         if header.shape != shape or header.dtype.kind != "f":
             raise ValueError(
-                f"{key} in {name} has shape {header.shape} and dtype {header.dtype}, expected {shape} floats"
+                f"{key} in {name} has shape {header.shape} and dtype {header.dtype}, expected {shape} floats: features "
+                "of the Inception network of 2015. Statistics of another network cannot be compared with them"
             )
         found[key] = arrays[key].read(0, shape[0]).astype(np.float64)
         if not np.isfinite(found[key]).all():

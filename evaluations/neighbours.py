@@ -91,6 +91,7 @@ def neighbours(
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"cannot compare {x.shape[1]} features with {y.shape[1]}")
     _check(k, dtype, x, y)
+    dtype = _wide_enough(dtype, x, y)
     if reference_radii is None:
         reference_radii = squared_radii(y, k=k, dtype=dtype, device=device, tile=tile)
     elif reference_radii.shape != (len(y),):
@@ -121,6 +122,7 @@ def squared_radii(
     """Squared distance [n] of each point to its k-th nearest other point of the set, float64."""
     x = _matrix(points, "points")
     _check(k, dtype, x)
+    dtype = _wide_enough(dtype, x)
     with _full_precision_products():
         if dtype == torch.float16:
             return _published_radii(x, k, device, tile)
@@ -153,6 +155,12 @@ def _check(k: int, dtype: torch.dtype, *sets: np.ndarray) -> None:
     smallest = min(map(len, sets))
     if smallest <= k:
         raise ValueError(f"k = {k} neighbours need at least {k + 1} images in each set, got {smallest}")
+
+
+def _wide_enough(dtype: torch.dtype, *sets: np.ndarray) -> torch.dtype:
+    """float64 where squared distances overflow float32: infinite ones would all look alike."""
+    largest = max(float(np.einsum("ij,ij->i", part, part, dtype=np.float64).max()) for part in sets)
+    return dtype if 4 * largest < torch.finfo(torch.float32).max else torch.float64
 
 
 @contextmanager
@@ -195,9 +203,10 @@ def _distances(u: np.ndarray, v: np.ndarray, dtype: torch.dtype, device: torch.d
 def _margin(u: np.ndarray, v: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Bound [len(u)] of the rounding error of `_distances`, for any order of summation (Higham 2002, section 3.1)."""
     unit = 2.0**-24 if dtype == torch.float32 else 2.0**-53
+    vanishing = torch.finfo(dtype).tiny  # products below it lose all their digits
     norm_u = np.einsum("ij,ij->i", u, u, dtype=np.float64)
     norm_v = np.einsum("ij,ij->i", v, v, dtype=np.float64).max()
-    return (u.shape[1] + 8) * unit * (norm_u + norm_v)
+    return (u.shape[1] + 8) * (unit * (norm_u + norm_v) + vanishing)
 
 
 def _exact(x: np.ndarray, i: np.ndarray, y: np.ndarray, j: np.ndarray) -> np.ndarray:

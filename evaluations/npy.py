@@ -14,6 +14,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -223,21 +224,47 @@ class DiskArray:
             self._file = None
 
 
-def open_npz(path: str | os.PathLike[str]) -> dict[str, DiskArray]:
-    """The arrays of an npz file by name (without `.npy`); nothing but headers is read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise ValueError(f"{os.fspath(path)} cannot be read as npz, it is cut off or damaged: {error}") from error
-    arrays: dict[str, DiskArray] = {}
-    for member in members:
-        name = member.filename.removesuffix(".npy")
-        if name in arrays:
-            raise ValueError(f"{os.fspath(path)} holds two arrays called {name!r}")
-        if member.filename.endswith(".npy"):
+class Npz(Mapping[str, DiskArray]):
+    """The arrays of an npz file by name (without `.npy`). Each is opened, and judged, when it is asked for.
+
+    Files carry prompts, names and settings beside the images: what nobody asks for may be anything.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._members: dict[str, list[zipfile.ZipInfo]] = {}
+        self._opened: dict[str, DiskArray] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    if member.filename.endswith(".npy"):
+                        self._members.setdefault(member.filename.removesuffix(".npy"), []).append(member)
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, struct.error) as error:
+            raise ValueError(f"{self.path} cannot be read as npz, it is cut off or damaged: {error}") from error
+
+    def __getitem__(self, name: str) -> DiskArray:
+        """ValueError for an array that cannot be read as numbers, KeyError for a name that is not there."""
+        members = self._members[name]
+        if len(members) > 1:
+            raise ValueError(f"{self.path} holds two arrays called {name!r}")
+        if name not in self._opened:
             try:
-                arrays[name] = DiskArray(path, member)
+                self._opened[name] = DiskArray(self.path, members[0])
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-                raise ValueError(f"{member.filename} in {os.fspath(path)} is damaged: {error}") from error
-    return arrays
+                raise ValueError(f"{name}.npy in {self.path} is damaged: {error}") from error
+        return self._opened[name]
+
+    def __contains__(self, name: object) -> bool:
+        """By the directory alone: the array itself may still turn out to be unreadable."""
+        return name in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for array in self._opened.values():
+            array.close()

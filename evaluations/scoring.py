@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from . import metrics, neighbours, report, statistics, uncertainty
 from .encoders import Encoded, Encoder, make_encoder
 from .features import World, pick_device, world_from_environment
-from .inputs import ImageSource, open_images
+from .inputs import ImageSource
 
 CUSTOMARY_PR_REFERENCES = 10_000
 PR_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -55,6 +55,13 @@ class Settings:
         for name in ("batch_size", "k", "split_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+
+
+class Stored(NamedTuple):
+    """Precomputed statistics of a file; `spatial` is None where it has none."""
+
+    pool: statistics.Statistics
+    spatial: statistics.Statistics | None
 
 
 class Side(NamedTuple):
@@ -112,6 +119,10 @@ class Scorer:
         self._radii: np.ndarray | None = None
         self._roots: dict[str, torch.Tensor] = {}
 
+    def open(self, source: Any) -> ImageSource:
+        """Open a set and refuse now what would be refused after the work; what is open already may be given again."""
+        return self._checked(source)[0]
+
     def read_reference(self, source: Any) -> Side | None:
         """Encode the reference and take its statistics, precomputed ones where its file has them."""
         self.reference = self._read(source, "reference")
@@ -124,31 +135,48 @@ class Scorer:
         if sample is None or self.reference is None:
             return None
         self.say("Computing evaluations...")
-        if len(sample.encoded.pool) == 0:
-            raise ValueError(f"{sample.about.name} holds no images to score")
         return self._score(sample, self.reference)
 
+    def _checked(self, source: Any) -> tuple[ImageSource, Stored | None]:
+        """An open set and its precomputed statistics, after a look at all that scores will need."""
+        images, stored = self.encoder.open(source), None
+        if self.settings.per_class:
+            try:
+                images.want_labels()
+            except ValueError as error:
+                raise ValueError(f"{error}. Scores per class (--per_class, --all) need them") from error
+        found = images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are Inception's
+        if found is not None:
+            pool, spatial = (
+                statistics.checked(found[mu], found[sigma], name=f"{mu}, {sigma} in {images.name}")
+                if mu in found
+                else None
+                for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
+            )
+            assert pool is not None
+            stored = Stored(pool, spatial)
+        elif images.count is not None:
+            _refuse_few(images.name, images.count)
+        return images, stored
+
     def _read(self, source: Any, role: str) -> Side | None:
-        images = open_images(source) if self.encoder.takes_images else source
+        images, stored = self._checked(source)
         self.say(f"computing {role} batch activations...")
         encoded = self.encoder.encode(images, self.settings, self.world)
         if encoded is None:
             return None
-        if self.encoder.takes_images:
-            for note in encoded.notes:
-                _warn(f"{encoded.name}: {note}")
+        for note in encoded.notes:
+            _warn(f"{encoded.name}: {note}")
         if not np.isfinite(encoded.pool).all():
             raise ValueError(f"{encoded.name}: features hold values that are not finite (nan or infinity)")
         self.say(f"computing/reading {role} batch statistics...")
-        stored = images.statistics() if isinstance(images, ImageSource) and self.encoder.name == "inception" else None
+        spatial: statistics.Statistics | None
         if stored is not None:
-            pool = statistics.checked(stored["mu"], stored["sigma"], name=images.name)
-            spatial: statistics.Statistics | None = statistics.checked(
-                stored["mu_s"], stored["sigma_s"], name=images.name
-            )
-        elif len(encoded.pool) < 2:
-            raise ValueError(f"{encoded.name} holds {len(encoded.pool)} images; scores need at least 2, better 50,000")
+            pool, spatial = stored
+            if spatial is None:
+                _warn(f"{encoded.name} holds mu and sigma without mu_s and sigma_s: sFID is left out")
         else:
+            _refuse_few(encoded.name, len(encoded.pool))  # batches are counted only now
             pool = statistics.from_features(encoded.pool)
             spatial = None if encoded.spatial is None else statistics.from_features(encoded.spatial)
         about = report.Set(
@@ -159,21 +187,25 @@ class Scorer:
             statistics="from its images" if stored is None else "precomputed in the file",
             notes=encoded.notes,
         )
-        return Side(about, encoded, encoded.labels, pool, spatial, stored is None)
+        return Side(about, encoded, self._labels(images, role), pool, spatial, stored is None)
+
+    def _labels(self, images: ImageSource, role: str) -> np.ndarray | None:
+        """Classes for the scores per class; the Inception Score only asks whether samples are sorted by them."""
+        if self.settings.per_class:
+            return images.labels()
+        with suppress(ValueError):
+            return images.labels() if role == "sample" and self.encoder.weight is not None else None
+        return None
 
     def _score(self, sample: Side, reference: Side) -> Scored:
         settings, device = self.settings, self.algebra
         errors: dict[str, uncertainty.Uncertainty] = {}
         values: dict[str, float] = {}
-        if self.encoder.weight is not None:
-            if sample.labels is not None and _sorted_across_splits(sample.labels, settings.split_size):
-                _warn(
-                    f"{sample.about.name}: the samples are sorted by class. The Inception Score looks at consecutive "
-                    f"runs of {settings.split_size} images and comes out low; shuffle the file"
-                )
+        if self.encoder.weight is not None and len(sample.encoded.pool):
             inception = metrics.inception_score(
                 sample.encoded.pool, self.encoder.weight, split_size=settings.split_size, device=device
             )
+            self._doubt_splits(sample, inception)
             values["Inception Score"] = inception.score
             errors["Inception Score"] = uncertainty.of_influence(inception.influence)
         name = "FID" if self.encoder.name == "inception" else f"FD {self.encoder.name}"
@@ -194,7 +226,7 @@ class Scorer:
             density = uncertainty.of_influence(around.ball_counts / around.k, "spread of counts over samples")
             errors["Density"] = density
             errors["Coverage"] = uncertainty.of_groups(around.occupied_by_group)
-        if settings.kid and len(reference.encoded.pool) > 1:
+        if settings.kid and min(len(sample.encoded.pool), len(reference.encoded.pool)) > 1:
             kernel = metrics.kernel_distance(sample.encoded.pool, reference.encoded.pool, device=device)
             values["KID"] = kernel.value
             errors["KID"] = uncertainty.of_influence(kernel.influence)
@@ -212,6 +244,28 @@ class Scorer:
             line = report.Extrapolated(*found, error)
         classes = self._per_class(sample, reference, around) if settings.per_class else ()
         return Scored(report.SetReport(sample.about, scores, classes, line), errors, around)
+
+    def _doubt_splits(self, sample: Side, inception: metrics.InceptionScore) -> None:
+        """Say what the cut into splits does to the Inception Score of these samples."""
+        name, size, splits = sample.about.name, self.settings.split_size, len(inception.splits)
+        if splits > 1 and (last := len(sample.encoded.pool) % size):
+            _warn(
+                f"{name}: the last of {splits} splits of the Inception Score holds {last} of {size} images and counts "
+                f"as much as the others (as in 2021), which moves the score: {inception.splits[-1]:.4g} in this split, "
+                f"{np.mean(inception.splits[:-1]):.4g} in the others. Score a multiple of {size} images, or choose "
+                "--split_size"
+            )
+        if sample.labels is not None and _sorted_across_splits(sample.labels, size):
+            _warn(
+                f"{name}: the samples are sorted by class. The Inception Score looks at consecutive "
+                f"runs of {size} images and comes out low; shuffle the file"
+            )
+        elif inception.lowered_by_order:
+            _warn(
+                f"{name}: the samples look sorted, by class or otherwise: consecutive runs of {size} images are less "
+                f"varied than chance. The Inception Score is {inception.score:.4g} in this order and "
+                f"{inception.shuffled:.4g} in random order; shuffle the file"
+            )
 
     def _frechet(
         self,
@@ -235,9 +289,11 @@ class Scorer:
 
     def _neighbours(self, sample: Side, reference: Side) -> neighbours.Neighbours | None:
         x, y, k = sample.encoded.pool, reference.encoded.pool, self.settings.k
-        if len(y) == 0:
-            _warn(f"{reference.about.name} holds no images, so precision and recall cannot be computed")
-            return None
+        for side in (reference, sample):
+            if len(side.encoded.pool) == 0:
+                scores = "precision and recall" if side is reference else "Inception Score, precision and recall"
+                _warn(f"{side.about.name} holds no images, so {scores} cannot be computed")
+                return None
         if min(len(x), len(y)) <= k:
             _warn(f"precision and recall at k = {k} need at least {k + 1} images in each set")
             return None
@@ -254,8 +310,9 @@ class Scorer:
     def _per_class(
         self, sample: Side, reference: Side, around: neighbours.Neighbours | None
     ) -> tuple[report.ClassScores, ...]:
-        if sample.labels is None or around is None:
+        if sample.labels is None:
             _warn(f"{sample.about.name} has no labels (arr_1), so there are no scores per class")
+        if sample.labels is None or around is None:
             return ()
         rows = []
         for label in np.unique(sample.labels):
@@ -303,10 +360,12 @@ def evaluate(
     many = isinstance(samples, (list, tuple))
     with _recorded() as told:
         scorer = Scorer(settings, encoder=encoder, say=say, world=world)
-        scorer.read_reference(reference)
+        # All of them first: a mistake in the last one is told before hours of work on the others.
+        against, *sets = [scorer.open(source) for source in (reference, *(samples if many else [samples]))]
+        scorer.read_reference(against)
         scored = []
-        for source in samples if many else [samples]:
-            one = scorer.score(source)
+        for images in sets:
+            one = scorer.score(images)
             if one is not None:
                 scored.append(one)
                 if show is not None:
@@ -350,6 +409,11 @@ def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
 
 def _sorted_across_splits(labels: np.ndarray, split_size: int) -> bool:
     return len(labels) > split_size and len(set(labels)) > 1 and bool((np.diff(labels) >= 0).all())
+
+
+def _refuse_few(name: str, count: int) -> None:
+    if count < 2:
+        raise ValueError(f"{name} holds {count} images; scores need at least 2, better 50,000")
 
 
 def _warn(text: str) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES
-from .npy import DiskArray, open_npz
+from .npy import Npz
 
 
 class Features(NamedTuple):
@@ -65,9 +65,9 @@ class Shards:
             return None
         count = span[1] - span[0]
         shapes = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES, "logits": NUM_CLASSES}
-        arrays: dict[str, DiskArray] = {}
+        arrays: Npz | None = None
         try:
-            arrays = open_npz(path)
+            arrays = Npz(path)
             if arrays["key"].read(0, 32).tobytes().hex() != self.key:
                 return None
             values = []
@@ -81,8 +81,8 @@ class Shards:
         except (ValueError, KeyError, OSError):
             return None
         finally:
-            for array in arrays.values():
-                array.close()
+            if arrays is not None:
+                arrays.close()
 
     def wait(self, span: tuple[int, int], rank: int, size: int, timeout_s: float) -> Features:
         """One shard, waiting for the process that makes it; TimeoutError when nothing new has come for `timeout_s`."""

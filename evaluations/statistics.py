@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 BLOCK = 1024
 
@@ -197,4 +198,8 @@ def checked(mu: Any, sigma: Any, *, name: str = "statistics", count: int | None 
     scale = float(np.abs(sigma).max(initial=0.0))
     if float(np.abs(sigma - sigma.T).max(initial=0.0)) > 1e-4 * scale:
         raise ValueError(f"{name}: the covariance is not symmetric")
+    # Rounding to float32 makes eigenvalues of some 1e-7 of the largest negative; no more can come from images.
+    slack = 1e-4 * scale * np.eye(len(mu))
+    if scale and torch.linalg.cholesky_ex(torch.from_numpy(sigma + slack)).info:
+        raise ValueError(f"{name}: the covariance is that of no data (it has negative eigenvalues)")
     return Statistics(mu, sigma, count)

@@ -52,7 +52,10 @@ def of_influence(influence: np.ndarray, method: str = "infinitesimal jackknife o
     influence = np.asarray(influence, dtype=np.float64)
     count = len(influence)
     centred = influence - influence.mean()
-    error = float(np.sqrt((centred**2).sum() / (count * max(count - 1, 1))))
+    scale = np.ldexp(
+        1.0, np.frexp(np.abs(centred).max(initial=0.0))[1]
+    )  # a power of two: squares of KID's may overflow
+    error = float(scale * np.sqrt(((centred / scale) ** 2).sum() / (count * max(count - 1, 1))))
     return Uncertainty(error, method, centred)
 
 

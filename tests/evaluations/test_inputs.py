@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,85 @@ def test_labels(images, tmp_path):
     np.savez(tmp_path / "bad.npz", images, np.arange(3))
     with pytest.raises(ValueError, match="one for each of the 7 images"):
         open_images(tmp_path / "bad.npz").labels()
+    np.savez(tmp_path / "bad.npz", images, np.arange(7) - 1)
+    with pytest.raises(ValueError, match="the label -1; classes are numbered from 0"):
+        open_images(tmp_path / "bad.npz").want_labels()
+
+
+BAD_LABELS = {
+    "words": np.array(["cat", "dog"] * 4)[:7],
+    "objects": np.array([{"cat": 1}] * 7, dtype=object),
+    "one-hot": np.eye(7),
+    "floats": np.arange(7.0),
+    "column": np.arange(7)[:, None],
+    "too many": np.arange(8),
+    "truth values": np.arange(7) % 2 == 0,
+    "one number": np.array(3),
+    "complex": np.arange(7) * 1j,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_labels_are_judged_when_they_are_wanted(kind, images, tmp_path):
+    labels = BAD_LABELS[kind]
+    np.savez(tmp_path / "x.npz", images, labels)
+    source = open_images(tmp_path / "x.npz")
+    assert np.array_equal(all_of(source), images)
+    with pytest.raises(ValueError, match=r"arr_1.* in .*x\.npz"):
+        source.want_labels()
+    stream = open_images([(images, labels)])
+    assert len(all_of(stream)) == 7
+    with pytest.raises(ValueError, match="labels of shape"):
+        stream.labels()
+    wanted = open_images(iter([(images, labels)]))
+    wanted.want_labels()
+    with pytest.raises(ValueError, match="labels of shape"):
+        all_of(wanted)
+
+
+def damaged_member(path, name):
+    """Turn the bytes of one member of an npz file into noise."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(name)
+    data = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len(info.filename)
+    data[start : start + info.compress_size] = b"\x55" * info.compress_size
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_members_that_nobody_asks_for_may_be_anything(compressed, images, tmp_path):
+    path = tmp_path / "x.npz"
+    more = {
+        "prompts": np.array([f"photo {i}" for i in range(7)]),
+        "config": np.array({"cfg": 1.5}, dtype=object),
+        "spectrum": np.zeros(4, np.complex64),
+        "wide": np.zeros(4, np.longdouble),
+        "when": np.zeros(3, "datetime64[s]"),
+        "fields": np.zeros(2, [("a", "i4"), ("b", "f4")]),
+        "empty": np.zeros((0, 3)),
+        "deep": np.zeros((1,) * 9),
+        "torn": np.arange(5),
+    }
+    (np.savez_compressed if compressed else np.savez)(path, arr_0=images, **more)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", "made on a Monday")
+        archive.writestr("nonsense.npy", b"no array")
+        archive.writestr("twice.npy", b"")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("twice.npy", b"")
+    damaged_member(path, "torn.npy")
+    source = open_images(path)
+    assert np.array_equal(all_of(source), images) and source.labels() is None and source.statistics() is None
+    assert not source.notes
+
+
+def test_a_member_that_is_needed_twice_is_refused(images, tmp_path):
+    np.savez(tmp_path / "x.npz", images)
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("arr_0.npy", archive.read("arr_0.npy"))
+    with pytest.raises(ValueError, match="two arrays called 'arr_0'"):
+        open_images(tmp_path / "x.npz")
 
 
 def test_statistics(images, tmp_path):
@@ -93,8 +174,20 @@ def test_statistics(images, tmp_path):
     assert alone.count == 0
     assert list(alone.batches(4)) == []
     assert "statistics only" in alone.notes[0]
+    for absent in (["mu_s"], ["sigma_s"], ["mu_s", "sigma_s"]):  # as other evaluators save them: enough for FID
+        np.savez(tmp_path / "pool.npz", **{name: value for name, value in full.items() if name not in absent})
+        found = open_images(tmp_path / "pool.npz").statistics()
+        assert sorted(found) == ["mu", "sigma"] and np.array_equal(found["sigma"], full["sigma"])
+    for absent in (["mu"], ["mu", "sigma"], ["mu", "mu_s", "sigma_s"]):
+        rest = {name: value for name, value in full.items() if name not in absent}
+        np.savez(tmp_path / "rest.npz", arr_0=images, **rest)
+        source = open_images(tmp_path / "rest.npz")
+        assert source.statistics() is None and "without mu: not used" in source.notes[0]
     for change, words in (
-        ({"mu_s": None}, "without 'mu_s'"),
+        ({"sigma": None}, "mu without sigma"),
+        ({"mu": np.zeros(768)}, r"shape \(768,\) .* another network"),
+        ({"mu_s": np.zeros(2048)}, r"mu_s in .* expected \(2023,\)"),
+        ({"mu": np.zeros(2048, int)}, "dtype int64"),
         ({"sigma": np.zeros((3, 3))}, r"expected \(2048, 2048\)"),
         ({"mu": np.full(2048, np.nan)}, "not finite"),
     ):
@@ -174,6 +267,60 @@ def test_grey_is_told(shape, images):
 def test_what_cannot_be_meant_is_refused(array, words):
     with pytest.raises(ValueError, match=words):
         open_images(array)
+
+
+ONE = [(32, 24, 3), (3, 32, 24), (32, 24, 1), (32, 24, 4), (4, 32, 24)]
+
+
+@pytest.mark.parametrize("shape", ONE, ids=str)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
+def test_one_image_is_no_set_of_images(shape, dtype, tmp_path):
+    image = np.linspace(0, 1 if dtype is np.float32 else 255, int(np.prod(shape))).reshape(shape).astype(dtype)
+    np.savez(tmp_path / "x.npz", image)
+    np.save(tmp_path / "x.npy", image)
+    words = rf"shape {re.escape(str(shape))} and dtype {np.dtype(dtype)}: one image .* \[N, H, W, 3\]"
+    for source in (tmp_path / "x.npz", tmp_path / "x.npy", image, torch.from_numpy(image)):
+        with pytest.raises(ValueError, match=words):
+            open_images(source)
+    with pytest.raises(ValueError, match=words):
+        all_of(open_images(iter([image]), value_range=(0, 1) if dtype is np.float32 else None))
+
+
+def test_a_last_batch_of_three_grey_images_is_no_image(images):
+    stream = open_images([images[..., 0], images[:3, ..., 0]])
+    assert np.array_equal(all_of(stream), np.repeat(np.concatenate([images, images[:3]])[..., :1], 3, axis=3))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.eye(4, dtype=np.int64)[None, :, :, None].repeat(5, 0), "int64 from 0 to 1"),
+        (np.eye(6, dtype=np.int16)[None].repeat(5, 0), "int16 from 0 to 1"),
+        (np.zeros((5, 4, 4, 3), np.int32), "int32 from 0 to 0"),
+        (np.eye(4, dtype=np.uint8)[None, :, :, None].repeat(5, 0), r"only 0 and 1 \(uint8\)"),
+        (np.full((5, 4, 4, 3), 60_000, np.uint16), "uint16 from 60000 to 60000.* Convert"),
+        (np.full((5, 4, 4, 3), -200, np.int16), "int16 from -200 to -200.* Convert"),
+        (np.eye(4)[None, :, :, None].repeat(5, 0) > 0, "multiply by 255"),
+    ],
+    ids=lambda value: str(value)[-30:] if isinstance(value, str) else "",
+)
+def test_integers_that_are_no_images(array, words, tmp_path):
+    np.save(tmp_path / "x.npy", array)
+    for source in (array, tmp_path / "x.npy"):
+        with pytest.raises(ValueError, match=words):
+            open_images(source)
+    with pytest.raises(ValueError, match="a batch"):
+        all_of(open_images(iter([array])))
+
+
+def test_tensors_and_loaders_of_pytorch(images):
+    tensor = torch.from_numpy(images)
+    assert np.array_equal(all_of(open_images(tensor.permute(0, 3, 1, 2))), images)
+    halves = open_images((tensor.bfloat16() / 255).clamp(0, 1))
+    assert np.abs(all_of(halves).astype(int) - images).max() <= 2 and "[0, 1]" in halves.notes[0]
+    pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tensor, torch.arange(7)), batch_size=3)
+    loaded = open_images(pairs)
+    assert np.array_equal(all_of(loaded), images) and loaded.labels().tolist() == list(range(7))
 
 
 def test_a_declared_range_is_held_to():

@@ -100,6 +100,56 @@ def test_inception_score_bounds() -> None:
     assert 1 <= metrics.inception_score(pool, np.random.default_rng(1).standard_normal((10, 4))).score <= 10
 
 
+def predictions(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Features [n, classes] of images that a network mostly, but not always, takes for what they are."""
+    noise = np.random.default_rng(seed).standard_normal((len(labels), 10))
+    return 5 * np.eye(10)[labels] + 2.5 * noise
+
+
+ORDERS = {
+    "sorted": (np.sort, True),
+    "sorted downwards": (lambda drawn: np.sort(drawn)[::-1], True),
+    "classes in another order": (lambda drawn: np.random.default_rng(1).permutation(10)[np.sort(drawn)], True),
+    "in blocks": (lambda drawn: np.repeat(drawn[::25], 25)[: len(drawn)], True),
+    "half sorted": (lambda drawn: np.concatenate([np.sort(drawn[:300]), drawn[300:]]), True),
+    "shuffled": (lambda drawn: drawn, False),
+    "in turn": (lambda drawn: np.arange(len(drawn)) % 10, False),
+    "one class": (lambda drawn: drawn * 0, False),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [600, 637])
+def test_an_order_that_lowers_the_inception_score_shows(order: str, count: int) -> None:
+    arrange, shows = ORDERS[order]
+    for seed in range(3):
+        labels = arrange(np.random.default_rng(seed).integers(0, 10, count))
+        found = metrics.inception_score(predictions(labels, seed), np.eye(10), split_size=100)
+        assert found.lowered_by_order == shows
+        whole = metrics.inception_score(predictions(labels, seed), np.eye(10), split_size=count)
+        assert not whole.lowered_by_order and whole.shuffled == whole.score  # one split: no order in it
+
+
+def test_chance_does_not_look_like_an_order() -> None:
+    """Few images, small and uneven splits, images that come twice or are all alike."""
+    rng = np.random.default_rng(0)
+    for count, split in ((9, 4), (20, 8), (60, 25), (64, 16), (200, 50)):
+        for seed in range(6):
+            drawn = predictions(rng.integers(0, 10, count), seed)
+            for rows in (drawn, np.tile(drawn[: count // 2], (2, 1)), np.tile(drawn[:1], (count, 1))):
+                assert not metrics.inception_score(rows, np.eye(10), split_size=split).lowered_by_order
+
+
+def test_the_score_of_random_orders_is_that_of_shuffled_files() -> None:
+    labels = np.sort(np.random.default_rng(0).integers(0, 10, 200))
+    rows = predictions(labels, 0)
+    found = metrics.inception_score(rows, np.eye(10), split_size=60)
+    orders = [np.random.default_rng(seed).permutation(200) for seed in range(50)]
+    shuffled = [metrics.inception_score(rows[order], np.eye(10), split_size=60).score for order in orders]
+    assert found.shuffled == pytest.approx(np.mean(shuffled), abs=4 * found.spread / 7)
+    assert found.spread == pytest.approx(np.std(shuffled), rel=0.5)
+
+
 def test_inception_score_needs_fitting_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[classes, 4\], got \[4, 10\]"):
         metrics.inception_score(np.ones((20, 4)), np.ones((4, 10)))

@@ -109,6 +109,27 @@ def test_blind_to_order_and_tile() -> None:
     assert all_four(x, y, reference_radii=squared_radii(y)) == expected
 
 
+SCALES = [1e-37, 1e-22, 1e-20, 1.0, 1e18, 1e19, 1e30, 3e37]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_size_of_features_gives_the_exact_numbers(scale: float, dtype: torch.dtype) -> None:
+    """Squares overflow float32 from 2e19 on, and vanish in it below 1e-19."""
+    rng = np.random.default_rng(3)
+    x, y = (np.float32(scale) * rng.standard_normal((n, 6), dtype=np.float32) for n in (90, 120))
+    assert all_four(x, y, dtype=dtype) == pytest.approx(brute(x, y, 3), rel=1e-12)
+    if scale >= 1e19:  # half precision cannot hold them either: no block of it passes for a number
+        assert all_four(x, y, dtype=torch.float16)[:2] == brute(x, y, 3)[:2]
+
+
+def test_one_huge_point_among_tiny_ones() -> None:
+    rng = np.random.default_rng(4)
+    x, y = ((1e-25 * rng.standard_normal((n, 6))).astype(np.float32) for n in (60, 80))
+    x[7] = 1e25
+    assert all_four(x, y) == pytest.approx(brute(x, y, 3), rel=1e-12)
+
+
 def test_errors_name_the_numbers() -> None:
     x, y = features(seed=1, n=3, d=4), features(seed=2, n=9, d=4)
     with pytest.raises(ValueError, match="at least 4 images in each set, got 3"):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations import compare, metrics, plots, report
-from evaluations.encoders import CallableEncoder, Encoder, make_encoder
+from evaluations import compare, inputs, metrics, plots, report, statistics
+from evaluations.encoders import CallableEncoder, Encoded, Encoder, make_encoder
 from evaluations.features import World
+from evaluations.inputs import open_images
 from evaluations.scoring import Settings, evaluate
 
 RNG = np.random.default_rng(0)
@@ -154,11 +155,193 @@ def test_features_made_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a float matrix"):
         evaluate(str(tmp_path / "bad.npz"), str(tmp_path / "x.npz"), Settings(features="npz"))
     np.savez(tmp_path / "bad.npz", features=x, arr_1=np.arange(39))
-    with pytest.raises(ValueError, match=r"arr_1 in .* has shape \(39,\) .* each of the 40 rows"):
-        evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz"))
+    with pytest.raises(ValueError, match=r"arr_1 in .* has shape \(39,\) .* each of the 40 .* Scores per class"):
+        evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz", per_class=True))
+    for bad, words in (
+        (x[:, :4], "holds 4 features of each image and .* 5"),
+        (np.where(x == x[3, 2], np.nan, x), "features hold nan"),
+        (np.where(x == x[3, 2], -np.inf, x), "features hold inf"),
+        (1e60 * x.astype(np.float64), "up to 1e.48"),
+        (x[:1], "holds 1 images"),
+        (x[:0], "holds 0 images"),
+        (np.array([[1.0, 2.0], [3.0]], dtype=object), "pickled"),
+    ):
+        np.savez(tmp_path / "bad.npz", features=bad)
+        heard: list[str] = []
+        with pytest.raises(ValueError, match=words):
+            evaluate(
+                str(tmp_path / "y.npz"),
+                [str(tmp_path / "x.npz"), str(tmp_path / "bad.npz")],
+                Settings(features="npz"),
+                say=heard.append,
+            )
+        assert not heard  # the second set is looked at before the first is scored
     (tmp_path / "bad.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])
     with pytest.raises(ValueError, match="cut off or damaged"):
         evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: {"features": 1e30 * x, "spectrum": np.zeros(2, complex)}, None),
+        (lambda x: {"features": x.astype(np.float16), "names": np.array(["a"] * 40)}, None),
+        (lambda x: {"features": np.repeat(x[:1], 40, 0)}, None),
+        (lambda x: {"features": x, "arr_1": np.array(["a"] * 40)}, None),
+        (lambda x: {"features": x, "arr_1": np.array(["a"] * 40)}, "arr_1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_features_give_finite_scores_or_an_error(change, words: str | None, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "y.npz", **change(rng.standard_normal((45, 5)).astype(np.float32))) if words is None else None
+    np.savez(tmp_path / "x.npz", **change(rng.standard_normal((40, 5)).astype(np.float32)))
+    if words is not None:
+        with pytest.raises(ValueError, match=words):
+            evaluate(str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), replace(ALL, features="npz"))
+        return
+    settings = replace(ALL, features="npz", per_class=False)
+    one = evaluate(str(tmp_path / "y.npz"), str(tmp_path / "x.npz"), settings).sets[0]
+    assert all(math.isfinite(score.value) and math.isfinite(score.error) for score in one.scores)
+    with np.load(tmp_path / "x.npz") as x, np.load(tmp_path / "y.npz") as y:
+        exact = metrics.frechet_distance_of_features(x["features"], y["features"])
+    assert one.score("FD npz").value == exact
+
+
+def untouchable(images: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("an image was encoded")
+
+
+@pytest.mark.parametrize("place", ["reference", "first", "last"])
+@pytest.mark.parametrize(
+    ("store", "settings", "words"),
+    [
+        (None, PLAIN, "no file or folder"),
+        ({"arr_0": SAMPLES[:1]}, PLAIN, "holds 1 images"),
+        ({"arr_0": SAMPLES[0]}, PLAIN, "one image"),
+        ({"arr_0": SAMPLES[..., 0] > 9}, PLAIN, "truth values"),
+        ({"images": SAMPLES}, PLAIN, "missing arr_0"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, PLAIN, "holds no images; corners features"),
+        ({"arr_0": SAMPLES, "arr_1": np.array(["cat", "dog"] * 25)}, ALL, "arr_1.*--per_class"),
+        ({"arr_0": SAMPLES, "arr_1": np.eye(50)}, ALL, "arr_1.*--per_class"),
+        ({"arr_0": SAMPLES, "arr_1": LABELS - 1}, ALL, "label -1.*--per_class"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_told_before_an_image_is_encoded(store, settings, words: str, place: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    np.savez(good, SAMPLES, LABELS)
+    if store is not None:
+        np.savez(bad, **store)
+    reference, samples = (
+        (bad, [good]) if place == "reference" else (good, [bad, good] if place == "first" else [good, bad])
+    )
+    with pytest.raises(ValueError, match=words):
+        evaluate(reference, samples, settings, encoder=CallableEncoder("corners", untouchable))
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest")
+def test_labels_that_no_score_asks_for_change_nothing(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.weight = torch.randn(5, 6)
+    np.savez(tmp_path / "plain.npz", SAMPLES)
+    expected = evaluate(REFERENCE, tmp_path / "plain.npz", PLAIN, encoder=encoder).sets[0].scores
+    for labels in (np.eye(50), np.array(["a"] * 50), np.arange(3), np.array([{}] * 50), LABELS - 5):
+        np.savez(tmp_path / "x.npz", SAMPLES, labels)
+        found = evaluate(REFERENCE, tmp_path / "x.npz", PLAIN, encoder=encoder)
+        assert found.sets[0].scores == expected
+        assert evaluate(tmp_path / "x.npz", REFERENCE, PLAIN, encoder=encoder).reference.count == 50
+        assert evaluate(REFERENCE, iter([(SAMPLES, labels)]), PLAIN, encoder=encoder)
+    with pytest.raises(ValueError, match="came with a batch of 50 images"):
+        evaluate(REFERENCE, iter([(SAMPLES, np.eye(50))]), ALL, encoder=encoder)
+
+
+class PretendedInception(CallableEncoder):
+    """Under Inception's name, so that precomputed statistics count."""
+
+    def open(self, source):
+        return open_images(source)
+
+    def encode(self, images, settings, world):
+        if images.count == 0:
+            return Encoded(images.name, images.sha256(), None, (), np.empty((0, 6), np.float32), None)
+        found = super().encode(images, settings, world)
+        return found._replace(spatial=found.pool[:, :5])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reference_of_mu_and_sigma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "STATISTICS", {"mu": (6,), "sigma": (6, 6), "mu_s": (5,), "sigma_s": (5, 5)})
+    encoder = PretendedInception("inception", corners)
+    rows = corners(torch.from_numpy(REFERENCE)).numpy()
+    pool, spatial = statistics.from_features(rows), statistics.from_features(rows[:, :5])
+    files = {
+        "full": {"mu": pool.mu, "sigma": pool.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma},
+        "two": {"mu": pool.mu, "sigma": pool.sigma},
+        "half": {"mu": pool.mu, "sigma": pool.sigma, "mu_s": spatial.mu},
+        "float32": {"mu": pool.mu.astype(np.float32), "sigma": pool.sigma.astype(np.float32)},
+        "images": {"mu": pool.mu, "sigma": pool.sigma, "arr_0": REFERENCE[:20]},
+    }
+    for name, arrays in files.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    right = evaluate(tmp_path / "full.npz", SAMPLES, PLAIN, encoder=encoder)
+    distance = right.sets[0].score("FID").value
+    assert right.sets[0].score("sFID") is not None
+    for name in ("two", "half", "float32", "images"):
+        found = evaluate(tmp_path / f"{name}.npz", SAMPLES, PLAIN, encoder=encoder)
+        assert found.sets[0].score("FID").value == pytest.approx(distance, rel=1e-4 if name == "float32" else 1e-12)
+        assert found.sets[0].score("sFID") is None and any("sFID is left out" in text for text in found.warnings)
+        assert math.isfinite(found.sets[0].score("Precision").value) == (name == "images")
+    # As samples: the distance is the same both ways round, and nothing else can be said.
+    for name in ("two", "full"):
+        back = evaluate(SAMPLES, tmp_path / f"{name}.npz", PLAIN, encoder=encoder)
+        assert back.sets[0].score("FID").value == pytest.approx(distance, rel=1e-9)
+        assert (back.sets[0].score("sFID") is None) == (name == "two")
+        assert any("holds no images" in text for text in back.warnings)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "skew.npz", mu=pool.mu, sigma=np.triu(np.ones((6, 6))))
+    np.savez(tmp_path / "negative.npz", mu=pool.mu, sigma=-pool.sigma)
+    for name, words in (("other", "another network"), ("skew", "not symmetric"), ("negative", "negative eigenvalues")):
+        with pytest.raises(ValueError, match=words):
+            evaluate(SAMPLES, [SAMPLES, tmp_path / f"{name}.npz"], PLAIN, encoder=encoder, say=untouchable)
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest")
+def test_a_shorter_last_split_is_told(encoder: Encoder) -> None:
+    encoder.weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+    def said(samples: object, split_size: int) -> list[str]:
+        found = evaluate(REFERENCE, samples, replace(PLAIN, split_size=split_size), encoder=encoder)
+        return [text for text in found.warnings if "split" in text]
+
+    for split_size, last in ((20, 10), (49, 1), (26, 24)):
+        (text,) = said(SAMPLES, split_size)
+        assert f"holds {last} of {split_size} images" in text
+    assert not said(SAMPLES, 25) and not said(SAMPLES, 50) and not said(SAMPLES, 5000)  # even, or one split
+    assert len(said([SAMPLES, SAMPLES[:40], SAMPLES[:31]], 20)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest")
+def test_an_order_by_class_shows_without_labels() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(4), 16)
+    images = np.clip(60 * classes[:, None, None, None] + rng.integers(0, 20, (64, 8, 8, 3)), 0, 255).astype(np.uint8)
+    levels = torch.tensor([10.0, 70, 130, 190])
+    encoder = CallableEncoder("levels", lambda x: -((x.float().mean((1, 2, 3))[:, None] - levels) ** 2) / 50)
+    encoder.weight = torch.eye(4)
+
+    def told(order: np.ndarray, split_size: int = 16, labels: np.ndarray | None = None) -> str:
+        settings = replace(PLAIN, split_size=split_size)
+        found = evaluate(REFERENCE, [iter([(images[order], classes[order] if labels is None else labels)])], settings,
+                         encoder=encoder)  # fmt: skip
+        return " ".join(found.warnings)
+
+    no_labels = np.array(["?"] * 64)
+    assert "sorted by class" in told(np.arange(64))
+    for order in (np.arange(64), np.arange(64)[::-1], np.arange(64).reshape(4, 16)[[2, 0, 3, 1]].reshape(-1)):
+        assert "look sorted" in told(order, labels=no_labels)
+        assert "sorted" not in told(order, 64, no_labels)
+    for order in (rng.permutation(64), np.arange(64).reshape(4, 16).T.reshape(-1)):
+        assert "sorted" not in told(order, labels=no_labels)
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
