@@ -24,6 +24,7 @@ from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .runtime import storage as _storage
 from .training import checkpoint as _files
+from .training import optimizer as _optimizer
 from .training.lr import learning_rate as _learning_rate
 from .training.parallel import distributed as _distributed
 from .training.precision import INITIAL_LOG_LOSS_SCALE  # noqa: F401
@@ -120,7 +121,11 @@ class TrainLoop:
         path = _storage.join(os.path.dirname(main_checkpoint), _files.optimizer_name(self.resume_step))
         if _storage.exists(path):
             logger.log(f"loading optimizer state from checkpoint: {path}")
-            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+            state = dist_util.load_state_dict(path, map_location=dist_util.dev())
+            # Moments and counts only: rate and decay are those of this loop, not of the one that wrote the file.
+            _optimizer.load_state(self.opt, state, self.mp_trainer.master_params, self.mp_trainer.model_params)
+            for group in self.opt.param_groups:
+                group["lr"] = _learning_rate(self.resume_step, self.lr, anneal_steps=self.lr_anneal_steps)
         else:
             logger.log(f"no optimizer state at {path}: it starts afresh")
 

@@ -72,15 +72,24 @@ def full_state_dict(optimizer: Optimizer, is_main: bool) -> dict[str, Any] | Non
     return optimizer.state_dict() if is_main else None
 
 
-def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[nn.Parameter]) -> None:
+def load_state(
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    params: Sequence[nn.Parameter],
+    model_params: Sequence[nn.Parameter] | None = None,
+) -> None:
     """Take up moments and step counts; learning rate, decay and the like stay as configured now.
 
     Also reads the optimizer files of 2021 float16 runs, whose moments are two flat tensors: all parameters of at most one
-    dimension, then all others. ValueError if the file is of another network.
+    dimension, then all others. Where `params` are two such tensors made of `model_params`, it reads the other kind. ValueError
+    if the file is of another network.
     """
     moments = dict(state.get("state", {}))
-    if len(params) != len(moments) and len(moments) == 2 and all("exp_avg" in entry for entry in moments.values()):
-        moments = _unflattened(moments, params)
+    if len(params) != len(moments) and all("exp_avg" in entry for entry in moments.values()):
+        if len(moments) == 2:
+            moments = _unflattened(moments, params)
+        elif model_params is not None and len(moments) == len(model_params) != len(params) == 2:
+            moments = _flattened(moments, model_params, params)
     for k, entry in moments.items():
         if not 0 <= int(k) < len(params):
             raise ValueError(f"the optimizer file has {len(moments)} parameters, the network {len(params)}")
@@ -97,6 +106,20 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[
         group["params"] = list(range(start, start + len(group["params"])))
         start += len(group["params"])
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _flattened(
+    moments: Mapping[int, Mapping[str, Any]], model_params: Sequence[nn.Parameter], flat: Sequence[nn.Parameter]
+) -> dict[int, dict[str, Any]]:
+    out: dict[int, dict[str, Any]] = {}
+    for k, master in enumerate(flat):
+        members = [moments[m] for m, p in enumerate(model_params) if (p.dim() > 1) == bool(k)]
+        pieces = {name: [entry[name].reshape(-1) for entry in members] for name in ("exp_avg", "exp_avg_sq")}
+        if sum(piece.numel() for piece in pieces["exp_avg"]) != master.numel():
+            raise ValueError(f"the optimizer file does not fit the {master.numel()} parameters of this network")
+        out[k] = {name: torch.cat(parts).reshape(master.shape) for name, parts in pieces.items()}
+        out[k]["step"] = torch.as_tensor(members[0]["step"], dtype=torch.float32).clone()
+    return out
 
 
 def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:

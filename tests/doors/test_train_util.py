@@ -137,6 +137,69 @@ def test_float16_and_resume(folder):
     assert len(second.mp_trainer.master_params) == 2
 
 
+@pytest.mark.parametrize("lr", [1e-6, 5e-3])
+@pytest.mark.parametrize(("anneal", "after"), [(4, 0), (4, 8), (0, 0), (0, 8)])
+def test_a_resumed_loop_uses_the_settings_it_was_given(folder, lr, anneal, after):
+    """Rate, decay and averages; the file gives moments and counts."""
+    first = loop(lr=1e-3, weight_decay=0.3, ema_rate="0.9", lr_anneal_steps=anneal)
+    for _ in range(4):
+        first.run_step(*next(first.data))
+        first.step += 1
+    first.step = 3
+    first.save()
+    again = loop(
+        lr=lr,
+        weight_decay=0.1,
+        ema_rate="0.5,0.9",
+        lr_anneal_steps=after,
+        resume_checkpoint=str(folder / "model000003.pt"),
+    )
+    (group,) = again.opt.param_groups
+    assert group["lr"] == pytest.approx(lr * (1 - 3 / after if after else 1)) and group["weight_decay"] == 0.1
+    assert again.ema_rate == [0.5, 0.9] and len(again.ema_params) == 2
+    p, q = first.model.layer.weight, again.model.layer.weight
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(first.opt.state[p][name], again.opt.state[q][name])
+    again.run_step(*next(again.data))
+    if not after:
+        assert group["lr"] == lr
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_resumed_loop_computes_in_the_format_it_was_given(folder, before):
+    """The moments of a float16 run lie in two flat tensors, those of another run beside each parameter; either reads both."""
+
+    class Deep(Net):
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.more(self.layer(x))
+
+    first = loop(model=Deep(), use_fp16=before, lr_anneal_steps=4)
+    first.run_loop()
+    again = loop(model=Deep(), use_fp16=not before, resume_checkpoint=str(folder / "model000003.pt"))
+    assert len(again.mp_trainer.master_params) == len(again.opt.state) == (4 if before else 2)
+
+    def numbers(run):
+        parts = [run.opt.state[p]["exp_avg"].flatten() for p in run.mp_trainer.master_params]
+        return torch.cat(parts if run.use_fp16 else [parts[k] for k in (1, 3, 0, 2)])  # flat: biases, then matrices
+
+    torch.testing.assert_close(numbers(first), numbers(again), rtol=0, atol=0)
+    again.run_step(*next(again.data))
+
+
+def test_the_optimizer_of_another_network_is_refused(folder):
+    loop(lr_anneal_steps=4).run_loop()
+    state = torch.load(folder / "opt000003.pt")
+    state["state"][2] = state["state"][0]
+    torch.save(state, folder / "opt000003.pt")
+    for use_fp16 in (False, True):
+        with pytest.raises(ValueError, match="optimizer file"):
+            loop(use_fp16=use_fp16, resume_checkpoint=str(folder / "model000003.pt"))
+
+
 def test_subclass_hooks_are_called():
     calls = []
 
