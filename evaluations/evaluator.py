@@ -16,6 +16,7 @@ if __package__ in (None, ""):
     import evaluations  # noqa: F401 - makes the relative imports below work
 
 import argparse
+import io
 import warnings
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ CLASSIC_WARM_UP = "warming up PyTorch..."
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for a mistake in what was asked, told in one line."""
     arguments = [storage.expand_word(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -92,6 +93,7 @@ def make_reference(
     if not images.count or images.count < 2:
         raise ValueError(f"{images.name}: a reference needs at least 2 images, found {images.count}")
     world = world_from_environment()
+    labels = _labels(images)
     pool, spatial = Moments(net.fc.weight.shape[1]), Moments(17 * 17 * 7)
     at = 0
     for block in extract_blocks(
@@ -106,7 +108,6 @@ def make_reference(
     if images.count > keep:
         chosen = np.sort(np.random.default_rng(seed).choice(images.count, keep, replace=False))
     arrays: dict[str, np.ndarray] = {"arr_0": _take(images, chosen, batch_size)}
-    labels = images.labels()
     if labels is not None:
         arrays["arr_1"] = labels[chosen]
     for moments, suffix in ((pool, ""), (spatial, "_s")):
@@ -124,6 +125,15 @@ def make_reference(
     }
     _write(out, {**arrays, "receipt": np.frombuffer(json.dumps(receipt, allow_nan=False).encode(), np.uint8)})
     return receipt
+
+
+def _labels(images: ImageSource) -> np.ndarray | None:
+    """Those that there are: no score but those of classes needs them, so bad ones are a warning."""
+    try:
+        return images.labels()
+    except ValueError as error:
+        warnings.warn(f"the reference is made without labels: {error}", stacklevel=3)
+        return None
 
 
 def _take(images: ImageSource, chosen: np.ndarray, batch_size: int) -> np.ndarray:

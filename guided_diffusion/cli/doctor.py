@@ -115,13 +115,14 @@ def _check_data(config: RunConfig, world: World) -> list[Finding]:
     data, size = config.data, world.size
     try:
         start = time.perf_counter()
-        records = list_records(data.data_dir, labels=data.labels)
+        wants_labels = getattr(config.model, "class_cond", config.kind == "classifier")
+        records = list_records(data.data_dir, labels=data.labels if wants_labels else "none")
         text = f"{len(records)} images in {data.data_dir}, listed in {time.perf_counter() - start:.1f} s; "
         text += f"labels: {records.label_source}" + (
             f", {len(records.class_names)} classes" if records.class_names else ""
         )
         findings = [Finding(OK, "data", text)]
-        if getattr(config.model, "class_cond", config.kind == "classifier"):
+        if wants_labels:
             records.require_labels()
     except (ValueError, OSError, ImportError) as error:
         return [Finding(FAIL, "data", str(error))]

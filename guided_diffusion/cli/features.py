@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,9 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
     """Batches uint8 `[B, H, W, C]` of the classifier's size, cut as in training, and the labels if the images have any."""
     import numpy as np
 
-    from ..data.images import center_crop, read_image
+    from ..data.images import center_crop
     from ..data.listing import list_records
+    from ..data.sources import Reader
 
     model = critic.config.model
     size, channels = model.sample_size, model.image_channels
@@ -67,11 +69,16 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
                 f"{[size, size, channels]}"
             )
         return (images[k : k + batch_size] for k in range(0, len(images), batch_size)), labels
-    records = list_records(path)
+    try:
+        records = list_records(path)
+    except ValueError as error:  # features need no labels
+        records = list_records(path, labels="none")
+        print(f"without labels: {error}", file=sys.stderr)
+    reader = Reader(records.kind, records.root)
 
     def batches() -> Iterator[np.ndarray]:
         for k in range(0, len(records), batch_size):
-            pictures = [center_crop(read_image(p, channels), size) for p in records.paths[k : k + batch_size]]
+            pictures = [center_crop(reader.read(p, channels), size) for p in records.paths[k : k + batch_size]]
             yield np.stack(pictures).reshape(len(pictures), size, size, channels)
 
     return batches(), records.labels

@@ -156,8 +156,9 @@ def probe(
 
     from .. import build
     from ..config import RunConfig
-    from ..data.images import center_crop, read_image, to_float
+    from ..data.images import center_crop, to_float
     from ..data.listing import list_records
+    from ..data.sources import Reader
     from ..identify import flags_of
     from ..runtime.streams import EVALUATE, Streams
     from ..training.restore import load_weights_into
@@ -167,7 +168,8 @@ def probe(
         raise ValueError("the channel multipliers belong to no standard image size; give --image_size")
     size, channels = int(known["image_size"]), int(known["image_channels"])
     records = list_records(folder, labels="none")
-    pictures = [center_crop(read_image(path, channels), size) for path in records.paths[:count]]
+    reader = Reader(records.kind, records.root)
+    pictures = [center_crop(reader.read(path, channels), size) for path in records.paths[:count]]
     images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures])
     x0 = to_float(images).to(device)
     noise = Streams(0, EVALUATE, ids=range(len(x0)), device=device).normal(x0.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -26,6 +27,8 @@ def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
     words = [storage.expand_word(word) for word in (sys.argv[1:] if argv is None else argv)]
     share_the_processor()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
     try:
         return command(words)
     except KeyboardInterrupt:

@@ -161,7 +161,8 @@ def _listed(
 ) -> Source:
     """A listing from all files there are, name -> address."""
     names = tuple(name for name in members if _is_image(name, extensions))
-    used = {*names, *(name for name in members if _is_table(name))}
+    labels = (_TABLE,) if kind == "files" else (".cls", ".json")
+    used = {*names, *(name for name in members if name.endswith(labels))}
     broken: list[str] = []
     if kind == "files":  # a link that leads nowhere may have been a whole class, so it is named
         broken = [n for n, path in members.items() if os.path.islink(path) and not os.path.exists(path)]
@@ -280,7 +281,9 @@ def _tar_members(whole: str, unread: list[str], extensions: Sequence[str]) -> di
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{whole!r}: not a readable uncompressed tar file: {error}") from error
     if goes_on:
-        raise ValueError(f"{whole!r}: goes on after its end, as if made by cat; join tars with tar --concatenate")
+        raise ValueError(
+            f"{whole!r}: is cut off, or goes on after its end as tars joined by cat do (tar --concatenate joins them)"
+        )
     members: dict[str, str] = {}
     places: dict[str, str] = {}
     links: dict[str, str] = {}

@@ -167,6 +167,74 @@ def test_malformed_tables(write_pictures, tmp_path, name, text, complaint):
         list_records(write_pictures("a.png"), labels=str(tmp_path / name))
 
 
+def numbered(label) -> str:
+    return "path,label\n" + "".join(f"im{k:02d}.png,{label(k)}\n" for k in range(12))
+
+
+@pytest.mark.parametrize(
+    ("label", "written"),
+    [
+        (str, str),
+        (lambda k: f"{k}.0", str),  # pandas
+        (lambda k: f'"{k}"', str),
+        (lambda k: f" {k} ", str),
+        (str, lambda text: text.replace(",", ";")),
+        (str, lambda text: text.replace(",", "\t")),
+        (str, lambda text: text.replace("\n", "\r\n") + "\r\n,\r\n"),
+        (str, lambda text: "," + text.replace("\nim", "\n0,im")),  # an index column
+        (str, lambda text: text + "im00.png,0\n"),
+        (str, lambda text: text.encode("utf-8-sig")),
+        (str, lambda text: text.encode("utf-16")),
+    ],
+)
+def test_class_ten_stays_ten(write_pictures, tmp_path, label, written):
+    root = write_pictures(*(f"im{k:02d}.png" for k in range(12)))
+    table = written(numbered(label))
+    (tmp_path / "t.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
+    assert list_records(root, labels=str(tmp_path / "t.csv")).labels.tolist() == list(range(12))
+    for value in (str, float, int):
+        (tmp_path / "t.json").write_text(json.dumps({f"im{k:02d}.png": value(k) for k in range(12)}))
+        assert list_records(root, labels=str(tmp_path / "t.json")).labels.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("bad", ["", "-1", "3.5", "nan", "owl", '"1,000"', "1e99", "True", "99999999999", "inf", "n01"])
+def test_one_bad_row_is_named_and_renumbers_nothing(write_pictures, tmp_path, bad):
+    root = write_pictures(*(f"im{k:02d}.png" for k in range(12)))
+    (tmp_path / "t.csv").write_text(numbered(lambda k: bad if k == 3 else k))
+    value = bad.strip('"')
+    with pytest.raises(
+        ValueError, match=rf"t\.csv, row 5: the label of 'im03\.png' is '{value}'; it must be a whole number"
+    ):
+        list_records(root, labels=str(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("bad", [None, -1, 3.5, float("nan"), True, [3], {"a": 1}, "owl"])
+def test_one_bad_entry_of_json_is_named(write_pictures, tmp_path, bad):
+    root = write_pictures(*(f"im{k:02d}.png" for k in range(12)))
+    (tmp_path / "t.json").write_text(json.dumps({f"im{k:02d}.png": bad if k == 3 else k for k in range(12)}))
+    with pytest.raises(ValueError, match=r"t\.json, entry 4: the label of 'im03\.png' is .* must be a whole number"):
+        list_records(root, labels=str(tmp_path / "t.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (
+            "path,label\na.png,th\xe9\n".encode("cp1252"),
+            r"t\.csv, row 2: b'\\xe9' is not utf-8 text; save the table as UTF-8",
+        ),
+        ("a.png,1\n".encode("utf-16-le"), r"t\.csv: holds zero bytes"),
+        (b"a.png,\nb.png,cat\n", r"row 1: the label of 'a\.png' is ''; it must be a class number or name"),
+        (b"a.png,3,0\nb.png,cat", r"row 2: the label of 'b\.png' is 'cat'"),
+        (b"a.png;3,0\n", r"t\.csv"),
+    ],
+)
+def test_tables_in_no_known_form(write_pictures, tmp_path, content, complaint):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        list_records(write_pictures("a.png"), labels=str(tmp_path / "t.csv"))
+
+
 def test_other_mistakes_say_what_to_do(write_pictures, tmp_path):
     root = write_pictures("a.png", "x/b.png")
     with pytest.raises(ValueError, match=r"1 of 2 images lie in no sub-folder \(first: 'a.png'\); move them"):

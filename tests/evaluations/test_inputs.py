@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tarfile
 import zipfile
@@ -14,7 +15,10 @@ import torch
 from image_files import add, all_of, encoded, store
 from PIL import Image
 
+from evaluations import reference
 from evaluations.inputs import open_images
+from guided_diffusion.data.listing import list_records
+from guided_diffusion.data.sources import Reader
 
 
 @pytest.fixture
@@ -409,3 +413,40 @@ def test_tar_members_do_not_leave_the_archive(images, tmp_path):
         open_images(tmp_path / "cut.tar")
     with pytest.raises(ValueError, match=r"2 of 2 shards are missing .*y-0\.tar"):
         open_images(str(tmp_path / "y-{0..1}.tar"))
+
+
+def test_odd_pictures_have_the_pixels_that_training_sees(images, tmp_path):
+    grey = Image.fromarray(images[0][..., 0])
+    Image.fromarray(images[0][..., 0].astype(np.uint16) * 257).save(tmp_path / "a16.png")
+    Image.fromarray(images[0]).convert("CMYK").save(tmp_path / "b.jpg")
+    grey.convert("1").save(tmp_path / "c.tif")
+    Image.fromarray(images[0]).save(tmp_path / "d.gif", save_all=True, append_images=[Image.fromarray(images[1])])
+    records = list_records(tmp_path)
+    expected = [Reader().read(path) for path in records.paths]
+    assert np.array_equal(all_of(tmp_path), np.stack(expected))
+    assert np.array_equal(expected[0][..., 0], images[0][..., 0])
+
+
+def test_classes_are_those_of_training(images, tmp_path):
+    for k in range(4):
+        (tmp_path / "edm" / f"0000{k // 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[k]).save(tmp_path / "edm" / f"0000{k // 2}" / f"img{k:08d}.png")
+    assert open_images(tmp_path / "edm").labels() is None
+    names = [f"0000{k // 2}/img{k:08d}.png" for k in range(4)]
+    table = tmp_path / "edm" / "dataset.json"
+    table.write_text(json.dumps({"labels": [[name, k % 2] for k, name in enumerate(names)]}))
+    assert open_images(tmp_path / "edm").labels().tolist() == [0, 1, 0, 1]
+    table.write_text("{")
+    source = open_images(tmp_path / "edm")
+    assert np.array_equal(all_of(source), images[:4])  # nobody asked for labels
+    with pytest.raises(ValueError, match=r"dataset\.json"):
+        source.labels()
+
+
+def test_large_pictures_come_in_small_batches(tmp_path):
+    for k in range(5):
+        Image.new("RGB", (3000, 2000), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    batches = list(open_images(tmp_path).batches(64))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    cropped = reference.CroppedImages(open_images(tmp_path), 8)
+    assert [batch.shape for batch in cropped.batches(64)] == [(5, 8, 8, 3)]
