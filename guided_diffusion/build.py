@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -295,6 +295,7 @@ def build_sample(
     """
     config, net = model.config, model.net
     assert isinstance(config.model, (ModelConfig, SuperResConfig))
+    guidance.check_scale(scale)
     known = (("y",) if config.model.class_cond else ()) + (("low_res",) if config.kind == "super_resolution" else ())
     guide = guidance.classifier_mean if method == "ancestral" else guidance.classifier
     for part in (model, critic):
@@ -331,16 +332,35 @@ def build_sample(
             denoise: Denoiser = recorded[0]
         else:
             denoise = denoiser(cond)
+        try:
+            return samplers.last(steps_of(denoise, noise, randn_like))
+        except samplers.NotFinite as error:
+            parts = [part for part in (model, critic) if part is not None]
+            raise samplers.NotFinite(error.row, f"{error}; {_why_not_finite(parts)}") from None
+
+    def steps_of(denoise: Denoiser, noise: Tensor, randn_like: Callable[[Tensor], Tensor]) -> Iterable[samplers.Step]:
         if method == "ddim":
-            return samplers.last(samplers.ddim(denoise, noise, process, eta=eta, noise=randn_like))
+            return samplers.ddim(denoise, noise, process, eta=eta, noise=randn_like)
         if method == "heun":
-            return samplers.last(samplers.heun(denoise, noise, process, noise=randn_like))
+            return samplers.heun(denoise, noise, process, noise=randn_like)
         if method == "dpm_solver":
-            return samplers.last(samplers.dpm_solver(denoise, noise, process))
+            return samplers.dpm_solver(denoise, noise, process)
         assert method == "ancestral", method
-        return samplers.last(samplers.ancestral(denoise, noise, process, noise=randn_like))
+        return samplers.ancestral(denoise, noise, process, noise=randn_like)
 
     return sample
+
+
+def _why_not_finite(parts: Sequence[Loaded]) -> str:
+    """The weights that are not finite themselves, or what else may help."""
+    for part in parts:
+        for name, value in part.net.state_dict().items():
+            bad = int((~value.isfinite()).sum())
+            if bad:
+                return f"the weights {part.path} hold {bad} such values in {name}: take another file"
+    halves = any(next(part.net.parameters()).dtype == torch.float16 for part in parts)
+    remedy = "give --precision bf16 or fp32" if halves else "lower the scale of the guidance, or give --precision fp32"
+    return f"all weights are finite: {remedy}"
 
 
 def make_ready(net: nn.Module) -> None:

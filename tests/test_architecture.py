@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "identify": {"config", "presets", "recognise"},
     "data": {"runtime"},
     "training": {"runtime"},
-    "sampling": {"runtime"},
+    "sampling": {"diffusion", "runtime"},
     "reading": {"config", "identify", "training", "runtime"},
     "build": {"config", "reading", "models", "diffusion", "data", "training", "runtime"},
     "finetuning": {"config", "identify", "reading", "build", "training", "runtime"},

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = _first(parsed)
     second = upsample.flags(_words_of_second(parsed), program="guided-diffusion cascade --upsampler_flags")
 
+    SampleConfig.from_flags(second.flags)  # an impossible value is told now, not after the first stage
+
     def work(world: World, stop: Any) -> None:
         from ..runtime import storage
 

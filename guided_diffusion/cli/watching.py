@@ -106,6 +106,7 @@ class Pictures:
 
         from .. import build
         from ..data.images import to_uint8
+        from ..diffusion.samplers import NotFinite
         from ..runtime import storage
         from ..runtime.streams import SAMPLE, Streams
         from ..sampling import writers
@@ -125,8 +126,14 @@ class Pictures:
             net.eval()
             loaded = build.Loaded(net, process, config, "")
             sample = build.build_sample(loaded, process, method="ddim")
-            images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
+            images = None
+            try:
+                images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
+            except NotFinite as error:  # training itself watches its losses, and says what it does
+                self._log.warn(f"no picture of samples at step {trainer.steps_done}: row {error.row}: {error}")
         trainer.net.train()
+        if images is None:
+            return
         path = storage.join(self._folder, f"samples_{trainer.steps_done:06d}.png")
         try:
             writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)

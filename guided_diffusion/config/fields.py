@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
     parts = text.split(",") if isinstance(text, str) else list(text)
     try:
         found = [float(part) for part in parts if str(part).strip()]
+        if not all(map(math.isfinite, found)):
+            raise ValueError("not finite")
     except ValueError:
         raise ValueError(f"--{flag} is {text!r}; it must be numbers separated by commas, such as 32,16,8") from None
     return tuple(int(value) if value == int(value) else value for value in found)
@@ -53,6 +56,8 @@ class Section:
                 raise ValueError(
                     f"--{f.name} is {value!r}; it must be one of {', '.join(repr(c) for c in meta['choices'])}"
                 )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{f.name} is {value!r}; it must be a finite number")
             low, high = meta.get("low"), meta.get("high")
             if (low is not None and not value >= low) or (high is not None and not value <= high):
                 allowed = " and ".join(

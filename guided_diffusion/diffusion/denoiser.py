@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .process import Process, Tables, x0_from_eps, x0_from_previous_x, x0_from_v
@@ -80,6 +81,8 @@ def make_denoiser(
         output = net(x, process.time_at(i), **named)
         prediction = output.narrow(1, 0, x.shape[1]) if checked_width(output, x, variance) else output
         x0 = x0_from_output(process, prediction, x, i, predicts)
+        if clip:  # would make an infinite value an ordinary one, of an image that looks like one
+            x0 = torch.where(x0.isfinite(), x0, torch.nan)
         return Denoised(bounded(x0, clip, transform_x0), partial(_spread_from, process, output, x, i, variance))
 
     return denoise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,7 @@ def log_prob_gradient(net: Net, labels: Tensor) -> GradLogProb:
 
 def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:
     """Guide the score: eps - sqrt(1 - alpha_bar) * scale * gradient (Dhariwal & Nichol 2021, algorithm 2). For DDIM and other solvers."""
+    check_scale(scale)
 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
@@ -45,6 +47,13 @@ def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, 
         return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient, scale), plain.spread)
 
     return guided
+
+
+def check_scale(scale: float) -> float:
+    """`scale`, or ValueError where it is no finite number."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} of the guidance must be a finite number; 0 is none")
+    return scale
 
 
 def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
@@ -65,6 +74,7 @@ def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogP
 
     Carried by x0, which moves by what shifts the posterior mean so far; x0 may therefore leave [-1, 1].
     """
+    check_scale(scale)
 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
@@ -86,6 +96,7 @@ def classifier_free(conditional: Denoiser, unconditional: Denoiser, scale: float
 
     `unconditional` may be any weaker model (autoguidance, Karras et al. 2024). The variance is the conditional one's.
     """
+    check_scale(scale)
 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         strong, weak = conditional(x, i), unconditional(x, i)

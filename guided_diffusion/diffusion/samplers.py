@@ -30,14 +30,53 @@ class Step(NamedTuple):
     x0: Tensor
 
 
+_NOT_FINITE = "its values are not finite (NaN or infinite)"
+
+
+class NotFinite(ValueError):
+    """A chain's values are not finite. `row` is the place in the batch; where a step is known, the message names it."""
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+def check_finite(x: Tensor) -> None:
+    """NotFinite naming the first row of `x` `[B, ...]` that holds NaN or infinity. Waits for the device."""
+    finite = _finite_rows(x)
+    if not finite.all():
+        raise NotFinite(int(finite.long().argmin()), _NOT_FINITE)
+
+
 def last(steps: Iterable[Step]) -> Tensor:
-    """Run a sampler to its end; the final x."""
-    x = None
+    """Run a sampler to its end; the final x. NotFinite naming the row and the step where values stop being finite.
+
+    On the CPU at that step. Elsewhere at the end, for to look at each step would be to wait for the device as often.
+    """
+    x = finite = None
+    count: Any = 0
+    made: list[float] = []
     for step in steps:
         x = step.x
-    if x is None:
+        rows = _finite_rows(x)
+        finite = rows if finite is None else finite & rows
+        count = count + finite  # a row's number of steps before the first that was not finite
+        made.append(step.i)
+        if x.device.type == "cpu" and not finite.all():
+            break
+    if x is None or finite is None:
         raise ValueError("the sampler made no step")
+    if x.device.type != "meta" and not finite.all():
+        row = int(finite.long().argmin())
+        first = int(count[row])
+        raise NotFinite(
+            row, f"{_NOT_FINITE} from step {first + 1} of the sampler on (timestep {made[first]:g} of its process)"
+        )
     return x
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    return x.isfinite().reshape(len(x), -1).all(dim=1)
 
 
 @torch.no_grad()
@@ -211,6 +250,10 @@ def heun(
         ends = np.exp(-table[[-1, 0]] / 2) ** (1 / rho)
         return -2 * rho * np.log(np.linspace(ends[0], ends[1], n))
 
+    if not (0 < rho < math.inf and math.isfinite(noise_scale) and churn_min <= churn_max):
+        raise ValueError(
+            f"rho={rho} must be finite and above 0, noise_scale={noise_scale} finite, churn_min={churn_min} at most churn_max={churn_max}"
+        )
     positions, log_snr = _grid(process, num_steps, spaced)
     sigma = np.append(np.exp(-log_snr / 2), 0.0)
     raised = _churned(sigma[:-1], churn, churn_min, churn_max)
@@ -238,8 +281,8 @@ def heun(
 
 def _churned(sigma: np.ndarray, churn: float, low: float, high: float) -> np.ndarray:
     """Noise levels after churn: raised by a factor of at most sqrt(2), never above the first (arXiv 2206.00364, algorithm 2, line 5)."""
-    if churn < 0:
-        raise ValueError(f"churn={churn} must not be negative; 0 adds no noise")
+    if not 0 <= churn < math.inf:
+        raise ValueError(f"churn={churn} must be a finite number, not negative; 0 adds no noise")
     factor = min(churn / len(sigma), math.sqrt(2) - 1)
     return np.minimum(np.where((sigma >= low) & (sigma <= high), sigma * (1 + factor), sigma), sigma[0])
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.samplers import NotFinite, check_finite
 from ..runtime import storage
 from ..runtime.lock import RunLock
 from ..runtime.streams import LABELS, SAMPLE, Streams, key_of
@@ -171,9 +172,21 @@ def make_batch(sample: Sample, job: Job, ids: Sequence[int], device: torch.devic
     if labels is not None:
         conditions["y"] = torch.from_numpy(labels)
     conditions = {name: value.to(device) for name, value in conditions.items()}
-    images = sample(streams.normal(job.shape), streams.randn_like, conditions)
-    pixels = job.to_uint8(images).cpu().numpy()[[i - start for i in ids]]
+    made = finite(
+        lambda: sample(streams.normal(job.shape), streams.randn_like, conditions), lambda row: f"image {whole[row]}"
+    )
+    pixels = job.to_uint8(made).cpu().numpy()[[i - start for i in ids]]
     keep(job, ids, pixels)
+
+
+def finite(make: Callable[[], Tensor], name: Callable[[int], str]) -> Tensor:
+    """The images [B, ...] that `make` makes. ValueError naming one whose values are not finite; its pixels would be black."""
+    try:
+        images = make()
+        check_finite(images)
+    except NotFinite as error:
+        raise ValueError(f"{name(error.row)}: {error}") from None
+    return images
 
 
 def keep(job: Job, ids: Sequence[int], pixels: np.ndarray) -> None:

@@ -109,7 +109,10 @@ def draw(
         without = next(row.request.name for row, label in zip(whole, labels) if label is None)
         raise ValueError(f"request {without!r} names no classes and others of its batch do; give all of them classes")
     conditions = {"y": torch.from_numpy(np.concatenate(known)).to(device)} if known else {}
-    images = sample(streams.normal(shape), streams.randn_like, conditions)
+    images = g.finite(
+        lambda: sample(streams.normal(shape), streams.randn_like, conditions),
+        lambda row: f"request {whole[row].request.name!r}, image {whole[row].image}",
+    )
     return to_uint8(images).cpu().numpy()[: len(rows)]
 
 

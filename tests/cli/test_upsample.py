@@ -123,7 +123,9 @@ def test_ddim_is_honoured(models: Path, small: Path, tmp_path: Path) -> None:
     denoise = gd.make_denoiser(model.net, model.process, cond, **model.config.diffusion.reading)
     images = gd.last(gd.ddim(denoise, noise, model.process))
     expected = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_array_equal(made, expected)
+    # The command lays its weights out for convolutions, this loop does not: other sums, rounded otherwise by each processor.
+    difference = np.abs(made.astype(int) - expected.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02
 
 
 def test_base_and_upsampler_do_not_begin_with_the_same_noise(models: Path) -> None:

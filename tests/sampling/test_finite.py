@@ -1,0 +1,95 @@
+"""Values that are not finite never become an image: the image and the step are named, for every sampler."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chains import chain
+from torch import Tensor
+
+from guided_diffusion.config import SampleConfig
+from guided_diffusion.diffusion import guidance, samplers
+from guided_diffusion.diffusion.denoiser import make_denoiser
+from guided_diffusion.diffusion.process import Process, make_process, respace, space_timesteps
+from guided_diffusion.diffusion.schedules import named_betas
+from guided_diffusion.sampling import generate as g
+from guided_diffusion.sampling.requests import Request, answers
+
+NAN, INF = math.nan, math.inf
+SAMPLERS = {
+    "ancestral": samplers.ancestral,
+    "ddim": samplers.ddim,
+    "heun": samplers.heun,
+    "dpm_solver": samplers.dpm_solver,
+    "plms": samplers.plms,
+}
+
+
+def steps(count: int = 6) -> Process:
+    return respace(make_process(named_betas("linear", 1000)), space_timesteps(1000, str(count)))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_row_and_the_step_are_named(name: str, value: float) -> None:
+    """Also an infinite prediction, which clipping would turn into an ordinary white or black pixel."""
+    process = steps()
+
+    def net(x: Tensor, time: Tensor) -> Tensor:
+        out = 0.1 * x
+        if float(time[0]) <= float(process.time[3]):  # from the third step on
+            out[1, 0, 2, 2] = value
+        return out
+
+    denoise = make_denoiser(net, process, variance="fixed_small")
+    with pytest.raises(samplers.NotFinite, match=r"from step [23] of") as told:  # heun looks a step ahead
+        samplers.last(SAMPLERS[name](denoise, torch.randn(3, 3, 4, 4), process))
+    assert told.value.row == 1
+
+
+def test_finite_values_stay_what_they_are() -> None:
+    process, x = steps(), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = make_denoiser(lambda x, time: 3 * x, process, variance="fixed_small")
+    i = torch.tensor([5, 0])
+    x0 = make_denoiser(lambda x, time: 3 * x, process, variance="fixed_small", clip=False)(x, i).x0
+    assert torch.equal(plain(x, i).x0, x0.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("scale", [NAN, INF, -INF])
+def test_scales_that_are_none_are_refused(scale: float) -> None:
+    process = steps()
+    denoise = make_denoiser(lambda x, time: x, process, variance="fixed_small")
+    for make in (guidance.classifier, guidance.classifier_mean):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            make(denoise, process, lambda x, time: x, scale)
+    with pytest.raises(ValueError, match="must be a finite number"):
+        guidance.classifier_free(denoise, denoise, scale)
+    for options in ({"churn": scale}, {"noise_scale": scale}, {"rho": scale}):
+        with pytest.raises(ValueError, match="must be"):
+            samplers.last(samplers.heun(denoise, torch.zeros(1, 3, 4, 4), process, **options))
+    for name in ("classifier_scale", "eta"):
+        with pytest.raises(ValueError, match=f"--{name}"):
+            SampleConfig(**{name: scale}).validate()
+
+
+def broken(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
+    images = chain(noise, randn_like, cond)
+    images[-1, 0, 0, 0] = NAN
+    return images
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def test_no_job_writes_such_an_image(tmp_path: Path) -> None:
+    job = g.Job(str(tmp_path), 6, (3, 4, 4), 4, to_uint8)
+    with pytest.raises(ValueError, match="image 3: its values are not finite"):
+        g.generate(broken, job, tell=lambda _: None, progress=False)
+    assert not list(tmp_path.rglob("*.np[yz]"))
+    with pytest.raises(ValueError, match="request 'b', image 1: its values"):
+        list(answers(broken, [Request("a", 2), Request("b", 2)], shape=(3, 4, 4), batch_size=4, to_uint8=to_uint8))
