@@ -408,6 +408,8 @@ def _announce(
         f"{len(records.class_names)} classes from {records.label_source}" if records.labels is not None else "no labels"
     )
     log.info(f"{len(records):,} images in {config.data.data_dir}, {labelled}")
+    if records.left_out:
+        log.warn(records.left_out)
     log.info(f"global batch size {batch_size}: {batch_size // world.size} on each of {world.size} processes")
     if not config.train.last_step:
         log.info("no end is set: training goes on until it is stopped; --max_steps sets one")
