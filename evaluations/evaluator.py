@@ -22,6 +22,8 @@ from collections.abc import Sequence
 
 from guided_diffusion.runtime import storage
 
+from .world import tell_of_others, world_from_environment
+
 COMMANDS = ("compare", "reference", "selftest")
 CLASSIC_WARM_UP = "warming up PyTorch..."
 
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # TimeoutError is an OSError
             print(f"error: {error}", file=sys.stderr)
             return 2
 
@@ -96,11 +98,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(arguments: list[str]) -> int:
     asked = _parser().parse_args(arguments)
+    tell_of_others()
     for target in (asked.json, asked.plot):
         if target and not os.path.isdir(os.path.dirname(os.path.abspath(target))):
             raise ValueError(f"there is no folder to write {target!r} into")
     from . import report as reports
-    from .features import world_from_environment
     from .scoring import Scored, Settings, evaluate
 
     settings = Settings(

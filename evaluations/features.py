@@ -31,6 +31,7 @@ from .inception import InceptionV3
 from .inputs import ImageSource, open_images
 from .resize import INCEPTION_SIZE, tf1_bilinear, to_inception_range
 from .shards import Features, Shards
+from .world import World, world_from_environment
 
 CHUNK_ON_CPU = 4
 CHUNK_ON_GPU = 64
@@ -42,36 +43,22 @@ def _joined(blocks: list[Features]) -> Features:
     return blocks[0] if len(blocks) == 1 else Features(*(np.concatenate(parts) for parts in zip(*blocks)))
 
 
-class World(NamedTuple):
-    """Which of how many processes this is."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-
-def world_from_environment() -> World:
-    """What torchrun, Open MPI or MPICH/Intel MPI say about this process; one process without them."""
-    names = (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    )
-    for rank, size, local in names:
-        if rank in os.environ and size in os.environ:
-            place = int(os.environ[rank])
-            return _checked(World(place, int(os.environ[size]), int(os.environ.get(local, place))))
-    return World()
-
-
 def _checked(world: World) -> World:
     if world.size < 1 or not 0 <= world.rank < world.size:
         raise ValueError(f"rank {world.rank} of {world.size} processes is not possible")
     return world
 
 
-def pick_device(world: World | None = None) -> torch.device:
-    """The graphics card of this process if there is one, else the CPU."""
+def pick_device(world: World | None = None, wanted: str | None = None) -> torch.device:
+    """The device that is wanted, by default the graphics card of this process if there is one, else the CPU."""
+    if wanted:
+        try:
+            return torch.empty(0, device=wanted).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--device {wanted}: cannot be used here: {reason} (allowed: cpu, cuda, cuda:1, ...)"
+            ) from error
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", (world or world_from_environment()).local_rank % torch.cuda.device_count())
@@ -96,7 +83,7 @@ def extract_blocks(
     world: World | tuple[int, int] | None = None,
     chunk: int | None = None,
     shard_images: int | None = None,
-    timeout_s: float = 1800.0,
+    timeout_s: float = 300.0,
 ) -> Iterator[Features]:
     """Yield the features in order, block by block, so that statistics of any number of images need little memory.
 
@@ -106,7 +93,7 @@ def extract_blocks(
     on a graphics card; last bits move. shard_dir: folder of finished work; with several processes it must be shared and defaults to
     a folder beside the image file, removed at the end. world: default from the environment. chunk: images per run of
     the network, default 4 on a CPU and 64 on a graphics card. timeout_s: how long process 0 waits for others without
-    a new shard before it raises TimeoutError naming what is missing.
+    a chunk or a shard of theirs before it raises TimeoutError naming what is missing.
 
     Only process 0 yields anything. An iterable source can be read by one process only, and is not resumed.
     """
@@ -137,9 +124,16 @@ def extract_blocks(
         missing = [span for span in mine if shards.read(span) is None]
         bar.add(sum(stop - start for start, stop in mine) - sum(stop - start for start, stop in missing))
         whole_shard = shards.ranges[0][1]  # the first is the longest, so each shard comes as one block
-        with contextlib.closing(worker.run(images, batch_size, missing, whole_shard, bar.add)) as blocks:
+
+        def done(count: int) -> None:
+            bar.add(count)
+            if team.size > 1:
+                shards.show_life(team.rank)
+
+        with contextlib.closing(worker.run(images, batch_size, missing, whole_shard, done)) as blocks:
             for span, block in zip(missing, blocks):
                 shards.write(span, block, images.notes)
+        shards.end_life(team.rank)
         if team.rank != 0:
             return
         for index, span in enumerate(shards.ranges):

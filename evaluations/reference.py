@@ -21,9 +21,10 @@ import numpy as np
 
 from guided_diffusion.data.images import center_crop
 
-from .features import extract_blocks, pick_device, world_from_environment
+from .features import extract_blocks, pick_device
 from .inputs import ImageSource, open_images
 from .statistics import Moments
+from .world import tell_of_others, world_from_environment
 
 KEPT = 10_000
 
@@ -176,11 +177,12 @@ def main(arguments: Sequence[str]) -> int:
     add("--shard_dir", help="keep features there: resumes and shares work")
     add("--quiet", action="store_true", help="no progress bars")
     asked = parser.parse_args(arguments)
+    tell_of_others()
     from .weights import load_inception
 
     if not os.path.isdir(os.path.dirname(os.path.abspath(asked.out))):
         raise ValueError(f"there is no folder to write {asked.out!r} into")
-    device = asked.device or pick_device()
+    device = pick_device(wanted=asked.device)
     receipt = make_reference(
         asked.images,
         asked.out,

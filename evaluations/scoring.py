@@ -111,7 +111,7 @@ class Scorer:
         self.settings = settings
         self.world = world or world_from_environment()
         self.say = say or (lambda text: None)
-        self.device = torch.device(settings.device) if settings.device else pick_device(self.world)
+        self.device = pick_device(self.world, settings.device)
         self.encoder = encoder or make_encoder(settings, self.device)
         # Float64 linear algebra is not to be had everywhere (Apple's MPS).
         self.algebra = self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")

@@ -27,6 +27,7 @@ from .inception import Conv, InceptionV3
 from .resize import tf1_bilinear
 from .scoring import Settings, evaluate
 from .weights import scope_names
+from .world import World
 
 _CONV_SHA256 = "3668bf7666429340374164858a3bd8e8eb1d7f703563c9442aa7cd740c7fede3"
 _RESIZED = {
@@ -188,6 +189,7 @@ def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
             synthetic_images(42, 80, 64, 64),
             Settings(progress=False, device=str(device)),
             encoder=_Given(net),
+            world=World(),
         )
     assert found is not None
     scores = {score.name: score.value for score in found.sets[0].scores}
@@ -214,7 +216,7 @@ def main(arguments: Sequence[str]) -> int:
         for path in write_trial(asked.write):
             print(f"wrote {path}")
         return 0
-    device = torch.device(asked.device) if asked.device else pick_device()
+    device = pick_device(wanted=asked.device)
     begun, failed, total = time.perf_counter(), 0, 0
     for check in checks(device, lambda text: print(f"-- {text}", flush=True)):
         print(check.line(), flush=True)

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +85,32 @@ class Shards:
             if arrays is not None:
                 arrays.close()
 
+    def _life(self, rank: int) -> Path:
+        return self.folder / f".features-{self.key[:16]}-{rank}.alive"
+
+    def show_life(self, rank: int) -> None:
+        """A sign to the process that waits: this one goes on, however long a shard takes."""
+        self._life(rank).touch()
+
+    def end_life(self, rank: int) -> None:
+        """Take the sign away."""
+        self._life(rank).unlink(missing_ok=True)
+
+    def _signs(self, size: int) -> list[int]:
+        """Something that changes as long as others work: how many shards there are, and when others gave a sign."""
+        signs = [sum(self.path(span).is_file() for span in self.ranges)]
+        for rank in range(size):
+            with suppress(OSError):
+                signs.append(self._life(rank).stat().st_mtime_ns)
+        return signs
+
     def wait(self, span: tuple[int, int], rank: int, size: int, timeout_s: float) -> Features:
-        """One shard, waiting for the process that makes it; TimeoutError when nothing new has come for `timeout_s`."""
-        seen, since, pause = -1, time.monotonic(), 0.02
+        """One shard, waiting for the process that makes it; TimeoutError when no other gave a sign for `timeout_s`."""
+        seen: list[int] = []
+        since, pause = time.monotonic(), 0.02
         while (features := self.read(span)) is None:
-            present = sum(self.path(other).is_file() for other in self.ranges)
-            if present != seen:
-                seen, since = present, time.monotonic()
+            if (signs := self._signs(size)) != seen:
+                seen, since = signs, time.monotonic()
             if time.monotonic() - since > timeout_s:
                 absent = [(i % size, other) for i, other in enumerate(self.ranges) if self.read(other) is None]
                 told = ", ".join(f"process {who}: images {a}..{b - 1}" for who, (a, b) in absent[:5])

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Place:
     local_rank: int | None = 0
     local_size: int | None = 1
     launcher: str = "alone"
+    told_by: tuple[str, str] = field(default=("", ""), compare=False)
+    """The variables that say rank and size."""
 
 
 # Traces of an MPI launcher whose rank and size variables we do not know by name: worth asking MPI itself.
@@ -42,17 +44,24 @@ def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
     """
 
     def number(name: str) -> int | None:
-        text = environ.get(name, "")
-        return int(text) if text.isdigit() else None
+        """A variable's number; an empty one counts as none."""
+        text = environ.get(name, "").strip()
+        if text and not (text.isascii() and text.isdigit()):
+            raise ValueError(
+                f"the environment variable {name} is {text!r}, must be a whole number from 0: unset it to run alone"
+            )
+        return int(text) if text else None
 
     def place(launcher: str, rank: str, size: str, local_rank: str, local_size: str) -> Place | None:
+        if not all(environ.get(name, "").strip() for name in (rank, size)):
+            return None  # one without the other is of something else
         r, n = number(rank), number(size)
-        if r is None or n is None:
-            return None
+        assert r is not None and n is not None
         if not 0 <= r < n:
             raise ValueError(f"{rank}={r} and {size}={n} disagree; a rank is 0 to {size}-1: unset both to run alone")
         alone = n == 1
-        return Place(r, n, 0 if alone else number(local_rank), 1 if alone else number(local_size), launcher)
+        local = (0, 1) if alone else (number(local_rank), number(local_size))
+        return Place(r, n, *local, launcher, (rank, size))
 
     if found := place("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         return found
@@ -62,7 +71,7 @@ def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
     if found := place("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"):
         same = environ.get("SLURM_PROCID") == environ.get("PMI_RANK")  # srun --mpi=pmi2 sets PMI_*, but not MPI_LOCAL*
         if found.local_rank is None and same:
-            return Place(found.rank, found.size, number("SLURM_LOCALID"), None, "mpich")
+            return replace(found, local_rank=number("SLURM_LOCALID"), local_size=None)
         return found
     if "SLURM_STEP_ID" in environ:
         size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"

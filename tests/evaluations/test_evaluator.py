@@ -115,6 +115,38 @@ def test_help_and_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "there is no file 'x.npz'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"WORLD_SIZE": "2", "RANK": "1"},
+            "process 1 of 2, as RANK=1 and WORLD_SIZE=2 say: process 0 prints the scores",
+        ),
+        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, "as PMI_RANK=0 and PMI_SIZE=3 say: it waits for the shares of 2 more"),
+        ({"WORLD_SIZE": "", "RANK": ""}, ""),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "7"}, "RANK=7 and WORLD_SIZE=2 disagree"),
+    ],
+)
+def test_says_which_variables_make_it_one_of_several(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    words: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = [str(tmp_path / "x.npz"), "--weights", "w.pb"]
+    for command in (
+        [*asked[:1], *asked],
+        ["reference", *asked, "--image_size", "8", "--out", str(tmp_path / "out.npz")],
+    ):
+        assert evaluator.main(command) == 2
+        first = capsys.readouterr().err.splitlines()[0]
+        assert words in first and first.startswith("process") == words.startswith(("process", "as PMI"))
+
+
 def test_a_file_wins_over_a_command_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

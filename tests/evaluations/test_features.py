@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from evaluations import features
+from evaluations import features, shards
 from evaluations.features import Features, World, extract, extract_blocks, pick_device, world_from_environment
 from evaluations.inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
 from evaluations.inputs import open_images
@@ -243,6 +244,25 @@ def test_a_declared_range_is_part_of_the_identity(tmp_path):
 def test_missing_processes_are_named(images, tmp_path):
     with pytest.raises(TimeoutError, match=r"2 of 3 feature shards .*process 1: images 4\.\.7, process 2: images 8"):
         run(images, Toy(2), chunk=2, shard_images=4, shard_dir=tmp_path, world=(0, 3), timeout_s=0.1)
+
+
+def test_a_process_that_gives_signs_is_waited_for(tmp_path, monkeypatch):
+    work = shards.Shards(tmp_path, "ab" * 32, [(0, 2)])
+    made = Features(*(np.zeros((2, width), np.float32) for width in (POOL_FEATURES, SPATIAL_FEATURES, NUM_CLASSES)))
+    seconds = 0
+
+    def sleep(pause: float) -> None:
+        nonlocal seconds
+        seconds += 60
+        work.show_life(1)
+        os.utime(work._life(1), (seconds, seconds))
+        if seconds == 1200:
+            work.write((0, 2), made)
+            work.end_life(1)
+
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: seconds, sleep=sleep))
+    assert work.wait((0, 2), 1, 2, timeout_s=300).num_images == 2 and seconds == 1200
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
 def test_errors_of_the_reader_arrive(tmp_path, images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import socket
 
 import pytest
@@ -54,6 +55,47 @@ SRUN = {
 )
 def test_place_by_environment(environ, place):
     assert discover(environ) == place
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": " "},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "high"},
+        {"PMI_RANK": "", "PMI_SIZE": "4"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": ""},
+        {**SRUN, "SLURM_PROCID": ""},
+    ],
+)
+def test_an_empty_or_a_missing_variable_means_alone(environ):
+    assert discover(environ) == Place()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "environ"),
+    [
+        ("WORLD_SIZE", "two", {"RANK": "0"}),
+        ("RANK", "-1", {"WORLD_SIZE": "2"}),
+        ("LOCAL_RANK", "1.5", {"RANK": "0", "WORLD_SIZE": "2"}),
+        ("PMI_SIZE", "²", {"PMI_RANK": "0"}),
+        ("OMPI_COMM_WORLD_SIZE", "$N", {"OMPI_COMM_WORLD_RANK": "0"}),
+        ("SLURM_STEP_NUM_TASKS", "4(x2)", SRUN),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name, value, environ):
+    with pytest.raises(ValueError, match=f"{name} is {re.escape(repr(value))}.*unset"):
+        discover({**environ, name: value})
+
+
+@pytest.mark.parametrize(
+    "environ", [{"RANK": "0", "WORLD_SIZE": "2"}, {**SRUN, "PMI_RANK": "9", "PMI_SIZE": "16"}, SRUN, OPENMPI]
+)
+def test_what_told_the_place_is_known(environ):
+    place = discover(environ)
+    assert [environ[name] for name in place.told_by] == [str(place.rank), str(place.size)]
 
 
 def test_contradicting_environment_is_refused():
