@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from guided_diffusion.runtime import storage
 
+from . import outputs
 from .world import tell_of_others, world_from_environment
 
 COMMANDS = ("compare", "reference", "selftest")
@@ -99,9 +100,16 @@ def _parser() -> argparse.ArgumentParser:
 def _score(arguments: list[str]) -> int:
     asked = _parser().parse_args(arguments)
     tell_of_others()
-    for target in (asked.json, asked.plot):
-        if target and not os.path.isdir(os.path.dirname(os.path.abspath(target))):
-            raise ValueError(f"there is no folder to write {target!r} into")
+    inputs = [asked.reference, *asked.samples, *filter(None, [asked.weights])]
+    for option, target in (("--json", asked.json), ("--plot", asked.plot)):
+        if target:
+            outputs.check_file(option, target, inputs)
+    if asked.shard_dir:
+        outputs.check_folder("--shard_dir", asked.shard_dir)
+    if asked.plot:
+        from . import plots
+
+        plots.check(asked.plot)
     from . import report as reports
     from .scoring import Scored, Settings, evaluate
 
@@ -145,9 +153,7 @@ def _score(arguments: list[str]) -> int:
     if asked.json:
         found.write(asked.json)
     if asked.plot:
-        from .plots import draw
-
-        draw(found, asked.plot)
+        plots.draw(found, asked.plot)
     return 0
 
 

@@ -8,13 +8,24 @@ from typing import Any
 from .report import Report, SetReport
 
 
-def draw(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write one PNG (or PDF, SVG, by the name's ending) with both pictures of all sets of samples."""
+def check(path: str) -> None:
+    """ValueError when `draw` cannot write a file of this name, or cannot draw at all."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    ending, known = os.path.splitext(path)[1].lower().lstrip("."), FigureCanvasAgg.filetypes
+    if ending and ending not in known:
+        raise ValueError(
+            f"--plot {path}: a picture cannot be of the kind {ending!r}; allowed are {', '.join(sorted(known))}"
+        )
+
+
+def draw(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write one PNG (or PDF, SVG, by the name's ending) with both pictures of all sets of samples."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)

@@ -21,6 +21,7 @@ import numpy as np
 
 from guided_diffusion.data.images import center_crop
 
+from . import outputs
 from .features import extract_blocks, pick_device
 from .inputs import ImageSource, open_images
 from .statistics import Moments
@@ -180,8 +181,9 @@ def main(arguments: Sequence[str]) -> int:
     tell_of_others()
     from .weights import load_inception
 
-    if not os.path.isdir(os.path.dirname(os.path.abspath(asked.out))):
-        raise ValueError(f"there is no folder to write {asked.out!r} into")
+    outputs.check_file("--out", asked.out, [asked.images, *filter(None, [asked.weights])])
+    if asked.shard_dir:
+        outputs.check_folder("--shard_dir", asked.shard_dir)
     device = pick_device(wanted=asked.device)
     receipt = make_reference(
         asked.images,

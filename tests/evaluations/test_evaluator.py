@@ -147,6 +147,57 @@ def test_says_which_variables_make_it_one_of_several(
         assert words in first and first.startswith("process") == words.startswith(("process", "as PMI"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "folder"], "--json folder: is a folder"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder"),
+        (["--json", "ref.npz"], "--json ref.npz: would replace a file that is read"),
+        (["--plot", "folder"], "--plot folder: is a folder"),
+        (["--plot", "a.mp3"], "--plot a.mp3: a picture cannot be of the kind 'mp3'"),
+        (["--shard_dir", "ref.npz"], "is a file; give a folder"),
+        (["--shard_dir", "ref.npz/below"], "is a file; give a folder"),
+        (["--device", "gpu"], "--device gpu: cannot be used here"),
+        (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+    ],
+)
+def test_what_cannot_be_written_or_used_is_refused_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    np.savez("ref.npz", np.random.default_rng(0).standard_normal((9, 4)))
+    assert evaluator.main(["ref.npz", "ref.npz", "--features", "npz", *options]) == 2
+    told = capsys.readouterr()
+    assert words in told.err and len(told.err.splitlines()) == 1 and "activations" not in told.out
+    if options[0] in ("--json", "--shard_dir"):
+        options = [option.replace("--json", "--out") for option in options]
+        out = [] if "--out" in options else ["--out", "out.npz"]
+        assert evaluator.main(["reference", "ref.npz", "--image_size", "8", *options, *out]) == 2
+        assert words.replace("--json", "--out") in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert evaluator.main(["x.npz", "y.npz", "--plot", "a.png"]) == 2
+    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
+
+
+def test_an_error_of_the_system_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error in (TimeoutError("2 shards did not come"), PermissionError(13, "Permission denied", "x.npz")):
+        monkeypatch.setattr(evaluator, "_score", lambda arguments, error=error: (_ for _ in ()).throw(error))
+        assert evaluator.main(["x.npz", "y.npz"]) == 2
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
 def test_a_file_wins_over_a_command_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
