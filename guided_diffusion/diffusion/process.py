@@ -203,12 +203,13 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
         if not text:
             return list(range(num_steps))
         if text.startswith("ddim"):
-            return _strided(num_steps, _whole(text[len("ddim") :], sections))
+            return _strided(num_steps, _whole(text[len("ddim") :], sections), sections)
         counts = [_whole(part, sections) for part in text.split(",")]
     else:
         counts = [int(sections)] if isinstance(sections, (int, np.integer)) else [int(count) for count in sections]
-    if not counts or min(counts) < 0 or sum(counts) == 0:
-        raise ValueError(f"respacing {sections!r} keeps no step; give counts such as '250' or '90,60,60,20,20'")
+    _check_count(num_steps, sum(counts), sections)
+    if min(counts) < 0:
+        raise ValueError(f"timestep_respacing {sections!r} has a negative count; a section gives 0 steps or more")
 
     steps: list[int] = []
     start = 0
@@ -216,8 +217,8 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
         size = num_steps // len(counts) + (index < num_steps % len(counts))
         if size < count:
             raise ValueError(
-                f"respacing {sections!r} asks for {count} steps from section {index + 1} of {len(counts)}, "
-                f"which has only {size} of the {num_steps} steps; ask for at most {size}"
+                f"timestep_respacing {sections!r} asks for {count} steps from section {index + 1} of {len(counts)}, "
+                f"which has {size} of the {num_steps} steps; ask for at most {size} there"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
@@ -228,22 +229,34 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
     return steps
 
 
+def _check_count(num_steps: int, count: int, sections: Any) -> None:
+    if min(2, num_steps) <= count <= num_steps:
+        return
+    # One step would be step 0, nearly clean: nothing is made from noise there.
+    raise ValueError(
+        f"timestep_respacing {sections!r} asks for {count} of {num_steps} steps; give at least 2 and at most {num_steps}, as in '250', "
+        "'90,60,60,20,20' or 'ddim25', or '' for all"
+    )
+
+
 def _whole(text: str, sections: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise ValueError(
-            f"respacing {sections!r} is not understood; write '250', '90,60,60,20,20' or 'ddim25'"
+            f"timestep_respacing {sections!r} is not understood; write a number of steps as in '250', numbers for equal sections as in "
+            "'90,60,60,20,20', 'ddim25' for an even stride, or '' for all steps"
         ) from None
 
 
-def _strided(num_steps: int, count: int) -> list[int]:
+def _strided(num_steps: int, count: int, sections: str) -> list[int]:
+    _check_count(num_steps, count, sections)
     possible = {len(range(0, num_steps, stride)): stride for stride in range(num_steps - 1, 0, -1)}
     if count not in possible:
         near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
         raise ValueError(
-            f"no whole stride takes exactly {count} of {num_steps} steps ('ddim{count}'); the nearest are {' and '.join(map(str, near))}, "
-            f"or use '{count}' for uneven strides"
+            f"timestep_respacing {sections!r}: no whole stride takes exactly {count} of {num_steps} steps; use "
+            f"{' or '.join(f'ddim{n}' for n in near)}, or '{count}' for uneven strides"
         )
     return list(range(0, num_steps, possible[count]))
 

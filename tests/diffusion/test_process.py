@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_respacing_keeps_levels_and_times() -> None:
 @settings(max_examples=200, deadline=None)
 def test_sections(num_steps: int, counts: list[int]) -> None:
     sizes = [len(part) for part in np.array_split(np.arange(num_steps), len(counts))]
-    if sum(counts) == 0 or any(count > size for count, size in zip(counts, sizes)):
+    if sum(counts) < min(2, num_steps) or any(count > size for count, size in zip(counts, sizes)):
         with pytest.raises(ValueError):
             p.space_timesteps(num_steps, counts)
         return
@@ -155,22 +156,51 @@ def test_sections(num_steps: int, counts: list[int]) -> None:
             assert inside[-1] == part[-1] and np.ptp(np.diff(inside)) <= 1
 
 
-@given(st.integers(2, 1000), st.integers(1, 1000))
+@given(st.integers(2, 1000), st.integers(2, 1000))
 @settings(max_examples=200, deadline=None)
 def test_strides(num_steps: int, count: int) -> None:
     try:
         steps = p.space_timesteps(num_steps, f"ddim{count}")
     except ValueError as error:
         assert f"ddim{count}" in str(error)
-        assert all(len(range(0, num_steps, stride)) != count for stride in range(1, num_steps))
+        assert count > num_steps or all(len(range(0, num_steps, stride)) != count for stride in range(1, num_steps))
     else:
         assert len(steps) == count and steps[0] == 0 and len(set(np.diff(steps))) <= 1
 
 
-@pytest.mark.parametrize("wrong", ["ten", "ddim", "10,,3", "0", "-5", [0, 0]])
+WRONG = [
+    "ten",
+    "ddim",
+    "10,,3",
+    "0",
+    "1",
+    1,
+    "-5",
+    "101",
+    "10.5",
+    [0, 0],
+    "0,1",
+    "60,1",
+    "3,-1",
+    "ddim0",
+    "ddim1",
+    "ddim-3",
+    "ddim60",
+    "ddim200",
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_respacing_that_makes_no_sense(wrong: object) -> None:
-    with pytest.raises(ValueError, match="respacing"):
+    """The message names flag and value, and what it proposes for them is accepted."""
+    with pytest.raises(ValueError, match="timestep_respacing") as told:
         p.space_timesteps(100, wrong)  # type: ignore[arg-type]
+    message = str(told.value)
+    assert repr(wrong) in message
+    for proposed in re.findall("'(ddim[0-9]+|[0-9,]+)'", message.replace(repr(wrong), "")):
+        p.space_timesteps(1000, proposed)
+    for proposed in re.findall("ddim[0-9]+(?= or|,)", message):
+        p.space_timesteps(100, proposed)
 
 
 def test_kinds_of_sections() -> None:
