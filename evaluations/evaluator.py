@@ -31,7 +31,7 @@ CLASSIC_WARM_UP = "warming up PyTorch..."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for a mistake in what was asked, told in one line."""
-    arguments = [storage.expand_word(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments = storage.command_words(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
     with warnings.catch_warnings():

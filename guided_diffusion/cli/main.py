@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..runtime import storage
 from . import runs
 
 # word -> (module, function, what it does); modules are loaded when chosen, so that --help needs no torch
@@ -31,7 +32,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `guided-diffusion COMMAND ...`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = storage.command_words(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else runs.USER_ERROR

@@ -25,7 +25,7 @@ Command = Callable[[Sequence[str] | None], int]
 
 def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
-    words = [storage.expand_word(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = storage.command_words(sys.argv[1:] if argv is None else argv)
     share_the_processor()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import IO, Any
 
 _REMOTE_SCHEMES = ("gs://", "az://", "https://")
@@ -45,10 +45,20 @@ def expand(path: PathLike) -> str:
     return os.path.expanduser(os.fspath(path))
 
 
-def expand_word(word: str) -> str:
-    """A word of a command line with `~` as the home folder: `~/data`, `--data_dir=~/data`."""
-    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return name + equals + (expand(value) if value.startswith("~") else value)
+def command_words(argv: Sequence[str]) -> list[str]:
+    """A command line with `~` as the home folder (`~/data`, `--data_dir=~/data`) and without the `--local_rank` that old launchers add.
+
+    Processes find their place by the environment, which those launchers set as well.
+    """
+    words: list[str] = []
+    before = ""
+    for word in argv:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        ours = name.replace("-", "_") != "__local_rank" and not (before == "__local_rank" and word.isdecimal())
+        before = word.replace("-", "_")
+        if ours:
+            words.append(name + equals + (expand(value) if value.startswith("~") else value))
+    return words
 
 
 def _blobfile(path: PathLike) -> Any:

@@ -104,3 +104,31 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given: str | None, 
     environ |= {} if given is None else {"OMP_WAIT_POLICY": given}
     told = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert told.stdout.split() == [found]
+
+
+def mistake(run: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says of a flag that it does not have."""
+    try:
+        code = run(words)  # type: ignore[operator]
+    except SystemExit as end:
+        code = end.code
+    assert code == 2, words
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=1"])
+def test_every_command_and_script_accepts_local_rank(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`torch.distributed.launch` puts it before the other words; the mistake behind it is the one that is told."""
+    from evaluations import evaluator
+    from guided_diffusion.cli import likelihood, sample, train, upsample
+
+    scripts = [train.image_train, train.classifier_train, train.super_res_train, sample.image_sample]
+    scripts += [sample.classifier_sample, upsample.super_res_sample, likelihood.image_nll]
+    for run in [*scripts, evaluator.main]:
+        words = ["a.npz", "b.npz"] if run is evaluator.main else []
+        plain = mistake(run, [*words, "--no_such_flag", "1"], capsys)
+        assert mistake(run, [flag, *words, "--no_such_flag", "1"], capsys) == plain and "no_such_flag" in plain
+    for command in cli.COMMANDS:
+        plain = mistake(cli.main, [command, "--no_such_flag", "1"], capsys)
+        assert mistake(cli.main, [flag, command, "--no_such_flag", "1"], capsys) == plain
+        assert mistake(cli.main, [command, *flag.split("="), "--no_such_flag", "1"], capsys) == plain

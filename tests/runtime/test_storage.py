@@ -296,3 +296,13 @@ def test_one_folder_has_many_spellings(tmp_path, monkeypatch):
         assert storage.same_folder("run", other)
     assert not storage.same_folder("run", "other") and not storage.same_folder("run", "gs://bucket/run")
     assert storage.same_folder("gs://bucket/run", "gs://bucket/run/")
+
+
+@pytest.mark.parametrize(
+    "added", [["--local_rank=0"], ["--local-rank=3"], ["--local_rank", "0"], ["--local-rank", "12"], []]
+)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_local_rank_of_old_launchers_is_left_out(added: list[str], place: int) -> None:
+    words = ["sample", "--seed", "7"]
+    assert storage.command_words([*words[:place], *added, *words[place:]]) == words
+    assert storage.command_words(["--local_rank", "train", "--local_ranks", "1"]) == ["train", "--local_ranks", "1"]
