@@ -319,7 +319,10 @@ def _lmdb(root: str) -> Any:
     except ImportError as error:
         text = f"{root!r} is an lmdb (as LSUN comes) and needs the package lmdb: pip install lmdb, or this package with the extra [lmdb]"
         raise ImportError(text) from error
-    return lmdb.open(root, readonly=True, lock=False, readahead=False, meminit=False, max_readers=100)
+    try:
+        return lmdb.open(root, readonly=True, lock=False, readahead=False, meminit=False, max_readers=100)
+    except lmdb.Error as error:
+        raise ValueError(f"{storage.join(root, _LMDB)}: not a readable lmdb: {error}") from error
 
 
 def _list_lmdb(root: str) -> Source:
@@ -356,6 +359,18 @@ def read_packed_index(root: str) -> dict[str, Any]:
         raise ValueError(
             f"{root!r}: packed data of format {index['format']!r}; this version reads format 1: pack it again"
         )
+    shape, shards, labels = index.get("shape"), index.get("shards"), index.get("labels")
+    whole = (
+        isinstance(index.get("count"), int)
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and isinstance(shards, list)
+        and all(isinstance(entry, dict) and {"file", "count", "sha256"} <= entry.keys() for entry in shards)
+        and (labels is None or (isinstance(labels, dict) and {"file", "sha256"} <= labels.keys()))
+        and {"preprocessing", "class_names", "label_source", "skipped"} <= index.keys()
+    )
+    if not whole:
+        raise ValueError(f"{path}: not the index of packed data that `data pack` writes; give another folder")
     if storage.is_remote(root):
         raise ValueError(f"{root!r}: packed data is memory-mapped; copy it to a local disk first")
     return index
