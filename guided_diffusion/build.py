@@ -34,6 +34,7 @@ from .diffusion.objectives import training_losses
 from .diffusion.process import Process, add_noise, make_process, rescale_time, respace, space_timesteps
 from .diffusion.schedules import SCHEDULES, named_betas
 from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
+from .models.layers import lay_out_convolution
 from .models.network import Network as Torso
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .reading import agree as agree
@@ -371,6 +372,7 @@ def make_ready(net: nn.Module) -> None:
     if not isinstance(net, Torso) or any(parameter.requires_grad for parameter in net.parameters()):
         return
     net.set_compute_dtype(net.dtype, store=True)
+    net.apply(lay_out_convolution)
     if next(net.parameters()).device.type != "cpu":  # fewer kernels to start; a CPU starts none
         net.join_embeddings()
 

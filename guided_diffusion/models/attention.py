@@ -1,8 +1,9 @@
 """Attention over the places of an image, by torch's fused kernels, without copying q, k or v.
 
 Shapes: N batch, T places (tokens), H heads, D channels per head, C = H * D.
-Modules speak [N, C, T] as the released networks do; memory is channels-innermost, so each [N, C, T] here is the
-transposed view of a contiguous [N, T, C], and q, k, v are strided views [N, H, T, D] of it with stride 1 in D.
+Modules speak [N, C, T] as the released networks do. Within a network memory is channels-innermost: each [N, C, T] is the
+transposed view of a contiguous [N, T, C], and q, k, v are strided views [N, H, T, D] of it with stride 1 in D. What is given
+in the plain layout is answered in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cpu import AttentionByHeads, attention_gradients
-from .layers import transformed
+from .layers import recorded, transformed
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,10 +35,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if transformed(q, k, v):
         return plain_attention(q, k, v)
     by_heads = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape == v.shape
-    if by_heads and not torch.compiler.is_compiling():
+    if by_heads and not recorded():
         return AttentionByHeads.apply(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
-    if out.requires_grad and not torch.compiler.is_compiling():
+    if out.requires_grad and not recorded():
         out = _TwiceDifferentiable.apply(out, q, k, v)
     return out
 
@@ -61,18 +62,16 @@ class _TwiceDifferentiable(torch.autograd.Function):
         return None, *attention_gradients(q, k, v, g)
 
 
-def _split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, int]:
-    """[N, 3 * C, T] -> ([N, T, 3 * C], channels per head)."""
+def _attend(qkv: Tensor, heads: int, dim: int) -> Tensor:
+    """Attention of the q, k, v among the channels of qkv [N, 3 * C, T]: 3 before the heads (dim 2) or after (3). Returns [N, C, T]."""
     width = qkv.shape[1]
-    if width % (3 * n_heads):
-        raise ValueError(f"{width} channels of queries, keys and values cannot be shared by {n_heads} heads.")
-    return qkv.transpose(1, 2), width // (3 * n_heads)
-
-
-def _attend(qkv_NT3HD: Tensor, dim: int) -> Tensor:
-    """Attention of the q, k, v found along `dim` of a five-dimensional view. Returns [N, C, T]."""
-    q, k, v = (part.transpose(1, 2) for part in qkv_NT3HD.unbind(dim))
-    return attention(q, k, v).transpose(1, 2).flatten(2).transpose(1, 2)
+    if width % (3 * heads):
+        raise ValueError(f"{width} channels of queries, keys and values cannot be shared by {heads} heads.")
+    sizes = [heads, width // (3 * heads)]
+    sizes.insert(dim - 2, 3)
+    q, k, v = (part.transpose(1, 2) for part in qkv.transpose(1, 2).contiguous().unflatten(2, sizes).unbind(dim))
+    out = attention(q, k, v).transpose(1, 2).flatten(2).transpose(1, 2)
+    return out.contiguous() if qkv.is_contiguous() else out
 
 
 class QKVAttentionLegacy(nn.Module):
@@ -84,8 +83,7 @@ class QKVAttentionLegacy(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
-        tokens, head_channels = _split_heads(qkv, self.n_heads)
-        return _attend(tokens.unflatten(2, (self.n_heads, 3, head_channels)), 3)
+        return _attend(qkv, self.n_heads, 3)
 
     @staticmethod
     def count_flops(model: Any, _x: Any, y: Any) -> None:
@@ -102,8 +100,7 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
-        tokens, head_channels = _split_heads(qkv, self.n_heads)
-        return _attend(tokens.unflatten(2, (3, self.n_heads, head_channels)), 2)
+        return _attend(qkv, self.n_heads, 2)
 
     @staticmethod
     def count_flops(model: Any, _x: Any, y: Any) -> None:

@@ -1,8 +1,8 @@
 """What torch's CPU kernels do slowly, by detours that give the same numbers up to rounding.
 
 Three cases, each with torch's own way as its reference in tests/models/test_cpu.py and with its measurements in
-docs/performance.md: matrix products in float32, group norm in bfloat16, attention in bfloat16. Nothing here is
-used on other devices, inside compiled graphs or under function transforms; callers see to that.
+docs/performance.md: matrix products in float32, group norm (which torch also computes inexactly), attention in bfloat16.
+Nothing here is used on other devices, inside recorded graphs or under function transforms; callers see to that.
 
 Legend: N batch, C channels, T places, H heads, D channels per head.
 """
@@ -44,45 +44,125 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return mixed.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-class Bfloat16GroupNorm(torch.autograd.Function):
-    """Group norm of a bfloat16 image in channels_last memory, [N, C, H, W], with float32 weight and bias [C].
+class GroupNorm(torch.autograd.Function):
+    """silu(norm(x) * (1 + scale) + shift) of x [N, C, H, W] or [N, C, D, H, W] in channels_last memory; SiLU only if asked for.
 
-    torch's kernels fall back on scalar code there: backward always (6 times slower than on float32), forward where the
-    image is small. Those go through float32 copies of a few images at a time; what is kept for backward stays bfloat16.
+    weight, bias: [C]. scale, shift: [N, C, 1, ...], or None. torch's own norm in that layout takes the variance as the mean of
+    squares less the square of the mean, which is lost where the mean is large against the deviation, as in a flat or white
+    image. Here nearly the mean is taken off first. All is computed in float32 (or float64) and rounded once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        n, c, places = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-        source = x if places >= 1024 else x.float()  # torch's own limit between its two ways to walk through an image
-        y, mean, rstd = torch.native_group_norm(source, weight, bias, n, c, places, groups, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.groups, ctx.eps = groups, eps
-        return y.to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
+        eps: float, silu: bool,
+    ) -> Tensor:  # fmt: skip
+        wide = torch.promote_types(x.dtype, torch.float32)
+        factor, summand = _factors(x, wide, weight, bias, scale, shift)
+        y, places, size = torch.empty_like(x), tuple(range(2, x.dim())), x[:1].numel() // groups
+        centre, rstd = torch.empty_like(factor), factor.new_empty(len(x), groups)
+        start = _per_channel(_near_means(x, groups, wide), x)
+        away, other = _space(x, wide), _space(x, wide) if x.dtype != wide else None
+        for part in _few_images(x):
+            out = y[part] if other is None else other[: len(x[part])]
+            away = _subtract(x[part], start[part], away[: len(out)])
+            # torch.sum forms partial sums. One after the other, as in torch's norm, terms lose digits in large images.
+            sums = torch.stack([away.sum(places), torch.mul(away, away, out=out).sum(places)])
+            mean, square = sums.view(2, len(out), groups, -1).sum(3).div_(size)
+            sharp = torch.rsqrt(torch.addcmul(square, mean, mean, value=-1).add_(eps), out=rstd[part])
+            rest = _per_channel(mean, x)
+            torch.add(start[part], rest, out=centre[part])
+            times = _per_channel(sharp, x) * factor[part]
+            torch.addcmul(torch.addcmul(summand[part], rest, times, value=-1), away, times, out=out)
+            if silu:
+                F.silu(out, inplace=True)
+            if other is not None:
+                y[part] = out
+        ctx.save_for_backward(x, weight, bias, scale, shift, centre, rstd)
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():  # a derivative of this derivative may follow: torch's own formulas have one
-            leaves = [tensor for tensor, asked in zip((x, weight, bias), wanted) if asked]
-            y = torch.group_norm(x.float(), ctx.groups, weight, bias, ctx.eps)
-            found = iter(torch.autograd.grad(y, leaves, grad.float(), create_graph=True))
-            return *(next(found) if asked else None for asked in wanted), None, None
-        n, c, places = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = torch.empty_like(x)
-        sums: list[Tensor | None] = [None, None]
-        few = max(1, _CACHED // (c * places))
-        for start in range(0, n, few):
-            part = slice(start, min(start + few, n))
-            given = (grad[part].float(), x[part].float(), mean[part].float(), rstd[part].float(), weight)
-            to_x, *to_parameters = torch.ops.aten.native_group_norm_backward(
-                *given, part.stop - start, c, places, ctx.groups, [True, *wanted[1:]]
-            )
-            grad_x[part] = to_x
-            sums = [new if old is None else old.add_(new) for old, new in zip(sums, to_parameters)]
-        return grad_x, *sums, None, None
+        x, weight, bias, scale, shift, centre, rstd = ctx.saved_tensors
+        wide = centre.dtype
+        factor, summand = _factors(x, wide, weight, bias, scale, shift)
+        like, wanted = (x, weight, bias, scale, shift), ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # a derivative of this derivative may follow
+            y = torch.addcmul(summand, F.group_norm(x.to(wide).contiguous(), ctx.groups, eps=ctx.eps), factor)
+            leaves = [tensor for tensor, asked in zip(like, wanted) if asked]
+            found = torch.autograd.grad(F.silu(y) if ctx.silu else y, leaves, grad.to(wide), create_graph=True)
+            rest = iter(found)
+            return *(next(rest) if asked else None for asked in wanted), None, None, None
+        # With xhat = rstd * (x - centre), and g taken back through the SiLU, the gradient of x is
+        # rstd * (factor * g - m1 - xhat * m2), where m1, m2 are the group's means of factor * g and of factor * g * xhat.
+        to_x, places, size = torch.empty_like(x), tuple(range(2, x.dim())), x[:1].numel() // ctx.groups
+        sums, products = torch.empty_like(centre), torch.empty_like(centre)
+        xhat, g, other = _space(x, wide), _space(x, wide), _space(x, wide) if x.dtype != wide else None
+        for part in _few_images(x):
+            out = to_x[part] if other is None else other[: len(x[part])]
+            xhat, g, sharp = xhat[: len(out)], g[: len(out)], _per_channel(rstd[part], x)
+            _subtract(x[part], centre[part], xhat).mul_(sharp)
+            g.copy_(grad[part])
+            if ctx.silu:
+                torch.addcmul(summand[part], xhat, factor[part], out=out)
+                torch.ops.aten.silu_backward(g, out, grad_input=g)
+            torch.sum(g, places, keepdim=True, out=sums[part])
+            torch.sum(torch.mul(g, xhat, out=out), places, keepdim=True, out=products[part])
+            both = torch.stack([sums[part], products[part]]).mul_(factor[part])
+            m1, m2 = both.view(2, len(out), ctx.groups, -1).sum(3).mul_(rstd[part] / -size)
+            torch.addcmul(_per_channel(m1, x), xhat, _per_channel(m2, x), out=out)
+            out.addcmul_(g, sharp * factor[part])
+            if other is not None:
+                to_x[part] = out
+        to_scale = None
+        by_weight, by_bias = products, sums
+        if scale is not None:
+            one = factor.new_ones(1, len(weight), *[1] * len(places))
+            to_scale = (weight.view_as(one) * products + bias.view_as(one) * sums).to(scale.dtype)
+            by_weight, by_bias = products * (1 + scale.to(wide)), sums * (1 + scale.to(wide))
+        to_weight, to_bias = by_weight.sum(0).flatten().to(weight.dtype), by_bias.sum(0).flatten().to(bias.dtype)
+        return to_x, to_weight, to_bias, to_scale, None if shift is None else sums.to(shift.dtype), None, None, None
+
+
+def _factors(
+    x: Tensor, wide: torch.dtype, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What multiplies the normalised x and what is added, for each image and channel: [N, C, 1, ...] both, in `wide`."""
+    of_all = (1, -1, *[1] * (x.dim() - 2))
+    weight, bias = weight.to(wide).view(of_all), bias.to(wide).view(of_all)
+    if scale is None or shift is None:
+        return weight.expand(len(x), *weight.shape[1:]), bias.expand(len(x), *bias.shape[1:])
+    more = 1 + scale.to(wide)
+    return weight * more, torch.addcmul(shift.to(wide), bias, more)
+
+
+def _near_means(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Of each group the mean of a few places, [N, groups]: near enough to its mean that squares do not cancel."""
+    sparse: Any = (..., *(slice(size // 8, None, max(1, size // 4)) for size in x.shape[2:]))
+    return x[sparse].to(dtype).mean(dim=tuple(range(2, x.dim()))).view(len(x), groups, -1).mean(dim=2)
+
+
+def _few_images(x: Tensor) -> list[slice]:
+    """Which images of x [N, C, ...] are worked on together: as many as fit the cache, one at least."""
+    few = max(1, _CACHED // max(1, x[:1].numel()))
+    return [slice(start, start + few) for start in range(0, len(x), few)]
+
+
+def _space(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unfilled, for as many images as are worked on together, in the layout of x."""
+    return torch.empty_like(x[: max(1, _CACHED // max(1, x[:1].numel()))], dtype=dtype)
+
+
+def _subtract(x: Tensor, centre: Tensor, out: Tensor) -> Tensor:
+    """x - centre into `out`, in its dtype. In place of a mixed subtraction, which is slow."""
+    return torch.sub(x, centre, out=out) if x.dtype == out.dtype else out.copy_(x).sub_(centre)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """values [N, groups] -> those of each channel's group, [N, C, 1, ...], for the channels of x [N, C, ...]."""
+    each = values[:, :, None].expand(-1, -1, x.shape[1] // values.shape[1])
+    return each.reshape(len(values), x.shape[1], *[1] * (x.dim() - 2))
 
 
 class AttentionByHeads(torch.autograd.Function):

@@ -1,14 +1,16 @@
-"""Group norm, scale and shift, and SiLU of a channels_last image as one operation, for NVIDIA GPUs, if asked for.
+"""Group norm, scale and shift, and SiLU of a channels_last image as one operation: on NVIDIA GPUs by Triton, on CPUs by cpu.py.
 
-Apart they read and write the image three or four times and keep as many copies of it for backward; as one they read it
-twice and write it once, and keep the image and two numbers per group. Off unless `Network.set_fused_norm` turns it on, because
-its speed has not been measured yet: `python -m benchmarks --device cuda --only norm` does. torch.compile fuses by itself.
+Apart they read and write the image three or four times and keep as many copies of it for backward, and torch's group norm
+answers in another layout, which costs two copies more. As one they read it twice and write it once, and keep the image and
+two numbers per group. Used where it fits unless `Network.set_fused_norm(False)` forbids it. torch.compile fuses by itself.
 
 Legend: N batch, C channels, H height, W width, G groups.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -16,16 +18,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import GroupNorm32, channels_last, is_channels_last, transformed
+from . import cpu
+from .layers import GroupNorm32, channels_last, fits_cpu_norm, is_channels_last, recorded, transformed
 from .resizing import listened_to
 
 _TILE = 4096  # numbers that a program holds at a time
 _CHUNKS = 64  # into how many pieces an image is cut for its sums, at most
 
 
+@cache
 def available() -> bool:
-    """Whether the kernels can be built: Triton is installed (with torch for NVIDIA GPUs it is)."""
+    """Whether Triton is installed (with torch for NVIDIA GPUs it is)."""
     return find_spec("triton") is not None
+
+
+@cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there, tried once. Triton needs a C compiler and a card that is not too old for the dtype."""
+    if not available():
+        return False
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            x = channels_last(torch.ones(1, 32, 2, 2, device=device, dtype=dtype))
+            weight = torch.ones(32, device=device)
+            fused(x, weight, weight, None, None, 32, 1e-5)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def on_device(x: Tensor) -> bool:
@@ -33,18 +57,27 @@ def on_device(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def fits(x: Tensor, layers: nn.Sequential) -> bool:
-    """Whether `norm_silu` may stand for the first two of the layers, applied to `x` [N, C, H, W]: as they were made, unheard."""
+def fits(x: Tensor, layers: nn.Sequential, emb_out: Tensor | None = None) -> bool:
+    """Whether `norm_silu` may stand for the first two of the layers, applied to `x` [N, C, H, W]: as they were made, unheard.
+
+    emb_out: the scale and shift that will be given.
+    """
     norm, act = layers[0], layers[1]
+    if (type(layers), type(norm), type(act)) != (nn.Sequential, GroupNorm32, nn.SiLU) or listened_to(layers, norm, act):
+        return False
+    assert isinstance(norm, nn.GroupNorm)
+    given: list[Tensor] = [norm.weight, norm.bias] if emb_out is None else [norm.weight, norm.bias, emb_out]
+    if emb_out is not None and len(emb_out) != len(x):
+        return False
+    if not on_device(x):
+        return fits_cpu_norm(x, *given)
     return (
-        on_device(x)
-        and x.dim() == 4
+        x.dim() == 4
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not torch.compiler.is_compiling()
-        and not transformed(x)
+        and not recorded()
+        and not transformed(x, *given)
         and is_channels_last(x)
-        and (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
-        and not listened_to(layers, norm, act)
+        and works(x.device, x.dtype)
     )
 
 
@@ -55,7 +88,8 @@ def norm_silu(x: Tensor, layers: nn.Sequential, scale: Tensor | None = None, shi
     """
     norm = layers[0]
     assert isinstance(norm, nn.GroupNorm)
-    return fused(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
+    function = fused if on_device(x) else cpu.GroupNorm.apply
+    return function(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps, True)
 
 
 def plain(
@@ -80,7 +114,8 @@ def fused(
     """
     if scale is not None and shift is not None:
         scale, shift = scale.flatten(1), shift.flatten(1)
-    y = _Fused.apply(x, weight, bias, scale, shift, groups, eps, silu)
+    with torch.cuda.device_of(x):  # Triton starts its programs on the current device
+        y = _Fused.apply(x, weight, bias, scale, shift, groups, eps, silu)
     assert isinstance(y, Tensor)
     return y
 

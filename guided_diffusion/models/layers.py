@@ -31,18 +31,30 @@ def transformed(*tensors: Tensor) -> bool:
     )
 
 
+def recorded() -> bool:
+    """Whether operations are recorded to run later, for other sizes too: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x` with its channels innermost in memory, where such a layout exists (images, volumes): no copy if it has it."""
     layout = _CHANNELS_LAST.get(x.dim())
     if layout is None or transformed(x):  # derivatives in forward mode, and vmap, know only the plain layout
         return x.contiguous()
+    if x.shape[1] == 1:  # torch calls one channel contiguous in both layouts, and goes on by strides
+        return x.clone(memory_format=layout)
     return x.contiguous(memory_format=layout)
 
 
+def plain_layout(x: Tensor) -> Tensor:
+    """`x` in ordinary contiguous memory, no copy if it is. So is its gradient, whatever the layouts in between."""
+    return x.flatten().view(x.shape)  # backward is the same the other way round
+
+
 def is_channels_last(x: Tensor) -> bool:
-    """Whether `channels_last` gave `x` its layout."""
+    """Whether the channels of `x` are innermost in memory, as `channels_last` lays them."""
     layout = _CHANNELS_LAST.get(x.dim())
-    return layout is not None and not transformed(x) and x.is_contiguous(memory_format=layout)
+    return layout is not None and not transformed(x) and x.is_contiguous(memory_format=layout) and x.stride(1) == 1
 
 
 def _weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +72,10 @@ class _CastAtUse:
     bias: Any
 
     def _parameters_as(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _weight_as(self.weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            weight = plain_layout(weight)  # no copy: a weight that learns is stored so
+        return _weight_as(weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
 
 
 def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
@@ -71,7 +86,7 @@ def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of x [..., C], by the faster way where one is known."""
-    if not torch.compiler.is_compiling() and cpu.mixes_as_convolution(x, weight) and not transformed(x, weight):
+    if not recorded() and cpu.mixes_as_convolution(x, weight) and not transformed(x, weight):
         return cpu.mix_channels(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -85,7 +100,7 @@ class Conv1d(_CastAtUse, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_as(x)
-        if _is_matrix_product(self):
+        if _is_matrix_product(self) and x.dim() == 3 and x.stride(1) == 1:
             return mix_channels(x.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
         return self._conv_forward(x, weight, bias)
 
@@ -97,14 +112,19 @@ class Conv2d(_CastAtUse, nn.Conv2d):
         weight, bias = self._parameters_as(x)
         if _is_matrix_product(self) and is_channels_last(x):
             return mix_channels(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        return self._conv_forward(x, weight, bias)
+        return _laid_as(x, self._conv_forward(x, weight, bias))
 
 
 class Conv3d(_CastAtUse, nn.Conv3d):
     """Convolution over [N, C, D, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self._parameters_as(x))
+        return _laid_as(x, self._conv_forward(x, *self._parameters_as(x)))
+
+
+def _laid_as(x: Tensor, y: Tensor) -> Tensor:
+    """y, plain if x is: a convolution takes the layout of its weight as well."""
+    return y if is_channels_last(x) else y.contiguous()
 
 
 class Linear(_CastAtUse, nn.Linear):
@@ -118,14 +138,15 @@ class SiLU(nn.SiLU):
     """x * sigmoid(x): torch's own, under the name it had here before torch had one."""
 
 
-def _slow_bfloat16(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a case of `cpu.Bfloat16GroupNorm`."""
-    found = x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and x.dim() == 4
-    return found and not torch.compiler.is_compiling() and is_channels_last(x)
+def fits_cpu_norm(x: Tensor, *more: Tensor) -> bool:
+    """Whether `cpu.GroupNorm` takes x, with the other tensors as its parameters."""
+    return (
+        x.device.type == "cpu" and len(x) > 0 and is_channels_last(x) and not recorded() and not transformed(x, *more)
+    )
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm in the dtype and memory layout of its input; the kernel accumulates statistics in float32."""
+    """Group norm in the dtype and memory layout of its input; statistics are accumulated in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -133,13 +154,13 @@ class GroupNorm32(nn.GroupNorm):
         if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         channels_were_last = is_channels_last(x)
+        if fits_cpu_norm(x, weight, bias):
+            return cpu.GroupNorm.apply(x, weight, bias, None, None, self.num_groups, self.eps, False)
         only_weights_learn = (weight.requires_grad or bias.requires_grad) and not x.requires_grad
-        if transformed(x) or (only_weights_learn and torch.is_grad_enabled()):
+        if transformed(x, weight, bias) or (only_weights_learn and torch.is_grad_enabled()):
             # In forward mode torch knows this norm in NCHW only, and in channels_last its CPU backward (torch 2.13)
             # crashes the process where weights have a gradient and x has none, as in fine-tuning attention alone.
             x = x.contiguous()
-        elif _slow_bfloat16(x, weight):
-            return cpu.Bfloat16GroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
         y = torch.group_norm(x, self.num_groups, weight, bias, self.eps)
         if channels_were_last:
             y = channels_last(y)  # some CUDA kernels answer in NCHW whatever they are given
@@ -243,6 +264,12 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 
 
+def lay_out_convolution(module: nn.Module) -> None:
+    """Lay the weight of a convolution out channels_last, which saves a transposition per call; for `Module.apply`."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        module.weight.data = channels_last(module.weight.data)
+
+
 def convert_module_to_f16(module: nn.Module) -> None:
     """Store the weights of a convolution in float16 (other modules are left alone); for `Module.apply`."""
     store_convolution(module, torch.float16)
@@ -254,11 +281,8 @@ def convert_module_to_f32(module: nn.Module) -> None:
 
 
 def store_convolution(module: nn.Module, dtype: torch.dtype) -> None:
-    """Store weight and bias of `module` in `dtype` if it is a convolution; the Parameter objects stay the same.
-
-    Weights are laid out channels_last on the way, which saves the convolution a transposition per call.
-    """
+    """Store weight and bias of `module` in `dtype` if it is a convolution; the Parameter objects stay the same."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        module.weight.data = channels_last(module.weight.data.to(dtype))
+        module.weight.data = module.weight.data.to(dtype)
         if module.bias is not None:
             module.bias.data = module.bias.data.to(dtype)

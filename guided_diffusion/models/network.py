@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fused_norm
 from .embedding import Heard, JoinedEmbeddings
-from .layers import channels_last, store_convolution, timestep_embedding
+from .layers import channels_last, plain_layout, store_convolution, timestep_embedding
+from .resizing import looked_at
 
 
 class Network(nn.Module):
@@ -54,30 +54,29 @@ class Network(nn.Module):
         return next(self.time_embed.parameters()).dtype
 
     def embed(self, timesteps: Tensor, num_images: int, y: Tensor | None = None) -> Tensor:
-        """timesteps [N] and, if class-conditional, labels y [N] -> time embedding [N, 4 * model_channels]."""
+        """timesteps [N] or one for all, and, if class-conditional, labels y [N] -> time embedding [N, 4 * model_channels]."""
         if y is not None and self.num_classes is None:
             raise ValueError("labels y were given to a network that is not class-conditional.")
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self._stored_dtype))
+        if timesteps.shape[0] == 1:
+            emb = emb.expand(num_images, -1)
         if self.num_classes is None:
             return emb
         if y is None:
             raise ValueError(f"this network is conditioned on {self.num_classes} classes: give labels y.")
-        if y.shape != timesteps.shape:
-            raise ValueError(
-                f"labels y have shape {tuple(y.shape)}; one per image is needed: {tuple(timesteps.shape)}."
-            )
+        if y.shape != (num_images,):
+            raise ValueError(f"labels y have shape {tuple(y.shape)}; one per image is needed: {(num_images,)}.")
         return emb + self.label_emb(y)
 
     def set_fused_norm(self, wanted: bool = True) -> None:
-        """Let residual blocks compute norm, scale, shift and SiLU by Triton kernels from now on, or no longer.
+        """Let residual blocks compute norm, scale, shift and SiLU by Triton kernels where that fits, as they do, or never.
 
-        Off by default: it has not been measured. Only on NVIDIA GPUs, in eager mode, where Triton is installed and nobody
-        listens to the layers that are joined; elsewhere the setting changes nothing. See models/fused_norm.py.
+        It fits on NVIDIA GPUs, in eager mode, where Triton works and nobody looks at what is inside the network.
+        See models/fused_norm.py.
         """
-        usable = wanted and fused_norm.available()
         blocks: list[Any] = [module for module in self.modules() if hasattr(module, "fused_norm")]
         for block in blocks:
-            block.fused_norm = usable
+            block.fused_norm = wanted
 
     def set_recompute_norms(self, wanted: bool = True) -> None:
         """Let blocks keep for backward only what goes into their norms, and compute norms and SiLUs again there, or no longer.
@@ -126,7 +125,11 @@ class Network(nn.Module):
         return {**super().__getstate__(), "joined": None}
 
     def enter(self, x: Tensor) -> Tensor:
-        """x in the torso's dtype and memory layout, refused if a level would have an odd size."""
+        """x in the torso's dtype and memory layout, refused if a level would have an odd size.
+
+        The layout is channels_last, and plain where others see activations and may count on it. All modules keep the layout
+        that they are given. Gradients of x are plain.
+        """
         divisor = 2 ** (self.num_levels - 1)
         sizes = tuple(x.shape[-min(self.dims, 2) :])
         if any(size % divisor for size in sizes):
@@ -136,4 +139,5 @@ class Network(nn.Module):
             )
         # float32 stands for "as stored": a network moved to float64 computes in float64
         dtype = self._stored_dtype if self.dtype == torch.float32 else self.dtype
-        return channels_last(x.to(dtype))
+        x = plain_layout(x.to(dtype))
+        return x if torch.jit.is_tracing() or looked_at(self) else channels_last(x)

@@ -41,11 +41,10 @@ class AttentionPool2d(nn.Module):
                 f"attention pooling was built for {side} x {side} features and got {x.shape[2]} x {x.shape[3]}: give "
                 "images of the size the network was built for, or choose the pool 'adaptive', 'spatial' or 'spatial_v2'."
             )
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, T, C]: a view of channels_last memory
-        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
-        tokens = tokens + self.positional_embedding.t().to(x.dtype)
-        pooled = self.attention(self.qkv_proj(tokens.transpose(1, 2)))
-        return self.c_proj(pooled[:, :, :1]).squeeze(2)
+        tokens = x.flatten(2)
+        tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2)
+        pooled = self.attention(self.qkv_proj(tokens + self.positional_embedding.to(x.dtype)))
+        return self.c_proj(pooled[:, :, :1].contiguous()).squeeze(2)
 
 
 def make_pool(

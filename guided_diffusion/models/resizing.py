@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Conv2d, avg_pool_nd, conv_nd, is_channels_last
+from .layers import Conv2d, avg_pool_nd, conv_nd, is_channels_last, recorded
+
+_OWN = ("torch.", f"{__package__}.")  # modules whose code takes any memory layout
 
 # Which of the rows 0..2 of the 3x3 kernel each row of the 4x4 kernel sums up; columns alike.
 _ROWS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
@@ -21,6 +23,26 @@ _ROWS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 def listened_to(*modules: nn.Module) -> bool:
     """Whether hooks wait for any of the modules to be called."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+
+def looked_at(net: nn.Module) -> bool:
+    """Whether somebody sees what the modules within `net` take and give: by a hook, or by code of their own in one of them."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
+        return True
+    kinds, waiting = set(), list(net._modules.values())
+    while waiting:
+        module = waiting.pop()
+        if module is None:
+            continue
+        if listened_to(module) or "forward" in vars(module):
+            return True
+        kinds.add(type(module))
+        waiting += module._modules.values()
+    # Where a function was written; `__module__` is copied by decorators.
+    return any(not getattr(kind.forward, "__globals__", {}).get("__name__", "").startswith(_OWN) for kind in kinds)
 
 
 def worth_joining(x: Tensor, conv: nn.Module) -> bool:
@@ -32,7 +54,7 @@ def worth_joining(x: Tensor, conv: nn.Module) -> bool:
         type(conv) is Conv2d
         and x.device.type == "cpu"
         and x.dtype == conv.weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
+        and not recorded()
         and (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
         and conv.padding_mode == "zeros"

@@ -1,7 +1,8 @@
 """The networks of "Diffusion Models Beat GANs on Image Synthesis": the UNet, its super-resolution form, the classifier.
 
-Parameter names, shapes and order are those of the released checkpoints. Activations are channels_last; weights stay in
-the precision they are stored in and are cast where they are used, to the network's compute dtype.
+Parameter names, shapes and order are those of the released checkpoints. Activations are channels_last where nobody looks at
+them (see Network.enter), what comes out is contiguous. Weights stay in the precision they are stored in and are cast where
+they are used, to the network's compute dtype.
 
 Legend: N batch, C channels, H height, W width, E channels of the time embedding.
 This module is also `guided_diffusion.unet`: what it imports is part of what can be imported from there, and blocks look
@@ -11,6 +12,8 @@ This module is also `guided_diffusion.unet`: what it imports is part of what can
 from __future__ import annotations
 
 import math  # noqa: F401
+import warnings
+from abc import abstractmethod  # noqa: F401
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +41,7 @@ from .layers import (
     convert_module_to_f32,  # noqa: F401
     linear,
     normalization,
+    plain_layout,
     recomputed,
     timestep_embedding,  # noqa: F401
     zero_module,
@@ -68,7 +72,7 @@ class ResBlock(TimestepBlock):
     hears_parts: bool = True  # takes what `Network.heard` gives; a class made from this one has to say so itself
     emb_place: int = -1  # which of the network's joined embedding layers is this block's
     # Whether norms go through models/fused_norm.py where that fits; see Network.set_fused_norm.
-    fused_norm: bool = False
+    fused_norm: bool = True
     recompute_norms: bool = False  # see Network.set_recompute_norms
 
     def __init__(
@@ -146,7 +150,7 @@ class ResBlock(TimestepBlock):
         if not self.use_scale_shift_norm:
             return self.out_layers(h + emb_out)
         scale, shift = emb_out.chunk(2, dim=1)
-        if self.fused_norm and fused_norm.fits(h, self.out_layers):
+        if self.fused_norm and fused_norm.fits(h, self.out_layers, emb_out):
             return self.out_layers[2:](fused_norm.norm_silu(h, self.out_layers, scale, shift))
         return self.out_layers[1:](th.addcmul(shift, self.out_layers[0](h), 1 + scale))
 
@@ -191,14 +195,30 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         qkv = _norms_again(self, self._queries, x)
-        h = self.proj_out(self.attention(qkv))
-        return x + h.transpose(1, 2).reshape(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
+        return x + self.proj_out(self.attention(qkv)).reshape(x.shape)
 
     def _queries(self, x: Tensor) -> Tensor:
         """Norm, and the queries, keys and values of every place: [N, 3 * C, T]."""
-        # [N, C, H, W] -> [N, T, C] is free in channels_last; the layers hear it as [N, C, T] (see models/attention.py)
-        tokens = self.norm(x).movedim(1, -1).flatten(1, -2)
-        return self.qkv(tokens.transpose(1, 2))
+        return self.qkv(self.norm(x).flatten(2))  # [N, C, T]: a view in every layout (see models/attention.py)
+
+
+def _tell_of_missing_levels(image_size: int, asked: Collection[int], levels: int) -> None:
+    """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence."""
+    there = [2**level for level in range(levels)]
+    missing = sorted(factor for factor in asked if factor not in there)
+    if len(missing) < len(asked):
+        missing = [
+            factor for factor in missing if factor
+        ]  # 0 stands for sizes above the image's: defaults for larger ones
+    if missing:
+        pixels = ", ".join(
+            f"{image_size // factor} ({factor})" if factor else "more than all (0)" for factor in missing
+        )
+        warnings.warn(
+            f"no level of this network has the attention resolution {pixels}, so it gets no attention there. Its levels in "
+            f"pixels, and the downsampling factors: {', '.join(f'{image_size // factor} ({factor})' for factor in there)}.",
+            stacklevel=4,
+        )
 
 
 class _Trunk(Network):
@@ -229,6 +249,7 @@ class _Trunk(Network):
         super().__init__()
         if not channel_mult:
             raise ValueError("channel_mult is empty: give one multiplier per level, for example (1, 2, 4, 8).")
+        _tell_of_missing_levels(image_size, attention_resolutions, len(channel_mult))
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -345,7 +366,7 @@ class UNetModel(_Trunk):
         h = self.middle_block(h, emb)
         for module in self.output_blocks:
             h = module(th.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(x.dtype))
+        return self.out(h.to(x.dtype)).contiguous()
 
 
 class SuperResModel(UNetModel):
@@ -361,7 +382,7 @@ class SuperResModel(UNetModel):
         if low_res is None:
             raise ValueError("super-resolution needs the small images: give low_res.")
         enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
-        return super().forward(th.cat([x, enlarged.to(x.dtype)], dim=1), timesteps, **kwargs)
+        return super().forward(th.cat([plain_layout(x), enlarged.to(x.dtype)], dim=1), timesteps, **kwargs)
 
 
 class EncoderUNetModel(_Trunk):
@@ -428,4 +449,4 @@ class EncoderUNetModel(_Trunk):
             h = module(h, emb)
             if self.pool.startswith("spatial"):
                 means.append(h.mean(dim=tuple(range(2, h.dim())), dtype=x.dtype))
-        return self.out(th.cat(means, dim=-1) if means else h.to(x.dtype))
+        return self.out(th.cat(means, dim=-1) if means else h.to(x.dtype)).contiguous()

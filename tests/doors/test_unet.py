@@ -147,3 +147,21 @@ def test_multiply_adds_of_attention() -> None:
     door.QKVAttention.count_flops(Count, None, (torch.zeros(2, 8, 3, 5),))
     assert Count.total_ops.item() == 2 * 2 * 15**2 * 8
     assert door.QKVAttentionLegacy.count_flops is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {  # what a star import of 2021 left
+        "unet": "AttentionBlock AttentionPool2d Downsample EncoderUNetModel F QKVAttention QKVAttentionLegacy ResBlock SuperResModel "
+        "TimestepBlock TimestepEmbedSequential UNetModel Upsample abstractmethod avg_pool_nd checkpoint conv_nd "
+        "convert_module_to_f16 convert_module_to_f32 count_flops_attn linear math nn normalization np th "
+        "timestep_embedding zero_module",
+        "nn": "CheckpointFunction GroupNorm32 SiLU avg_pool_nd checkpoint conv_nd linear math mean_flat nn normalization "
+        "scale_module th timestep_embedding update_ema zero_module",
+        "losses": "approx_standard_normal_cdf discretized_gaussian_log_likelihood normal_kl np th",
+    }.items(),
+)
+def test_a_star_import_gives_the_names_of_2021(module: str, names: str) -> None:
+    found: dict[str, object] = {}
+    exec(f"from guided_diffusion.{module} import *", found)
+    assert set(names.split()) <= set(found)

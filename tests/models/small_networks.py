@@ -39,12 +39,34 @@ def unet(**changes: Any) -> UNetModel:
 
 
 def super_res(**changes: Any) -> SuperResModel:
-    return stir(SuperResModel(8, 3, 32, 6, 1, (2,), **({"channel_mult": (1, 2), "num_head_channels": 16} | changes)))
+    return stir(
+        SuperResModel(
+            **(
+                {
+                    "image_size": 8,
+                    "in_channels": 3,
+                    "model_channels": 32,
+                    "out_channels": 6,
+                    "num_res_blocks": 1,
+                    "attention_resolutions": (2,),
+                    "channel_mult": (1, 2),
+                    "num_head_channels": 16,
+                }
+                | changes
+            )
+        )
+    )
 
 
 def classifier(pool: str = "attention", **changes: Any) -> EncoderUNetModel:
-    options = {"channel_mult": (1, 2), "num_head_channels": 16, "pool": pool, "use_scale_shift_norm": True}
-    return stir(EncoderUNetModel(8, 3, 32, 10, 1, (2,), **(options | changes)))
+    options: dict[str, Any] = {
+        "channel_mult": (1, 2),
+        "num_head_channels": 16,
+        "pool": pool,
+        "use_scale_shift_norm": True,
+    }
+    options["attention_resolutions"] = (2,)
+    return stir(EncoderUNetModel(8, 3, 32, 10, 1, **(options | changes)))
 
 
 def images(n: int = 2, channels: int = 3, size: tuple[int, ...] = (8, 8), seed: int = 1) -> Tensor:

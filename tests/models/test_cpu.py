@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_networks import images, times, unet
 from torch import Tensor
 
-from guided_diffusion.models import cpu, layers
+from guided_diffusion.models import cpu, fused_norm, layers
 from guided_diffusion.models.attention import attention, plain_attention
 from guided_diffusion.models.layers import GroupNorm32, mix_channels
 
@@ -71,6 +71,60 @@ def test_bfloat16_group_norm_and_its_gradients(shape: tuple[int, ...]) -> None:
         assert found.dtype == torch.float32 and apart(found, wanted) < 1e-4
 
 
+PICTURES = {
+    "noise": (0.0, 1.0), "smooth": (1.0, 0.1), "nearly flat": (1.0, 1e-3), "far from zero": (100.0, 1.0), "flat": (0.3, 0.0)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("shape", [(2, 64, 24, 16), (1, 32, 5, 6, 4), (3, 96, 1, 2)], ids=str)
+def test_group_norm_keeps_digits_where_the_mean_is_large(
+    picture: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """No further from float64, with its gradients, than three times torch's contiguous kernel in float32."""
+    mean, deviation = PICTURES[picture]
+    generator = torch.Generator().manual_seed(0)
+    x = (mean + deviation * torch.randn(shape, generator=generator)).to(dtype)
+    g = torch.randn(shape, generator=generator).to(dtype)
+    norm = GroupNorm32(32, shape[1])
+    torch.nn.init.normal_(norm.bias, generator=generator)
+
+    def answers(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        x = x.detach().to(dtype, memory_format=torch.preserve_format).requires_grad_()
+        own = copy.deepcopy(norm).to(torch.promote_types(dtype, torch.float32))
+        y = own(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, own.weight, own.bias], g.to(dtype))]
+
+    exact, usual = answers(x, torch.float64), answers(x, torch.float32)
+    found = answers(layers.channels_last(x), dtype)
+    for ours, theirs, want in zip(found, usual, exact):
+        size = float(want.square().mean().sqrt())
+        rounding = torch.finfo(ours.dtype).eps * size
+        wrong, theirs_wrong = (float((part.double() - want).square().mean().sqrt()) for part in (ours, theirs))
+        assert wrong <= 3 * theirs_wrong + 4 * rounding
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_norm_scale_shift_and_silu_in_one(scaled: bool, silu: bool) -> None:
+    x, g = layers.channels_last(2 + torch.randn(3, 64, 6, 5)), torch.randn(3, 64, 6, 5)
+    given = [x, torch.randn(64), torch.randn(64), *(torch.randn(2, 3, 64, 1, 1) if scaled else ())]
+
+    def answers(function: object, dtype: torch.dtype) -> list[Tensor]:
+        parts = [part.to(dtype).requires_grad_() for part in (p.detach().clone() for p in given)]
+        scale, shift = parts[3:] or (None, None)
+        y = function(*parts[:3], scale, shift, 32, 1e-5, silu)  # type: ignore[operator]
+        ordinary = torch.autograd.grad(y, parts, g.to(dtype), retain_graph=True)
+        first = torch.autograd.grad(y, parts, g.to(dtype), create_graph=True)
+        squares = sum(part.square().sum() for part in first)
+        second = torch.autograd.grad(squares, parts, allow_unused=True, materialize_grads=True)
+        return [y, *ordinary, *first, *second]
+
+    for found, expected in zip(answers(cpu.GroupNorm.apply, torch.float32), answers(fused_norm.plain, torch.float64)):
+        assert found.shape == expected.shape and apart(found, expected) < 1e-5 or not expected.any()
+
+
 def test_bfloat16_group_norm_is_differentiable_twice() -> None:
     norm, x = GroupNorm32(32, 32), channels_last(2, 32, 4, 4).requires_grad_()
     (first,) = torch.autograd.grad(norm(x).float().pow(3).sum(), x, create_graph=True)
@@ -129,7 +183,8 @@ def test_a_bfloat16_network_trains_as_by_torchs_own_kernels(monkeypatch: pytest.
     net.set_compute_dtype(torch.bfloat16)
     own = copy.deepcopy(net)
     net(x, t).square().mean().backward()
-    monkeypatch.setattr(layers, "_slow_bfloat16", lambda *_: False)
+    monkeypatch.setattr(layers, "fits_cpu_norm", lambda *_: False)
+    monkeypatch.setattr(fused_norm, "fits_cpu_norm", lambda *_: False)
     monkeypatch.setattr(cpu.AttentionByHeads, "apply", F.scaled_dot_product_attention)
     own(x, t).square().mean().backward()
     far, usual = (

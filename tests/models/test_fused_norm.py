@@ -39,6 +39,7 @@ def layers() -> Any:
 @pytest.mark.parametrize("member", [None, 0, 1])
 def test_whoever_listens_to_a_layer_is_heard(member: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_norm, "on_device", lambda x: True)
+    monkeypatch.setattr(fused_norm, "works", lambda *_: True)
     chosen, x = layers(), channels_last(images(2, 32))
     assert fused_norm.fits(x, chosen)
     handle = (chosen if member is None else chosen[member]).register_forward_hook(lambda *_: None)
@@ -49,8 +50,8 @@ def test_whoever_listens_to_a_layer_is_heard(member: int | None, monkeypatch: py
 
 def test_what_the_kernels_do_not_know_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, x = layers(), channels_last(images(2, 32))
-    assert not fused_norm.fits(x, chosen)  # not on a GPU
     monkeypatch.setattr(fused_norm, "on_device", lambda x: True)
+    monkeypatch.setattr(fused_norm, "works", lambda *_: True)
     assert fused_norm.fits(x, chosen) and fused_norm.fits(x.bfloat16(), chosen)
     assert not fused_norm.fits(x.contiguous(), chosen)
     assert not fused_norm.fits(x.double(), chosen)
@@ -59,17 +60,34 @@ def test_what_the_kernels_do_not_know_goes_the_usual_way(monkeypatch: pytest.Mon
     assert not fused_norm.fits(x, chosen)
 
 
-def test_off_unless_asked_for_and_without_triton_even_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = unet()
-    block = net.input_blocks[1][0]
-    assert not block.fused_norm
+def test_on_where_it_fits_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without Triton, or with one that fails, a network takes torch's norms, and says so only where it fails."""
+    monkeypatch.setattr(fused_norm, "on_device", lambda x: True)
+    used: list[int] = []
+    monkeypatch.setattr(fused_norm, "fused", lambda *args: used.append(1) or fused_norm.plain(*args))
+    net, x, t = unet(), images(), times()
     monkeypatch.setattr(fused_norm, "available", lambda: False)
-    net.set_fused_norm()
-    assert not block.fused_norm
+    fused_norm.works.cache_clear()
+    want = net(x, t)
+    assert not used
     monkeypatch.setattr(fused_norm, "available", lambda: True)
-    net.set_fused_norm()
-    assert block.fused_norm
-    assert net(images(), times()).shape == (2, 6, 8, 8)  # on the CPU it goes the usual way
+    fused_norm.works.cache_clear()
+    torch.testing.assert_close(net(x, t), want, rtol=2e-5, atol=2e-5)
+    assert used
+    used.clear()
+    net.set_fused_norm(False)
+    net(x, t)
+    assert not used
+    net.set_fused_norm(True)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(fused_norm, "fused", fails)
+    fused_norm.works.cache_clear()
+    with pytest.warns(UserWarning, match="no C compiler"):
+        torch.testing.assert_close(net(x, t), want, rtol=2e-5, atol=2e-5)
+    fused_norm.works.cache_clear()
 
 
 _COMPILE = """

@@ -12,6 +12,7 @@ import torch
 from small_networks import classifier, images, stir, super_res, times, unet
 from torch import Tensor, nn
 
+from guided_diffusion.models import cpu, layers
 from guided_diffusion.models.unet import EncoderUNetModel, SuperResModel, UNetModel
 
 POOLS = ["adaptive", "attention", "spatial", "spatial_v2"]
@@ -151,18 +152,64 @@ class TestEveryNetwork:
         for given in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
             torch.testing.assert_close(net(given, t, **cond), expected, rtol=1e-5, atol=1e-5)
 
-    def test_activations_stay_channels_last(self, name: str, net: nn.Module, cond: dict[str, Tensor]) -> None:
-        strayed = []
+    def test_activations_are_channels_last_where_nobody_looks(
+        self, name: str, net: nn.Module, cond: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[bool] = []
+        norm = cpu.GroupNorm.apply
+        monkeypatch.setattr(
+            cpu.GroupNorm, "apply", lambda x, *more: seen.append(layers.is_channels_last(x)) or norm(x, *more)
+        )
+        net(images(3), times(3), **cond)
+        assert len(seen) >= sum(isinstance(module, nn.GroupNorm) for module in net.input_blocks.modules()) and all(seen)
 
-        def look(module: nn.Module, _: Any, out: Tensor) -> None:
-            if out.dim() == 4 and not out.is_contiguous(memory_format=torch.channels_last):
-                strayed.append(module)
+    def test_whatever_leaves_is_contiguous(self, name: str, net: nn.Module, cond: dict[str, Tensor]) -> None:
+        for given in (
+            images(3),
+            images(3).contiguous(memory_format=torch.channels_last),
+            images(1),
+            images(3, size=(8, 16)),
+        ):
+            if name == "attention" and given.shape[2] != given.shape[3]:
+                continue
+            x = given.clone().requires_grad_()
+            out = net(x, times(len(x)), **{key: value[: len(x)] for key, value in cond.items()})
+            found = torch.autograd.grad(out.square().sum(), [x, *net.parameters()], create_graph=True)
+            twice = torch.autograd.grad(found[0].square().sum(), x)
+            assert all(tensor.is_contiguous() for tensor in (out, *found, *twice))
+            out.detach().view(len(x), -1), found[0].detach().view(len(x), -1)
+
+    def test_whoever_looks_within_sees_contiguous_tensors(
+        self, name: str, net: nn.Module, cond: dict[str, Tensor]
+    ) -> None:
+        expected, strayed = net(images(3), times(3), **cond), []
+
+        def look(module: nn.Module, given: Any, out: Tensor) -> None:
+            looked_at = [part for part in (*given, out) if isinstance(part, Tensor)]
+            strayed.extend(module for part in looked_at if not part.is_contiguous())
 
         hooks = [module.register_forward_hook(look) for module in net.modules()]
-        net(images(3), times(3), **cond)
+        with torch.no_grad():
+            found = net(images(3), times(3), **cond)
         for hook in hooks:
             hook.remove()
         assert not strayed
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_code_of_others_within_is_given_contiguous_tensors(
+        self, name: str, net: nn.Module, cond: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[bool] = []
+        first = type(net.middle_block[0])
+        ours = first._forward
+        monkeypatch.setattr(first, "forward", lambda self, x, emb: seen.append(x.is_contiguous()) or ours(self, x, emb))
+        net(images(3), times(3), **cond)
+        assert seen and all(seen)
+
+    def test_one_time_serves_a_batch(self, name: str, net: nn.Module, cond: dict[str, Tensor]) -> None:
+        torch.testing.assert_close(
+            net(images(3), torch.tensor([7]), **cond), net(images(3), torch.full((3,), 7), **cond), rtol=1e-5, atol=1e-5
+        )
 
     def test_can_be_copied_and_pickled(self, name: str, net: nn.Module, cond: dict[str, Tensor]) -> None:
         x, t = images(3), times(3)
@@ -217,3 +264,29 @@ def test_gradient_agrees_with_finite_differences() -> None:
         with torch.no_grad():
             rise = net(x + step * direction, t).pow(2).sum() - net(x - step * direction, t).pow(2).sum()
         torch.testing.assert_close((gradient * direction).sum(), rise / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("make", "asked", "said"),
+    [
+        (unet, (3, 6), r"2 \(3\), 1 \(6\).*8 \(1\), 4 \(2\)"),
+        (unet, (2, 8), r"1 \(8\).*8 \(1\), 4 \(2\)"),
+        (unet, (0,), r"more than all \(0\).*8 \(1\), 4 \(2\)"),
+        (super_res, (16,), r"0 \(16\).*8 \(1\), 4 \(2\)"),
+        (lambda **changes: classifier("spatial", **changes), [4], r"2 \(4\).*8 \(1\), 4 \(2\)"),
+    ],
+)
+def test_attention_that_no_level_has_is_told(make: Any, asked: Any, said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        make(attention_resolutions=asked)
+
+
+@pytest.mark.parametrize("asked", [(), (1, 2), {2}, (2, 0), [1]], ids=str)
+def test_attention_that_there_is_needs_no_word(asked: Any, recwarn: pytest.WarningsRecorder) -> None:
+    unet(attention_resolutions=asked)
+    assert not recwarn.list
+
+
+def test_labels_are_counted_by_images_not_by_times() -> None:
+    with pytest.raises(ValueError, match=r"\(1,\); one per image is needed: \(2,\)"):
+        unet(num_classes=4)(images(), torch.tensor([7]), torch.tensor([1]))
