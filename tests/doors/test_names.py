@@ -96,3 +96,11 @@ def test_every_flag_can_be_typed(script: str) -> None:
     """Spelled out at its default, as a saved command line of 2021 would."""
     words = [word for name, value in FROZEN["flags"][script].items() for word in (f"--{name}", str(value))]
     assert parsed(script, words).typed == FROZEN["flags"][script]
+
+
+def test_the_page_on_switching_names_every_module_that_a_fork_may_collide_with() -> None:
+    package = Path(importlib.import_module("guided_diffusion").__file__ or "").parent
+    modules = {path.stem for path in package.iterdir() if not path.name.startswith("__")}
+    page = (package.parent / "docs" / "switching.md").read_text(encoding="utf-8")
+    missing = [name for name in sorted(modules - set(FROZEN["names"])) if f"`{name}`" not in page]
+    assert not missing
