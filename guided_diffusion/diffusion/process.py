@@ -2,7 +2,8 @@
 
 Notation of Ho et al. 2020 (arXiv 2006.11239): x_i = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps, steps i = 0 .. T-1, i = 0 nearly
 clean. A step position may lie between two steps: then i is a float tensor and what the noise level decides is interpolated in
-log-SNR = log(alpha_bar / (1 - alpha_bar)); on whole numbers it is exactly the table.
+log-SNR = log(alpha_bar / (1 - alpha_bar)); on whole numbers it is exactly the table. The time told there is that of the process before
+respacing at this noise level.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class Process:
     posterior_mean_x: Tensor
     fixed_large_variance: Tensor
     fixed_large_log_variance: Tensor
+    whole: Process | None = (
+        None  # before any respacing: what the network is told between the steps kept; None: this one
+    )
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -62,7 +66,8 @@ class Process:
         device, dtype = torch.device(device or self.device), dtype or self.beta.dtype
         if device == self.device and dtype == self.beta.dtype:
             return self
-        return _process(self.betas, self.time, self.time_span, device, dtype)
+        moved = _process(self.betas, self.time, self.time_span, device, dtype)
+        return replace(moved, whole=self.whole and self.whole.to(device, dtype))
 
     def at(self, name: str, i: Tensor, like: Tensor) -> Tensor:
         """Table `name` at positions `i` (integers or floats, `[B]` or a scalar), with trailing axes added to match `like` `[B, ...]`."""
@@ -74,7 +79,19 @@ class Process:
 
     def time_at(self, i: Tensor) -> Tensor:
         """What the network is told at positions `i`, `[B]`."""
-        return self._between("time", self.time, i) if i.is_floating_point() else _looked_up(self.time, i)
+        if not i.is_floating_point():
+            return _looked_up(self.time, i)
+        if self.whole is None:
+            return self._between("time", self.time, i)
+        told = self.whole._time_of(self._between("log_snr", self.log_snr, i))
+        return torch.where(i == i.round(), self._between("time", self.time, i), told)
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        above = torch.searchsorted(-self.log_snr, -log_snr).clamp(1, len(self) - 1)
+        cleaner, noisier = self.log_snr[above - 1], self.log_snr[above]
+        return torch.lerp(
+            self.time[above - 1], self.time[above], ((cleaner - log_snr) / (cleaner - noisier)).clamp(0, 1)
+        )
 
     def _between(self, name: str, table: Tensor, i: Tensor) -> Tensor:
         i = i.clamp(0, len(self) - 1)
@@ -147,7 +164,9 @@ def check_betas(betas: Any) -> np.ndarray:
 
 def _process(betas: np.ndarray, time: Tensor, span: float, device: torch.device, dtype: torch.dtype) -> Process:
     betas.setflags(write=False)
-    tensors = {name: torch.tensor(table, dtype=dtype, device=device) for name, table in tables_of(betas).items()}
+    tensors: dict[str, Any] = {
+        name: torch.tensor(table, dtype=dtype, device=device) for name, table in tables_of(betas).items()
+    }
     return Process(betas=betas, time=time.to(device, dtype), time_span=span, **tensors)
 
 
@@ -162,7 +181,8 @@ def make_process(betas: Any, time: Any = None) -> Process:
 
 def rescale_time(process: Process, span: float = 1000.0) -> Process:
     """The same process, with the network told times on an axis of length `span`, however many steps there were before respacing."""
-    return replace(process, time=rescaled(process.time, process.time_span, span), time_span=float(span))
+    whole = process.whole and rescale_time(process.whole, span)
+    return replace(process, time=rescaled(process.time, process.time_span, span), time_span=float(span), whole=whole)
 
 
 def rescaled(time: Tensor, num_steps: float, span: float = 1000.0) -> Tensor:
@@ -183,7 +203,9 @@ def respace(process: Process, keep: Iterable[int]) -> Process:
     if len(steps) == len(process):
         return process
     time = process.time[torch.tensor(steps, device=process.device)]
-    return _process(respaced_betas(process.betas, steps), time, process.time_span, process.device, process.beta.dtype)
+    betas = respaced_betas(process.betas, steps)
+    kept = _process(betas, time, process.time_span, process.device, process.beta.dtype)
+    return replace(kept, whole=process.whole or process)
 
 
 def respaced_betas(betas: np.ndarray, keep: Iterable[int]) -> np.ndarray:

@@ -22,6 +22,11 @@ Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtyp
 Number = Any  # Tensor, np.ndarray or float: the same formula for all
 
 
+# Where solvers start at the latest, as sigma / alpha: beyond it x holds nothing but noise, and second order over the leap from there to the
+# next step is worse than none. Linear schedules end at 157, cosine ones at 20,293. `ancestral` and `ddim` take every step.
+SIGMA_MAX = 164.0
+
+
 class Step(NamedTuple):
     """One finished step: the position it left, x `[B, ...]` after it, and the clean prediction `[B, ...]` it was made from."""
 
@@ -168,24 +173,28 @@ def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step
 def plms(denoise: Denoiser, x: Tensor, process: Process, *, order: int = 2, start: int | None = None) -> Iterator[Step]:
     """DDIM whose eps is extrapolated from the steps before (Liu et al. 2022, arXiv 2202.09778).
 
-    The first step has no past: it looks one step ahead and averages, which costs one evaluation more.
+    The first step has no past: it looks one step ahead and averages, which costs one evaluation more. From pure noise (no `start`)
+    it starts at SIGMA_MAX at most.
     """
     check_order(order)
-    tables, steps = tables_of(process.betas), _steps(process, start)
-    alpha_bar, previous = tables["alpha_bar"].tolist(), tables["alpha_bar_prev"].tolist()
-    positions, past = _positions(steps, process, x), []  # type: ignore[var-annotated]
-    for n, k in enumerate(steps):
+    if start is None:
+        nodes, log_snr = _grid(process, None)
+    else:
+        nodes, log_snr = list(_steps(process, start)), tables_of(process.betas)["log_snr"][start::-1]
+    alpha_bar = _sigmoid(log_snr).tolist()
+    positions, past = _positions(nodes, process, x), []  # type: ignore[var-annotated]
+    for n, here in enumerate(alpha_bar):
         x0 = denoise(x, positions[n]).x0
-        past = [*past, eps_between(x, x0, alpha_bar[k])][-order:]
-        if k == 0:
+        past = [*past, eps_between(x, x0, here)][-order:]
+        if n == len(nodes) - 1:
             x = x0.clone()
         else:
-            eps = adams_bashforth(past)
+            eps, there = adams_bashforth(past), alpha_bar[n + 1]
             if n == 0 and order > 1:
-                ahead = ddim_update(x0, past[-1], previous[k])
-                eps = (eps + eps_between(ahead, denoise(ahead, positions[n + 1]).x0, previous[k])) / 2
-            x = ddim_update((x - math.sqrt(1 - alpha_bar[k]) * eps) / math.sqrt(alpha_bar[k]), eps, previous[k])
-        yield Step(k, x, x0)
+                ahead = ddim_update(x0, past[-1], there)
+                eps = (eps + eps_between(ahead, denoise(ahead, positions[n + 1]).x0, there)) / 2
+            x = ddim_update((x - math.sqrt(1 - here) * eps) / math.sqrt(here), eps, there)
+        yield Step(nodes[n], x, x0)
 
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -207,7 +216,8 @@ def adams_bashforth(past: list[Tensor]) -> Tensor:
 def dpm_solver(denoise: Denoiser, x: Tensor, process: Process, *, num_steps: int | None = None) -> Iterator[Step]:
     """DPM-Solver++(2M), second order and one evaluation per step (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    Steps are spaced evenly in log-SNR, between the process's own steps where need be; None uses exactly its own. The last gives x0.
+    Steps are spaced evenly in log-SNR, between the process's own steps where need be; None uses exactly its own. The last gives x0, and
+    the move before it is of first order: it may span a third of all log-SNR, too far to extrapolate over. Starts at SIGMA_MAX at most.
     """
     positions, log_snr = _grid(process, num_steps, lambda table, n: np.linspace(table[-1], table[0], n))
     alpha, sigma = np.sqrt(_sigmoid(log_snr)).tolist(), np.sqrt(_sigmoid(-log_snr)).tolist()
@@ -219,7 +229,7 @@ def dpm_solver(denoise: Denoiser, x: Tensor, process: Process, *, num_steps: int
             x = x0.clone()
         else:
             ahead = x0
-            if x0_before is not None:
+            if x0_before is not None and n < len(positions) - 2:
                 ahead = x0 + (0.5 * width[n] / width[n - 1]) * (x0 - x0_before)
             x = sigma[n + 1] / sigma[n] * x - alpha[n + 1] * math.expm1(-width[n]) * ahead
         x0_before = x0
@@ -243,7 +253,7 @@ def heun(
     """Heun's method with optional churn, two evaluations per step (Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2).
 
     Works on x / sqrt(alpha_bar), whose noise level is sigma = sqrt(1/alpha_bar - 1). `num_steps` levels are spaced by `rho` (eq. 5);
-    None uses the process's own. Noise is added only at levels in [churn_min, churn_max]. The last step gives x0.
+    None uses the process's own, from SIGMA_MAX down. Noise is added only at levels in [churn_min, churn_max]. The last step gives x0.
     """
 
     def spaced(table: np.ndarray, n: int) -> np.ndarray:
@@ -294,19 +304,21 @@ def position_of(process: Process, log_snr: np.ndarray) -> np.ndarray:
 
 
 def _grid(
-    process: Process, num_steps: int | None, spaced: Callable[[np.ndarray, int], np.ndarray]
+    process: Process, num_steps: int | None, spaced: Callable[[np.ndarray, int], np.ndarray] | None = None
 ) -> tuple[list[float], np.ndarray]:
-    """Positions from T-1 down to 0 and their log-SNR: every step of the process, or `num_steps` values from `spaced(table, n)`."""
+    """Positions from T-1, or SIGMA_MAX, down to 0, with their log-SNR: every step, or `num_steps` values from `spaced(table, n)`."""
     table = tables_of(process.betas)["log_snr"]
-    if num_steps is None:
-        steps = range(len(process) - 1, -1, -1)
-        return list(steps), table[::-1].copy()
+    lowest = -2 * math.log(SIGMA_MAX)
+    if table[-1] < lowest < table[0]:  # the noisiest step below becomes one at the limit, others there are left out
+        table = np.append(table[table > lowest], lowest)
+    first = position_of(process, table[-1:]).tolist() if table[-1] == lowest else [len(process) - 1]
+    if num_steps is None or spaced is None:
+        return [*first, *range(len(table) - 2, -1, -1)], table[::-1].copy()
     if num_steps < 2:
         raise ValueError(f"num_steps={num_steps}: a solver needs at least 2 steps")
     log_snr = spaced(table, num_steps)
-    positions = position_of(process, log_snr)
-    positions[[0, -1]] = len(process) - 1, 0  # the ends are steps of the process, whatever rounding says
-    return positions.tolist(), log_snr
+    # The ends are those of the table, whatever rounding says.
+    return [*first, *position_of(process, log_snr[1:-1]).tolist(), 0], log_snr
 
 
 def _steps(process: Process, start: int | None) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from gaussian_data import exact_process
@@ -18,13 +19,23 @@ def test_the_network_hears_original_rescaled_times_and_conditions() -> None:
         heard.update(cond, time=time)
         return x
 
-    process = respace(rescale_time(make_process(named_betas("cosine", 500))), [0, 100, 400])
+    whole = make_process(named_betas("cosine", 500)).to(dtype=torch.float64)
+    process = respace(rescale_time(whole), [0, 100, 400])
     y, low_res = torch.tensor([3, 4]), torch.zeros(2, 3, 2, 2)
     denoise = make_denoiser(net, process, {"y": y, "low_res": low_res}, variance="fixed_large")
     denoise(torch.zeros(2, 3, 4, 4), torch.tensor([2, 1]))
     assert heard["y"] is y and heard["low_res"] is low_res and heard["time"].tolist() == [800.0, 200.0]
-    denoise(torch.zeros(2, 3, 4, 4), torch.tensor([1.5, 0.25]))
-    assert heard["time"].tolist() == [500.0, 50.0]
+    between = torch.tensor([1.5, 0.25], dtype=torch.float64)
+    denoise(torch.zeros(2, 3, 4, 4), between)
+    level = process.at(
+        "log_snr", between, between
+    )  # between steps kept: the time that all 500 steps have for this noise
+    expected = 2 * np.interp(-level.numpy(), -whole.log_snr.numpy(), np.arange(500))
+    np.testing.assert_allclose(heard["time"].numpy(), expected, rtol=1e-9)
+    for again in (respace(process, [0, 2]), rescale_time(respace(whole, [0, 100, 400]))):
+        there = torch.searchsorted(-again.log_snr, -level[0]).double() - 1
+        fraction = (again.log_snr[int(there)] - level[0]) / (again.log_snr[int(there)] - again.log_snr[int(there) + 1])
+        torch.testing.assert_close(again.time_at((there + fraction)[None]), heard["time"][:1])
 
 
 def test_transform_comes_before_clipping() -> None:

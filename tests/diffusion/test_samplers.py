@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gaussian_data import MEAN, SIGMA, exact_process, ideal, normal, sample_moments, seeded, uniform_process, whitened
@@ -226,3 +227,88 @@ def test_a_chain_keeps_its_number_format_whatever_the_network_answers(run: Any) 
 
     for step in run(denoise, torch.randn(2, 3, dtype=torch.float64), process):
         assert step.x.dtype == torch.float64
+
+
+# --- a mixture in one dimension: the flow keeps quantiles, so that its end is known for every start ---
+
+WEIGHTS, CENTRES, DEVIATIONS = (torch.tensor(v, dtype=torch.float64) for v in ([0.4, 0.6], [-0.6, 0.5], [0.15, 0.2]))
+
+
+def parts(x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of x `[N, 1]` to the components' centres at this noise level, and their variances."""
+    return alpha_bar.sqrt() * CENTRES - x, alpha_bar * DEVIATIONS**2 + 1 - alpha_bar
+
+
+def clean_mixture(x: Tensor, alpha_bar: Tensor) -> Tensor:
+    away, variance = parts(x, alpha_bar)
+    share = (WEIGHTS.log() - 0.5 * away**2 / variance - 0.5 * variance.log()).softmax(-1)
+    score = (share * away / variance).sum(-1, keepdim=True)
+    return (x + (1 - alpha_bar) * score) / alpha_bar.sqrt()
+
+
+def below(x: Tensor, alpha_bar: Tensor) -> Tensor:
+    away, variance = parts(x, alpha_bar)
+    return (WEIGHTS * torch.special.ndtr(-away / variance.sqrt())).sum(-1, keepdim=True)
+
+
+def errors_on_mixture(process: Process, names: list[str], **options: Any) -> dict[str, float]:
+    x, low, high = normal(64, 1, seed=5), torch.full((64, 1), -4.0).double(), torch.full((64, 1), 4.0).double()
+    quantile = below(x, process.alpha_bar[-1])
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = below(middle, process.alpha_bar[0]) < quantile
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    right = clean_mixture(low, process.alpha_bar[0])
+
+    def denoise(x: Tensor, i: Tensor) -> Denoised:
+        return Denoised(clean_mixture(x, process.at("alpha_bar", i, x)), Spread(x, x))
+
+    found = {name: samplers.last(ALL[name](denoise, x, process, **options)) for name in names}
+    return {name: float((value - right).square().mean().sqrt()) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("count", [10, 15, 20, 25, 50, "ddim10", "ddim20", "ddim50"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_second_order_is_no_worse_than_first_on_respaced_steps(schedule: str, count: int | str) -> None:
+    """With the last move as wide as even spacing makes it, and on the cosine schedule from a first step at sigma 20,293."""
+    errors = errors_on_mixture(exact_process(schedule, keep=str(count)), ["ddim", "plms", "dpm_solver", "heun"])
+    assert max(errors.values()) == errors["ddim"], errors
+
+
+@pytest.mark.parametrize("name", ["plms", "dpm_solver", "heun"])
+@pytest.mark.parametrize("keep", ["", "12", "400"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_solvers_start_at_the_largest_level_that_means_anything(name: str, keep: str, schedule: str) -> None:
+    """One step at sigma 164 stands for those above it, and is told the time of the whole schedule; a linear one stays as it is."""
+    process, whole, heard = exact_process(schedule, keep=keep), exact_process(schedule), []
+
+    def denoise(x: Tensor, i: Tensor) -> Denoised:
+        heard.append((process.at("sqrt_recipm1_alpha_bar", i, i)[0].item(), process.time_at(i)[0].item(), i.dtype))
+        return Denoised(x, Spread(x, x))
+
+    steps = list(ALL[name](denoise, normal(2, 1), process))
+    level, time, dtype = heard[0]
+    kept = int((process.sqrt_recipm1_alpha_bar < 164).sum())
+    assert steps[-1].i == 0
+    if schedule == "linear":
+        assert time == 999 and dtype == torch.int64 and len(steps) == len(process)
+    else:
+        assert level == pytest.approx(164, rel=1e-6) and len(steps) == kept + 1
+        expected = np.interp(np.log(level), whole.sqrt_recipm1_alpha_bar.log().numpy(), np.arange(1000))
+        assert time == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("keep", ["10", "20", "ddim25", "8,4,4"])
+def test_churned_levels_are_told_the_times_of_the_whole_schedule(schedule: str, keep: str) -> None:
+    process, whole, heard = exact_process(schedule, keep=keep), exact_process(schedule), []
+
+    def denoise(x: Tensor, i: Tensor) -> Denoised:
+        level = process.at("log_snr", i, i)[0].item()
+        heard.append((process.time_at(i)[0].item(), np.interp(-level, -whole.log_snr.numpy(), np.arange(1000))))
+        return ideal(process)(x, i)
+
+    samplers.last(samplers.heun(denoise, normal(2, 2), process, churn=40.0, churn_min=0.005, noise=seeded(1)))
+    told, expected = zip(*heard)
+    assert any(time != round(time) for time in told)
+    np.testing.assert_allclose(told, expected, atol=1e-6)
