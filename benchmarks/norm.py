@@ -1,6 +1,6 @@
 """Norm, scale and shift, and SiLU of residual blocks: the ways to compute them, at the sizes of a network.
 
-What `Network.set_fused_norm` would bring is decided here: the Triton kernels against what blocks do without them, beside
+What `Network.set_fused_norm` brings is measured here: the Triton kernels against what blocks do without them, beside
 torch's norm on NCHW memory and torch.compile of the same, at the sizes that make up most of a pass, with a sum in which
 each counts as often as a pass comes to it; and then in the whole network.
 """
@@ -132,7 +132,7 @@ def within(shape: Shape, at: Setting) -> Result:
         fused = copy.deepcopy(now)
         for net in (now, fused):
             net.set_compute_dtype(torch.bfloat16) if backward else networks.ready(net, "bfloat16")
-        fused.set_fused_norm(True)
+        now.set_fused_norm(False)
         x, t, y = shapes.inputs(shape, batch, at.device)
         one, other = (_pass(net, x, t, y, backward) for net in (fused, now))
         name = f"forward{' and backward' if backward else ''}, {shape.name}, bfloat16, norms in Triton, batch {batch}"

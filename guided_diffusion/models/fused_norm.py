@@ -63,18 +63,17 @@ def fits(x: Tensor, layers: nn.Sequential, emb_out: Tensor | None = None) -> boo
     emb_out: the scale and shift that will be given.
     """
     norm, act = layers[0], layers[1]
+    if recorded() or (emb_out is not None and len(emb_out) != len(x)):
+        return False
     if (type(layers), type(norm), type(act)) != (nn.Sequential, GroupNorm32, nn.SiLU) or listened_to(layers, norm, act):
         return False
     assert isinstance(norm, nn.GroupNorm)
     given: list[Tensor] = [norm.weight, norm.bias] if emb_out is None else [norm.weight, norm.bias, emb_out]
-    if emb_out is not None and len(emb_out) != len(x):
-        return False
     if not on_device(x):
         return fits_cpu_norm(x, *given)
     return (
         x.dim() == 4
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not recorded()
         and not transformed(x, *given)
         and is_channels_last(x)
         and works(x.device, x.dtype)

@@ -140,9 +140,9 @@ class SiLU(nn.SiLU):
 
 def fits_cpu_norm(x: Tensor, *more: Tensor) -> bool:
     """Whether `cpu.GroupNorm` takes x, with the other tensors as its parameters."""
-    return (
-        x.device.type == "cpu" and len(x) > 0 and is_channels_last(x) and not recorded() and not transformed(x, *more)
-    )
+    if x.device.type != "cpu" or recorded():
+        return False
+    return x.numel() > 0 and is_channels_last(x) and not transformed(x, *more)
 
 
 class GroupNorm32(nn.GroupNorm):
