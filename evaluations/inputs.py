@@ -88,7 +88,7 @@ def open_images(source: Any, *, value_range: tuple[float, float] | None = None) 
         if isinstance(source, Iterable):
             return IterableSource(source, value_range=value_range)
         raise ValueError(f"cannot read images from {type(source).__name__}; give a path, an array or batches of uint8")
-    text = os.fspath(source)
+    text = storage.expand(source)
     if not (storage.exists(text) or text.endswith(".tar")):
         raise ValueError(f"there is no file or folder {text!r} (working directory {os.getcwd()})")
     if not os.path.isfile(text) or text.lower().endswith(".tar"):

@@ -193,7 +193,7 @@ class Scorer:
         """Classes for the scores per class; the Inception Score only asks whether samples are sorted by them."""
         if self.settings.per_class:
             return images.labels()
-        with suppress(ValueError):
+        with suppress(ValueError, OSError):
             return images.labels() if role == "sample" and self.encoder.weight is not None else None
         return None
 

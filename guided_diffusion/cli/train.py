@@ -138,6 +138,10 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     config = _with_classes(config, records)
     if start is not None and start.tensors is not None:
         saved = None
+    begun = _already_begun(folder, config, world) if resume == "none" else None
+    if begun is not None and "global_batch_size" not in parsed.typed:
+        whole = flatten(begun.config or {}).get("global_batch_size", 0)
+        config = replace(config, train=replace(config.train, global_batch_size=whole))
     batch_size = config.train.global_batch_size or config.train.batch_size * world.size
     if batch_size % world.size:
         raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
@@ -158,7 +162,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
         world=world,
     )
     if resume == "none":
-        saved = _already_begun(folder, config, world)
+        saved = begun
         if saved is not None and names and saved.class_names != names:
             raise ValueError(
                 f"the run in {folder} has the classes {some(saved.class_names)}, {records.root} has {some(names)}; leave out "
@@ -389,7 +393,15 @@ def _already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | N
     saved = None
     if world.is_main and (found := find_latest(folder)) is not None and found.started_from == "none":
         before, now = ({**flatten(c), **dict.fromkeys(_NOT_COMPARED)} for c in (found.config or {}, config.to_dict()))
-        saved = found if before == now else None
+        # The precision that was chosen for a device is no setting: the next start may find another device.
+        apart = {
+            name for name in now if name in before and before[name] != now[name] and (name != "precision" or now[name])
+        }
+        saved = None if apart else found
+        if apart:
+            print(
+                f"--resume_checkpoint none begins anew in {folder}: {', '.join(sorted(apart))} differ from the run there"
+            )
     saved = world.broadcast_object(saved, name="was the run begun already?")
     if saved is not None and world.is_main:
         print(

@@ -215,9 +215,12 @@ def _names_beside(path: str) -> tuple[str, ...]:
     receipt = storage.join(os.path.dirname(path), RECEIPT)
     if not storage.exists(receipt):
         return ()
-    told = json.loads(storage.read_bytes(receipt))
-    same = os.path.basename(told.get("file", "")) == os.path.basename(path)
-    return tuple(told.get("class_names", ())) if same else ()
+    try:
+        told = json.loads(storage.read_bytes(receipt))
+        same = os.path.basename(told["file"]) == os.path.basename(path)
+        return tuple(told.get("class_names", ())) if same else ()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ()  # a file of another program
 
 
 def _mapped(path: str) -> np.ndarray | None:

@@ -277,9 +277,8 @@ def laid_over(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     `--use_fp16 True` over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. A number 0 or an empty text decides
     nothing and replaces nothing else.
     """
-    deciding = {name for name, value in given.items() if value or isinstance(value, bool)}
-    if given.get("batch_size") == stored.get("batch_size"):  # the global batch stays, on any number of processes
-        deciding.discard("batch_size")
+    # A given value that is the stored one changes nothing: the global batch, say, stays on any number of processes.
+    deciding = {n for n, value in given.items() if (value or isinstance(value, bool)) and value != stored.get(n)}
     replaced = {other for name in deciding for other in _REPLACES.get(name, ())}
     merged = {**{name: value for name, value in stored.items() if name not in replaced}, **given}
     # A limit beyond the end of the stored annealing: the rate falls to 0 there and not before.

@@ -28,9 +28,17 @@ _MOST_CLASSES = (
 _EDM_FILE = re.compile(r"(?:.*/)?\d{5}/img\d{8}\.\w+")
 # Other chunks of numbered files: 001000/001234.png of EDM's generate.py, 01000/01234.png of FFHQ.
 _NUMBERED_FILE = re.compile(r"(?:.*/)?(\d{5,})/(?:img)?(\d{5,})\.\w+")
-_LIKE_A_NUMBER = re.compile(r"[+-]?\d[\d.,' \xa0]*(?:e[+-]?\d+)?", re.IGNORECASE)
-_WHOLE_NUMBER = re.compile(r"\+?\d+(?:\.0*)?")
-_MISSING = ("", "nan", "<na>")  # how pandas and spreadsheets write that there is no label
+_LIKE_A_NUMBER = re.compile(r"[+\-\u2212]?\.?\d[\d.,' \xa0]*(?:e[+-]?\d+)?", re.IGNORECASE)
+_WHOLE_NUMBER = re.compile(r"\+?\d{1,18}(?:\.0*)?")
+_MISSING = (
+    "",
+    "nan",
+    "<na>",
+    "none",
+    "null",
+    "n/a",
+    "#n/a",
+)  # how pandas and spreadsheets write that there is no label
 # UTF-32 first: its mark begins like that of UTF-16.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -221,7 +229,7 @@ def _csv_entries(text: str, source: str) -> list[Entry]:
     if rows and _has_header(rows[0][1]):
         head = [cell.lower() for cell in rows.pop(0)[1]]
         path_at = next(k for k, cell in enumerate(head) if cell in _PATH_COLUMNS)
-        label_at = next(k for k, cell in enumerate(head) if cell in _LABEL_COLUMNS)
+        label_at = head.index(next(name for name in _LABEL_COLUMNS if name in head))  # numbers before their names
     for line, row in rows:
         if len(row) <= max(path_at, label_at):
             raise ValueError(f"{source}, row {line}: {','.join(row)!r} lacks a path or a label")

@@ -181,17 +181,33 @@ def _listed(
 
 def _labels_beside(root: str, reader: Reader, members: Mapping[str, str], names: Sequence[str]) -> tables.Labels | None:
     """WebDataset: members that share a name up to the first dot belong together; `.cls`, else `.json` ("label", "cls"), is the class."""
-    held = {ending: {_key(name): name for name in members if name.endswith(ending)} for ending in (".cls", ".json")}
+    held: dict[str, dict[str, list[str]]] = {".cls": {}, ".json": {}}
+    for name in members:
+        for ending in held:
+            if name.endswith(ending):
+                held[ending].setdefault(_key(name), []).append(name)
     entries = []
     for name in names:
         for ending, tellers in held.items():
-            teller = tellers.get(_key(name))
+            teller = _teller(name, ending, tellers.get(_key(name), []), root)
             label = None if teller is None else _label(reader.encoded(members[teller]), f"{root}: {teller}", ending)
             if label is not None:
                 entries.append(tables.Entry(f"{teller}", name, label))
                 break
     source = f"{root} (.cls/.json members)"
     return tables.match(tables.parse(entries, source), names, source) if entries else None
+
+
+def _teller(name: str, ending: str, tellers: Sequence[str], root: str) -> str | None:
+    """The member that tells the class of a picture: of its own name, else the only one that shares its key."""
+    own = posixpath.splitext(name)[0] + ending
+    if own in tellers or not tellers:
+        return own if tellers else None
+    if len(tellers) > 1:
+        raise ValueError(
+            f"{root}: {name!r} may belong to {tables.first(tellers).strip(' ()')}; give it one of its own name"
+        )
+    return tellers[0]
 
 
 def _key(name: str) -> str:
@@ -339,7 +355,15 @@ def _list_packed(root: str) -> Source:
     def own_labels() -> tables.Labels:
         if index["labels"] is None:
             return tables.NONE
-        numbers = np.load(os.path.join(root, index["labels"]["file"]), allow_pickle=False)
+        path = os.path.join(root, index["labels"]["file"])
+        try:
+            numbers = np.load(path, allow_pickle=False)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}; pack the data again") from None
+        if numbers.shape != (len(names),) or numbers.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path}: {numbers.dtype} of shape {numbers.shape}; must be {len(names)} whole numbers: pack the data again"
+            )
         return tables.Labels(numbers, tuple(index["class_names"]), index["label_source"])
 
     height, width, _ = index["shape"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .embedding import Heard, JoinedEmbeddings
-from .layers import channels_last, plain_layout, store_convolution, timestep_embedding
+from .layers import channels_last, plain_layout, recorded, store_convolution, timestep_embedding
 from .resizing import looked_at
 
 
@@ -58,7 +58,7 @@ class Network(nn.Module):
         if y is not None and self.num_classes is None:
             raise ValueError("labels y were given to a network that is not class-conditional.")
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self._stored_dtype))
-        if timesteps.shape[0] == 1:
+        if not recorded() and timesteps.shape[0] == 1:  # a recording would hold for this number of images only
             emb = emb.expand(num_images, -1)
         if self.num_classes is None:
             return emb

@@ -95,7 +95,7 @@ class Stop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -103,7 +103,7 @@ class Stop:
         since = self._since.setdefault(number, now)
         if since != now:
             if now - since > _ONE_REQUEST_S.get(name, _ONE_REQUEST_BY_PROGRAMS_S):
-                before = self._before.get(number, signal.SIG_DFL)
+                before = self._before.get(number) or signal.SIG_DFL  # None: a handler that Python did not install
                 # Python's own handler would unwind, and wait for a save on the way.
                 signal.signal(number, signal.SIG_DFL if before is signal.default_int_handler else before)
                 os.kill(os.getpid(), number)

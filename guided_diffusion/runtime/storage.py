@@ -135,7 +135,8 @@ def _walk_local(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     if here in above or (above and f"{above[-1]}{os.sep}".startswith(f"{here.rstrip(os.sep)}{os.sep}")):
         return
     with os.scandir(folder) as entries:
-        listed = sorted((entry.name, entry.is_dir()) for entry in entries)
+        # os.path.isdir answers for a link to itself too, where is_dir() raises.
+        listed = sorted((e.name, os.path.isdir(e.path) if e.is_symlink() else e.is_dir()) for e in entries)
     for name, is_folder in listed:
         full = os.path.join(folder, name)
         if is_folder:
