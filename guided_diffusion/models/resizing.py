@@ -8,12 +8,16 @@ The numbers are the same but for rounding (sums of weights are formed first).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import Conv2d, avg_pool_nd, conv_nd, is_channels_last, recorded
 
+_MEASURING = ("torch.", f"{__package__.split('.models')[0]}.")
 _OWN = ("torch.", f"{__package__}.")  # modules whose code takes any memory layout
 
 # Which of the rows 0..2 of the 3x3 kernel each row of the 4x4 kernel sums up; columns alike.
@@ -28,21 +32,27 @@ def listened_to(*modules: nn.Module) -> bool:
 def looked_at(net: nn.Module) -> bool:
     """Whether somebody sees what the modules within `net` take and give: by a hook, or by code of their own in one of them."""
     everywhere = torch.nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
+    held = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+    held += [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
+    if any(_foreign(hooks) for hooks in held):
         return True
     kinds, waiting = set(), list(net._modules.values())
     while waiting:
         module = waiting.pop()
         if module is None:
             continue
-        if listened_to(module) or "forward" in vars(module):
+        held = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+        if "forward" in vars(module) or any(_foreign(hooks) for hooks in held):
             return True
         kinds.add(type(module))
         waiting += module._modules.values()
     # Where a function was written; `__module__` is copied by decorators.
     return any(not getattr(kind.forward, "__globals__", {}).get("__name__", "").startswith(_OWN) for kind in kinds)
+
+
+def _foreign(hooks: Mapping[int, Any]) -> bool:
+    """Whether a hook is of other code than torch's and this package's, which measure what they must not change."""
+    return any(not getattr(hook, "__module__", "").startswith(_MEASURING) for hook in hooks.values())
 
 
 def worth_joining(x: Tensor, conv: nn.Module) -> bool:
