@@ -320,7 +320,9 @@ def test_kinds_of_norm_are_counted_and_compared(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(norm, "weightiest", lambda found: (chosen, share))
     rows, figures = norm.norms(SHAPE, gpu.Setting("cpu", 1, networks.Rates(1e11, 1e10)))
     assert len(rows) == 2 * 2 * 2 + 2
-    assert all(float(row.note.split("differs ")[1].split(";")[0]) < 2e-2 for row in rows)
+    # Of a whole network in bfloat16 the two ways round at other places, and each may be 3 % away from float32.
+    bounds = [0.06 if row.name.startswith("forward") else 2e-2 for row in rows]
+    assert all(float(row.note.split("differs ")[1].split(";")[0]) < bound for row, bound in zip(rows, bounds))
     for name, value in figures.items():
         assert value > 0, name
 

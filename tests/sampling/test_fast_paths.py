@@ -58,8 +58,9 @@ def test_guided_sampling_is_the_plain_one() -> None:
     assert model.net.middle_block[0].in_layers[2].weight.is_contiguous(memory_format=torch.channels_last)
     # In norm, not by pixel: over 25 steps an untrained network magnifies the rounding of single pixels (the largest seen: 1.2e-4).
     assert (sample(noise(), torch.randn_like, {"y": labels()}) - plain).norm() < 1e-4 * plain.norm()
-    one = PlainLoops(process(1)).ddim(plainly(model.net), noise(), {"y": labels()})
-    ours = build.build_sample(model, process(1), method="ddim")(noise(), torch.randn_like, {"y": labels()})
+    last = respace(build.build_process(SHAPE.diffusion), [0])
+    one = PlainLoops(last).ddim(plainly(model.net), noise(), {"y": labels()})
+    ours = build.build_sample(model, last, method="ddim")(noise(), torch.randn_like, {"y": labels()})
     torch.testing.assert_close(ours, one, rtol=0, atol=1e-5)
 
 
