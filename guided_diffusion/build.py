@@ -56,29 +56,48 @@ Sample = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tenso
 # Networks and processes
 
 
+def network_options(model: Network, diffusion: DiffusionConfig | None = None) -> dict[str, Any]:
+    """The arguments of a config's network."""
+    if isinstance(model, ClassifierConfig):
+        return {
+            "image_size": model.image_size,
+            "in_channels": model.image_channels,
+            "model_channels": model.classifier_width,
+            "out_channels": classes_of(model),
+            "num_res_blocks": model.classifier_depth,
+            "attention_resolutions": model.attention_downsamplings,
+            "channel_mult": model.multipliers,
+            "use_fp16": model.classifier_use_fp16,
+            "num_head_channels": model.classifier_num_head_channels,
+            "use_scale_shift_norm": model.classifier_use_scale_shift_norm,
+            "resblock_updown": model.classifier_resblock_updown,
+            "pool": model.classifier_pool,
+        }
+    return {
+        "image_size": model.sample_size,
+        "in_channels": model.image_channels,
+        "model_channels": model.num_channels,
+        "out_channels": model.image_channels * (2 if (diffusion or DiffusionConfig()).learn_sigma else 1),
+        "num_res_blocks": model.num_res_blocks,
+        "attention_resolutions": model.attention_downsamplings,
+        "dropout": model.dropout,
+        "channel_mult": model.multipliers,
+        "num_classes": classes_of(model) or None,
+        "use_checkpoint": model.use_checkpoint,
+        "use_fp16": model.use_fp16,
+        "num_heads": model.num_heads,
+        "num_head_channels": model.num_head_channels,
+        "num_heads_upsample": model.num_heads_upsample,
+        "use_scale_shift_norm": model.use_scale_shift_norm,
+        "resblock_updown": model.resblock_updown,
+        "use_new_attention_order": model.use_new_attention_order,
+    }
+
+
 def build_model(model: ModelConfig | SuperResConfig, diffusion: DiffusionConfig | None = None) -> UNetModel:
     """The denoising network, on the CPU, float32; a SuperResModel for a SuperResConfig."""
-    diffusion = diffusion or DiffusionConfig()
     network = SuperResModel if isinstance(model, SuperResConfig) else UNetModel
-    return network(
-        image_size=model.sample_size,
-        in_channels=model.image_channels,
-        model_channels=model.num_channels,
-        out_channels=model.image_channels * (2 if diffusion.learn_sigma else 1),
-        num_res_blocks=model.num_res_blocks,
-        attention_resolutions=model.attention_downsamplings,
-        dropout=model.dropout,
-        channel_mult=model.multipliers,
-        num_classes=classes_of(model) or None,
-        use_checkpoint=model.use_checkpoint,
-        use_fp16=model.use_fp16,
-        num_heads=model.num_heads,
-        num_head_channels=model.num_head_channels,
-        num_heads_upsample=model.num_heads_upsample,
-        use_scale_shift_norm=model.use_scale_shift_norm,
-        resblock_updown=model.resblock_updown,
-        use_new_attention_order=model.use_new_attention_order,
-    )
+    return network(**network_options(model, diffusion))
 
 
 def build_super_res(model: SuperResConfig, diffusion: DiffusionConfig | None = None) -> UNetModel:
@@ -88,20 +107,7 @@ def build_super_res(model: SuperResConfig, diffusion: DiffusionConfig | None = N
 
 def build_classifier(model: ClassifierConfig) -> EncoderUNetModel:
     """The classifier of noised images, on the CPU, float32."""
-    return EncoderUNetModel(
-        image_size=model.image_size,
-        in_channels=model.image_channels,
-        model_channels=model.classifier_width,
-        out_channels=classes_of(model),
-        num_res_blocks=model.classifier_depth,
-        attention_resolutions=model.attention_downsamplings,
-        channel_mult=model.multipliers,
-        use_fp16=model.classifier_use_fp16,
-        num_head_channels=model.classifier_num_head_channels,
-        use_scale_shift_norm=model.classifier_use_scale_shift_norm,
-        resblock_updown=model.classifier_resblock_updown,
-        pool=model.classifier_pool,
-    )
+    return EncoderUNetModel(**network_options(model))
 
 
 def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, seed: int | None = None) -> nn.Module:

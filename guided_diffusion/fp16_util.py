@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 import torch.nn as nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # noqa: F401  2021 names of this module
 
 from . import logger
 from .training.optimizer import total_norm as _total_norm

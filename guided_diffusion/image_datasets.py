@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math  # noqa: F401  a 2021 name of this module
 import os
 import random
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from .data import sources as _sources
 from .data.listing import Records as _Records
 from .dist_util import MPI, bf  # noqa: F401  2021 names of this module
 
+Image: Any = _dist_util._Lazy(lambda: import_module("PIL.Image"))  # a 2021 name too
 _EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # what 2021 looked at; the rooms know more
 
 
@@ -113,13 +116,3 @@ def random_crop_arr(
 ) -> np.ndarray:
     """A random square of a PIL picture; draws from the global `random`."""
     return _images.random_crop(pil_image, image_size, random, min_crop_frac, max_crop_frac)
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("Image", "math"):  # 2021 names of this module, loaded when asked for
-        import math
-
-        from PIL import Image
-
-        return {"Image": Image, "math": math}[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,10 +7,14 @@ tensorboard) and OPENAI_LOG_FORMAT_MPI ("log") for ranks above 0, whose files ar
 from __future__ import annotations
 
 import datetime
+import json  # noqa: F401  the names that star imports of this module rely on
 import os
 import os.path as osp
+import shutil  # noqa: F401  as above
+import sys  # noqa: F401  as above
 import tempfile
 import time
+import warnings  # noqa: F401  as above
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Door: the factory functions and flag helpers of 2021, on config.py, build.py and cli/arguments.py.
+"""Door: the factory functions and flag helpers of 2021, on config, build.py and cli/arguments.py.
 
 The keys of the dicts and the positional parameters are frozen: programs build calls from them by inspection. What is new is keyword-only.
 """
@@ -7,10 +7,8 @@ import argparse  # noqa: F401
 import inspect  # noqa: F401
 from typing import Any
 
-from . import build
 from . import gaussian_diffusion as gd
 from .cli.arguments import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
-from .config import ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .respace import SpacedDiffusion, space_timesteps
 
@@ -35,24 +33,42 @@ _MODEL = (
     "resblock_updown", "use_fp16", "use_new_attention_order",
 )  # fmt: skip
 
+_FIRST = ("image_size", "num_channels", "num_res_blocks")  # handed on by position, as in 2021
 
-def _defaults(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names}
+
+def _defaults(kind: str, names: tuple[str, ...]) -> dict[str, Any]:
+    from . import config
+
+    defaults = getattr(config, kind)()
+    return {name: getattr(defaults, name) for name in names}
+
+
+def _options(kind: str, values: dict[str, Any], learn_sigma: bool = False) -> dict[str, Any]:
+    """The arguments of the network that these values of a config describe. Rooms are loaded here: importing the door costs little."""
+    from . import build, config
+
+    return build.network_options(getattr(config, kind)(**values), config.DiffusionConfig(learn_sigma=learn_sigma))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Of the options that 2021 did not have, those that were given: a program may have put its own function in place of one of these."""
+    default: dict[str, Any] = {"channel_mult": "", "use_new_attention_order": False, "image_channels": 3}
+    return {name: value for name, value in options.items() if value != default.get(name)}
 
 
 def diffusion_defaults() -> dict[str, Any]:
     """The flags of `create_gaussian_diffusion`, with `diffusion_steps` for its `steps`."""
-    return _defaults(DiffusionConfig(), _DIFFUSION)
+    return _defaults("DiffusionConfig", _DIFFUSION)
 
 
 def classifier_defaults() -> dict[str, Any]:
     """The flags of `create_classifier`."""
-    return _defaults(ClassifierConfig(), _CLASSIFIER)
+    return _defaults("ClassifierConfig", _CLASSIFIER)
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """The flags of `create_model_and_diffusion`."""
-    return {**_defaults(ModelConfig(), _MODEL), **diffusion_defaults()}
+    return {**_defaults("ModelConfig", _MODEL), **diffusion_defaults()}
 
 
 def classifier_and_diffusion_defaults() -> dict[str, Any]:
@@ -63,9 +79,9 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """The flags of `sr_create_model_and_diffusion`."""
     return {
-        **_defaults(SuperResConfig(), _SUPER_RES),
+        **_defaults("SuperResConfig", _SUPER_RES),
         **diffusion_defaults(),
-        **_defaults(SuperResConfig(), ("large_size", "small_size")),
+        **_defaults("SuperResConfig", ("large_size", "small_size")),
     }
 
 
@@ -99,11 +115,9 @@ def create_model_and_diffusion(
 ) -> tuple[UNetModel, SpacedDiffusion]:
     """A network and its diffusion from the flags of `model_and_diffusion_defaults`."""
     given = locals()
-    model = create_model(
-        **{name: given[name] for name in (*_MODEL, "learn_sigma")},
-        num_classes=num_classes,
-        image_channels=image_channels,
-    )
+    flags = {name: given[name] for name in (*_MODEL, "learn_sigma") if name not in _FIRST}
+    flags |= _given(num_classes=num_classes, image_channels=image_channels)
+    model = create_model(image_size, num_channels, num_res_blocks, **flags)
     return model, _diffusion(given)
 
 
@@ -131,8 +145,8 @@ def create_model(
     """The denoising network; class-conditional ones have `num_classes`, else NUM_CLASSES, classes."""
     given = locals()
     classes = (num_classes or NUM_CLASSES) if class_cond else 0
-    config = ModelConfig(**{name: given[name] for name in _MODEL}, num_classes=classes, image_channels=image_channels)
-    return build.build_model(config, DiffusionConfig(learn_sigma=learn_sigma))
+    values = {**{name: given[name] for name in _MODEL}, "num_classes": classes, "image_channels": image_channels}
+    return UNetModel(**_options("ModelConfig", values, learn_sigma))
 
 
 def create_classifier_and_diffusion(
@@ -153,13 +167,14 @@ def create_classifier_and_diffusion(
     rescale_timesteps: bool,
     rescale_learned_sigmas: bool,
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     image_channels: int = 3,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:
     """A classifier and the diffusion it is trained for, from the flags of `classifier_and_diffusion_defaults`."""
     given = locals()
-    more: dict[str, Any] = {"num_classes": num_classes, "image_channels": image_channels}
-    return create_classifier(**{name: given[name] for name in _CLASSIFIER}, **more), _diffusion(given)
+    flags = (given[name] for name in _CLASSIFIER)
+    classifier = create_classifier(*flags, **_given(num_classes=num_classes, image_channels=image_channels))
+    return classifier, _diffusion(given)
 
 
 def create_classifier(
@@ -176,7 +191,7 @@ def create_classifier(
     image_channels: int = 3,
 ) -> EncoderUNetModel:
     """The classifier of noised images. As in 2021 it has 1000 outputs whatever NUM_CLASSES says; `num_classes` changes that."""
-    return build.build_classifier(ClassifierConfig(**locals()))
+    return EncoderUNetModel(**_options("ClassifierConfig", locals()))
 
 
 def sr_create_model_and_diffusion(
@@ -210,9 +225,10 @@ def sr_create_model_and_diffusion(
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """A super-resolution network and its diffusion from the flags of `sr_model_and_diffusion_defaults`."""
     given = locals()
-    more = ("channel_mult", "use_new_attention_order", "num_classes", "image_channels", "large_size", "small_size")
-    model = sr_create_model(**{name: given[name] for name in (*_SUPER_RES, "learn_sigma", *more)})
-    return model, _diffusion(given)
+    flags = {name: given[name] for name in (*_SUPER_RES, "learn_sigma") if name not in _FIRST}
+    more = ("channel_mult", "use_new_attention_order", "num_classes", "image_channels")
+    flags |= _given(**{name: given[name] for name in more})
+    return sr_create_model(large_size, small_size, num_channels, num_res_blocks, **flags), _diffusion(given)
 
 
 def sr_create_model(
@@ -240,9 +256,7 @@ def sr_create_model(
     """The network that makes `large_size` images from `small_size` ones."""
     given = {name: value for name, value in locals().items() if name != "learn_sigma"}
     given["num_classes"] = (num_classes or NUM_CLASSES) if class_cond else 0
-    model = build.build_super_res(SuperResConfig(**given), DiffusionConfig(learn_sigma=learn_sigma))
-    assert isinstance(model, SuperResModel)
-    return model
+    return SuperResModel(**_options("SuperResConfig", given, learn_sigma))
 
 
 def create_gaussian_diffusion(

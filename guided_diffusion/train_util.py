@@ -19,6 +19,7 @@ from torch.nn.parallel.distributed import DistributedDataParallel as DDP  # noqa
 from torch.optim import AdamW
 
 from . import dist_util, logger
+from .dist_util import bf  # noqa: F401  a 2021 name of this module
 from .fp16_util import MixedPrecisionTrainer
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
@@ -249,11 +250,3 @@ def log_loss_dict(diffusion: Any, ts: th.Tensor, losses: dict[str, th.Tensor]) -
         logger.logkv_mean(key, sum(numbers) / len(numbers))
         for quartile, number in zip(quartiles, numbers):
             logger.logkv_mean(f"{key}_q{quartile}", number)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "bf":
-        import blobfile
-
-        return blobfile
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

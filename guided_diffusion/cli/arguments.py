@@ -10,9 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
-from ..config import flatten, laid_over
-from ..runtime import storage
-
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -89,6 +86,8 @@ def parse(
         raise UsageError(_unknown(unknown[0], known))
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
+        from ..config import laid_over
+
         typed = laid_over(_from_file(arguments.config, known), typed)
     typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():
@@ -161,6 +160,9 @@ def _underscored(argv: Sequence[str]) -> list[str]:
 
 
 def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
+    from ..config import flatten
+    from ..runtime import storage
+
     try:
         values = json.loads(storage.read_bytes(path))
     except FileNotFoundError:

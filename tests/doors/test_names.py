@@ -6,13 +6,17 @@ import ast
 import importlib
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from guided_diffusion.cli import sample, train
 
+ROOT = Path(__file__).resolve().parents[2]
 FROZEN = json.loads(Path(__file__).with_name("names.json").read_text())
 NAMES = [(door, name, parameters) for door, names in FROZEN["names"].items() for name, parameters in names.items()]
 
@@ -104,3 +108,72 @@ def test_the_page_on_switching_names_every_module_that_a_fork_may_collide_with()
     page = (package.parent / "docs" / "switching.md").read_text(encoding="utf-8")
     missing = [name for name in sorted(modules - set(FROZEN["names"])) if f"`{name}`" not in page]
     assert not missing
+
+
+# What `from guided_diffusion.X import *` gave in 2021 beside the names above: modules and names that it had imported itself.
+LEFT_BY_STAR = {
+    "dist_util": "MPI bf dist io os socket th",
+    "fp16_util": "logger nn np th",
+    "gaussian_diffusion": "discretized_gaussian_log_likelihood enum math mean_flat normal_kl np th",
+    "image_datasets": "DataLoader Dataset Image MPI bf math np random",
+    "logger": "contextmanager datetime defaultdict json os osp shutil sys tempfile time warnings",
+    "losses": "np th",
+    "nn": "math nn th",
+    "resample": "ABC abstractmethod dist np th",
+    "respace": "GaussianDiffusion np th",
+    "script_util": "EncoderUNetModel SpacedDiffusion SuperResModel UNetModel argparse gd inspect space_timesteps",
+    "train_util": "AdamW DDP LossAwareSampler MixedPrecisionTrainer UniformSampler bf copy dist dist_util functools logger os th "
+    "update_ema",
+    "unet": "F abstractmethod avg_pool_nd checkpoint conv_nd convert_module_to_f16 convert_module_to_f32 linear math nn normalization np "
+    "th timestep_embedding zero_module",
+}
+
+
+@pytest.mark.parametrize("module", FROZEN["names"])
+def test_a_star_import_leaves_what_it_left(module: str) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"from guided_diffusion.{module} import *", namespace)
+    public = {name for name in FROZEN["names"][module] if not name.startswith("_")}
+    assert {*LEFT_BY_STAR[module].split(), *public} <= set(namespace)
+
+
+def test_names_that_are_modules_work() -> None:
+    from guided_diffusion.dist_util import MPI
+    from guided_diffusion.fp16_util import _flatten_dense_tensors, _unflatten_dense_tensors
+    from guided_diffusion.image_datasets import Image, math
+
+    assert MPI.COMM_WORLD.Get_size() == 1 and Image.new("RGB", (2, 2)).size == (2, 2) and math.pi > 3
+    flat = _flatten_dense_tensors([torch.ones(2), torch.zeros(1)])
+    assert [piece.tolist() for piece in _unflatten_dense_tensors(flat, [torch.ones(2), torch.zeros(1)])] == [
+        [1, 1],
+        [0],
+    ]
+
+
+# Not needed before something is made, drawn or written.
+LATER = [
+    "blobfile",
+    "mpi4py",
+    "scipy",
+    "sympy",
+    "torch._dynamo",
+    "torchvision",
+    "pandas",
+    "matplotlib",
+    "tensorboard",
+    "safetensors",
+]
+LATER += [
+    f"guided_diffusion.{name}" for name in ("build", "sampling", "config", "training.trainer", "presets", "reading")
+]
+
+
+@pytest.mark.parametrize("module", FROZEN["names"])
+def test_doors_load_nothing_heavy(module: str) -> None:
+    code = f"import torch, torch.distributed, sys; before = set(sys.modules); import guided_diffusion.{module}; "
+    code += "print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    loaded = done.stdout.split()
+    assert done.returncode == 0 and f"guided_diffusion.{module}" in loaded, done.stderr
+    heavy = [*LATER, "PIL"] if module == "image_datasets" else [*LATER, "PIL", "guided_diffusion.data"]
+    assert not [name for name in loaded for other in heavy if name == other or name.startswith(f"{other}.")]

@@ -95,3 +95,37 @@ def test_super_resolution() -> None:
 def test_names_passed_on() -> None:
     for name in "SpacedDiffusion space_timesteps UNetModel SuperResModel EncoderUNetModel gd".split():
         assert hasattr(su, name)
+
+
+@pytest.mark.parametrize("name", ["UNetModel", "SuperResModel", "EncoderUNetModel"])
+def test_a_network_put_in_place_of_ours_is_made(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(su, name, lambda **options: made.append(options) or name)
+    if name == "EncoderUNetModel":
+        got, _ = su.create_classifier_and_diffusion(**su.classifier_and_diffusion_defaults())
+    elif name == "SuperResModel":
+        got, _ = su.sr_create_model_and_diffusion(**su.sr_model_and_diffusion_defaults())
+    else:
+        got, _ = su.create_model_and_diffusion(**su.model_and_diffusion_defaults())
+    assert got == name and len(made) == 1 and made[0]["image_size"] in (64, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "first"), [("create_model", "", 3), ("create_classifier", "", 8), ("sr_create_model", "sr_", 4)]
+)
+def test_a_function_put_in_place_of_ours_gets_what_2021_gave_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: str, first: int
+) -> None:
+    """By position and by name; options that 2021 did not have come only where they were given."""
+    parameters = inspect.signature(getattr(su, name)).parameters.values()
+    old = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    seen: list[Any] = []
+    monkeypatch.setattr(su, name, lambda *args, **options: seen.append((args, options)))
+    thing = "classifier" if name == "create_classifier" else "model"
+    options = getattr(su, f"{kind}{thing}_and_diffusion_defaults")()
+    create = getattr(su, f"{kind}create_{thing}_and_diffusion")
+    create(**options)
+    create(**options, num_classes=10, image_channels=1)
+    for (args, named), new in zip(seen, (set(), {"num_classes", "image_channels"})):
+        assert len(args) == first and [options[n] for n in old[:first]] == list(args)
+        assert set(named) == set(old[first:]) | new
