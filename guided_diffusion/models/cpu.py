@@ -59,25 +59,26 @@ class GroupNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32)
         factor, summand = _factors(x, wide, weight, bias, scale, shift)
-        y, places, size = torch.empty_like(x), tuple(range(2, x.dim())), x[:1].numel() // groups
-        centre, rstd = torch.empty_like(factor), factor.new_empty(len(x), groups)
+        places, size, parts = tuple(range(2, x.dim())), x[:1].numel() // groups, _few_images(x)
         start = _per_channel(_near_means(x, groups, wide), x)
-        away, other = _space(x, wide), _space(x, wide) if x.dtype != wide else None
-        for part in _few_images(x):
-            out = y[part] if other is None else other[: len(x[part])]
-            away = _subtract(x[part], start[part], away[: len(out)])
+        sums, space = start.new_empty(2, *start.shape), _space(x, wide)
+        for part in parts:
+            away = _subtract(x[part], start[part], space[: len(x[part])])
             # torch.sum forms partial sums. One after the other, as in torch's norm, terms lose digits in large images.
-            sums = torch.stack([away.sum(places), torch.mul(away, away, out=out).sum(places)])
-            mean, square = sums.view(2, len(out), groups, -1).sum(3).div_(size)
-            sharp = torch.rsqrt(torch.addcmul(square, mean, mean, value=-1).add_(eps), out=rstd[part])
-            rest = _per_channel(mean, x)
-            torch.add(start[part], rest, out=centre[part])
-            times = _per_channel(sharp, x) * factor[part]
-            torch.addcmul(torch.addcmul(summand[part], rest, times, value=-1), away, times, out=out)
-            if silu:
-                F.silu(out, inplace=True)
-            if other is not None:
-                y[part] = out
+            torch.sum(away, places, keepdim=True, out=sums[0, part])
+            torch.sum(away.mul_(away), places, keepdim=True, out=sums[1, part])
+        mean, square = sums.view(2, len(x), groups, -1).sum(3).div_(size)
+        rstd = torch.addcmul(square, mean, mean, value=-1).add_(eps).rsqrt_()
+        centre, times = start.add_(_per_channel(mean, x)), _per_channel(rstd, x) * factor
+        summand, y = torch.addcmul(summand, centre, times, value=-1), torch.empty_like(x)
+        if x.dtype == wide:
+            torch.addcmul(summand, x, times, out=y)
+            y = F.silu(y, inplace=True) if silu else y
+        else:
+            for part in parts:
+                out = space[: len(x[part])].copy_(x[part])
+                torch.addcmul(summand[part], out, times[part], out=out)
+                y[part] = F.silu(out, inplace=True) if silu else out
         ctx.save_for_backward(x, weight, bias, scale, shift, centre, rstd)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
         return y
