@@ -113,24 +113,35 @@ def test_kept_bytes_of_many_examples(make: Any, precision: str) -> None:
     assert sum(block.saving.at(7) for block in needs.blocks) > 0.5 * needs.kept(7)
 
 
+def largest_convolution(trainer: Any, batch: Any) -> int:
+    """Bytes of what one convolution takes, gives and multiplies by, in float32: the most of all."""
+    sizes: list[int] = []
+
+    def note(conv: Any, given: Any, answer: Any) -> None:
+        sizes.append(4 * (given[0].numel() + answer.numel() + conv.weight.numel()))
+
+    handles = [m.register_forward_hook(note) for m in trainer.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    trainer.forward_backward(batch, batch.positions, len(batch.images), last=False)
+    for handle in handles:
+        handle.remove()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return max(sizes)
+
+
 @NETWORKS
 @PRECISIONS
 def test_highest_level_of_many_examples_whichever_blocks_recompute(make: Any, precision: str) -> None:
     needs, trainer, batch = needs_of(make, precision, 9)
     trainer.net.train()
-    # Without instructions for bfloat16 a processor convolves through copies in float32: memory of one convolution at a time, which
-    # torch's record of allocations counts, no tensor shows, and no choice of blocks changes. How much, the plain pass tells.
-    copies = 0.0
-    if precision == "bf16":
-        taken = really_taken(trainer, batch)
-        copies = max(0.0, taken - (needs.peak(9, set()) - needs.hidden))
-        assert copies < 0.15 * taken
+    # Without instructions for bfloat16 a processor may convolve through copies in float32, which torch's record of allocations
+    # counts and no tensor shows: at the highest level those of one convolution at most.
+    copies = largest_convolution(trainer, batch) if precision == "bf16" else 0
     for names in some_subsets(trainer.net):
         set_recomputing(trainer.net, names)
         for passes in (1, 2):
             foreseen = needs.peak(9, names, more=passes == 2) - needs.hidden
             taken = really_taken(trainer, batch, passes)
-            assert foreseen + copies == pytest.approx(taken, rel=0.1), (sorted(names), passes)
+            assert 0.9 * taken - copies <= foreseen <= 1.1 * taken, (sorted(names), passes)
 
 
 def test_work_is_that_of_what_is_computed_again() -> None:
