@@ -60,7 +60,7 @@ class Source(NamedTuple):
         if wanted == "prefix":
             return tables.by_prefix(self.names)
         # Tars are shards as a rule: the folders inside of them are meant.
-        inside = [name.split("/", 1)[1] for name in self.names] if self.kind == "tar" else self.names
+        inside = [path.partition("\0")[2] for path in self.paths] if self.kind == "tar" else self.names
         if wanted == "folders":
             return tables.by_folder(inside if any("/" in name for name in inside) else self.names)
         if wanted != "auto":
@@ -141,11 +141,12 @@ def _list_folder(root: str, extensions: Sequence[str]) -> Source:
     files = {name: path for path, name in _walk(root)}
     pictures = [name for name in files if _is_image(name, extensions)]
     tars = [name for name in files if "/" not in name and name.lower().endswith(".tar")]
-    stores = [name for name in (PACKED_INDEX, _LMDB) if name in files] + tars
-    if stores and pictures:
+    stores = [name for name in (PACKED_INDEX, _LMDB) if name in files] + tars[:1]
+    if len(stores) + bool(pictures) > 1:
+        held = [f"{len(pictures)} images{tables.first(pictures)}"] if pictures else []
         raise ValueError(
-            f"{root!r} holds {len(pictures)} images{tables.first(pictures)} and beside them {stores[0]!r}, which is read "
-            "instead of a folder; give the path of what is meant, or move the other away"
+            f"{root!r} holds {' and beside them '.join([*held, *map(repr, stores)])}; give the path of what is meant, or move the "
+            "other away"
         )
     if PACKED_INDEX in files:
         return _list_packed(root)
@@ -171,9 +172,15 @@ def _listed(
 
     def own_labels() -> tables.Labels | None:
         reader = Reader(kind, root)
-        for table in sorted(filter(_is_table, members), key=len):
+        found = sorted(filter(_is_table, members), key=len)
+        for table in found:
             if all(name.startswith(table.removesuffix(_TABLE)) for name in names):
                 return tables.from_bytes(reader.encoded(members[table]), f"{root}/{table}", names, is_json=True)
+        if found:
+            raise ValueError(
+                f"{root}/{found[0]} is a table of labels for some of the images only{tables.first(found)}; put one {_TABLE} above "
+                "all images, or say where labels come from: --labels TABLE, folders, prefix or none"
+            )
         return None if kind == "files" else _labels_beside(root, reader, members, names)
 
     return Source(kind, root, tuple(members[name] for name in names), names, own_labels, told)
@@ -223,8 +230,9 @@ def _label(content: bytes, source: str, ending: str) -> Any:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not valid JSON: {error}") from None
-    found = [data[key] for key in ("label", "cls", "class") if key in data] if isinstance(data, dict) else []
-    return next((label for label in found if isinstance(label, (int, float, str))), None)
+    return (
+        next((data[key] for key in ("label", "cls", "class") if key in data), None) if isinstance(data, dict) else None
+    )
 
 
 def _add(members: dict[str, str], name: str, address: str, archive: str, extensions: Sequence[str]) -> None:

@@ -311,3 +311,50 @@ def test_names_that_are_not_utf8_are_shown_escaped(tmp_path, capsys):
         stdout.flush()
     told = stdout.buffer.getvalue().decode()
     assert "3 images" in told and r"caf\udce9" in told and r"\udcff.png" in told
+
+
+def test_two_stores_in_one_folder_are_both_named(tmp_path):
+    for names in (["packed.json", "a.tar"], ["data.mdb", "a.tar"], ["packed.json", "data.mdb"]):
+        root = make_folder(tmp_path / "-".join(names), [(name, b"") for name in names])
+        with pytest.raises(ValueError, match=f"'{names[0]}' and beside them '{names[1]}'"):
+            list_records(root)
+
+
+def test_shards_of_a_pattern_below_folders_are_no_classes(tmp_path):
+    for k in range(2):
+        (tmp_path / f"{k}").mkdir()
+        make_tar(tmp_path / f"{k}" / f"{k}.tar", CLASSES)
+    assert list_records(tmp_path / "*" / "*.tar").class_names == ("cat", "dog")
+    flat = [(name.partition("/")[2], content) for name, content in CLASSES]
+    for k in range(2):
+        make_tar(tmp_path / f"{k}" / f"{k}.tar", flat)
+    assert list_records(tmp_path / "*" / "*.tar").label_source == "none"
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_tables_of_some_of_the_images_are_named(kind, tmp_path):
+    path = MAKERS[kind](tmp_path / kind, [*CLASSES, ("cat/dataset.json", b"{}"), ("dog/dataset.json", b"{}")])
+    with pytest.raises(
+        ValueError, match=r"cat/dataset\.json.* for some of the images only.*dog/dataset\.json.*--labels"
+    ):
+        list_records(path)
+    assert list_records(path, labels="folders").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("label", [[1], {"id": 1}, True])
+def test_a_label_beside_a_picture_that_is_none_is_named(label, tmp_path):
+    beside = [(f"{k}.json", json.dumps({"label": label}).encode()) for k in range(2)]
+    path = make_tar(tmp_path / "a.tar", [*((f"{k}.png", picture(k)) for k in range(2)), *beside])
+    with pytest.raises(ValueError, match=r"0\.json: the label of '.*0\.png' is"):
+        list_records(path)
+    assert list_records(path, labels="none").labels is None
+
+
+def test_a_label_goes_to_the_picture_of_its_own_name(tmp_path):
+    """WebDataset keys end at the first dot; names with dots of their own still find their label."""
+    members = [("s1.5_a.png", picture(0)), ("s1.5_a.cls", b"1"), ("s1.7_b.png", picture(1)), ("s1.7_b.cls", b"0")]
+    assert list_records(make_tar(tmp_path / "a.tar", members)).labels.tolist() == [1, 0]
+    shared = [("a.left.png", picture(0)), ("a.right.png", picture(1)), ("a.cls", b"3")]
+    assert list_records(make_tar(tmp_path / "b.tar", shared)).labels.tolist() == [3, 3]
+    with pytest.raises(ValueError, match=r"'.*a\.png' may belong to"):
+        list_records(make_tar(tmp_path / "c.tar", [("a.png", picture(0)), ("a.x.cls", b"1"), ("a.y.cls", b"2")]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -450,3 +451,12 @@ def test_large_pictures_come_in_small_batches(tmp_path):
     assert [len(batch) for batch in batches] == [2, 2, 1]
     cropped = reference.CroppedImages(open_images(tmp_path), 8)
     assert [batch.shape for batch in cropped.batches(64)] == [(5, 8, 8, 3)]
+
+
+def test_a_zip_of_pictures_may_hold_an_array_too(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(stream, "PNG")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("a.png", stream.getvalue())
+        archive.writestr("emb.npy", b"")
+    assert open_images(tmp_path / "z.zip").count == 1
