@@ -61,7 +61,7 @@ def origin(
     asked = _asked(kind, typed)
     fixed = {name: value for name, value in asked.items() if name not in (*_SIZES, *_CLASSES)}
     sizes = {name: value for name, value in asked.items() if name in _SIZES}
-    found, held = read(path, kind=kind, flags=fixed, weights=which if plain else "", sizes=sizes, tell=tell)
+    found, held = read(path, kind=kind, flags=fixed, weights=which, sizes=sizes, tell=tell)
     assert found.config is not None
     config = _resized(found.config, sizes, path, tell)
     old = config.model
@@ -74,7 +74,8 @@ def origin(
 def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
     """(file of weights, which of those in it) of a save."""
     assert saved.model is not None
-    if weights != "ema" or parse_name(saved.model) is None:  # a plain file may hold both
+    role = parse_name(saved.model)
+    if weights != "ema" or role is None or role[0] != "model":  # a plain file may hold both, one of averages is these
         return saved.model, weights
     if not saved.ema:
         raise ValueError(

@@ -134,7 +134,8 @@ def read(
     `sizes`: flags of image sizes that need not be the file's, heeded where nothing else says for what size it is.
     """
     found, flags = find(path, weights=weights, tell=tell), dict(flags or {})
-    held = read_weights(found.path, which=weights, tell=tell)
+    told = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
+    held = read_weights(found.path, which="" if told else weights, tell=tell)
     tensors = fitted(held.tensors)
     if found.config is None:
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}

@@ -261,9 +261,9 @@ def _open_or_tell(opener: Callable[[str, int], SavedRun], directory: str, step: 
 
 
 def load_run(resume: str, *, tell: Tell | None = None) -> SavedRun | None:
-    """The save that `resume` means: a folder (its newest whole save, None if it has none) or any file of a save.
+    """The save that `resume` means: a folder (its newest whole save, None if it has none), or any file of a save but its averages.
 
-    A file of weights that belongs to no save, such as a released checkpoint, gives its weights at step 0.
+    Averaged weights, and a file that belongs to no save, such as a released checkpoint, give their weights at step 0.
     """
     tell, resume = tell or _silent, storage.expand(resume)
     if storage.isdir(resume):
@@ -273,6 +273,9 @@ def load_run(resume: str, *, tell: Tell | None = None) -> SavedRun | None:
             f"cannot resume from {resume}: it does not exist; give a folder or a file of a save, or 'auto'"
         )
     directory, parsed = os.path.dirname(resume) or ".", parse_name(resume)
+    if parsed is not None and parsed[0].startswith("ema_"):
+        tell(f"{resume} holds averaged weights: taking them, at step 0")
+        return SavedRun(directory=directory, step=0, model=resume)
     if parsed is not None and storage.exists(storage.join(directory, run_name(parsed[1]))):
         return _open_complete(directory, parsed[1])
     if parsed is not None and storage.exists(storage.join(directory, model_name(parsed[1]))):

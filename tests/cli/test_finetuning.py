@@ -193,6 +193,11 @@ def test_a_start_from_one_kind_of_weights_alone(which: str, place: Path, tmp_pat
     after = run("train", data, tmp_path / "out", "--resume_checkpoint", str(source), "--resume_from", which)
     for path in (after, after.parent / "ema_0.9_000001.pt"):
         assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(path)).items())
+    if which == "ema":  # the file itself says so too
+        for k, more in enumerate(([], ["--resume_from", "ema"])):
+            words = ["--resume_checkpoint", str(source / "ema_0.9_000005.pt"), *more]
+            after = run("train", data, tmp_path / f"named{k}", *words)
+            assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(after)).items())
     both = {
         "model": load_weights(str(source / "model000005.pt")),
         "ema": load_weights(str(source / "ema_0.9_000005.pt")),
