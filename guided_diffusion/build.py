@@ -146,7 +146,13 @@ def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -
     if diffusion.rescale_timesteps:
         process = rescale_time(process)
     sections = diffusion.timestep_respacing if respacing is None else respacing
-    return respace(process, space_timesteps(diffusion.diffusion_steps, sections))
+    keep = space_timesteps(diffusion.diffusion_steps, sections)
+    if len(keep) == 1 < diffusion.diffusion_steps:
+        raise ValueError(
+            f"--timestep_respacing is {sections!r}, which keeps step {keep[0]} alone; images are made over several: "
+            "give at least 2 steps, as in '25' or 'ddim25'"
+        )
+    return respace(process, keep)
 
 
 def choose_precision(precision: str, use_fp16: bool, device: torch.device, tell: Tell = print) -> str:

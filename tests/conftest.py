@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
@@ -47,3 +50,14 @@ def _interrupts_arrive() -> None:
     """A shell that starts the tests in the background has SIGINT ignored; the tests of signals need it as a terminal gives it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures in two classes of one folder each."""
+    root = tmp_path_factory.mktemp("photos")
+    for k in range(8):
+        path = root / f"class{k % 2}" / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.RandomState(k).randint(0, 256, (9, 9, 3), np.uint8)).save(path)
+    return root

@@ -66,6 +66,9 @@ def test_process_follows_the_flags() -> None:
     assert len(process) == 10
     assert process.time[0] == 0 and process.time[-1] == pytest.approx(990)
     assert len(build.build_process(DiffusionConfig(timestep_respacing="10"), respacing="")) == 1000
+    for alone in ("1", "0,1", "1,0"):
+        with pytest.raises(ValueError, match=f"--timestep_respacing is '{alone}', which keeps step .* alone"):
+            build.build_process(DiffusionConfig(timestep_respacing=alone))
     with pytest.raises(ValueError, match="--noise_schedule is 'sigmoid'; it must be one of cosine, linear"):
         build.build_process(DiffusionConfig(noise_schedule="sigmoid"))
 

@@ -54,8 +54,7 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
     import numpy as np
 
     from ..data.images import center_crop
-    from ..data.listing import list_records
-    from ..data.sources import Reader
+    from ..data.sources import Reader, list_source
 
     model = critic.config.model
     size, channels = model.sample_size, model.image_channels
@@ -69,19 +68,19 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
                 f"{[size, size, channels]}"
             )
         return (images[k : k + batch_size] for k in range(0, len(images), batch_size)), labels
+    source, labels = list_source(path), None
     try:
-        records = list_records(path)
-    except ValueError as error:  # features need no labels
-        records = list_records(path, labels="none")
+        labels = source.labels().numbers
+    except ValueError as error:  # features need none
         print(f"without labels: {error}", file=sys.stderr)
-    reader = Reader(records.kind, records.root)
+    reader = Reader(source.kind, source.root)
 
     def batches() -> Iterator[np.ndarray]:
-        for k in range(0, len(records), batch_size):
-            pictures = [center_crop(reader.read(p, channels), size) for p in records.paths[k : k + batch_size]]
+        for k in range(0, len(source.paths), batch_size):
+            pictures = [center_crop(reader.read(p, channels), size) for p in source.paths[k : k + batch_size]]
             yield np.stack(pictures).reshape(len(pictures), size, size, channels)
 
-    return batches(), records.labels
+    return batches(), labels
 
 
 def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -252,11 +252,10 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
 
 
 def _check_count(num_steps: int, count: int, sections: Any) -> None:
-    if min(2, num_steps) <= count <= num_steps:
+    if 1 <= count <= num_steps:
         return
-    # One step would be step 0, nearly clean: nothing is made from noise there.
     raise ValueError(
-        f"timestep_respacing {sections!r} asks for {count} of {num_steps} steps; give at least 2 and at most {num_steps}, as in '250', "
+        f"timestep_respacing {sections!r} asks for {count} of {num_steps} steps; give at least 1 and at most {num_steps}, as in '250', "
         "'90,60,60,20,20' or 'ddim25', or '' for all"
     )
 
@@ -273,7 +272,7 @@ def _whole(text: str, sections: str) -> int:
 
 def _strided(num_steps: int, count: int, sections: str) -> list[int]:
     _check_count(num_steps, count, sections)
-    possible = {len(range(0, num_steps, stride)): stride for stride in range(num_steps - 1, 0, -1)}
+    possible = {len(range(0, num_steps, stride)): stride for stride in range(max(1, num_steps - 1), 0, -1)}
     if count not in possible:
         near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
         raise ValueError(

@@ -22,40 +22,24 @@ def stir(net: nn.Module, seed: int = 0) -> Any:
     return net.eval()
 
 
+SMALL: dict[str, Any] = {
+    "image_size": 8,
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 6,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+    "num_head_channels": 16,
+}
+
+
 def unet(**changes: Any) -> UNetModel:
-    options: dict[str, Any] = {
-        "image_size": 8,
-        "in_channels": 3,
-        "model_channels": 32,
-        "out_channels": 6,
-        "num_res_blocks": 1,
-        "attention_resolutions": (2,),
-        "channel_mult": (1, 2),
-        "num_head_channels": 16,
-        "use_scale_shift_norm": True,
-        "resblock_updown": True,
-    }
-    return stir(UNetModel(**(options | changes)))
+    return stir(UNetModel(**{**SMALL, "use_scale_shift_norm": True, "resblock_updown": True, **changes}))
 
 
 def super_res(**changes: Any) -> SuperResModel:
-    return stir(
-        SuperResModel(
-            **(
-                {
-                    "image_size": 8,
-                    "in_channels": 3,
-                    "model_channels": 32,
-                    "out_channels": 6,
-                    "num_res_blocks": 1,
-                    "attention_resolutions": (2,),
-                    "channel_mult": (1, 2),
-                    "num_head_channels": 16,
-                }
-                | changes
-            )
-        )
-    )
+    return stir(SuperResModel(**{**SMALL, **changes}))
 
 
 def classifier(pool: str = "attention", **changes: Any) -> EncoderUNetModel:

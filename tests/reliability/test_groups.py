@@ -13,9 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from .faults import NETWORK
 from .jobs import ROOT
@@ -35,16 +33,6 @@ COMMANDS = {
 }
 REST = "--batch_size 4 --log_interval 1 --save_interval 1000000 --max_steps 1000000 --workers 2".split()
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("photos")
-    for k in range(8):
-        path = root / f"class{k % 2}" / f"{k}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.RandomState(k).randint(0, 256, (9, 9, 3), np.uint8)).save(path)
-    return root
 
 
 class Started:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from guided_diffusion.cli.main import main
 from guided_diffusion.cli.train import image_train
@@ -27,16 +25,6 @@ COMMANDS = {
     "train-classifier": CRITIC,
     "train-upsampler": LARGE + "--sample_interval -1 ",
 }
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("photos")
-    for k in range(8):
-        path = root / f"class{k % 2}" / f"{k}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.RandomState(k).randint(0, 256, (9, 9, 3), np.uint8)).save(path)
-    return root
 
 
 def train(words: str, photos: Path, out: Path, command: str = "train") -> int:
