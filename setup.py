@@ -12,7 +12,7 @@ EXTRAS = {
     "safetensors": ["safetensors>=0.4"],
     "diffusers": ["diffusers>=0.30", "safetensors>=0.4"],
     "lmdb": ["lmdb>=1.4"],
-    # For models/fused_norm.py on a GPU; torch for NVIDIA GPUs brings its own. Several hundred MB, so not among the tests' needs.
+    # For models/triton_norm.py on a GPU; torch for NVIDIA GPUs brings its own. Several hundred MB, so not among the tests' needs.
     "triton": ["triton>=3.7; platform_system == 'Linux'"],
     # An MPI library as a wheel, for machines without one of their own; mpi4py finds it by itself.
     "mpi": ["mpich>=4.2"],

@@ -22,8 +22,8 @@ from .diffusion import guidance as _guidance
 from .diffusion import likelihood as _likelihood
 from .diffusion import objectives as _objectives
 from .diffusion import process as _process
-from .diffusion import samplers as _samplers
 from .diffusion import schedules as _schedules
+from .diffusion import updates as _updates
 from .diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from .diffusion.process import mean_flat
 
@@ -285,7 +285,7 @@ class GaussianDiffusion:
         noise = th.randn_like(x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        sample = _samplers.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
+        sample = _updates.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     @_contiguous
@@ -308,7 +308,7 @@ class GaussianDiffusion:
             noise = th.randn_like(x)
             if cond_fn is not None:
                 out["mean"] = self.condition_mean_with_grad(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        sample = _samplers.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
+        sample = _updates.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"].detach()}
 
     @_contiguous
@@ -357,9 +357,9 @@ class GaussianDiffusion:
     def _ddim_step(self, x: th.Tensor, t: th.Tensor, xstart: th.Tensor, eta: float) -> th.Tensor:
         eps = self._predict_eps_from_xstart(x, t, xstart)
         alpha_bar, alpha_bar_prev = (_Tables(self).at(name, t, x) for name in ("alpha_bar", "alpha_bar_prev"))
-        sigma = _samplers.ddim_sigma(alpha_bar, alpha_bar_prev, eta)
+        sigma = _updates.ddim_sigma(alpha_bar, alpha_bar_prev, eta)
         noise = th.randn_like(x)  # drawn even where sigma is zero: it belongs to the recorded order
-        return _samplers.ddim_update(xstart, eps, alpha_bar_prev, sigma) + _later_than_0(t, x) * sigma * noise
+        return _updates.ddim_update(xstart, eps, alpha_bar_prev, sigma) + _later_than_0(t, x) * sigma * noise
 
     @_contiguous
     def ddim_reverse_sample(
@@ -379,7 +379,7 @@ class GaussianDiffusion:
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
         eps = _process.eps_from_x0(_Tables(self), x, t, out["pred_xstart"])  # not through `self`: nor in 2021
-        sample = _samplers.ddim_update(out["pred_xstart"], eps, _Tables(self).at("alpha_bar_next", t, x))
+        sample = _updates.ddim_update(out["pred_xstart"], eps, _Tables(self).at("alpha_bar_next", t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     @_contiguous
@@ -397,7 +397,7 @@ class GaussianDiffusion:
         old_out: Output | None = None,
     ) -> Output:
         """A multistep step from t to t - 1 after `old_out`, the step before: keys sample, pred_xstart, old_eps."""
-        _samplers.check_order(order)
+        _updates.check_order(order)
 
         def predict(x: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
             with_grad = cond_fn_with_grad and cond_fn is not None
@@ -415,11 +415,11 @@ class GaussianDiffusion:
         alpha_bar_prev = _Tables(self).at("alpha_bar_prev", t, x)
         xstart, eps = predict(x, t)
         past = [*(old_out["old_eps"] if old_out else []), eps][-order:]
-        mean_eps = _samplers.adams_bashforth(past)
+        mean_eps = _updates.adams_bashforth(past)
         if order > 1 and old_out is None:
-            ahead = _samplers.ddim_update(xstart, eps, alpha_bar_prev)
+            ahead = _updates.ddim_update(xstart, eps, alpha_bar_prev)
             mean_eps = th.lerp(eps, predict(ahead, (t - 1).clamp(min=0))[1], 0.5)
-        moved = _samplers.ddim_update(self._predict_xstart_from_eps(x, t, mean_eps), mean_eps, alpha_bar_prev)
+        moved = _updates.ddim_update(self._predict_xstart_from_eps(x, t, mean_eps), mean_eps, alpha_bar_prev)
         return {"sample": th.where(_later_than_0(t, x) > 0, moved, xstart), "pred_xstart": xstart, "old_eps": past}
 
     # --- whole chains ---

@@ -8,7 +8,7 @@ import inspect  # noqa: F401
 from typing import Any
 
 from . import gaussian_diffusion as gd
-from .cli.arguments import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
+from .cli.flag_dicts import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .respace import SpacedDiffusion, space_timesteps
 

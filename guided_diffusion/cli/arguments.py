@@ -1,4 +1,4 @@
-"""Flags: a parser made from configs, and the dict-based helpers the 2021 scripts used. Loads no torch."""
+"""Flags: a parser made from configs. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
-_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+from .flag_dicts import str2bool
 
 
 class UsageError(ValueError):
@@ -29,29 +29,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
-
-
-def str2bool(v: str | bool) -> bool:
-    """Read a boolean as the 2021 scripts did: yes true t y 1, no false f n 0, in any case."""
-    if isinstance(v, bool):
-        return v
-    if v.lower() in _TRUE:
-        return True
-    if v.lower() in _FALSE:
-        return False
-    raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; say one of {' '.join(_TRUE + _FALSE)}")
-
-
-def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
-    """Add one `--key` per entry, of the type of its default; None reads as text, booleans through `str2bool`."""
-    for key, default in default_dict.items():
-        read: Any = str2bool if isinstance(default, bool) else str if default is None else type(default)
-        parser.add_argument(f"--{key}", default=default, type=read)
-
-
-def args_to_dict(args: Any, keys: Iterable[str]) -> dict[str, Any]:
-    """The attributes `keys` of parsed arguments (or any object) as a dict."""
-    return {key: getattr(args, key) for key in keys}
 
 
 def parse(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .process import Process, Tables, add_noise, eps_from_x0, marginal, mean_flat, posterior, squared_error
-from .samplers import Noise
+from .updates import Noise
 
 
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:

@@ -17,10 +17,16 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .process import Process, tables_of
-
-Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtype and device of its argument
-Number = Any  # Tensor, np.ndarray or float: the same formula for all
-
+from .updates import (
+    Noise,
+    adams_bashforth,
+    ancestral_update,
+    check_order,
+    ddim_sigma,
+    ddim_update,
+    ddim_weights,
+    eps_between,
+)  # fmt: skip
 
 # Where solvers start at the latest, as sigma / alpha: beyond it x holds nothing but noise, and second order over the leap from there to the
 # next step is worse than none. Linear schedules end at 157, cosine ones at 20,293. `ancestral` and `ddim` take every step.
@@ -102,11 +108,6 @@ def ancestral(
         yield Step(k, x, denoised.x0)
 
 
-def ancestral_update(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """A draw from the normal distribution of a step, given standard normal `noise`."""
-    return mean + (0.5 * log_variance).exp() * noise
-
-
 @torch.no_grad()
 def ddim(
     denoise: Denoiser,
@@ -130,29 +131,6 @@ def ddim(
         if sigma[k] > 0:
             x = x + sigma[k] * noise(x)
         yield Step(k, x, x0)
-
-
-def eps_between(x: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
-    """The noise that leads from `x0` to `x` at this alpha_bar."""
-    return (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
-
-
-def ddim_sigma(alpha_bar: Number, alpha_bar_prev: Number, eta: float) -> Number:
-    """Standard deviation of the fresh noise in a DDIM step, arXiv 2010.02502, eq. 16."""
-    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_prev) ** 0.5
-
-
-def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_to: Number, sigma: Number = 0.0) -> Tensor:
-    """Mean of x at noise level `alpha_bar_to`, keeping `eps` but for the share that fresh noise of deviation `sigma` will replace."""
-    return x0 * alpha_bar_to**0.5 + (1 - alpha_bar_to - sigma**2) ** 0.5 * eps
-
-
-def ddim_weights(
-    alpha_bar: np.ndarray, alpha_bar_to: np.ndarray, sigma: np.ndarray | float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """(weights of x0, weights of x) of `ddim_update` with the eps between them, which is a mean of the two; a step each."""
-    from_x = np.sqrt(1 - alpha_bar_to - sigma**2) / np.sqrt(1 - alpha_bar)
-    return np.sqrt(alpha_bar_to) - from_x * np.sqrt(alpha_bar), from_x
 
 
 @torch.no_grad()
@@ -195,21 +173,6 @@ def plms(denoise: Denoiser, x: Tensor, process: Process, *, order: int = 2, star
                 eps = (eps + eps_between(ahead, denoise(ahead, positions[n + 1]).x0, there)) / 2
             x = ddim_update((x - math.sqrt(1 - here) * eps) / math.sqrt(here), eps, there)
         yield Step(nodes[n], x, x0)
-
-
-_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-
-
-def check_order(order: int) -> None:
-    """ValueError unless a multistep rule of this order is known."""
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order={order!r} must be a whole number from 1 to 4")
-
-
-def adams_bashforth(past: list[Tensor]) -> Tensor:
-    """The mean of eps over the step to come, extrapolated from its latest values (oldest first, at most four)."""
-    weights = _ADAMS_BASHFORTH[len(past) - 1]
-    return sum((weight * eps for weight, eps in zip(weights[1:], reversed(past[:-1]))), weights[0] * past[-1])
 
 
 @torch.no_grad()

@@ -1,10 +1,6 @@
-"""Group norm, scale and shift, and SiLU of a channels_last image as one operation: on NVIDIA GPUs by Triton, on CPUs by cpu.py.
+"""Where group norm, scale and shift, and SiLU are one operation: on NVIDIA GPUs by triton_norm.py, on CPUs by cpu.py.
 
-Apart they read and write the image three or four times and keep as many copies of it for backward, and torch's group norm
-answers in another layout, which costs two copies more. As one they read it twice and write it once, and keep the image and
-two numbers per group. Used where it fits unless `Network.set_fused_norm(False)` forbids it. torch.compile fuses by itself.
-
-Legend: N batch, C channels, H height, W width, G groups.
+Used where it fits unless `Network.set_fused_norm(False)` forbids it. torch.compile fuses by itself.
 """
 
 from __future__ import annotations
@@ -12,18 +8,14 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu
 from .layers import GroupNorm32, channels_last, fits_cpu_norm, is_channels_last, recorded, transformed
 from .resizing import listened_to
-
-_TILE = 4096  # numbers that a program holds at a time
-_CHUNKS = 64  # into how many pieces an image is cut for its sums, at most
 
 
 @cache
@@ -37,11 +29,13 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels run there, tried once. Triton needs a C compiler and a card that is not too old for the dtype."""
     if not available():
         return False
+    from . import triton_norm
+
     try:
         with torch.inference_mode(False), torch.no_grad():
             x = channels_last(torch.ones(1, 32, 2, 2, device=device, dtype=dtype))
             weight = torch.ones(32, device=device)
-            fused(x, weight, weight, None, None, 32, 1e-5)
+            triton_norm.fused(x, weight, weight, None, None, 32, 1e-5)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
@@ -87,172 +81,9 @@ def norm_silu(x: Tensor, layers: nn.Sequential, scale: Tensor | None = None, shi
     """
     norm = layers[0]
     assert isinstance(norm, nn.GroupNorm)
-    function = fused if on_device(x) else cpu.GroupNorm.apply
+    function: Any = cpu.GroupNorm.apply
+    if on_device(x):
+        from . import triton_norm
+
+        function = triton_norm.fused
     return function(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps, True)
-
-
-def plain(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-    silu: bool = True,
-) -> Tensor:  # fmt: skip
-    """What `fused` computes, written out: the reference of its tests, and its derivative where that is derived again."""
-    y = F.group_norm(x, groups, weight, bias, eps)
-    if scale is not None and shift is not None:
-        y = y * (1 + scale) + shift
-    return F.silu(y) if silu else y
-
-
-def fused(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-    silu: bool = True,
-) -> Tensor:  # fmt: skip
-    """`plain` by Triton kernels: computed in float32, answered in the dtype and layout of x, which is channels_last.
-
-    x: [N, C, H, W] with C a multiple of `groups`; weight, bias: [C]; scale, shift: [N, C, 1, 1] or None. The result for an
-    image does not depend on the others in the batch, and repeats bit for bit, as do all gradients.
-    """
-    if scale is not None and shift is not None:
-        scale, shift = scale.flatten(1), shift.flatten(1)
-    with torch.cuda.device_of(x):  # Triton starts its programs on the current device
-        y = _Fused.apply(x, weight, bias, scale, shift, groups, eps, silu)
-    assert isinstance(y, Tensor)
-    return y
-
-
-class _Plan(NamedTuple):
-    """How an image of `rows` x `channels` is cut into tiles and chunks. Nothing here depends on the batch."""
-
-    rows: int
-    channels: int
-    tile_rows: int
-    tile_channels: int
-    per_chunk: int
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.rows // self.per_chunk)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles beside each other."""
-        return -(-self.channels // self.tile_channels)
-
-
-def _plan(x: Tensor) -> _Plan:
-    rows, channels = x.shape[2] * x.shape[3], x.shape[1]
-    tile_channels = min(128, _power(channels))
-    tile_rows = min(_TILE // tile_channels, _power(rows))
-    per_chunk = tile_rows * -(-rows // (_CHUNKS * tile_rows))
-    return _Plan(rows, channels, tile_rows, tile_channels, per_chunk)
-
-
-def _power(number: int) -> int:
-    """The smallest power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
-        eps: float, silu: bool,
-    ) -> Tensor:  # fmt: skip
-        x = channels_last(x)
-        scale, shift, stride = _rows_of(scale, shift)
-        mean, rstd = _statistics(x, groups, eps)
-        y, plan = torch.empty_like(x), _plan(x)
-        from . import norm_kernels as kernels
-
-        kernels.forward[-(-plan.rows // plan.tile_rows), plan.tiles, len(x)](
-            x, y, mean, rstd, weight, bias, _given(scale, weight), _given(shift, weight), plan.rows, plan.channels, stride,
-            GROUPS=groups, SCALED=scale is not None, SILU=silu, ROWS=plan.tile_rows, CHANNELS=plan.tile_channels,
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
-        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient itself may be derived: only the written-out form can
-            given = (x, weight, bias, scale, shift)
-            asked = [tensor for tensor, wanted in zip(given, ctx.needs_input_grad) if wanted]
-            wide: list[Any] = [None if tensor is None else tensor.float() for tensor in given]
-            if scale is not None:
-                wide[3:] = [tensor[:, :, None, None] for tensor in wide[3:]]
-            x_, weight_, bias_, scale_, shift_ = wide
-            y = plain(x_, weight_, bias_, scale_, shift_, ctx.groups, ctx.eps, ctx.silu)
-            found = iter(torch.autograd.grad(y, asked, g.float(), create_graph=True))
-            return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:5]), None, None, None
-        return *_gradients(ctx, channels_last(g), x, weight, bias, scale, shift, mean, rstd), None, None, None
-
-
-def _given(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-    """A kernel needs an address even for what it does not read."""
-    return otherwise if tensor is None else tensor
-
-
-def _rows_of(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """scale and shift [N, C] with their channels side by side, and how far apart images are in both."""
-    if scale is None or shift is None:
-        return None, None, 0
-    if scale.stride() != shift.stride() or scale.stride(1) != 1:
-        scale, shift = scale.contiguous(), shift.contiguous()
-    return scale, shift, scale.stride(0)
-
-
-def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of every group, float32 [N, G] each."""
-    from . import norm_kernels as kernels
-
-    plan, n = _plan(x), len(x)
-    means = torch.empty(n, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
-    squares, mean = torch.empty_like(means), torch.empty(n, groups, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    kernels.chunk_moments[plan.chunks, plan.tiles, n](
-        x, means, squares, plan.rows, plan.channels, plan.per_chunk, plan.chunks,
-        ROWS=plan.tile_rows, CHANNELS=plan.tile_channels,
-    )  # fmt: skip
-    kernels.group_moments[(n * groups,)](
-        means, squares, mean, rstd, plan.rows, plan.channels, plan.per_chunk, plan.chunks, eps,
-        GROUPS=groups, CHUNKS=_power(plan.chunks), CHANNELS=_power(plan.channels // groups),
-    )  # fmt: skip
-    return mean, rstd
-
-
-def _gradients(
-    ctx: Any, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, weight, bias, scale and shift; None for those that nobody asked for."""
-    from . import norm_kernels as kernels
-
-    plan, n, groups = _plan(x), len(x), ctx.groups
-    scale_, shift_, stride = _rows_of(scale, shift)
-    known = (mean, rstd, weight, bias, _given(scale_, weight), _given(shift_, weight))
-    how = {"GROUPS": groups, "SCALED": scale is not None}
-    tile = {"SILU": ctx.silu, "ROWS": plan.tile_rows, "CHANNELS": plan.tile_channels}
-    sums = torch.empty(n, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
-    products, s1 = torch.empty_like(sums), torch.empty(n, plan.channels, dtype=torch.float32, device=x.device)
-    s2, m1, m2 = torch.empty_like(s1), torch.empty_like(mean), torch.empty_like(mean)
-    kernels.chunk_gradients[plan.chunks, plan.tiles, n](
-        g, x, *known, sums, products, plan.rows, plan.channels, plan.per_chunk, plan.chunks, stride, **how, **tile
-    )
-    kernels.group_gradients[(n * groups,)](
-        sums, products, weight, _given(scale_, weight), s1, s2, m1, m2, plan.rows, plan.channels, plan.chunks, stride,
-        **how, CHUNKS=_power(plan.chunks), CHANNELS=_power(plan.channels // groups),
-    )  # fmt: skip
-    of_x, of_weight, of_bias, of_scale, of_shift = ctx.needs_input_grad[:5]
-    dx = torch.empty_like(x) if of_x else None
-    if of_x:
-        kernels.backward[-(-plan.rows // plan.tile_rows), plan.tiles, n](
-            g, x, dx, *known, m1, m2, plan.rows, plan.channels, stride, **how, **tile
-        )
-    widened = 1.0 if scale is None else 1 + scale.float()
-    return (
-        dx,
-        (widened * s2).sum(0).to(weight.dtype) if of_weight else None,
-        (widened * s1).sum(0).to(bias.dtype) if of_bias else None,
-        (weight.float() * s2 + bias.float() * s1).to(scale.dtype) if of_scale and scale is not None else None,
-        s1.to(shift.dtype) if of_shift and shift is not None else None,
-    )

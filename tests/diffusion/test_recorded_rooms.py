@@ -7,7 +7,7 @@ import pytest
 import torch
 from recorded import CASES, FIGURES, SEEDS, SHAPE, SHORT, Recorded, close, cond_fn, data, normal, steps
 
-from guided_diffusion.diffusion import guidance, samplers
+from guided_diffusion.diffusion import guidance, samplers, updates
 from guided_diffusion.diffusion.denoiser import make_denoiser
 from guided_diffusion.diffusion.likelihood import bits_per_dim, discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.diffusion.objectives import training_losses
@@ -69,7 +69,7 @@ def test_tables_predictions_guidance_and_losses(name: str) -> None:
     recorded.check("cond_score_mean", posterior_mean(process, score_guided.x0, x, i))
 
     eps = eps_from_x0(process, x, i, out.x0)
-    recorded.check("ddim_reverse", samplers.ddim_update(out.x0, eps, process.at("alpha_bar_next", i, x)))
+    recorded.check("ddim_reverse", updates.ddim_update(out.x0, eps, process.at("alpha_bar_next", i, x)))
 
     flags = CASES[name]
     loss = "rescaled_kl" if flags.get("use_kl") else "rescaled_mse" if flags.get("rescale_learned_sigmas") else "mse"

@@ -1,4 +1,4 @@
-"""What the kernels of models/fused_norm.py compute, on the CPU by Triton's interpreter: run by test_fused_norm.py in a process of
+"""What the kernels of models/triton_norm.py compute, on the CPU by Triton's interpreter: run by test_fused_norm.py in a process of
 its own, because the interpreter is switched on before Triton is imported."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from small_networks import images, times, unet
 from torch import Tensor
 
-from guided_diffusion.models import fused_norm
+from guided_diffusion.models import fused_norm, triton_norm
 from guided_diffusion.models.layers import channels_last
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +44,7 @@ def like(size: tuple[int, ...], seed: int = 0) -> Tensor:
 def test_kernels_compute_what_is_written_out_in_float64(size: tuple[int, ...], scaled: bool, silu: bool) -> None:
     given = inputs(size, scaled)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    y, want = answer(fused_norm.fused, given, silu), answer(fused_norm.plain, exact, silu)
+    y, want = answer(triton_norm.fused, given, silu), answer(triton_norm.plain, exact, silu)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, want.float(), rtol=1e-5, atol=1e-5)
     g = like(size)
@@ -57,12 +57,12 @@ def test_kernels_round_once_in_half_precision(dtype: str) -> None:
     """The answer is the nearest half of the exact one, or its neighbour; written out in that format it is further off."""
     given = inputs((2, 64, 6, 6), True, DTYPES[dtype])
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    y, want = answer(fused_norm.fused, given), answer(fused_norm.plain, exact)
+    y, want = answer(triton_norm.fused, given), answer(triton_norm.plain, exact)
     step = torch.finfo(DTYPES[dtype]).eps
     assert y.dtype == DTYPES[dtype]
     torch.testing.assert_close(y.double(), want, rtol=step, atol=1e-5)
     with torch.no_grad():
-        rounded = answer(fused_norm.plain, [tensor.to(DTYPES[dtype]) for tensor in given])
+        rounded = answer(triton_norm.plain, [tensor.to(DTYPES[dtype]) for tensor in given])
     assert (y - want).abs().mean() < (rounded - want).abs().mean()
     g = like((2, 64, 6, 6)).to(DTYPES[dtype])
     found = torch.autograd.grad(y, given, g)
@@ -75,21 +75,21 @@ def test_kernels_keep_numbers_that_lie_close_together_far_from_zero() -> None:
     """A variance as the mean of squares less the square of the mean would be lost at 3000 +- 0.1."""
     x = channels_last(3000 + 0.1 * like((1, 32, 16, 20)))
     ones, zeros = torch.ones(32), torch.zeros(32)
-    y = fused_norm.fused(x, ones, zeros, None, None, 32, 1e-5, False)
-    want = fused_norm.plain(x.double(), ones.double(), zeros.double(), None, None, 32, 1e-5, False)
+    y = triton_norm.fused(x, ones, zeros, None, None, 32, 1e-5, False)
+    want = triton_norm.plain(x.double(), ones.double(), zeros.double(), None, None, 32, 1e-5, False)
     torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-2)
 
 
 def test_kernels_give_an_image_the_same_numbers_in_any_batch_and_again() -> None:
     given = inputs((3, 64, 40, 30), True)
     g = channels_last(like((3, 64, 40, 30)))
-    y = answer(fused_norm.fused, given)
+    y = answer(triton_norm.fused, given)
     (dx, *_, de) = torch.autograd.grad(y, given, g)
     alone = [given[0][1:2], given[1], given[2], given[3][1:2]]
-    y_alone = answer(fused_norm.fused, alone)
+    y_alone = answer(triton_norm.fused, alone)
     dx_alone, de_alone = torch.autograd.grad(y_alone, [alone[0], alone[3]], g[1:2])
     assert torch.equal(y[1:2], y_alone) and torch.equal(dx[1:2], dx_alone) and torch.equal(de[1:2], de_alone)
-    again = torch.autograd.grad(answer(fused_norm.fused, given), given, g)
+    again = torch.autograd.grad(answer(triton_norm.fused, given), given, g)
     assert torch.equal(again[0], dx) and torch.equal(again[-1], de)
 
 
@@ -100,9 +100,9 @@ def test_kernels_give_the_gradients_that_are_asked_for(asked: tuple[int, ...]) -
         tensor.requires_grad_(k in asked)
     wanted = [given[k] for k in asked]
     g = like((2, 64, 3, 4))
-    found = torch.autograd.grad(answer(fused_norm.fused, given), wanted, g)
+    found = torch.autograd.grad(answer(triton_norm.fused, given), wanted, g)
     # torch's own backward (2.13, CPU) crashes where weights alone have gradients and memory is channels_last
-    want = answer(fused_norm.plain, [given[0].contiguous(), *given[1:]])
+    want = answer(triton_norm.plain, [given[0].contiguous(), *given[1:]])
     for ours, theirs in zip(found, torch.autograd.grad(want, wanted, g)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -112,7 +112,7 @@ def test_kernels_have_second_derivatives(scaled: bool) -> None:
     """By the written-out form; the first ones of both ways agree too."""
     given, g = inputs((1, 32, 3, 2), scaled), like((1, 32, 3, 2)).requires_grad_()
     found = []
-    for way in (fused_norm.fused, fused_norm.plain):
+    for way in (triton_norm.fused, triton_norm.plain):
         first = torch.autograd.grad(answer(way, given), given, g, create_graph=True)
         found.append((first, torch.autograd.grad(sum(part.pow(2).sum() for part in first), [*given, g])))
     for ours, theirs in zip(*([*first, *second] for first, second in found)):
@@ -126,8 +126,8 @@ def test_kernels_within_a_network_change_nothing_but_rounding(
     monkeypatch.setattr(fused_norm, "on_device", lambda x: True)
     fused_norm.works.cache_clear()
     calls: list[int] = []
-    inner = fused_norm.fused
-    monkeypatch.setattr(fused_norm, "fused", lambda *args: calls.append(1) or inner(*args))
+    inner = triton_norm.fused
+    monkeypatch.setattr(triton_norm, "fused", lambda *args: calls.append(1) or inner(*args))
     net = unet(channel_mult=(1, 2), **changes).train()
     net.set_fused_norm(False)
     x, t = images(), times()

@@ -15,7 +15,7 @@ import torch
 from fused_norm_checks import DTYPES, SIZES, answer, inputs, like
 from small_networks import images, times, unet
 
-from guided_diffusion.models import fused_norm
+from guided_diffusion.models import fused_norm, triton_norm
 from guided_diffusion.models.layers import channels_last
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_on_where_it_fits_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> N
     """On a GPU without Triton, or with one that fails, a network takes torch's norms, and says so only where it fails."""
     monkeypatch.setattr(fused_norm, "on_device", lambda x: True)
     used: list[int] = []
-    monkeypatch.setattr(fused_norm, "fused", lambda *args: used.append(1) or fused_norm.plain(*args))
+    monkeypatch.setattr(triton_norm, "fused", lambda *args: used.append(1) or triton_norm.plain(*args))
     net, x, t = unet(), images(), times()
     monkeypatch.setattr(fused_norm, "available", lambda: False)
     fused_norm.works.cache_clear()
@@ -83,7 +83,7 @@ def test_on_where_it_fits_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> N
     def fails(*_: Any) -> Any:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(fused_norm, "fused", fails)
+    monkeypatch.setattr(triton_norm, "fused", fails)
     fused_norm.works.cache_clear()
     with pytest.warns(UserWarning, match="no C compiler"):
         torch.testing.assert_close(net(x, t), want, rtol=2e-5, atol=2e-5)
@@ -136,7 +136,7 @@ def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
 def test_on_a_gpu_as_written_out(size: tuple[int, ...], dtype: str) -> None:
     given = [tensor.detach().cuda().requires_grad_() for tensor in inputs(size, True, DTYPES[dtype])]
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    y, want = answer(fused_norm.fused, given), answer(fused_norm.plain, exact)
+    y, want = answer(triton_norm.fused, given), answer(triton_norm.plain, exact)
     step = max(2e-5, torch.finfo(DTYPES[dtype]).eps)
     torch.testing.assert_close(y.double(), want, rtol=step, atol=step)
     g = like(size).to("cuda", DTYPES[dtype])

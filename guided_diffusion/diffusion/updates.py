@@ -1,0 +1,56 @@
+"""The formulas of single sampling steps, from arrays or numbers; `samplers` and the door of the 2021 class walk by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtype and device of its argument
+Number = Any  # Tensor, np.ndarray or float: the same formula for all
+
+
+def ancestral_update(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """A draw from the normal distribution of a step, given standard normal `noise`."""
+    return mean + (0.5 * log_variance).exp() * noise
+
+
+def eps_between(x: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
+    """The noise that leads from `x0` to `x` at this alpha_bar."""
+    return (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+
+
+def ddim_sigma(alpha_bar: Number, alpha_bar_prev: Number, eta: float) -> Number:
+    """Standard deviation of the fresh noise in a DDIM step, arXiv 2010.02502, eq. 16."""
+    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_prev) ** 0.5
+
+
+def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_to: Number, sigma: Number = 0.0) -> Tensor:
+    """Mean of x at noise level `alpha_bar_to`, keeping `eps` but for the share that fresh noise of deviation `sigma` will replace."""
+    return x0 * alpha_bar_to**0.5 + (1 - alpha_bar_to - sigma**2) ** 0.5 * eps
+
+
+def ddim_weights(
+    alpha_bar: np.ndarray, alpha_bar_to: np.ndarray, sigma: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(weights of x0, weights of x) of `ddim_update` with the eps between them, which is a mean of the two; a step each."""
+    from_x = np.sqrt(1 - alpha_bar_to - sigma**2) / np.sqrt(1 - alpha_bar)
+    return np.sqrt(alpha_bar_to) - from_x * np.sqrt(alpha_bar), from_x
+
+
+_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def check_order(order: int) -> None:
+    """ValueError unless a multistep rule of this order is known."""
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"order={order!r} must be a whole number from 1 to 4")
+
+
+def adams_bashforth(past: list[Tensor]) -> Tensor:
+    """The mean of eps over the step to come, extrapolated from its latest values (oldest first, at most four)."""
+    weights = _ADAMS_BASHFORTH[len(past) - 1]
+    return sum((weight * eps for weight, eps in zip(weights[1:], reversed(past[:-1]))), weights[0] * past[-1])
