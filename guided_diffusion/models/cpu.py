@@ -59,26 +59,16 @@ class GroupNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32)
         factor, summand = _factors(x, wide, weight, bias, scale, shift)
-        places, size, parts = tuple(range(2, x.dim())), x[:1].numel() // groups, _few_images(x)
-        start = _per_channel(_near_means(x, groups, wide), x)
-        sums, space = start.new_empty(2, *start.shape), _space(x, wide)
-        for part in parts:
-            away = _subtract(x[part], start[part], space[: len(x[part])])
-            # torch.sum forms partial sums. One after the other, as in torch's norm, terms lose digits in large images.
-            torch.sum(away, places, keepdim=True, out=sums[0, part])
-            torch.sum(away.mul_(away), places, keepdim=True, out=sums[1, part])
-        mean, square = sums.view(2, len(x), groups, -1).sum(3).div_(size)
-        rstd = torch.addcmul(square, mean, mean, value=-1).add_(eps).rsqrt_()
-        centre, times = start.add_(_per_channel(mean, x)), _per_channel(rstd, x) * factor
+        parts, space = _few_images(x), _space(x, wide)
+        mean, rstd = _statistics(x, groups, eps, wide)
+        centre, times = _per_channel(mean, x), _per_channel(rstd, x) * factor
         summand, y = torch.addcmul(summand, centre, times, value=-1), torch.empty_like(x)
-        if x.dtype == wide:
-            torch.addcmul(summand, x, times, out=y)
-            y = F.silu(y, inplace=True) if silu else y
-        else:
-            for part in parts:
-                out = space[: len(x[part])].copy_(x[part])
-                torch.addcmul(summand[part], out, times[part], out=out)
-                y[part] = F.silu(out, inplace=True) if silu else out
+        for part in parts:
+            out = y[part] if x.dtype == wide else space[: len(x[part])]
+            torch.addcmul(summand[part], x[part] if x.dtype == wide else out.copy_(x[part]), times[part], out=out)
+            out = F.silu(out, inplace=True) if silu else out
+            if x.dtype != wide:
+                y[part] = out
         ctx.save_for_backward(x, weight, bias, scale, shift, centre, rstd)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
         return y
@@ -138,10 +128,21 @@ def _factors(
     return weight * more, torch.addcmul(shift.to(wide), bias, more)
 
 
-def _near_means(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Of each group the mean of a few places, [N, groups]: near enough to its mean that squares do not cancel."""
-    sparse: Any = (..., *(slice(size // 8, None, max(1, size // 4)) for size in x.shape[2:]))
-    return x[sparse].to(dtype).mean(dim=tuple(range(2, x.dim()))).view(len(x), groups, -1).mean(dim=2)
+def _statistics(x: Tensor, groups: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of each group the mean and 1 / sqrt(variance + eps), [N, groups] both."""
+    places, size = tuple(range(2, x.dim())), x[:1].numel() // groups
+    # Nearly the mean, that of a few places, is taken off first, so that squares do not cancel.
+    sparse: Any = (..., *(slice(length // 8, None, max(1, length // 4)) for length in x.shape[2:]))
+    start = x[sparse].to(dtype).mean(dim=places).view(len(x), groups, -1).mean(dim=2)
+    centre, space = _per_channel(start, x), _space(x, dtype)
+    sums = centre.new_empty(2, *centre.shape)
+    for part in _few_images(x):
+        away = _subtract(x[part], centre[part], space[: len(x[part])])
+        # torch.sum forms partial sums. One after the other, as in torch's norm, terms lose digits in large images.
+        torch.sum(away, places, keepdim=True, out=sums[0, part])
+        torch.sum(away.mul_(away), places, keepdim=True, out=sums[1, part])
+    mean, square = sums.view(2, len(x), groups, -1).sum(3).div_(size)
+    return start.add_(mean), torch.addcmul(square, mean, mean, value=-1).add_(eps).rsqrt_()
 
 
 def _few_images(x: Tensor) -> list[slice]:

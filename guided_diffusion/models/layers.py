@@ -153,13 +153,12 @@ class GroupNorm32(nn.GroupNorm):
         bias: Tensor = self.bias
         if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        channels_were_last = is_channels_last(x)
         if fits_cpu_norm(x, weight, bias):
             return cpu.GroupNorm.apply(x, weight, bias, None, None, self.num_groups, self.eps, False)
-        only_weights_learn = (weight.requires_grad or bias.requires_grad) and not x.requires_grad
-        if transformed(x, weight, bias) or (only_weights_learn and torch.is_grad_enabled()):
-            # In forward mode torch knows this norm in NCHW only, and in channels_last its CPU backward (torch 2.13)
-            # crashes the process where weights have a gradient and x has none, as in fine-tuning attention alone.
+        channels_were_last = is_channels_last(x)
+        # In channels_last, torch's norm on the CPU loses digits and crashes (2.13) where weights have a gradient and x has none; and in
+        # forward mode torch knows none. The compiler writes its own.
+        if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
             x = x.contiguous()
         y = torch.group_norm(x, self.num_groups, weight, bias, self.eps)
         if channels_were_last:
