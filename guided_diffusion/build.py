@@ -349,7 +349,7 @@ def build_sample(
             return samplers.last(steps_of(denoise, noise, randn_like))
         except samplers.NotFinite as error:
             parts = [part for part in (model, critic) if part is not None]
-            raise samplers.NotFinite(error.row, f"{error}; {_why_not_finite(parts)}") from None
+            raise samplers.NotFinite(error.row, f"{error}; {why_not_finite(parts)}") from None
 
     def steps_of(denoise: Denoiser, noise: Tensor, randn_like: Callable[[Tensor], Tensor]) -> Iterable[samplers.Step]:
         if method == "ddim":
@@ -364,7 +364,7 @@ def build_sample(
     return sample
 
 
-def _why_not_finite(parts: Sequence[Loaded]) -> str:
+def why_not_finite(parts: Sequence[Loaded]) -> str:
     """The weights that are not finite themselves, or what else may help."""
     for part in parts:
         for name, value in part.net.state_dict().items():
@@ -372,7 +372,8 @@ def _why_not_finite(parts: Sequence[Loaded]) -> str:
             if bad:
                 return f"the weights {part.path} hold {bad} such values in {name}: take another file"
     halves = any(next(part.net.parameters()).dtype == torch.float16 for part in parts)
-    remedy = "give --precision bf16 or fp32" if halves else "lower the scale of the guidance, or give --precision fp32"
+    scale = "lower the scale of the guidance, or " if len(parts) > 1 else ""
+    remedy = "give --precision bf16 or fp32" if halves else f"{scale}give --precision fp32"
     return f"all weights are finite: {remedy}"
 
 

@@ -91,7 +91,9 @@ def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: A
     import numpy as np
     import torch
 
+    from .. import build
     from ..data.images import to_float
+    from ..diffusion.samplers import NotFinite, check_finite
 
     last = [module for module in critic.net.out.modules() if getattr(module, "weight", None) is not None][-1]  # type: ignore[union-attr]
     seen: list[torch.Tensor] = []
@@ -103,8 +105,13 @@ def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: A
                 x = to_float(torch.from_numpy(np.ascontiguousarray(batch)).to(device))
                 step = torch.zeros(len(x), dtype=torch.long, device=device)
                 logits = critic.net(x, critic.process.time_at(step))
-                features.append(seen.pop().float().flatten(1).cpu().numpy())
+                found = seen.pop().float().flatten(1)
+                check_finite(torch.cat([found, logits.float()], dim=1))
+                features.append(found.cpu().numpy())
                 predicted.append(logits.argmax(1).cpu().numpy())
+    except NotFinite as error:
+        image = sum(map(len, features)) + error.row
+        raise ValueError(f"features of image {image}: {error}; {build.why_not_finite([critic])}") from None
     finally:
         hook.remove()
     return np.concatenate(features), np.concatenate(predicted).astype(np.int64)

@@ -151,9 +151,9 @@ def measure(
         row = torch.stack([bound.total, bound.prior, bound.vb[:, -1]], dim=1).double()
         rows.append(world.all_gather_cat(_ordered(row, ids), name="bits per dimension").cpu())
         terms = torch.stack([bound.vb, bound.eps_mse, bound.x0_mse], dim=1).double()
-        steps.append(
-            _kept(world.all_gather_cat(_ordered(terms, ids), name="terms of the bound"), count).sum(dim=0).cpu()
-        )
+        gathered = world.all_gather_cat(_ordered(terms, ids), name="terms of the bound")
+        _require_finite(_kept(gathered, count), done, records, config.seed, model)
+        steps.append(_kept(gathered, count).sum(dim=0).cpu())
         complete = min(count, done + per_step)
         bar.update(complete - done)
         so_far = _values(rows, count)[:, 0]
@@ -176,6 +176,25 @@ def _kept(gathered: Any, count: int) -> Any:
     """Rows of images below `count`, in their order, as `[B, 3, T]`."""
     rows = gathered[gathered[:, 0].argsort()]
     return rows[rows[:, 0] < count][:, 1:].unflatten(1, (3, -1))
+
+
+def _require_finite(terms: Any, done: int, records: Any, seed: int, model: Loaded) -> None:
+    """ValueError naming the first image whose terms `[B, 3, T]` are not finite, and the step; `terms` begins with image `done`."""
+    from .. import build
+    from ..data.loader import order
+    from ..data.sources import Reader
+    from ..diffusion.samplers import NotFinite, check_finite
+
+    try:
+        check_finite(terms)
+    except NotFinite as error:
+        record = int(order(seed, 0, len(records))[done + error.row])
+        image = Reader(records.kind, records.root).describe(records.paths[record])
+        walked = int(terms[error.row].isfinite().all(dim=0).long().argmin())
+        raise ValueError(
+            f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - walked} of the process; "
+            f"{build.why_not_finite([model])}"
+        ) from None
 
 
 def _values(rows: Sequence[Any], count: int) -> Any:

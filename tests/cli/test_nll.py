@@ -166,6 +166,72 @@ def test_mistakes_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "is a classifier; a diffusion model is needed here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("batch_size", ["1", "3"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_image_whose_bound_is_not_finite_is_named(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+    batch_size: str,
+) -> None:
+    from PIL import Image
+
+    from guided_diffusion.diffusion import likelihood as bounds
+
+    Image.new("L", (8, 8), 255).save(tmp_path / "3_white.png")
+    for k in range(4):
+        Image.new("L", (8, 8), 10 * k).save(tmp_path / f"{k}_dark.png")
+
+    def walked(denoise: Any, process: Any, x0: torch.Tensor, **options: Any) -> Any:
+        bound = bits_per_dim(denoise, process, x0, **options)
+        bound.eps_mse[x0.mean(dim=(1, 2, 3)) > 0.9, STEPS - 4 :] = value
+        return bound
+
+    bits_per_dim = bounds.bits_per_dim
+    monkeypatch.setattr(bounds, "bits_per_dim", walked)
+    command = [
+        "nll",
+        "--model_path",
+        f"{place}/model",
+        "--data_dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--num_samples",
+        "5",
+    ]
+    assert main([*command, "--batch_size", batch_size, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "3_white.png: its values are not finite" in told and "timestep 3 of the process; all weights are finite" in told
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "classifier"])
+def test_weights_that_are_not_finite_give_no_number(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    small = {"image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4"}
+    same = {"image_channels": 1, "num_classes": 10, "diffusion_steps": STEPS, "noise_schedule": "cosine"}
+    config = RunConfig.from_flags(kind, NETWORK if kind == "diffusion" else {**small, **same})
+    net = build.build_network(config.model, config.diffusion, seed=0)
+    with torch.no_grad():
+        net.time_embed[0].bias[5] = np.nan
+    gd.save(
+        build.Loaded(net, build.build_process(config.diffusion), config, "", tuple("0123456789")), str(tmp_path / "m")
+    )
+    commands = {
+        "diffusion": ["nll", "--model_path", f"{tmp_path}/m", "--data_dir", f"{place}/digits", "--num_samples", "2"],
+        "classifier": ["features", f"{place}/digits", "--classifier_path", f"{tmp_path}/m"],
+    }
+    assert main([*commands[kind], "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "hold 1 such values in time_embed.0.bias: take another file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_image_has_no_error_bar(place: Path, tmp_path: Path) -> None:
     command = ["nll", "--model_path", f"{place}/model", "--data_dir", f"{place}/digits", "--timestep_respacing", "2"]
     assert main([*command, "--num_samples", "1", "--out", str(tmp_path)]) == 0
