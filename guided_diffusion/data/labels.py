@@ -129,7 +129,7 @@ def from_file(path: str, names: Sequence[str]) -> Labels:
     """
     try:
         data = storage.read_bytes(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         allowed = "'auto', 'folders', 'prefix', 'none' or the path of a csv/json file"
         raise ValueError(f"labels={path!r}: no such file; must be {allowed}") from None
     return from_bytes(data, path, names, is_json=path.lower().endswith(".json"))
@@ -194,7 +194,8 @@ def _number(label: Any) -> int | None:
 
 
 def _name(label: Any) -> str | None:
-    return label.strip() if isinstance(label, str) and label.strip().lower() not in _MISSING else None
+    text = label.strip() if isinstance(label, str) else ""
+    return None if text.lower() in _MISSING or text[0] + text[-1] in ("[]", "{}") else text  # "[3, 5]" is several
 
 
 def _json_entries(text: str, source: str) -> list[Entry] | None:
@@ -230,6 +231,12 @@ def _csv_entries(text: str, source: str) -> list[Entry]:
         head = [cell.lower() for cell in rows.pop(0)[1]]
         path_at = next(k for k, cell in enumerate(head) if cell in _PATH_COLUMNS)
         label_at = head.index(next(name for name in _LABEL_COLUMNS if name in head))  # numbers before their names
+    elif any(any(row[2:]) for _, row in rows):
+        line, row = next(each for each in rows if any(each[1][2:]))
+        raise ValueError(
+            f"{source}, row {line}: {','.join(row)!r} has {len(row)} columns, and no first line says which is which: begin the "
+            f"table with their names, path,label and others (allowed: {', '.join(_PATH_COLUMNS)}; {', '.join(_LABEL_COLUMNS)})"
+        )
     for line, row in rows:
         if len(row) <= max(path_at, label_at):
             raise ValueError(f"{source}, row {line}: {','.join(row)!r} lacks a path or a label")

@@ -62,10 +62,17 @@ class Source(NamedTuple):
         # Tars are shards as a rule: the folders inside of them are meant.
         inside = [path.partition("\0")[2] for path in self.paths] if self.kind == "tar" else self.names
         if wanted == "folders":
-            return tables.by_folder(inside if any("/" in name for name in inside) else self.names)
+            return tables.by_folder(inside if any("/" in name for name in inside) else self._below_shards())
         if wanted != "auto":
             return tables.from_file(wanted, self.names)
         return self.own_labels() or tables.detect(inside)
+
+    def _below_shards(self) -> Sequence[str]:
+        """Names without the tars, where these lie in folders themselves: cat/00.tar and cat/01.tar are of one class."""
+        folders = [posixpath.split(posixpath.dirname(name))[0] for name in self.names]
+        if self.kind != "tar" or not any(folders):
+            return self.names
+        return [posixpath.join(folder, posixpath.basename(name)) for folder, name in zip(folders, self.names)]
 
 
 def list_source(root: str, extensions: Sequence[str] = EXTENSIONS) -> Source:
@@ -163,7 +170,8 @@ def _listed(
     """A listing from all files there are, name -> address."""
     names = tuple(name for name in members if _is_image(name, extensions))
     labels = (_TABLE,) if kind == "files" else (".cls", ".json")
-    used = {*names, *(name for name in members if name.endswith(labels))}
+    keys = set() if kind == "files" else {_key(name) for name in names}
+    used = {*names, *(n for n in members if n.endswith(labels) and (_is_table(n) or _key(n) in keys))}
     broken: list[str] = []
     if kind == "files":  # a link that leads nowhere may have been a whole class, so it is named
         broken = [n for n, path in members.items() if os.path.islink(path) and not os.path.exists(path)]
@@ -173,13 +181,14 @@ def _listed(
     def own_labels() -> tables.Labels | None:
         reader = Reader(kind, root)
         found = sorted(filter(_is_table, members), key=len)
-        for table in found:
-            if all(name.startswith(table.removesuffix(_TABLE)) for name in names):
-                return tables.from_bytes(reader.encoded(members[table]), f"{root}/{table}", names, is_json=True)
+        whole = [table for table in found if all(name.startswith(table.removesuffix(_TABLE)) for name in names)]
+        if whole == found and len(found) == 1:
+            return tables.from_bytes(reader.encoded(members[found[0]]), f"{root}/{found[0]}", names, is_json=True)
         if found:
+            fault = "one of several tables of labels" if whole else "a table of labels for some of the images only"
             raise ValueError(
-                f"{root}/{found[0]} is a table of labels for some of the images only{tables.first(found)}; put one {_TABLE} above "
-                "all images, or say where labels come from: --labels TABLE, folders, prefix or none"
+                f"{root}/{found[0]} is {fault}{tables.first(found)}; put one {_TABLE} above all images, or say where labels come "
+                "from: --labels TABLE, folders, prefix or none"
             )
         return None if kind == "files" else _labels_beside(root, reader, members, names)
 
@@ -230,9 +239,9 @@ def _label(content: bytes, source: str, ending: str) -> Any:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not valid JSON: {error}") from None
-    return (
-        next((data[key] for key in ("label", "cls", "class") if key in data), None) if isinstance(data, dict) else None
-    )
+    if isinstance(data, dict):
+        return next((data[key] for key in ("label", "cls", "class") if key in data), None)
+    return None if isinstance(data, str) else data  # a lone text is a caption
 
 
 def _add(members: dict[str, str], name: str, address: str, archive: str, extensions: Sequence[str]) -> None:

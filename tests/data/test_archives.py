@@ -341,6 +341,52 @@ def test_tables_of_some_of_the_images_are_named(kind, tmp_path):
     assert list_records(path, labels="folders").class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("lower", ["cat/dataset.json", "empty/dataset.json"])
+def test_a_second_table_of_labels_is_named(kind, lower, tmp_path):
+    table = json.dumps({"labels": [[name, k] for k, (name, _) in enumerate(CLASSES)]}).encode()
+    path = MAKERS[kind](tmp_path / kind, [*CLASSES, ("dataset.json", table), (lower, b"{}")])
+    with pytest.raises(ValueError, match=rf"dataset\.json is one of several tables of labels .*{lower}'.*--labels"):
+        list_records(path)
+    assert list_records(path, labels="folders").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["labels.json", "Dataset.json", "cat/notes.json", "0.cls"])
+def test_a_table_beside_no_picture_of_its_key_is_counted(name, tmp_path):
+    assert not list_records(make_zip(tmp_path / "a.zip", [*CLASSES, ("cat/0.json", b"{}")])).left_out
+    left_out = list_records(make_zip(tmp_path / "b.zip", [*CLASSES, ("cat/0.json", b"{}"), (name, b"{}")])).left_out
+    assert left_out == f"1 file was left out: .{name[-4:].strip('.')} 1"
+
+
+def test_folders_of_shards_are_classes_where_asked_for(tmp_path):
+    for k, place in enumerate(["cat/00", "cat/01", "dog/00"]):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        make_tar(tmp_path / f"{place}.tar", [("0.png", picture(k))])
+    records = list_records(tmp_path / "*" / "*.tar", labels="folders")
+    assert (records.class_names, records.labels.tolist()) == (("cat", "dog"), [0, 0, 1])
+    assert list_records(tmp_path / "*" / "*.tar").label_source == "none"
+    make_tar(tmp_path / "eel.tar", [("0.png", picture(3))])
+    with pytest.raises(ValueError, match="1 of 4 images lie in no sub-folder"):
+        list_records(tmp_path / "**" / "*.tar", labels="folders")
+
+
+@pytest.mark.parametrize("content", ["[3]", "[1, 2]", '["cat"]', "true", "null"])
+@pytest.mark.parametrize("ending", ["cls", "json"])
+def test_several_labels_of_one_picture_are_no_class(ending, content, tmp_path):
+    beside = [("0." + ending, content.encode()), ("1." + ending, b"4" if ending == "json" else b"[4]")]
+    path = make_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("1.png", picture(1)), *beside])
+    with pytest.raises(ValueError, match=r"a\.tar/\d\.(cls|json): the label of|1 of 2 images have no label"):
+        list_records(path)
+
+
+def test_a_json_member_may_be_the_class_itself(tmp_path):
+    numbered = [(f"{k}.json", str(5 - k).encode()) for k in range(2)]
+    pictures = [(f"{k}.png", picture(k)) for k in range(2)]
+    assert list_records(make_tar(tmp_path / "a.tar", [*pictures, *numbered])).labels.tolist() == [5, 4]
+    captions = [(f"{k}.json", b'"a cat"') for k in range(2)]
+    assert list_records(make_tar(tmp_path / "b.tar", [*pictures, *captions])).labels is None
+
+
 @pytest.mark.parametrize("label", [[1], {"id": 1}, True])
 def test_a_label_beside_a_picture_that_is_none_is_named(label, tmp_path):
     beside = [(f"{k}.json", json.dumps({"label": label}).encode()) for k in range(2)]

@@ -159,6 +159,10 @@ def test_a_table_that_does_not_fit_is_one_error_with_counts_and_names(write_pict
         ("l.json", '{"a.png": -1}', "is -1; it must be a whole number from 0"),
         ("l.json", '{"a.png": 0, "./a.png": 1}', "two labels"),
         ("l.csv", "a.png\n", "row 1: 'a.png' lacks a path or a label"),
+        ("l.csv", "a.png,640,0\n", "row 1: 'a.png,640,0' has 3 columns, and no first line says which is which"),
+        ("l.csv", "a.png;0;train\n", "row 1: 'a.png,0,train' has 3 columns"),
+        ("l.csv", "path,cat,dog\na.png,0,1\n", "row 1: 'path,cat,dog' has 3 columns"),
+        ("l.csv", "a.png,[0]\n", "row 1: the label of 'a.png' is '.0.'; it must be a class number or name"),
     ],
 )
 def test_malformed_tables(write_pictures, tmp_path, name, text, complaint):
@@ -225,7 +229,7 @@ def test_one_bad_entry_of_json_is_named(write_pictures, tmp_path, bad):
         ),
         ("a.png,1\n".encode("utf-16-le"), r"t\.csv: holds zero bytes"),
         (b"a.png,\nb.png,cat\n", r"row 1: the label of 'a\.png' is ''; it must be a class number or name"),
-        (b"a.png,3,0\nb.png,cat", r"row 2: the label of 'b\.png' is 'cat'"),
+        (b"a.png,3,0\nb.png,cat", r"row 1: 'a.png,3,0' has 3 columns"),
         (b"a.png;3,0\n", r"t\.csv"),
     ],
 )
