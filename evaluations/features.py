@@ -266,7 +266,7 @@ class _Worker:
         if started.arrived is not None:
             started.arrived.synchronize()
         features = Features(*(value.numpy() for value in started.arriving))
-        if not np.isfinite(features.pool).all():
+        if not all(np.isfinite(values).all() for values in features):
             raise ValueError("the network gave features that are not finite; are the weights damaged?")
         return features
 

@@ -55,6 +55,10 @@ class ImageSource:
         """int64 [N] class of each image, or None. ValueError for labels that are no classes: read them only if needed."""
         return None
 
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number, where classes are numbered by name within this set; else none."""
+        return ()
+
     def want_labels(self) -> None:
         """Labels will be needed: refuse bad ones now, before the images are read."""
         self.labels()
@@ -116,9 +120,21 @@ def _pictures(text: str) -> ImageSource:
 
 
 def _holds_arrays(path: str) -> bool:
+    """Whether a zip file is one of arrays. ValueError for one of pictures as well, of which either may be meant."""
+    names: list[str] = []
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        return not {"arr_0.npy", "mu.npy"}.isdisjoint(archive.namelist())
-    return False
+        names = archive.namelist()
+    arrays = sorted({"arr_0.npy", "mu.npy"}.intersection(names))
+    if arrays:
+        from guided_diffusion.data.sources import EXTENSIONS
+
+        pictures = [name for name in names if name.lower().endswith(tuple(f".{ending}" for ending in EXTENSIONS))]
+        if pictures:
+            raise ValueError(
+                f"{path} holds {arrays[0]} and beside it {len(pictures)} images (first: {pictures[0]!r}); pack what is meant into "
+                "a file of its own"
+            )
+    return bool(arrays)
 
 
 def _from_npz(text: str, value_range: tuple[float, float] | None) -> ImageSource:

@@ -72,6 +72,9 @@ class PictureSource(ImageSource):
     def labels(self) -> np.ndarray | None:
         return self._listed.labels().numbers
 
+    def class_names(self) -> tuple[str, ...]:
+        return self._listed.labels().class_names
+
     def sha256(self) -> str:
         if not self._sha256:
             digest = hashlib.sha256()

@@ -91,6 +91,8 @@ def make_reference(
 
     Memory: two covariances and the `keep` images. None in all processes but the first.
     """
+    if keep < 1 or seed < 0:
+        raise ValueError(f"--keep is {keep} and --seed {seed}; they must be at least 1 and 0")
     images = CroppedImages(open_images(source), image_size)
     if not images.count or images.count < 2:
         raise ValueError(f"{images.name}: a reference needs at least 2 images, found {images.count}")

@@ -73,6 +73,7 @@ class Side(NamedTuple):
     pool: statistics.Statistics
     spatial: statistics.Statistics | None
     from_images: bool
+    class_names: tuple[str, ...] = ()
 
     @property
     def rows(self) -> np.ndarray | None:
@@ -187,7 +188,8 @@ class Scorer:
             statistics="from its images" if stored is None else "precomputed in the file",
             notes=encoded.notes,
         )
-        return Side(about, encoded, self._labels(images, role), pool, spatial, stored is None)
+        names = images.class_names() if self.settings.per_class else ()
+        return Side(about, encoded, self._labels(images, role), pool, spatial, stored is None, names)
 
     def _labels(self, images: ImageSource, role: str) -> np.ndarray | None:
         """Classes for the scores per class; the Inception Score only asks whether samples are sorted by them."""
@@ -199,6 +201,12 @@ class Scorer:
 
     def _score(self, sample: Side, reference: Side) -> Scored:
         settings, device = self.settings, self.algebra
+        ours, theirs = sample.about.shape, reference.about.shape
+        if ours and theirs and ours != theirs:
+            _warn(
+                f"{sample.about.name} holds images of {ours[1]}x{ours[0]}, {reference.about.name} of {theirs[1]}x{theirs[0]} (width x "
+                "height): each is resized from its own size, which moves all scores. Compare images of one size"
+            )
         errors: dict[str, uncertainty.Uncertainty] = {}
         values: dict[str, float] = {}
         if self.encoder.weight is not None and len(sample.encoded.pool):
@@ -310,13 +318,22 @@ class Scorer:
     def _per_class(
         self, sample: Side, reference: Side, around: neighbours.Neighbours | None
     ) -> tuple[report.ClassScores, ...]:
-        if sample.labels is None:
-            _warn(f"{sample.about.name} has no labels (arr_1), so there are no scores per class")
         if sample.labels is None or around is None:
+            why = "has no labels (arr_1)" if sample.labels is None else "and the reference give no precision and recall"
+            _warn(f"{sample.about.name} {why}, so there are no scores per class")
             return ()
+        labels = _numbered(sample, reference)
+        if reference.labels is None:
+            _warn(f"{reference.about.name} has no labels (arr_1), so recall, FID and KID of each class are left out")
+        elif strange := sorted(set(labels.tolist()) - set(reference.labels.tolist())):
+            _warn(
+                f"{reference.about.name} has no images of {len(strange)} classes of {sample.about.name} "
+                f"({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''}): recall, FID and KID of these are left "
+                "out. One number must mean one class in both"
+            )
         rows = []
-        for label in np.unique(sample.labels):
-            mine = sample.labels == label
+        for label in np.unique(labels):
+            mine = labels == label
             row = report.ClassScores(
                 label=int(label),
                 samples=int(mine.sum()),
@@ -405,6 +422,17 @@ def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
                 )
                 a, b = (os.path.basename(one.report.samples.name) for one in (first, second))
                 yield report.DifferenceReport(score.name, a, b, found.value, found.error, found.paired)
+
+
+def _numbered(sample: Side, reference: Side) -> np.ndarray:
+    """Classes of the samples in the numbers of the reference. Those of folders are numbered by name, in each set anew."""
+    assert sample.labels is not None
+    own, theirs = sample.class_names, reference.class_names
+    if not own or not theirs or own == theirs:
+        return sample.labels
+    _warn(f"classes of {sample.about.name} have the numbers of those of {reference.about.name} that are called alike")
+    place = {name: k for k, name in enumerate([*theirs, *sorted(set(own) - set(theirs))])}
+    return np.array([place[name] for name in own])[sample.labels]
 
 
 def _sorted_across_splits(labels: np.ndarray, split_size: int) -> bool:

@@ -60,6 +60,8 @@ PUBLISHED = (
 # The PyTorch file first: its published hash is the stronger one.
 DOWNLOAD_ORDER = (PUBLISHED[1], PUBLISHED[2], PUBLISHED[0])
 
+_EXPECTED = f"expected the 2015 Inception network as in {PUBLISHED[0].name} or {PUBLISHED[1].name}"
+
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _BRANCHES_35 = {
@@ -151,8 +153,8 @@ def load_inception(
         if not allow_unknown:
             raise ValueError(
                 f"{path} is not a published Inception weights file: {complaint}. Scores from it cannot be compared with "
-                "anyone's. Delete it to fetch a good copy, or allow it expressly (--allow_other_weights, "
-                f"allow_unknown=True). {_where_to_put()}"
+                f"anyone's. {'Delete it' if weights is None else 'Leave --weights out'} to fetch a good copy, or allow it "
+                "expressly (--allow_other_weights, allow_unknown=True)"
             )
         warnings.warn(f"scores rest on unknown Inception weights: {path} ({complaint})", stacklevel=2)
     state = state_from_graph(path) if path.suffix == ".pb" else _state_from_torch(path)
@@ -200,7 +202,7 @@ def find_weights(*, download: bool = True, progress: bool = True) -> Path:
         except OSError as error:  # noqa: PERF203 - three tries; URLError is an OSError
             failures.append(f"{known.url}: {error}")
     raise ValueError(
-        "no Inception weights found and none could be downloaded:\n  " + "\n  ".join(failures) + "\n" + _where_to_put()
+        f"no Inception weights found and none could be downloaded: {'; '.join(failures)}. {_where_to_put()}"
     )
 
 
@@ -237,18 +239,20 @@ def fetch(known: Published, folder: Path, *, progress: bool = True, timeout_s: f
 
 
 def _where_to_put() -> str:
-    lines = [f"  {known.name} from {known.url} ({known.algorithm} {known.digest})" for known in PUBLISHED]
+    files = [f"{known.name} from {known.url} ({known.algorithm} {known.digest})" for known in PUBLISHED]
     places = f"the working directory ({Path.cwd()}) or {cache_folder()}"
-    return f"Put one of these files into {places}, or name its path:\n" + "\n".join(lines)
+    return f"Put one of these files into {places}, or name its path: {', or '.join(files)}"
 
 
 def _state_from_torch(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each means that the file is not a plain state dict
-        raise ValueError(f"{path} cannot be read as a PyTorch weights file: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as a PyTorch file of tensors ({type(error).__name__}); {_EXPECTED}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a plain dictionary of tensors")
+        raise ValueError(f"{path} does not hold a plain dictionary of tensors; {_EXPECTED}")
     return {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
 
 

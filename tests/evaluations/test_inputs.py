@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -460,3 +461,9 @@ def test_a_zip_of_pictures_may_hold_an_array_too(tmp_path: Path) -> None:
         archive.writestr("a.png", stream.getvalue())
         archive.writestr("emb.npy", b"")
     assert open_images(tmp_path / "z.zip").count == 1
+    for array in ("arr_0.npy", "mu.npy"):  # either may be meant
+        shutil.copy(tmp_path / "z.zip", tmp_path / "both.zip")
+        with zipfile.ZipFile(tmp_path / "both.zip", "a") as archive:
+            archive.writestr(array, b"")
+        with pytest.raises(ValueError, match=rf"both\.zip holds {array} and beside it 1 images \(first: 'a\.png'\)"):
+            open_images(tmp_path / "both.zip")

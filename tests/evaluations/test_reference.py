@@ -66,5 +66,8 @@ def test_reference_of_a_folder(tmp_path: Path, net) -> None:
 def test_mistakes(tmp_path: Path, net) -> None:
     with pytest.raises(ValueError, match="image_size is 0"):
         reference.make_reference(np.zeros((2, 4, 4, 3), np.uint8) + 9, tmp_path / "r.npz", image_size=0, net=net)
+    for wrong in ({"keep": 0}, {"keep": -1}, {"seed": -1}):  # known before an image is encoded
+        with pytest.raises(ValueError, match="they must be at least 1 and 0"):
+            reference.make_reference(tmp_path / "nowhere", tmp_path / "x.npz", image_size=8, net=net, **wrong)
     with pytest.raises(ValueError, match="at least 2 images, found 1"):
         reference.make_reference(np.zeros((1, 4, 4, 3), np.uint8) + 9, tmp_path / "r.npz", image_size=4, net=net)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluations import compare, inputs, metrics, plots, report, statistics
 from evaluations.encoders import CallableEncoder, Encoded, Encoder, make_encoder
@@ -376,6 +377,56 @@ def test_compare_names_the_first_difference(
             report.read_report(tmp_path / "other.json")
     with pytest.raises(ValueError, match="cannot be read"):
         report.read_report(tmp_path / "absent.json")
+
+
+def classes_of(root: Path, images: np.ndarray, *names: str) -> str:
+    """A folder with one sub-folder of pictures for each name."""
+    for k, image in enumerate(images):
+        path = root / names[k % len(names)] / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return str(root)
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
+def test_classes_of_folders_are_matched_by_name(encoder: Encoder, tmp_path: Path) -> None:
+    settings = replace(PLAIN, per_class=True)
+    against = classes_of(tmp_path / "ref", REFERENCE, "ant", "bee", "cat")
+    same = evaluate(against, classes_of(tmp_path / "same", REFERENCE, "ant", "bee", "cat"), settings, encoder=encoder)
+    assert not any("called alike" in told for told in same.warnings)
+    fewer = evaluate(against, classes_of(tmp_path / "few", SAMPLES[:20], "bee", "cat"), settings, encoder=encoder)
+    assert [(row.label, row.references) for row in fewer.sets[0].per_class] == [(1, 20), (2, 20)]
+    assert any("called alike" in told for told in fewer.warnings)
+    other = evaluate(against, classes_of(tmp_path / "other", SAMPLES[:20], "asp", "cat"), settings, encoder=encoder)
+    assert [(row.label, row.references) for row in other.sets[0].per_class] == [(2, 20), (3, 0)]
+    assert any("has no images of 1 classes of" in told and "(3)" in told for told in other.warnings)
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
+def test_scores_per_class_that_are_left_out_are_told(files: tuple[str, str], encoder: Encoder, tmp_path: Path) -> None:
+    plain, far = str(tmp_path / "plain.npz"), str(tmp_path / "far.npz")
+    np.savez(plain, REFERENCE)
+    np.savez(far, SAMPLES, LABELS + 7)
+    for reference, samples, words in (
+        (plain, files[1], "plain.npz has no labels .arr_1., so recall, FID and KID of each class are left out"),
+        (files[0], far, r"ref.npz has no images of 3 classes of .*far.npz \(7, 8, 9\)"),
+        (files[0], plain, "plain.npz has no labels .arr_1., so there are no scores per class"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            evaluate(reference, samples, replace(PLAIN, per_class=True), encoder=encoder)
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
+def test_sizes_that_differ_are_told(encoder: Encoder) -> None:
+    words = "holds images of 8x4, array in memory of 8x8"
+    with pytest.warns(UserWarning, match=words):
+        evaluate(REFERENCE, SAMPLES[:, :4], PLAIN, encoder=replace_rows(encoder))
+    assert not any(words[:5] in told for told in evaluate(REFERENCE, SAMPLES, PLAIN, encoder=encoder).warnings)
+
+
+def replace_rows(encoder: Encoder) -> Encoder:
+    """Six features whatever the height."""
+    return CallableEncoder("rows", lambda images: images[:, :2].float().mean(1).flatten(1)[:, :6])
 
 
 def test_class_table_shows_the_worst_first() -> None:

@@ -163,6 +163,28 @@ def test_pickles_are_not_executed(tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("ref.npz", lambda path: np.savez(path, np.zeros((2, 4, 4, 3), np.uint8))),
+        ("model.pt", lambda path: torch.save({"time_embed.0.weight": torch.zeros(2)}, path)),
+        ("nested.pth", lambda path: torch.save({"state_dict": {}}, path)),
+        ("module.pth", lambda path: torch.save(torch.nn.Linear(1, 1), path)),
+        ("graph.pb", lambda path: path.write_bytes(b"hello" * 9)),
+    ],
+)
+def test_files_of_another_kind_are_told_in_one_line(name, save, tmp_path):
+    save(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=f"{name} is not a published Inception weights file.*Leave --weights out"
+    ) as told:
+        load_inception(tmp_path / name)
+    assert "\n" not in str(told.value) and "Delete" not in str(told.value)
+    with pytest.warns(UserWarning, match="unknown"), pytest.raises(ValueError, match=name) as told:
+        load_inception(tmp_path / name, allow_unknown=True)
+    assert "\n" not in str(told.value) and any(word in str(told.value) for word in ("2015 Inception", "GraphDef"))
+
+
 @pytest.mark.filterwarnings("ignore:scores rest on unknown")
 def test_wrong_contents_are_named(tmp_path, plain_net, monkeypatch):
     path = tmp_path / "w.pth"
