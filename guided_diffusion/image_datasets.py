@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from torch.utils.data import DataLoader, Dataset  # noqa: F401  DataLoader: a 2021 name of this module
+from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util as _dist_util
 from .data import images as _images
@@ -19,7 +19,7 @@ from .data import labels as _labels
 from .data import loader as _loader
 from .data import sources as _sources
 from .data.listing import Records as _Records
-from .dist_util import MPI, bf  # noqa: F401  2021 names of this module
+from .dist_util import MPI, bf  # noqa: F401  bf: a 2021 name of this module
 
 Image: Any = _dist_util._Lazy(lambda: import_module("PIL.Image"))  # a 2021 name too
 _EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # what 2021 looked at; the rooms know more
@@ -39,11 +39,16 @@ def load_data(
 
     `batch_size` is per process. Order and augmentation follow torch's global seed; `deterministic` keeps the order of the file names
     and leaves out the last, incomplete batch of each epoch. ValueError if the share is smaller than one batch.
+    Where a program has replaced `ImageDataset`, a method of it, `DataLoader`, `MPI` or a crop of this module, it loads with those.
     """
     if not data_dir:
         raise ValueError("unspecified data directory")
     paths = _list_image_files_recursively(data_dir)
     found = _labels.by_prefix([path.replace(os.sep, "/") for path in paths]) if class_cond else _labels.NONE
+    if _replaceable() != _OURS:
+        classes = None if found.numbers is None else found.numbers.tolist()
+        crop_and_flip = {"random_crop": random_crop, "random_flip": random_flip}
+        return _by_dataset(image_size, paths, classes, batch_size, not deterministic, crop_and_flip)
     comm = _dist_util._Communicator()
     records = _Records(tuple(paths), *found, root=str(data_dir)).take(slice(comm.Get_rank(), None, comm.Get_size()))
     if deterministic:
@@ -65,6 +70,27 @@ def _old_items(batches: _loader.Batches) -> Iterator[tuple[th.Tensor, dict[str, 
     for batch in batches:
         images = _images.to_float(batch.images, batch.flips)
         yield images.contiguous(), {} if batch.labels is None else {"y": batch.labels}
+
+
+def _by_dataset(
+    image_size: int, paths: list[str], classes: list[int] | None, batch_size: int, shuffle: bool, more: dict[str, bool]
+) -> Iterator[Any]:
+    """Batches by way of this module's names, as they are now."""
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+    dataset = ImageDataset(image_size, paths, classes=classes, shard=rank, num_shards=size, **more)
+    loader: Any = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=1, drop_last=True)
+    empty = True
+    while True:
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(f"batch_size={batch_size} is larger than this process's share of the {len(paths)} images")
+
+
+def _replaceable() -> list[Any]:
+    methods = [getattr(ImageDataset, name, None) for name in ("__init__", "__len__", "__getitem__")]
+    return [DataLoader, MPI, center_crop_arr, random_crop_arr, ImageDataset, *methods]
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
@@ -95,11 +121,8 @@ class ImageDataset(Dataset[tuple[np.ndarray, dict[str, np.ndarray]]]):
         return len(self.local_images)
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        picture = _images.read_image(self.local_images[idx])
-        if self.random_crop:
-            picture = _images.random_crop(picture, self.resolution, random)
-        else:
-            picture = _images.center_crop(picture, self.resolution)
+        crop = random_crop_arr if self.random_crop else center_crop_arr
+        picture = crop(_images.from_array(_images.read_image(self.local_images[idx])), self.resolution)
         if self.random_flip and random.random() < 0.5:
             picture = picture[:, ::-1]
         array = _images.to_float(th.from_numpy(picture.copy())[None])[0].contiguous().numpy()
@@ -116,3 +139,6 @@ def random_crop_arr(
 ) -> np.ndarray:
     """A random square of a PIL picture; draws from the global `random`."""
     return _images.random_crop(pil_image, image_size, random, min_crop_frac, max_crop_frac)
+
+
+_OURS = _replaceable()

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,20 @@ def test_mistakes(folder):
         load_data(data_dir=folder, batch_size=6, image_size=8, deterministic=True)
     with pytest.raises(TypeError):
         load_data(folder, 1, 8)
+
+
+def test_a_replaced_mpi_says_the_share(folder, monkeypatch):
+    world = SimpleNamespace(Get_rank=lambda: 1, Get_size=lambda: 2)
+    monkeypatch.setattr(image_datasets, "MPI", SimpleNamespace(COMM_WORLD=world))
+    batches = load_data(data_dir=folder, batch_size=1, image_size=8, class_cond=True, deterministic=True)
+    assert [extra["y"].item() for _, extra in islice(batches, 3)] == [0, 2, 0]
+
+
+def test_a_replaced_dataset_and_a_share_below_one_batch(folder, monkeypatch):
+    """Without a word, 2021 looked for a batch for ever."""
+    monkeypatch.setattr(image_datasets, "ImageDataset", type("Mine", (ImageDataset,), {}))
+    with pytest.raises(ValueError, match="batch_size=6 is larger than .* the 5 images"):
+        next(load_data(data_dir=folder, batch_size=6, image_size=8))
 
 
 def run(program: str, **environment: str) -> str:
