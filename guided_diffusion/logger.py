@@ -11,7 +11,7 @@ import json  # noqa: F401  the names that star imports of this module rely on
 import os
 import os.path as osp
 import shutil  # noqa: F401  as above
-import sys  # noqa: F401  as above
+import sys
 import tempfile
 import time
 import warnings  # noqa: F401  as above
@@ -63,7 +63,8 @@ class HumanOutputFormat(_Format, SeqWriter):
     def __init__(self, filename_or_file: Any) -> None:
         if not isinstance(filename_or_file, str) and not hasattr(filename_or_file, "write"):
             raise ValueError(f"expected a file or a path, got {filename_or_file!r}")
-        self._writer = _room.TextWriter(filename_or_file)
+        # The screen is whatever `sys.stdout` is at the time of writing.
+        self._writer = _room.TextWriter(None if filename_or_file is sys.stdout else filename_or_file)
 
     def writeseq(self, seq: Iterable[str]) -> None:
         self._writer.note(" ".join(seq))
@@ -93,18 +94,16 @@ class TensorBoardOutputFormat(_Format):
 def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
     """The writer called `format` ("stdout", "log", "json", "csv", "tensorboard") in folder `ev_dir`."""
     os.makedirs(ev_dir, exist_ok=True)
-    writer = _room.make_writer(
-        format, ev_dir, log_suffix
-    )  # ValueError for an unknown one, so the table below is complete
-    kinds: dict[str, type[_Format]] = {
-        "csv": CSVOutputFormat,
-        "json": JSONOutputFormat,
-        "tensorboard": TensorBoardOutputFormat,
+    makers: dict[str, Callable[[], KVWriter]] = {
+        "stdout": lambda: HumanOutputFormat(sys.stdout),
+        "log": lambda: HumanOutputFormat(osp.join(ev_dir, f"log{log_suffix}.txt")),
+        "json": lambda: JSONOutputFormat(osp.join(ev_dir, f"progress{log_suffix}.json")),
+        "csv": lambda: CSVOutputFormat(osp.join(ev_dir, f"progress{log_suffix}.csv")),
+        "tensorboard": lambda: TensorBoardOutputFormat(osp.join(ev_dir, f"tb{log_suffix}")),
     }
-    kind = kinds.get(format, HumanOutputFormat)
-    output = kind.__new__(kind)
-    output._writer = writer
-    return output
+    if format not in makers:
+        raise ValueError(f"unknown log format {format!r}; choose among {', '.join(makers)}")
+    return makers[format]()
 
 
 def logkv(key: str, val: Any) -> None:

@@ -176,6 +176,27 @@ def test_writers_of_others_are_served():
     assert mine.seen == [{"a": 1}, ["x", "2"], "closed"]
 
 
+def test_a_format_can_be_replaced(tmp_path, monkeypatch):
+    """Many did so with the one for TensorBoard, which needed a package of its own in 2021."""
+    made = []
+
+    class Mine(logger.KVWriter):
+        def __init__(self, dir):
+            made.append(dir)
+
+        def writekvs(self, kvs):
+            made.append(dict(kvs))
+
+        def close(self):
+            """Nothing to close."""
+
+    monkeypatch.setattr(logger, "TensorBoardOutputFormat", Mine)
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["tensorboard"]):
+        logger.logkv("a", 1)
+        logger.dumpkvs()
+    assert made == [str(tmp_path / "tb"), {"a": 1}]
+
+
 class Comm:
     """Two ranks' worth of `gather`."""
 
