@@ -66,29 +66,31 @@ class LossAwareSampler(ScheduleSampler):
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """Steps in proportion to the root mean square of their last losses; see `diffusion.timesteps.LossSecondMoment`."""
+    """Steps in proportion to the root mean square of their last losses; see `diffusion.timesteps.LossSecondMoment`.
+
+    `_loss_history` `[T, history_per_term]`, the oldest first, and `_loss_counts` `[T]` are arrays that subclasses read and write.
+    """
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
         self.diffusion = diffusion
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
-        self._memory = _room.LossSecondMoment(diffusion.num_timesteps, history_per_term, uniform_prob)
-
-    @property
-    def _loss_history(self) -> np.ndarray:
-        return self._memory.losses.numpy()
-
-    @property
-    def _loss_counts(self) -> np.ndarray:
-        return self._memory.seen.clamp(max=self.history_per_term).numpy()
+        self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term])
+        self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
 
     def weights(self) -> np.ndarray:
         if not self._warmed_up():
             return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
-        return self._memory.probabilities().numpy()
+        losses = th.from_numpy(self._loss_history)
+        return _room.second_moment_probabilities(losses, th.tensor(True), self.uniform_prob).numpy()
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
-        self._memory.update(th.as_tensor(ts, dtype=th.int64), th.as_tensor(losses, dtype=th.float64))
+        for t, loss in zip(ts, losses):
+            if self._loss_counts[t] < self.history_per_term:
+                self._loss_counts[t] += 1
+            else:  # the oldest goes to the end, where the new one takes its place
+                self._loss_history[t] = np.roll(self._loss_history[t], -1)
+            self._loss_history[t, self._loss_counts[t] - 1] = loss
 
     def _warmed_up(self) -> bool:
-        return bool(self._memory.warm())
+        return bool((self._loss_counts == self.history_per_term).all())
