@@ -82,7 +82,7 @@ def master_params_to_state_dict(
     if use_fp16:
         assert param_groups_and_shapes is not None
         for master, (group, _) in zip(master_params, param_groups_and_shapes):
-            state.update(zip((name for name, _ in group), unflatten_master_params(group, master)))
+            state.update(zip((name for name, _ in group), unflatten_master_params(group, master.view(-1))))
     else:
         state.update(zip((name for name, _ in model.named_parameters()), master_params))
     return state

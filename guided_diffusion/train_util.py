@@ -15,7 +15,7 @@ from typing import Any
 
 import torch as th
 import torch.distributed as dist
-from torch.nn.parallel.distributed import DistributedDataParallel as DDP  # noqa: F401
+from torch.nn.parallel.distributed import DistributedDataParallel as DDP
 from torch.optim import AdamW
 
 from . import dist_util, logger
@@ -91,7 +91,7 @@ class TrainLoop:
         self.use_ddp = _processes() > 1
         self.ddp_model = self.model
         if self.use_ddp:
-            self.ddp_model = _distributed(self.model, dist_util.dev())
+            self.ddp_model = _distributed(self.model, dist_util.dev(), wrapper=DDP)
 
     def _load_and_sync_parameters(self) -> None:
         """Every process reads the weights for itself; rank 0's are then everybody's."""
@@ -124,7 +124,7 @@ class TrainLoop:
             logger.log(f"loading optimizer state from checkpoint: {path}")
             state = dist_util.load_state_dict(path, map_location=dist_util.dev())
             # Moments and counts only: rate and decay are those of this loop, not of the one that wrote the file.
-            _optimizer.load_state(self.opt, state, self.mp_trainer.master_params, self.mp_trainer.model_params)
+            _optimizer.load_state(self.opt, state, self.mp_trainer.master_params, list(self.model.parameters()))
             for group in self.opt.param_groups:
                 group["lr"] = _learning_rate(self.resume_step, self.lr, anneal_steps=self.lr_anneal_steps)
         else:
@@ -196,11 +196,16 @@ class TrainLoop:
         step = self.step + self.resume_step
         named = {_files.model_name(step): self.mp_trainer.master_params}
         named |= {_files.ema_name(str(rate), step): params for rate, params in zip(self.ema_rate, self.ema_params)}
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            for name, params in named.items():
+        main = not dist.is_initialized() or dist.get_rank() == 0
+        for name, params in named.items():
+            state = self.mp_trainer.master_params_to_state_dict(params)  # on all: an override may gather here
+            if main:
                 logger.log(f"saving {name}...")
-                state = self.mp_trainer.master_params_to_state_dict(params)
-                _write(name, {key: value.detach().contiguous() for key, value in state.items()})
+                tensors = {
+                    key: value.detach().contiguous() for key, value in state.items() if isinstance(value, th.Tensor)
+                }
+                _write(name, {**state, **tensors})
+        if main:
             _write(_files.optimizer_name(step), self.opt.state_dict())
         if dist.is_initialized():
             dist.barrier()

@@ -34,6 +34,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).norm()
 
 
+# Of AdamW; what other optimizers keep may have any shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
 def _can_fuse(params: Sequence[nn.Parameter]) -> bool:
     try:
         AdamW(params, fused=True)
@@ -95,7 +99,7 @@ def load_state(
             raise ValueError(f"the optimizer file has {len(moments)} parameters, the network {len(params)}")
         shape = params[int(k)].shape
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != shape:
+            if name in _MOMENTS and value.dim() and value.shape != shape:
                 raise ValueError(
                     f"the optimizer file is of another network: {name} of parameter {k} has shape {tuple(value.shape)} "
                     f"instead of {tuple(shape)}"

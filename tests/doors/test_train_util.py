@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from guided_diffusion import logger, train_util
+from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.resample import LossSecondMomentResampler
 from guided_diffusion.train_util import TrainLoop
 
@@ -237,6 +238,65 @@ def test_subclass_hooks_are_called():
 
     loop(Mine, lr_anneal_steps=1).run_loop()
     assert calls == ["load", "init", "run_step", "forward_backward", "ema", "anneal", "log_step", "save"]
+
+
+def test_every_process_makes_the_weights_of_a_save_and_the_first_writes_them(folder, monkeypatch):
+    """An override may gather there, which takes all, and may add words."""
+    made = []
+
+    class Gathering(train_util.MixedPrecisionTrainer):
+        def master_params_to_state_dict(self, params):
+            made.append(params)
+            return {**super().master_params_to_state_dict(params), "note": "words"}
+
+    monkeypatch.setattr(train_util, "MixedPrecisionTrainer", Gathering)
+    run = loop()
+    run.save()
+    assert torch.load(folder / "ema_0.5_000000.pt", weights_only=True)["note"] == "words" and len(made) == 3
+    for name, value in {"is_initialized": True, "get_rank": 1, "barrier": None}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    run.step = 1
+    run.save()
+    assert len(made) == 6 and not (folder / "model000001.pt").exists()
+
+
+def test_the_wrapper_for_many_processes_can_be_replaced(monkeypatch):
+    told = {}
+
+    def wrapper(net, **options):
+        told.update(options)
+        return nn.Sequential(net)
+
+    monkeypatch.setattr(train_util, "_processes", lambda: 2)
+    monkeypatch.setattr(train_util, "DDP", wrapper)
+    run = loop()
+    assert isinstance(run.ddp_model, nn.Sequential) and run.ddp_model[0] is run.model and told["bucket_cap_mb"] == 128
+
+
+def test_another_optimizer_and_trainer_in_their_places_resume(folder, monkeypatch):
+    """What the optimizer keeps may have any shape; of the trainer, that which 2021 asked of it is asked."""
+
+    class Flat(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["kept"] = p.detach().flatten()[:3].clone()
+
+    class Trainer:
+        def __init__(self, *, model, use_fp16, fp16_scale_growth):
+            inner = MixedPrecisionTrainer(model=model)
+            for name in "zero_grad backward optimize master_params_to_state_dict state_dict_to_master_params".split():
+                setattr(self, name, getattr(inner, name))
+            self.master_params = inner.master_params
+
+    monkeypatch.setattr(train_util, "AdamW", lambda params, lr, weight_decay: Flat(params, lr=lr))
+    monkeypatch.setattr(train_util, "MixedPrecisionTrainer", Trainer)
+    first = loop(lr_anneal_steps=4)
+    first.run_loop()
+    again = loop(resume_checkpoint=str(folder / "model000003.pt"))
+    kept = [run.opt.state[run.model.layer.weight]["kept"] for run in (first, again)]
+    assert torch.equal(*kept)
+    again.run_step(*next(again.data))
 
 
 def test_learning_rate_after_each_step():
