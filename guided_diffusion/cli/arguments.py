@@ -63,9 +63,14 @@ def parse(
         raise UsageError(_unknown(unknown[0], known))
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
-        from ..config import laid_over
+        from ..config import changed, laid_over
+        from .runs import first_of_machine
 
-        typed = laid_over(_from_file(arguments.config, known), typed)
+        stored, given = _from_file(arguments.config, known), typed
+        typed = laid_over(stored, given)
+        now = {**{name: entry.default for name, entry in known.items()}, **typed}
+        for sentence in changed(stored, given, now) if first_of_machine() else ():
+            print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
     typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():
         choices = known[name].choices

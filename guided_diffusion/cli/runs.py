@@ -62,7 +62,7 @@ def share_the_processor() -> None:
 def _told(error: Exception, words: Sequence[str]) -> int:
     if getattr(error, "told_elsewhere", False):
         return USER_ERROR
-    if not isinstance(error, RuntimeError) and not _first_of_machine():
+    if not isinstance(error, RuntimeError) and not first_of_machine():
         # The same words failed in the first process here, which says so. The launcher may end it as soon as this one is gone.
         time.sleep(_FIRST_SPEAKS_S)
         return USER_ERROR
@@ -75,7 +75,7 @@ def _told(error: Exception, words: Sequence[str]) -> int:
 _FIRST_SPEAKS_S = 3.0
 
 
-def _first_of_machine() -> bool:
+def first_of_machine() -> bool:
     """Whether no other process of the job on this machine is there to say what is wrong with a command line."""
     from ..runtime import launchers
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import WEIGHTS, RunConfig, flatten, laid_over
+from ..config import WEIGHTS, RunConfig, changed, flatten, laid_over
 from . import arguments, runs, watching
 
 if TYPE_CHECKING:
@@ -298,9 +298,8 @@ def _configuration(
         # What the weights are is agreed upon, and stays as it is spelled there.
         fixed = {name for section in ("model", "diffusion") for name in saved.config[section]} - FREE
         flags = {**flags, **{name: stored[name] for name in fixed}, **laid_over(stored, parsed.typed)}
-        for name in sorted(set(stored) - set(parsed.typed) - {"resume_checkpoint", "global_batch_size"}):
-            if flags[name] != stored[name]:
-                tell(f"--{name} was {stored[name]!r} before and is {flags[name]!r} now, as the flags given decide")
+        for sentence in changed(stored, parsed.typed, flags):
+            tell(sentence)
     return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})
 
 

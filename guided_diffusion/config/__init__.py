@@ -25,4 +25,5 @@ from .runs import DiffusionConfig as DiffusionConfig
 from .runs import RunConfig as RunConfig
 from .runs import SampleConfig as SampleConfig
 from .runs import TrainConfig as TrainConfig
+from .runs import changed as changed
 from .runs import laid_over as laid_over

@@ -285,3 +285,10 @@ def laid_over(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     if "lr_anneal_steps" not in given and 0 < merged.get("lr_anneal_steps", 0) < given.get("max_steps", 0):
         merged["lr_anneal_steps"] = given["max_steps"]
     return merged
+
+
+def changed(stored: Mapping[str, Any], given: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A sentence for each stored flag that is another one now, though it was not given: what `laid_over` decided."""
+    kept = sorted(set(stored) - set(given) - {"resume_checkpoint", "global_batch_size"})
+    was = [name for name in kept if now[name] != stored[name]]
+    return [f"--{name} was {stored[name]!r} before and is {now[name]!r} now, as the flags given decide" for name in was]

@@ -162,6 +162,23 @@ def test_a_flag_given_now_wins_over_a_stored_one_that_decides_in_its_place(
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("--lr_anneal_steps 1", "--max_steps 2", "--lr_anneal_steps was 1 before and is 2 now"),
+        ("--max_steps 1", "--lr_anneal_steps 2", "--max_steps was 1 before and is 0 now"),
+        ("--max_steps 1 --checkpoint norms", "--use_checkpoint True", "--checkpoint was 'norms' before and is '' now"),
+        ("--max_steps 1 --batch_size 4", "--max_steps 2 --batch_size 8", ""),
+    ],
+)
+def test_what_a_given_flag_decides_of_a_file_is_told(first, second, said, photos, tmp_path, capsys):
+    assert train(first, photos, tmp_path / "a") == 0
+    capsys.readouterr()
+    assert train(f"--config {tmp_path}/a/config.json {second}", photos, tmp_path / "b") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --config")]
+    assert len(notes) == bool(said) and said in "".join(notes)
+
+
+@pytest.mark.parametrize(
     ("stored", "given", "merged"),
     [
         ({"max_steps": 5}, {"lr_anneal_steps": 0}, {"max_steps": 5, "lr_anneal_steps": 0}),
