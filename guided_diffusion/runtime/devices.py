@@ -38,14 +38,17 @@ def choose_device(device: str | torch.device, local_rank: int, local_size: int) 
     wanted = str(device)
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.partition(":")[0] != "cuda":
-        return torch.device(wanted)
+    try:
+        chosen = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device is {wanted!r}; it must be auto, cpu, cuda, or one GPU such as cuda:1") from None
+    if chosen.type != "cuda":
+        return chosen
     if not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r} was asked for, but torch sees no CUDA device "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); use device=cpu or auto"
         )
-    chosen = torch.device(wanted)
     if chosen.index is None:
         count = torch.cuda.device_count()
         if local_rank >= count > 1:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 600.0
 REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
 _BUCKET_BYTES = 64 << 20
+_MEETINGS = count()
 # In the words of gloo, NCCL, TCPStore and the operating system when a partner does not answer.
 _NETWORK_WORDS = (
     "imed out",
@@ -340,8 +342,10 @@ def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) 
     try:
         if place.launcher == "torchrun":
             store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
-            # The store outlives a restart by torchrun; what the last attempt left in it, such as its death note, is not ours.
-            return dist.PrefixStore(f"attempt{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
+            # the addresses of gloo, is not ours.
+            attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", store)
         if known := launchers.known_address(place, environ):
             return _tcp_store(known[0], known[1], place, limit)
         if launchers.one_host(place):

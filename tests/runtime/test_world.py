@@ -197,6 +197,8 @@ def test_two_ranks_on_one_gpu_are_refused():
 
 def test_device_choice(monkeypatch):
     assert choose_device("cpu", 3, 4) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device is 'cudda'; it must be"):
+        choose_device("cudda", 0, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0, 1) == torch.device("cpu")
     with pytest.raises(ValueError, match="sees no CUDA device"):
@@ -238,6 +240,9 @@ with session("cpu", timeout_s=90) as world:
     world.barrier()
     if "MASTER" in os.environ.get("TEST_SAY", ""):
         print(world)
+for n in range(2):  # one world after another, as `demo` has them
+    with session("cpu", timeout_s=90, announce=None) as world:
+        assert world.all_gather_object(n) == [n, n]
 assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 assert not torch.distributed.is_initialized()
 print(f"fine {r}\\n", end="")  # one write: the ranks share the pipe
