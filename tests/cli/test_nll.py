@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,32 @@ def test_batches_change_nothing(place: Path, one_by_one: Path, tmp_path: Path, s
     for name in ("vb", "mse", "xstart_mse"):
         with np.load(tmp_path / f"{name}_terms.npz") as a, np.load(one_by_one / f"{name}_terms.npz") as b:
             np.testing.assert_allclose(a["arr_0"], b["arr_0"], rtol=1e-4, atol=1e-6)
+
+
+def test_classes_of_a_part_of_the_folders_go_by_name(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders seven and three of ten classes: measured as with their numbers in a table, refused under another name."""
+    names = tuple("zero one two three four five six seven eight nine".split())
+    gd.save(replace(gd.load(f"{place}/model", tell=lambda _: None), class_names=names), str(tmp_path / "model"))
+    for number in (3, 7):
+        shutil.copytree(place / "digits" / str(number), tmp_path / "digits" / names[number])
+    pictures = sorted((tmp_path / "digits").glob("*/*.png"))
+
+    def found(*labels: int) -> list[float]:
+        """Of each picture; `labels` are the numbers of classes seven and three, else the folders' names count."""
+        words = ["--timestep_respacing", "4"]
+        if labels:
+            rows = [f"{path.parent.name}/{path.name},{labels[path.parent.name == 'three']}" for path in pictures]
+            (tmp_path / "labels.csv").write_text("\n".join(["path,class", *rows]))
+            words += ["--labels", str(tmp_path / "labels.csv")]
+        return measure(tmp_path, tmp_path / "out", *words)["by_image"]
+
+    assert found() == found(7, 3) != found(0, 1)
+    assert "classes go by name: seven is 7, three is 3 (2)" in capsys.readouterr().out
+    (tmp_path / "digits" / "three").rename(tmp_path / "digits" / "drei")
+    assert main(["nll", "--model_path", f"{tmp_path}/model", "--data_dir", f"{tmp_path}/digits"]) == 2
+    assert "has the classes drei (1), which" in capsys.readouterr().err
 
 
 def test_another_seed_measures_other_images(place: Path, one_by_one: Path, tmp_path: Path) -> None:

@@ -180,6 +180,27 @@ def test_a_folder_of_pictures_is_enlarged_with_its_classes(models: Path, photos:
     assert found["arr_1"].tolist() == [0] * 12 + [1] * 12
 
 
+def test_classes_go_by_name(photos: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder that lacks one, and of samples whose receipt has them in another order; a strange one is refused by name."""
+    save(tmp_path / "large", "super_resolution", {**LARGE, "num_classes": 3}, ("bird", "china", "flower"))
+    for name in ("china", "flower"):
+        (tmp_path / "some" / name).mkdir(parents=True)
+        shutil.copy(photos / f"{name}_0.png", tmp_path / "some" / name)
+    assert enlarge(tmp_path, tmp_path / "some", tmp_path / "a")["arr_1"].tolist() == [1, 2]
+
+    (tmp_path / "made").mkdir()
+    base = shutil.copy(small, tmp_path / "made" / small.name)
+    receipt = tmp_path / "made" / "sampling.json"
+    receipt.write_text(json.dumps({"file": small.name, "class_names": ["flower", "bird"]}))
+    assert enlarge(tmp_path, base, tmp_path / "b")["arr_1"].tolist() == [0, 2, 0, 0, 2]
+
+    receipt.write_text(json.dumps({"file": small.name, "class_names": ["flower", "tree"]}))
+    enlarge(tmp_path, base, tmp_path / "c", code=2)
+    (tmp_path / "some" / "china").rename(tmp_path / "some" / "tree")
+    enlarge(tmp_path, tmp_path / "some", tmp_path / "c", code=2)
+    assert capsys.readouterr().err.count("has the classes tree (1), which") == 2
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
