@@ -15,12 +15,11 @@ if __package__ in (None, ""):
     __package__ = "evaluations"
     import evaluations  # noqa: F401 - makes the relative imports below work
 
-import argparse
 import io
 import warnings
 from collections.abc import Sequence
 
-from guided_diffusion.runtime import storage
+from guided_diffusion.runtime import launchers, storage
 
 from . import outputs
 from .world import tell_of_others, world_from_environment
@@ -45,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:  # TimeoutError is an OSError
+            launchers.leave_it_to_the_first(os.environ)  # that may be of this process's share alone, so it is said then
             print(f"error: {error}", file=sys.stderr)
             return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> outputs.Parser:
+    parser = outputs.Parser(
         prog="evaluator.py",
         description="FID, sFID, Inception Score, precision and recall of samples, with the numbers of 2021.",
         epilog="Further commands: 'compare A.json B.json' tells what sets two reports apart; 'reference IMAGES "

@@ -1,9 +1,18 @@
-"""Files that will be written: what cannot be is refused before the work."""
+"""What is asked, and files that will be written: what cannot be is refused before the work."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
 
 
 def check_file(option: str, path: str, inputs: Sequence[str] = ()) -> None:

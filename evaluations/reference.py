@@ -8,7 +8,6 @@ the commonest cause of an FID that is too high.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -164,7 +163,7 @@ def _write(out: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = outputs.Parser(
         prog="evaluator.py reference", description="Make a reference npz from a folder, zip, tar shards or npz."
     )
     add = parser.add_argument

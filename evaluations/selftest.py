@@ -7,7 +7,6 @@ evaluator (TensorFlow 2.21, SciPy 1.17) on these very inputs, and from exact ari
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import metrics, neighbours
+from . import metrics, neighbours, outputs
 from .encoders import InceptionEncoder
 from .features import extract, pick_device
 from .inception import Conv, InceptionV3
@@ -204,9 +203,7 @@ def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
 
 def main(arguments: Sequence[str]) -> int:
     """The command: status 0 when all checks pass."""
-    parser = argparse.ArgumentParser(
-        prog="evaluator.py selftest", description="Check this machine against recorded numbers."
-    )
+    parser = outputs.Parser(prog="evaluator.py selftest", description="Check this machine against recorded numbers.")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a graphics card where there is one")
     parser.add_argument(
         "--write", metavar="FOLDER", help="only write the synthetic weights and images there, to try out"

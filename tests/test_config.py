@@ -90,7 +90,7 @@ def test_sections_that_contradict_each_other_are_refused_by_name() -> None:
 def test_unknown_keys_and_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="ModelConfig has no field widht"):
         c.ModelConfig.from_dict({"widht": 3})
-    with pytest.raises(ValueError, match="kind is 'gan'"):
+    with pytest.raises(ValueError, match="--kind is 'gan'"):
         c.RunConfig.from_flags("gan", {})
 
 

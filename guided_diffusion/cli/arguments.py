@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +25,7 @@ class Parsed(NamedTuple):
     typed: dict[str, Any]  # only those on the command line or in --config
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that raises instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
@@ -46,7 +47,7 @@ def parse(
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
     """
     known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
-    parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
+    parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", metavar="FILE", help="JSON file with values for the flags below")
     for name, (default, help, choices, auto) in known.items():
         told = f"{help}" + (f" [{', '.join(str(c) or 'empty' for c in choices)}]" if choices else "")
@@ -64,12 +65,12 @@ def parse(
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
         from ..config import changed, laid_over
-        from .runs import first_of_machine
+        from ..runtime.launchers import first_of_machine
 
         stored, given = _from_file(arguments.config, known), typed
         typed = laid_over(stored, given)
         now = {**{name: entry.default for name, entry in known.items()}, **typed}
-        for sentence in changed(stored, given, now) if first_of_machine() else ():
+        for sentence in changed(stored, given, now) if first_of_machine(os.environ) else ():
             print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
     typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import WEIGHTS, WEIGHTS_HELP, ModelConfig
+from .arguments import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`guided-diffusion convert SOURCE TARGET`: the target's form is that of its name, or --to."""
-    parser = argparse.ArgumentParser(prog="guided-diffusion convert", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="guided-diffusion convert", description=__doc__, allow_abbrev=False)
     parser.add_argument("source", help="weights: .pt, .safetensors, a run folder, or a folder that diffusers wrote")
     parser.add_argument("target", help="NAME.safetensors, NAME.pt, or a folder for --to diffusers")
     parser.add_argument(

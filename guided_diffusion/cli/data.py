@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+from .arguments import Parser
+
 if TYPE_CHECKING:
     from ..data.listing import Records
 
@@ -22,13 +24,8 @@ def main(argv: list[str]) -> int:
         print(f"usage: guided-diffusion data {{{','.join(commands)}}} ...\n\n{__doc__}")
         return 0 if argv else 2
     if argv[0] not in commands:
-        print(f"data: unknown command {argv[0]!r}; must be one of {', '.join(commands)}", file=sys.stderr)
-        return 2
-    try:
-        return commands[argv[0]](argv[1:])
-    except (ValueError, ImportError, OSError) as error:
-        print(f"data {argv[0]}: {error}", file=sys.stderr)
-        return 1
+        raise ValueError(f"data: unknown command {argv[0]!r}; must be one of {', '.join(commands)}")
+    return commands[argv[0]](argv[1:])
 
 
 class Look(NamedTuple):
@@ -41,7 +38,7 @@ class Look(NamedTuple):
 
 def check(argv: Sequence[str]) -> int:
     """Decode every picture and print what is there. Exit code 1 if some cannot be read."""
-    parser = argparse.ArgumentParser("guided-diffusion data check", description=check.__doc__)
+    parser = Parser("guided-diffusion data check", description=check.__doc__)
     _add_source(parser)
     arguments = parser.parse_args(argv)
 
@@ -67,7 +64,7 @@ def check(argv: Sequence[str]) -> int:
 
 def pack(argv: Sequence[str]) -> int:
     """Crop every picture once, as training would (center crop), and write plain arrays that load without decoding."""
-    parser = argparse.ArgumentParser("guided-diffusion data pack", description=pack.__doc__)
+    parser = Parser("guided-diffusion data pack", description=pack.__doc__)
     _add_source(parser)
     parser.add_argument("out", help="new folder to write")
     parser.add_argument(

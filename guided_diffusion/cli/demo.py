@@ -7,11 +7,12 @@ a user could type.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .arguments import Parser
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 HELD_OUT = 5  # every fifth digit is kept from training, for the classifier's validation
@@ -19,7 +20,7 @@ HELD_OUT = 5  # every fifth digit is kept from training, for the classifier's va
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns 0. `--quick` is the same journey with a network and a patience too small to be good."""
-    parser = argparse.ArgumentParser(prog="guided-diffusion demo", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="guided-diffusion demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", default="runs/demo", help="folder for everything that is made (default runs/demo)")
     parser.add_argument("--quick", action="store_true", help="a minute instead of ten, digits not yet readable")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and of the samples (default 0)")

@@ -6,7 +6,6 @@ the data, predicts memory and disk, prints one table; exit code 1 if something w
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import RunConfig
 from . import runs
-from .arguments import parse
+from .arguments import Parser, parse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine device, processes, data, memory and disk; returns 0, or 1 if a check failed."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--kind", default="diffusion")
     kind = first.parse_known_args(argv)[0].kind
     extra = {

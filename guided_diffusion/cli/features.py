@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import runs
+from . import making, runs
+from .arguments import Parser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`guided-diffusion features`: IMAGES (a folder, or an npz with arr_0) -> npz with `features`, `arr_1` labels and `predicted`."""
-    parser = argparse.ArgumentParser(prog="guided-diffusion features", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="guided-diffusion features", description=__doc__, allow_abbrev=False)
     parser.add_argument("images", help="a folder of images, or an npz with arr_0")
     parser.add_argument("--classifier_path", required=True, help="weights of a classifier, or the folder of its run")
     parser.add_argument("--out", required=True, help="the npz to write")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..runtime import storage
 
     with runs.session({"device": args.device, "debug": False}) as here:
-        critic = build.load(args.classifier_path, kind="classifier", device=here.device)
+        critic = build.load(args.classifier_path, kind="classifier", device=here.device, tell=making.teller(here))
         if critic.kind != "classifier":
             raise ValueError(f"--classifier_path {critic.path} is a {critic.kind} model, not a classifier")
         images, labels = read_images(args.images, critic, args.batch_size)

@@ -9,6 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import WEIGHTS, WEIGHTS_HELP
+from .arguments import Parser
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`guided-diffusion inspect FILE [--probe FOLDER]`."""
-    parser = argparse.ArgumentParser(prog="guided-diffusion inspect", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="guided-diffusion inspect", description=__doc__, allow_abbrev=False)
     parser.add_argument("path", help="a file of weights, or the folder of a run")
     parser.add_argument(
         "--probe", metavar="FOLDER", help="images like those of its training; decides heads and schedule"

@@ -39,14 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(_version())
         return 0
-    if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        print(f"error: there is no command {words[0]!r}{hint}; see guided-diffusion --help", file=sys.stderr)
-        return runs.USER_ERROR
-    module, function, _ = COMMANDS[words[0]]
 
     def command(rest: Sequence[str] | None) -> int:
+        if words[0] not in COMMANDS:
+            near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"there is no command {words[0]!r}{hint}; see guided-diffusion --help")
+        module, function, _ = COMMANDS[words[0]]
         return int(getattr(import_module(module, __package__), function)(rest) or 0)
 
     return runs.guarded(command, words[1:])

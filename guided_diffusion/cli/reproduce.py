@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..presets import PRESETS, Preset, Recipe, get
-from .arguments import int_or_auto
+from .arguments import Parser, int_or_auto
 
 
 class Target(NamedTuple):
@@ -47,7 +47,7 @@ def targets() -> dict[str, Target]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`guided-diffusion reproduce NAME --num_samples 50000 --reference REF.npz`."""
     known = targets()
-    parser = argparse.ArgumentParser(prog="guided-diffusion reproduce", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="guided-diffusion reproduce", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"one of {', '.join(known)}")
     parser.add_argument("--num_samples", type=int, default=50000, help="images to make and score (default 50000)")
     parser.add_argument(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..runtime import storage
+from ..runtime import launchers, storage
 from .arguments import Parsed
 
 if TYPE_CHECKING:
@@ -62,28 +62,12 @@ def share_the_processor() -> None:
 def _told(error: Exception, words: Sequence[str]) -> int:
     if getattr(error, "told_elsewhere", False):
         return USER_ERROR
-    if not isinstance(error, RuntimeError) and not first_of_machine():
-        # The same words failed in the first process here, which says so. The launcher may end it as soon as this one is gone.
-        time.sleep(_FIRST_SPEAKS_S)
+    if not isinstance(error, RuntimeError) and launchers.leave_it_to_the_first(os.environ):
         return USER_ERROR
     if any(word.startswith("--debug") for word in words):
         traceback.print_exc()
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return USER_ERROR
-
-
-_FIRST_SPEAKS_S = 3.0
-
-
-def first_of_machine() -> bool:
-    """Whether no other process of the job on this machine is there to say what is wrong with a command line."""
-    from ..runtime import launchers
-
-    try:
-        place = launchers.discover(os.environ, ask_mpi=False)
-    except ValueError:
-        return True
-    return not (place.rank if place.local_rank is None else place.local_rank)
 
 
 def run_folder(out: str, kind: str) -> tuple[str, str]:

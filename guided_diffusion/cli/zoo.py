@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import urllib.error
 import urllib.request
@@ -10,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..presets import PRESETS, Preset, get
+from .arguments import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`guided-diffusion zoo [list]`, `zoo show NAME`, `zoo get NAME`."""
-    parser = argparse.ArgumentParser(prog="guided-diffusion zoo", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="guided-diffusion zoo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "action", nargs="?", default="list", choices=("list", "show", "get"), help="what to do (default list)"
     )

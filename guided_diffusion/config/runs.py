@@ -233,7 +233,7 @@ class RunConfig:
     def sections(cls, kind: str) -> dict[str, type[Section]]:
         """The config class of each section of a run of this kind."""
         if kind not in NETWORKS:
-            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(NETWORKS)}")
+            raise ValueError(f"--kind is {kind!r}; it must be one of {', '.join(NETWORKS)}")
         train = ClassifierTrainConfig if kind == "classifier" else TrainConfig
         return {"model": NETWORKS[kind], "diffusion": DiffusionConfig, "data": DataConfig, "train": train}
 

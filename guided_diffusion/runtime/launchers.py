@@ -32,6 +32,7 @@ class Place:
 
 # Traces of an MPI launcher whose rank and size variables we do not know by name: worth asking MPI itself.
 _MPI_TRACES = ("PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID")
+_FIRST_SPEAKS_S = 3.0
 
 
 def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
@@ -84,6 +85,23 @@ def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
     ):
         return Place(comm.Get_rank(), comm.Get_size(), None, None, "mpi4py")
     return Place()
+
+
+def first_of_machine(environ: Mapping[str, str]) -> bool:
+    """Whether no other process of the job on this machine is there to say what is wrong with a command line."""
+    try:
+        place = discover(environ, ask_mpi=False)
+    except ValueError:
+        return True
+    return not (place.rank if place.local_rank is None else place.local_rank)
+
+
+def leave_it_to_the_first(environ: Mapping[str, str]) -> bool:
+    """False for the first process of this machine. True, after some seconds, for others: the launcher may end it when this one is gone."""
+    if first_of_machine(environ):
+        return False
+    time.sleep(_FIRST_SPEAKS_S)
+    return True
 
 
 def mpi_communicator() -> Any | None:
