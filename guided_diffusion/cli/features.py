@@ -55,18 +55,12 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
 
     from ..data.images import center_crop
     from ..data.sources import Reader, list_source
+    from .upsample import read_npz
 
     model = critic.config.model
     size, channels = model.sample_size, model.image_channels
     if path.endswith(".npz"):
-        with np.load(path, allow_pickle=False) as held:
-            images = held["arr_0"]
-            labels = held["arr_1"] if "arr_1" in held.files else None
-        if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
-            raise ValueError(
-                f"{path} holds {images.dtype} images {list(images.shape[1:])}; the classifier was trained on uint8 "
-                f"{[size, size, channels]}"
-            )
+        images, labels = read_npz(path, size, channels, "images")
         return (images[k : k + batch_size] for k in range(0, len(images), batch_size)), labels
     source, labels = list_source(path), None
     try:

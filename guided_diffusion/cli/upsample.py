@@ -172,7 +172,8 @@ def open_base(path: str, size: int, channels: int, *, labels: str = "auto") -> B
     return _folder(path, size, channels, labels) if storage.isdir(path) else _npz(path, size, channels)
 
 
-def _npz(path: str, size: int, channels: int) -> Base:
+def read_npz(path: str, size: int, channels: int, whose: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(images uint8 [N, size, size, channels], mapped where they can be; labels int64 [N] or None). ValueError begins with `whose`."""
     import io
     import zipfile
 
@@ -183,22 +184,34 @@ def _npz(path: str, size: int, channels: int) -> Base:
     try:
         source: Any = io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else path
         with np.load(source, allow_pickle=False) as found:
-            labels = np.asarray(found["arr_1"], dtype=np.int64) if "arr_1" in found.files else None
+            labels = found["arr_1"] if "arr_1" in found.files else None
             if "arr_0" not in found.files:
                 raise ValueError(f"it has {', '.join(found.files) or 'nothing'} and no arr_0")
             images = _mapped(path) if isinstance(source, str) else None
             images = found["arr_0"] if images is None else images
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(
-            f"--base_samples {path} cannot be read as an npz of samples ({error}); sample commands write one"
+            f"{whose} {path} cannot be read as an npz of samples ({error}); sample commands write one"
         ) from None
     if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels) or not len(images):
         raise ValueError(
-            f"--base_samples {path} holds {images.dtype} images {list(images.shape)}; "
-            f"this upsampler enlarges uint8 images [N, {size}, {size}, {channels}]"
+            f"{whose} {path} holds {images.dtype} images {list(images.shape)}; the model takes uint8 images "
+            f"[N, {size}, {size}, {channels}]"
         )
-    if labels is not None and labels.shape != (len(images),):
-        raise ValueError(f"--base_samples {path} has {len(images)} images and labels of shape {list(labels.shape)}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{whose} {path} has {len(images)} images and labels arr_1 of shape {list(labels.shape)} and type {labels.dtype}; labels "
+            "are whole numbers, one for each image"
+        )
+    return images, None if labels is None else labels.astype(np.int64)
+
+
+def _npz(path: str, size: int, channels: int) -> Base:
+    import numpy as np
+
+    from ..runtime import storage
+
+    images, labels = read_npz(path, size, channels, "--base_samples")
     about = f"labels of {len(set(labels.tolist()))} classes" if labels is not None else "no labels"
     names = _names_beside(path) if labels is not None else ()
     return Base(lambda k: np.asarray(images[k]), len(images), labels, storage.sha256_of(path), about, path, names)

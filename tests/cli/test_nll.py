@@ -260,6 +260,34 @@ def test_weights_that_are_not_finite_give_no_number(
     assert not (tmp_path / "out").exists()
 
 
+def test_features_of_files_that_are_no_samples(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4"}
+    config = RunConfig.from_flags("classifier", {**flags, "image_channels": 1, "num_classes": 10})
+    net = build.build_network(config.model, config.diffusion, seed=0)
+    gd.save(build.Loaded(net, build.build_process(config.diffusion), config, ""), str(tmp_path / "critic"))
+    images = np.zeros((3, 8, 8, 1), np.uint8)
+
+    def run(*arrays: np.ndarray, **named: np.ndarray) -> tuple[int, str]:
+        np.savez(tmp_path / "x.npz", *arrays, **named)
+        if not arrays and not named:
+            (tmp_path / "x.npz").write_bytes(b"PK cut off")
+        words = ["features", f"{tmp_path}/x.npz", "--classifier_path", f"{tmp_path}/critic", "--device", "cpu"]
+        return main([*words, "--out", str(tmp_path / "out.npz")]), capsys.readouterr().err
+
+    for arrays, named, words in (
+        ((), {}, "x.npz cannot be read as an npz of samples"),
+        ((), {"images": images}, "it has images and no arr_0"),
+        ((images, np.array([0, 1])), {}, "3 images and labels arr_1 of shape [2]"),
+        ((images, np.array([0, 1, 0.5])), {}, "labels are whole numbers"),
+        ((images[:0],), {}, "holds uint8 images [0, 8, 8, 1]; the model takes uint8 images [N, 8, 8, 1]"),
+        ((images / 255,), {}, "holds float64 images [3, 8, 8, 1]"),
+    ):
+        code, told = run(*arrays, **named)
+        assert code == 2 and words in told, told
+    assert run(images, np.array([4, 0, 9]))[0] == 0
+    assert np.load(tmp_path / "out.npz")["arr_1"].tolist() == [4, 0, 9]
+
+
 def test_one_image_has_no_error_bar(place: Path, tmp_path: Path) -> None:
     command = ["nll", "--model_path", f"{place}/model", "--data_dir", f"{place}/digits", "--timestep_respacing", "2"]
     assert main([*command, "--num_samples", "1", "--out", str(tmp_path)]) == 0
