@@ -64,26 +64,22 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.norm())
 
 
-# In bfloat16 the two ways round at different places: they lie as far from each other as each from float32.
-@pytest.mark.parametrize(
-    ("guide", "dtype", "bound"),
-    [
-        (guidance.classifier, torch.float32, 1e-5),
-        (guidance.classifier_mean, torch.float32, 1e-5),
-        (guidance.classifier, torch.bfloat16, 0.03),
-    ],
-)
-def test_one_graph_for_all_batches_and_steps(guide: Guide, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("guide", [guidance.classifier, guidance.classifier_mean])
+def test_one_graph_for_all_batches_and_steps(guide: Guide, dtype: torch.dtype) -> None:
+    """In bfloat16 the two ways round at different places: the compiled one is about as near to float32 as the other."""
     counter = CompileCounterWithBackend("aot_eager")  # a graph break raises: Compiled asks for a full graph
-    make = guided(guide, dtype)
+    make, exact = guided(guide, dtype), guided(guide)
     whole = Compiled(make, backend=counter)
     for k, labels in enumerate(([0, 1, 2], [3, 3, 1], [2, 0, 0])):
         cond = {"y": torch.tensor(labels)}
         for i in (0, 20, 49):
             x, at = images(k), torch.tensor([i, i, max(0, i - 1)])
-            found, expected = whole(cond)(x, at), make(cond)(x, at)
+            found, eager, expected = whole(cond)(x, at), make(cond)(x, at), exact(cond)(x, at)
+            bound = 1e-5 if dtype == torch.float32 else 2 * apart(eager.x0, expected.x0)
             assert apart(found.x0, expected.x0) < bound
-            torch.testing.assert_close(found.log_variance, expected.log_variance, rtol=bound, atol=bound)
+            spread = 1e-5 if dtype == torch.float32 else 0.03
+            torch.testing.assert_close(found.log_variance, eager.log_variance, rtol=spread, atol=spread)
     assert counter.frame_count == 1 and counter.op_count > 50
     others = make({"y": torch.tensor([1, 3, 2])})(x, at).x0
     assert apart(others, expected.x0) > 3 * bound  # labels matter more than the bound could hide
