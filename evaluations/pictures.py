@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
 from guided_diffusion.data.images import as_array
+from guided_diffusion.data.labels import Labels
 from guided_diffusion.data.sources import Reader, list_source
 
 from .inputs import MAX_BATCH_BYTES, ImageSource
@@ -70,10 +72,14 @@ class PictureSource(ImageSource):
             return as_array(picture, 3)
 
     def labels(self) -> np.ndarray | None:
-        return self._listed.labels().numbers
+        return self._labels.numbers
 
     def class_names(self) -> tuple[str, ...]:
-        return self._listed.labels().class_names
+        return self._labels.class_names
+
+    @cached_property
+    def _labels(self) -> Labels:
+        return self._listed.labels()
 
     def sha256(self) -> str:
         if not self._sha256:

@@ -327,7 +327,7 @@ class Scorer:
             _warn(f"{reference.about.name} has no labels (arr_1), so recall, FID and KID of each class are left out")
         elif strange := sorted(set(labels.tolist()) - set(reference.labels.tolist())):
             _warn(
-                f"{reference.about.name} has no images of {len(strange)} classes of {sample.about.name} "
+                f"{reference.about.name} lacks {len(strange)} of the classes of {sample.about.name} "
                 f"({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''}): recall, FID and KID of these are left "
                 "out. One number must mean one class in both"
             )
@@ -430,7 +430,7 @@ def _numbered(sample: Side, reference: Side) -> np.ndarray:
     own, theirs = sample.class_names, reference.class_names
     if not own or not theirs or own == theirs:
         return sample.labels
-    _warn(f"classes of {sample.about.name} have the numbers of those of {reference.about.name} that are called alike")
+    _warn(f"classes of {sample.about.name} are numbered as in {reference.about.name}, by name")
     place = {name: k for k, name in enumerate([*theirs, *sorted(set(own) - set(theirs))])}
     return np.array([place[name] for name in own])[sample.labels]
 

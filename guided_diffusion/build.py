@@ -149,8 +149,7 @@ def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -
     keep = space_timesteps(diffusion.diffusion_steps, sections)
     if len(keep) == 1 < diffusion.diffusion_steps:
         raise ValueError(
-            f"--timestep_respacing is {sections!r}, which keeps step {keep[0]} alone; images are made over several: "
-            "give at least 2 steps, as in '25' or 'ddim25'"
+            f"--timestep_respacing is {sections!r}, which keeps step {keep[0]} alone; give at least 2 steps, as in '25' or 'ddim25'"
         )
     return respace(process, keep)
 
@@ -371,10 +370,12 @@ def why_not_finite(parts: Sequence[Loaded]) -> str:
             bad = int((~value.isfinite()).sum())
             if bad:
                 return f"the weights {part.path} hold {bad} such values in {name}: take another file"
-    halves = any(next(part.net.parameters()).dtype == torch.float16 for part in parts)
-    scale = "lower the scale of the guidance, or " if len(parts) > 1 else ""
-    remedy = "give --precision bf16 or fp32" if halves else f"{scale}give --precision fp32"
-    return f"all weights are finite: {remedy}"
+    remedies = ["lower the scale of the guidance"] if len(parts) > 1 else []
+    wider = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}
+    for part, flag in zip(parts, ("--precision", "--classifier_precision")):
+        if (dtype := getattr(part.net, "dtype", None)) in wider:
+            remedies.append(f"give {flag} {wider[dtype]}")
+    return "all weights are finite" + (f": {', or '.join(remedies)}" if remedies else "")
 
 
 def make_ready(net: nn.Module) -> None:

@@ -81,7 +81,7 @@ class LossSecondMomentResampler(LossAwareSampler):
     def weights(self) -> np.ndarray:
         if not self._warmed_up():
             return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
-        losses = th.from_numpy(self._loss_history)
+        losses = th.from_numpy(np.array(self._loss_history, np.float64))
         return _room.second_moment_probabilities(losses, th.tensor(True), self.uniform_prob).numpy()
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:

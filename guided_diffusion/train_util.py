@@ -15,6 +15,7 @@ from typing import Any
 
 import torch as th
 import torch.distributed as dist
+from torch.nn.parallel.distributed import DistributedDataParallel
 from torch.nn.parallel.distributed import DistributedDataParallel as DDP
 from torch.optim import AdamW
 
@@ -91,7 +92,13 @@ class TrainLoop:
         self.use_ddp = _processes() > 1
         self.ddp_model = self.model
         if self.use_ddp:
-            self.ddp_model = _distributed(self.model, dist_util.dev(), wrapper=DDP)
+            device = dist_util.dev()
+            if DDP is DistributedDataParallel:
+                self.ddp_model = _distributed(self.model, device)
+            else:  # a program has put its own in place
+                ids = [device] if device.type == "cuda" else None
+                options = {"broadcast_buffers": False, "bucket_cap_mb": 128, "find_unused_parameters": False}
+                self.ddp_model = DDP(self.model, device_ids=ids, output_device=ids and device, **options)
 
     def _load_and_sync_parameters(self) -> None:
         """Every process reads the weights for itself; rank 0's are then everybody's."""

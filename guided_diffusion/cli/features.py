@@ -96,7 +96,7 @@ def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: A
     try:
         with torch.no_grad():
             for batch in batches:
-                x = to_float(torch.from_numpy(np.ascontiguousarray(batch)).to(device))
+                x = to_float(torch.from_numpy(np.array(batch)).to(device))
                 step = torch.zeros(len(x), dtype=torch.long, device=device)
                 logits = critic.net(x, critic.process.time_at(step))
                 found = seen.pop().float().flatten(1)

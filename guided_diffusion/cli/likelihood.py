@@ -151,9 +151,9 @@ def measure(
         row = torch.stack([bound.total, bound.prior, bound.vb[:, -1]], dim=1).double()
         rows.append(world.all_gather_cat(_ordered(row, ids), name="bits per dimension").cpu())
         terms = torch.stack([bound.vb, bound.eps_mse, bound.x0_mse], dim=1).double()
-        gathered = world.all_gather_cat(_ordered(terms, ids), name="terms of the bound")
-        _require_finite(_kept(gathered, count), done, records, config.seed, model)
-        steps.append(_kept(gathered, count).sum(dim=0).cpu())
+        kept = _kept(world.all_gather_cat(_ordered(terms, ids), name="terms of the bound"), count)
+        _require_finite(kept, done, records, config.seed, model)
+        steps.append(kept.sum(dim=0).cpu())
         complete = min(count, done + per_step)
         bar.update(complete - done)
         so_far = _values(rows, count)[:, 0]

@@ -70,7 +70,7 @@ class Source(NamedTuple):
     def _below_shards(self) -> Sequence[str]:
         """Names without the tars, where these lie in folders themselves: cat/00.tar and cat/01.tar are of one class."""
         folders = [posixpath.split(posixpath.dirname(name))[0] for name in self.names]
-        if self.kind != "tar" or not any(folders):
+        if self.kind != "tar" or len(set(folders)) < 2:
             return self.names
         return [posixpath.join(folder, posixpath.basename(name)) for folder, name in zip(folders, self.names)]
 

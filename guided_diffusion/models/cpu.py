@@ -59,11 +59,11 @@ class GroupNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32)
         factor, summand = _factors(x, wide, weight, bias, scale, shift)
-        parts, space = _few_images(x), _space(x, wide)
         mean, rstd = _statistics(x, groups, eps, wide)
         centre, times = _per_channel(mean, x), _per_channel(rstd, x) * factor
         summand, y = torch.addcmul(summand, centre, times, value=-1), torch.empty_like(x)
-        for part in parts:
+        space = y if x.dtype == wide else _space(x, wide)
+        for part in _few_images(x):
             out = y[part] if x.dtype == wide else space[: len(x[part])]
             torch.addcmul(summand[part], x[part] if x.dtype == wide else out.copy_(x[part]), times[part], out=out)
             out = F.silu(out, inplace=True) if silu else out

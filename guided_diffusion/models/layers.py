@@ -156,8 +156,8 @@ class GroupNorm32(nn.GroupNorm):
         if fits_cpu_norm(x, weight, bias):
             return cpu.GroupNorm.apply(x, weight, bias, None, None, self.num_groups, self.eps, False)
         channels_were_last = is_channels_last(x)
-        # In channels_last, torch's norm on the CPU loses digits and crashes (2.13) where weights have a gradient and x has none; and in
-        # forward mode torch knows none. The compiler writes its own.
+        # torch's channels_last norm on the CPU loses digits, and crashes (2.13) where weights have a gradient and x has none. For forward
+        # mode there is none at all. Inductor writes its own.
         if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
             x = x.contiguous()
         y = torch.group_norm(x, self.num_groups, weight, bias, self.eps)

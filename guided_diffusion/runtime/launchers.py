@@ -32,7 +32,7 @@ class Place:
 
 # Traces of an MPI launcher whose rank and size variables we do not know by name: worth asking MPI itself.
 _MPI_TRACES = ("PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID")
-_FIRST_SPEAKS_S = 3.0
+_FIRST_SPEAKS_S = 10.0
 
 
 def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
@@ -97,7 +97,7 @@ def first_of_machine(environ: Mapping[str, str]) -> bool:
 
 
 def leave_it_to_the_first(environ: Mapping[str, str]) -> bool:
-    """False for the first process of this machine. True, after some seconds, for others: the launcher may end it when this one is gone."""
+    """False for the first process of this machine. True for others, after some seconds: once they leave, the launcher may end the first."""
     if first_of_machine(environ):
         return False
     time.sleep(_FIRST_SPEAKS_S)

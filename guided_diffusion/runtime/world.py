@@ -32,6 +32,8 @@ DEFAULT_TIMEOUT_S = 600.0
 REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
 _BUCKET_BYTES = 64 << 20
 _MEETINGS = count()
+# By address, as long as the process lives: it may meet the others there again, some of whom have not yet left the world before.
+_STORES: dict[Any, Any] = {}
 # In the words of gloo, NCCL, TCPStore and the operating system when a partner does not answer.
 _NETWORK_WORDS = (
     "imed out",
@@ -340,14 +342,19 @@ def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) 
     """The store through which all processes of the job find each other."""
     limit = timedelta(seconds=timeout_s)
     try:
-        if place.launcher == "torchrun":
-            store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+        known = launchers.known_address(place, environ)
+        if known or place.launcher == "torchrun":
+            if (place, known) not in _STORES:
+                _STORES[place, known] = (
+                    next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+                    if known is None or place.launcher == "torchrun"
+                    else _tcp_store(*known, place, limit)
+                )
+            _STORES[place, known].set_timeout(limit)
             # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
             # the addresses of gloo, is not ours.
             attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", store)
-        if known := launchers.known_address(place, environ):
-            return _tcp_store(known[0], known[1], place, limit)
+            return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", _STORES[place, known])
         if launchers.one_host(place):
             return _meet_through_file(place, environ, timeout_s)
         comm = launchers.mpi_communicator()

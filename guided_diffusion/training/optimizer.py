@@ -99,7 +99,7 @@ def load_state(
             raise ValueError(f"the optimizer file has {len(moments)} parameters, the network {len(params)}")
         shape = params[int(k)].shape
         for name, value in entry.items():
-            if name in _MOMENTS and value.dim() and value.shape != shape:
+            if name in _MOMENTS and isinstance(value, Tensor) and value.shape != shape:
                 raise ValueError(
                     f"the optimizer file is of another network: {name} of parameter {k} has shape {tuple(value.shape)} "
                     f"instead of {tuple(shape)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,16 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def distributed(
-    net: nn.Module,
-    device: torch.device,
-    options: Mapping[str, Any] | None = None,
-    wrapper: Callable[..., DistributedDataParallel] = DistributedDataParallel,
+    net: nn.Module, device: torch.device, options: Mapping[str, Any] | None = None
 ) -> DistributedDataParallel:
     """`net` with gradients averaged over the processes; all start with rank 0's weights.
 
     Gradients are views of the communication buckets, which saves one copy of them. Buffers are not sent at every step.
     `options` go to DistributedDataParallel, e.g. `{"static_graph": True}`; `compress_gradients` among them sends gradients
-    in bfloat16, half the bytes and less exact. `wrapper` stands in for DistributedDataParallel.
+    in bfloat16, half the bytes and less exact.
     """
     options = dict(options or {})
     compress = options.pop("compress_gradients", False)
@@ -29,7 +26,7 @@ def distributed(
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     defaults: dict[str, Any] = {buffers: False, "bucket_cap_mb": 128, "gradient_as_bucket_view": True}
     ids = [device] if device.type == "cuda" else None
-    wrapped = wrapper(net, device_ids=ids, **{**defaults, **options})
+    wrapped = DistributedDataParallel(net, device_ids=ids, **{**defaults, **options})
     if compress:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

@@ -233,7 +233,8 @@ def test_the_image_whose_bound_is_not_finite_is_named(
     assert main([*command, "--batch_size", batch_size, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert (
-        "3_white.png: its values are not finite" in told and "timestep 3 of the process; all weights are finite" in told
+        "3_white.png: its values are not finite" in told
+        and "timestep 3 of the process; all weights are finite\n" in told
     )
     assert not (tmp_path / "out").exists()
 

@@ -263,8 +263,8 @@ def test_every_process_makes_the_weights_of_a_save_and_the_first_writes_them(fol
 def test_the_wrapper_for_many_processes_can_be_replaced(monkeypatch):
     told = {}
 
-    def wrapper(net, **options):
-        told.update(options)
+    def wrapper(net, device_ids, output_device, broadcast_buffers, bucket_cap_mb, find_unused_parameters):
+        told.update(locals())
         return nn.Sequential(net)
 
     monkeypatch.setattr(train_util, "_processes", lambda: 2)

@@ -393,13 +393,13 @@ def test_classes_of_folders_are_matched_by_name(encoder: Encoder, tmp_path: Path
     settings = replace(PLAIN, per_class=True)
     against = classes_of(tmp_path / "ref", REFERENCE, "ant", "bee", "cat")
     same = evaluate(against, classes_of(tmp_path / "same", REFERENCE, "ant", "bee", "cat"), settings, encoder=encoder)
-    assert not any("called alike" in told for told in same.warnings)
+    assert not any("by name" in told for told in same.warnings)
     fewer = evaluate(against, classes_of(tmp_path / "few", SAMPLES[:20], "bee", "cat"), settings, encoder=encoder)
     assert [(row.label, row.references) for row in fewer.sets[0].per_class] == [(1, 20), (2, 20)]
-    assert any("called alike" in told for told in fewer.warnings)
+    assert any("by name" in told for told in fewer.warnings)
     other = evaluate(against, classes_of(tmp_path / "other", SAMPLES[:20], "asp", "cat"), settings, encoder=encoder)
     assert [(row.label, row.references) for row in other.sets[0].per_class] == [(2, 20), (3, 0)]
-    assert any("has no images of 1 classes of" in told and "(3)" in told for told in other.warnings)
+    assert any("lacks 1 of the classes of" in told and "(3)" in told for told in other.warnings)
 
 
 @pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
@@ -409,7 +409,7 @@ def test_scores_per_class_that_are_left_out_are_told(files: tuple[str, str], enc
     np.savez(far, SAMPLES, LABELS + 7)
     for reference, samples, words in (
         (plain, files[1], "plain.npz has no labels .arr_1., so recall, FID and KID of each class are left out"),
-        (files[0], far, r"ref.npz has no images of 3 classes of .*far.npz \(7, 8, 9\)"),
+        (files[0], far, r"ref.npz lacks 3 of the classes of .*far.npz \(7, 8, 9\)"),
         (files[0], plain, "plain.npz has no labels .arr_1., so there are no scores per class"),
     ):
         with pytest.warns(UserWarning, match=words):
