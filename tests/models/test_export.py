@@ -45,6 +45,7 @@ def test_a_trace_takes_other_batches(net: nn.Module, more: dict[str, Tensor]) ->
         check(net, lambda given, traced=traced: traced(**given).detach(), more, (1, 2, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [False, True], ids=["any batch", "one batch size"])
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old exporter", "new exporter"])
 @each
