@@ -97,7 +97,11 @@ class TrainLoop:
                 self.ddp_model = _distributed(self.model, device)
             else:  # a program has put its own in place
                 ids = [device] if device.type == "cuda" else None
-                options: dict[str, Any] = {"broadcast_buffers": False, "bucket_cap_mb": 128, "find_unused_parameters": False}
+                options: dict[str, Any] = {
+                    "broadcast_buffers": False,
+                    "bucket_cap_mb": 128,
+                    "find_unused_parameters": False,
+                }
                 self.ddp_model = DDP(self.model, device_ids=ids, output_device=ids and device, **options)
 
     def _load_and_sync_parameters(self) -> None:
