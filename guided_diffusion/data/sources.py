@@ -182,7 +182,7 @@ def _listed(
         reader = Reader(kind, root)
         found = sorted(filter(_is_table, members), key=len)
         whole = [table for table in found if all(name.startswith(table.removesuffix(_TABLE)) for name in names)]
-        if whole == found and len(found) == 1:
+        if len(found) == len(whole) == 1:
             return tables.from_bytes(reader.encoded(members[found[0]]), f"{root}/{found[0]}", names, is_json=True)
         if found:
             fault = "one of several tables of labels" if whole else "a table of labels for some of the images only"

@@ -26,7 +26,7 @@ from .updates import (
     ddim_update,
     ddim_weights,
     eps_between,
-)  # fmt: skip
+)
 
 # Where solvers start at the latest, as sigma / alpha: beyond it x holds nothing but noise, and second order over the leap from there to the
 # next step is worse than none. Linear schedules end at 157, cosine ones at 20,293. `ancestral` and `ddim` take every step.

@@ -97,11 +97,15 @@ def first_of_machine(environ: Mapping[str, str]) -> bool:
 
 
 def leave_it_to_the_first(environ: Mapping[str, str]) -> bool:
-    """False for the first process of this machine. True for others, after some seconds: once they leave, the launcher may end the first."""
+    """Whether the first process of this machine says what is wrong with a command line, and this one need not.
+
+    Others wait for some seconds, since the launcher may end the first once they leave. Then torchrun has ended them, or its variables are
+    left over from another job and there is no first process: so they speak.
+    """
     if first_of_machine(environ):
         return False
     time.sleep(_FIRST_SPEAKS_S)
-    return True
+    return discover(environ, ask_mpi=False).launcher != "torchrun"
 
 
 def mpi_communicator() -> Any | None:

@@ -345,11 +345,11 @@ def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) 
         known = launchers.known_address(place, environ)
         if known or place.launcher == "torchrun":
             if (place, known) not in _STORES:
-                _STORES[place, known] = (
-                    next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
-                    if known is None or place.launcher == "torchrun"
-                    else _tcp_store(*known, place, limit)
-                )
+                if place.launcher == "torchrun" or not known:  # as a rule torchrun itself has opened a store
+                    store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+                else:
+                    store = _tcp_store(*known, place, limit)
+                _STORES[place, known] = store
             _STORES[place, known].set_timeout(limit)
             # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
             # the addresses of gloo, is not ours.

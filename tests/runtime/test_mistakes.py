@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from guided_diffusion.cli.main import main
+from guided_diffusion.runtime import launchers
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "import sys\nfrom guided_diffusion.cli.main import main\nsys.exit(main())"
 EVALUATOR = COMMAND.replace("guided_diffusion.cli.main", "evaluations.evaluator")
@@ -35,3 +38,21 @@ def test_a_mistake_on_two_ranks_is_one_line_and_code_2(launch, words, line):
     assert "usage:" not in done.text and not re.search(rf'File "{ROOT}/(guided_diffusion|evaluations)/', done.text)
     codes = re.findall(r"exitcode +: (-?\d+)", done.text)  # in torchrun's report; -15: it ended that one itself
     assert set(codes) - {"-15"} == {"2"}, done.text
+
+
+STALE = {
+    "torchrun": {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+    "slurm": {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+    "openmpi": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+}
+
+
+@pytest.mark.parametrize("launcher", STALE)
+def test_a_later_process_speaks_where_there_may_be_no_first(launcher, monkeypatch, capsys):
+    """Variables of torchrun are easily left over in a shell, and then nobody else is there to say what is wrong."""
+    for name, value in STALE[launcher].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launchers, "_FIRST_SPEAKS_S", 0.0)
+    assert launchers.discover(STALE[launcher]).rank == 1
+    assert main(["sample", "--model_pth", "gone.pt"]) == 2
+    assert ("--model_pth" in capsys.readouterr().err) == (launcher == "torchrun")
