@@ -1,4 +1,4 @@
-"""Door: the factory functions and flag helpers of 2021, on config, build.py and cli/arguments.py.
+"""Door: the factory functions and flag helpers of 2021, on config, build.py and cli/flag_dicts.py.
 
 The keys of the dicts and the positional parameters are frozen: programs build calls from them by inspection. What is new is keyword-only.
 """
