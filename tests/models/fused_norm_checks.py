@@ -19,6 +19,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SIZES = [(2, 64, 6, 6), (1, 96, 16, 20), (3, 192, 5, 7), (1, 32, 130, 65), (2, 256, 1, 1)]
 
 
+WAYS = {"chunks": 0, "whole": 1 << 20}
+"""The largest image, in rows, whose groups are one program each: both ways must do for every size."""
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How an image is cut, whatever its size."""
+    monkeypatch.setattr(triton_norm, "_WHOLE", WAYS[request.param])
+    return request.param
+
+
 def inputs(size: tuple[int, ...], scaled: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """x far from zero, weight, bias and, if scaled, scale and shift beside each other in one tensor, as the network has them."""
     n, c = size[:2]
@@ -41,7 +52,9 @@ def like(size: tuple[int, ...], seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("scaled", [False, True], ids=["norm", "scaled"])
 @pytest.mark.parametrize("silu", [False, True], ids=["", "silu"])
-def test_kernels_compute_what_is_written_out_in_float64(size: tuple[int, ...], scaled: bool, silu: bool) -> None:
+def test_kernels_compute_what_is_written_out_in_float64(
+    size: tuple[int, ...], scaled: bool, silu: bool, way: str
+) -> None:
     given = inputs(size, scaled)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     y, want = answer(triton_norm.fused, given, silu), answer(triton_norm.plain, exact, silu)
@@ -53,7 +66,7 @@ def test_kernels_compute_what_is_written_out_in_float64(size: tuple[int, ...], s
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_kernels_round_once_in_half_precision(dtype: str) -> None:
+def test_kernels_round_once_in_half_precision(dtype: str, way: str) -> None:
     """The answer is the nearest half of the exact one, or its neighbour; written out in that format it is further off."""
     given = inputs((2, 64, 6, 6), True, DTYPES[dtype])
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
@@ -71,7 +84,7 @@ def test_kernels_round_once_in_half_precision(dtype: str) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=2 * step, atol=2 * step * float(theirs.abs().max()) / 8)
 
 
-def test_kernels_keep_numbers_that_lie_close_together_far_from_zero() -> None:
+def test_kernels_keep_numbers_that_lie_close_together_far_from_zero(way: str) -> None:
     """A variance as the mean of squares less the square of the mean would be lost at 3000 +- 0.1."""
     x = channels_last(3000 + 0.1 * like((1, 32, 16, 20)))
     ones, zeros = torch.ones(32), torch.zeros(32)
@@ -80,7 +93,7 @@ def test_kernels_keep_numbers_that_lie_close_together_far_from_zero() -> None:
     torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-2)
 
 
-def test_kernels_give_an_image_the_same_numbers_in_any_batch_and_again() -> None:
+def test_kernels_give_an_image_the_same_numbers_in_any_batch_and_again(way: str) -> None:
     given = inputs((3, 64, 40, 30), True)
     g = channels_last(like((3, 64, 40, 30)))
     y = answer(triton_norm.fused, given)
@@ -94,7 +107,7 @@ def test_kernels_give_an_image_the_same_numbers_in_any_batch_and_again() -> None
 
 
 @pytest.mark.parametrize("asked", [(0,), (1, 2), (0, 3), (2,), (3,)], ids=str)
-def test_kernels_give_the_gradients_that_are_asked_for(asked: tuple[int, ...]) -> None:
+def test_kernels_give_the_gradients_that_are_asked_for(asked: tuple[int, ...], way: str) -> None:
     given = inputs((2, 64, 3, 4), True)
     for k, tensor in enumerate(given):
         tensor.requires_grad_(k in asked)
@@ -124,6 +137,9 @@ def test_kernels_within_a_network_change_nothing_but_rounding(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_norm, "on_device", lambda x: True)
+    monkeypatch.setattr(
+        triton_norm, "_WHOLE", WAYS["chunks"]
+    )  # fewer programs, each of which takes the interpreter its time
     fused_norm.works.cache_clear()
     calls: list[int] = []
     inner = triton_norm.fused

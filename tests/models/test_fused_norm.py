@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_norm_checks import DTYPES, SIZES, answer, inputs, like
+from fused_norm_checks import DTYPES, SIZES, WAYS, answer, inputs, like
 from small_networks import images, times, unet
 
 from guided_diffusion.models import fused_norm, triton_norm
@@ -97,7 +97,8 @@ import triton
 from guided_diffusion.models import norm_kernels as kernels
 floats = "means squares mean rstd weight bias sums products s1 s2 m1 m2".split()
 constants = dict(GROUPS=32, SILU=True, ROWS=32, CHANNELS=64, CHUNKS=16)
-for name in ("chunk_moments", "group_moments", "forward", "chunk_gradients", "group_gradients", "backward"):
+names = "forward_whole backward_whole chunk_moments group_moments forward chunk_gradients group_gradients backward"
+for name in names.split():
     kernel = getattr(kernels, name)
     for kind in ("*bf16", "*fp32"):
         for scaled in (True, False):
@@ -126,14 +127,16 @@ def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == 6 * 8
+    assert len(done.stdout.splitlines()) == 8 * 8
 
 
 @pytest.mark.real_gpu
 @needs_triton
 @pytest.mark.parametrize("size", [*SIZES, (4, 384, 32, 32), (1, 256, 256, 256)], ids=str)
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_on_a_gpu_as_written_out(size: tuple[int, ...], dtype: str) -> None:
+@pytest.mark.parametrize("way", list(WAYS))
+def test_on_a_gpu_as_written_out(size: tuple[int, ...], dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_norm, "_WHOLE", WAYS[way])
     given = [tensor.detach().cuda().requires_grad_() for tensor in inputs(size, True, DTYPES[dtype])]
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     y, want = answer(triton_norm.fused, given), answer(triton_norm.plain, exact)
