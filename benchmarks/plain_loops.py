@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guided_diffusion.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.diffusion.densities import discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.diffusion.process import Process, tables_of
 
 Model = Callable[..., Tensor]

@@ -17,15 +17,8 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from .diffusion import denoiser as _denoiser
-from .diffusion import guidance as _guidance
-from .diffusion import likelihood as _likelihood
-from .diffusion import objectives as _objectives
-from .diffusion import process as _process
-from .diffusion import schedules as _schedules
-from .diffusion import updates as _updates
-from .diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
-from .diffusion.process import mean_flat
+from . import diffusion as _rooms
+from .diffusion.densities import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
 Output = dict[str, Any]
 
@@ -34,14 +27,14 @@ def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
     """Betas that follow `alpha_bar`; see `diffusion.schedules`."""
-    return _schedules.betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta)
+    return _rooms.schedules.betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta)
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
     """Betas of the schedule called so, float64 `[num_diffusion_timesteps]`."""
-    if schedule_name not in _schedules.SCHEDULES:
+    if schedule_name not in _rooms.schedules.SCHEDULES:
         raise NotImplementedError(f"unknown beta schedule: {schedule_name}")
-    return _schedules.named_betas(schedule_name, num_diffusion_timesteps)
+    return _rooms.schedules.named_betas(schedule_name, num_diffusion_timesteps)
 
 
 class ModelMeanType(enum.Enum):
@@ -74,8 +67,8 @@ class LossType(enum.Enum):
 
 
 # Enumerations are compared by name: a vendored copy's members, or those unpickled from an old file, mean the same.
-_VARIANCE: dict[str, _denoiser.Variance] = {name: name.lower() for name in ModelVarType.__members__}  # type: ignore[misc]
-_LOSS: dict[str, _objectives.Loss] = {name: name.lower() for name in LossType.__members__}  # type: ignore[misc]
+_VARIANCE: dict[str, _rooms.denoiser.Variance] = {name: name.lower() for name in ModelVarType.__members__}  # type: ignore[misc]
+_LOSS: dict[str, _rooms.objectives.Loss] = {name: name.lower() for name in LossType.__members__}  # type: ignore[misc]
 
 _ATTRIBUTES = {
     "betas": "beta",
@@ -105,7 +98,7 @@ class _Tables:
         if name in _ATTRIBUTE_OF:
             table = getattr(self.diffusion, _ATTRIBUTE_OF[name])
         else:
-            table = _process.tables_of(np.asarray(self.diffusion.betas))[name]
+            table = _rooms.process.tables_of(np.asarray(self.diffusion.betas))[name]
         return _extract_into_tensor(table, i, like.shape)
 
 
@@ -145,7 +138,7 @@ class GaussianDiffusion:
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
-        tables = _process.tables_of(_process.check_betas(betas))
+        tables = _rooms.process.tables_of(_rooms.process.check_betas(betas))
         for attribute, table in _ATTRIBUTES.items():
             setattr(self, attribute, tables[table])
         self.num_timesteps = len(tables["beta"])
@@ -169,34 +162,34 @@ class GaussianDiffusion:
 
     @_contiguous
     def q_mean_variance(self, x_start: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        mean, variance, log_variance = _process.marginal(_Tables(self), x_start, t)
+        mean, variance, log_variance = _rooms.process.marginal(_Tables(self), x_start, t)
         return mean, variance.expand(x_start.shape), log_variance.expand(x_start.shape)
 
     @_contiguous
     def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
-        return _process.add_noise(_Tables(self), x_start, t, th.randn_like(x_start) if noise is None else noise)
+        return _rooms.process.add_noise(_Tables(self), x_start, t, th.randn_like(x_start) if noise is None else noise)
 
     @_contiguous
     def q_posterior_mean_variance(
         self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        mean, variance, log_variance = _process.posterior(_Tables(self), x_start, x_t, t)
+        mean, variance, log_variance = _rooms.process.posterior(_Tables(self), x_start, x_t, t)
         return mean, variance.expand(x_t.shape), log_variance.expand(x_t.shape)
 
     @_contiguous
     def _predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
-        return _process.x0_from_eps(_Tables(self), x_t, t, eps)
+        return _rooms.process.x0_from_eps(_Tables(self), x_t, t, eps)
 
     @_contiguous
     def _predict_xstart_from_xprev(self, x_t: th.Tensor, t: th.Tensor, xprev: th.Tensor) -> th.Tensor:
-        return _process.x0_from_previous_x(_Tables(self), x_t, t, xprev)
+        return _rooms.process.x0_from_previous_x(_Tables(self), x_t, t, xprev)
 
     @_contiguous
     def _predict_eps_from_xstart(self, x_t: th.Tensor, t: th.Tensor, pred_xstart: th.Tensor) -> th.Tensor:
-        return _process.eps_from_x0(_Tables(self), x_t, t, pred_xstart)
+        return _rooms.process.eps_from_x0(_Tables(self), x_t, t, pred_xstart)
 
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor:
-        return _process.rescaled(t.float(), self.num_timesteps) if self.rescale_timesteps else t
+        return _rooms.process.rescaled(t.float(), self.num_timesteps) if self.rescale_timesteps else t
 
     # --- reading a model ---
 
@@ -213,19 +206,19 @@ class GaussianDiffusion:
         """Keys mean, variance, log_variance, pred_xstart, each of x's shape."""
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         variance_type, predicts = _VARIANCE[self.model_var_type.name], self.model_mean_type.name
-        prediction, raw = _denoiser.split_variance(output, x, variance_type)
+        prediction, raw = _rooms.denoiser.split_variance(output, x, variance_type)
         if predicts == "EPSILON":
             xstart = self._predict_xstart_from_eps(x_t=x, t=t, eps=prediction)
         elif predicts == "PREVIOUS_X":
             xstart = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=prediction)
         else:
             xstart = prediction
-        xstart = _denoiser.bounded(xstart, clip_denoised, denoised_fn)
+        xstart = _rooms.denoiser.bounded(xstart, clip_denoised, denoised_fn)
         mean = prediction
         if predicts != "PREVIOUS_X":
             mean, _, _ = self.q_posterior_mean_variance(x_start=xstart, x_t=x, t=t)
         variance, log_variance = (
-            value.expand(x.shape) for value in _denoiser.step_spread(_Tables(self), raw, x, t, variance_type)
+            value.expand(x.shape) for value in _rooms.denoiser.step_spread(_Tables(self), raw, x, t, variance_type)
         )
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": xstart}
 
@@ -236,7 +229,7 @@ class GaussianDiffusion:
         self, cond_fn: Callable, p_mean_var: Output, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
     ) -> th.Tensor:
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        return p_mean_var["mean"].float() + _guidance.mean_shift(p_mean_var["variance"], gradient)
+        return p_mean_var["mean"].float() + _rooms.guidance.mean_shift(p_mean_var["variance"], gradient)
 
     @_contiguous
     def condition_score(
@@ -250,7 +243,7 @@ class GaussianDiffusion:
     ) -> th.Tensor:
         """As `condition_mean`, for `cond_fn(x, t, p_mean_var, **kwargs)` that differentiates the prediction; t counts own steps."""
         gradient = cond_fn(x, t, p_mean_var, **(model_kwargs or {}))
-        return p_mean_var["mean"].float() + _guidance.mean_shift(p_mean_var["variance"], gradient)
+        return p_mean_var["mean"].float() + _rooms.guidance.mean_shift(p_mean_var["variance"], gradient)
 
     @_contiguous
     def condition_score_with_grad(
@@ -261,7 +254,9 @@ class GaussianDiffusion:
 
     def _score_moved(self, p_mean_var: Output, x: th.Tensor, t: th.Tensor, gradient: th.Tensor) -> Output:
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        xstart = self._predict_xstart_from_eps(x, t, _guidance.score_shifted_eps(_Tables(self), eps, x, t, gradient))
+        xstart = self._predict_xstart_from_eps(
+            x, t, _rooms.guidance.score_shifted_eps(_Tables(self), eps, x, t, gradient)
+        )
         mean, _, _ = self.q_posterior_mean_variance(x_start=xstart, x_t=x, t=t)
         return {**p_mean_var, "pred_xstart": xstart, "mean": mean}
 
@@ -285,7 +280,7 @@ class GaussianDiffusion:
         noise = th.randn_like(x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        sample = _updates.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
+        sample = _rooms.updates.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     @_contiguous
@@ -308,7 +303,7 @@ class GaussianDiffusion:
             noise = th.randn_like(x)
             if cond_fn is not None:
                 out["mean"] = self.condition_mean_with_grad(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        sample = _updates.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
+        sample = _rooms.updates.ancestral_update(out["mean"], out["log_variance"], noise * _later_than_0(t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"].detach()}
 
     @_contiguous
@@ -357,9 +352,9 @@ class GaussianDiffusion:
     def _ddim_step(self, x: th.Tensor, t: th.Tensor, xstart: th.Tensor, eta: float) -> th.Tensor:
         eps = self._predict_eps_from_xstart(x, t, xstart)
         alpha_bar, alpha_bar_prev = (_Tables(self).at(name, t, x) for name in ("alpha_bar", "alpha_bar_prev"))
-        sigma = _updates.ddim_sigma(alpha_bar, alpha_bar_prev, eta)
+        sigma = _rooms.updates.ddim_sigma(alpha_bar, alpha_bar_prev, eta)
         noise = th.randn_like(x)  # drawn even where sigma is zero: it belongs to the recorded order
-        return _updates.ddim_update(xstart, eps, alpha_bar_prev, sigma) + _later_than_0(t, x) * sigma * noise
+        return _rooms.updates.ddim_update(xstart, eps, alpha_bar_prev, sigma) + _later_than_0(t, x) * sigma * noise
 
     @_contiguous
     def ddim_reverse_sample(
@@ -378,8 +373,8 @@ class GaussianDiffusion:
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
-        eps = _process.eps_from_x0(_Tables(self), x, t, out["pred_xstart"])  # not through `self`: nor in 2021
-        sample = _updates.ddim_update(out["pred_xstart"], eps, _Tables(self).at("alpha_bar_next", t, x))
+        eps = _rooms.process.eps_from_x0(_Tables(self), x, t, out["pred_xstart"])  # not through `self`: nor in 2021
+        sample = _rooms.updates.ddim_update(out["pred_xstart"], eps, _Tables(self).at("alpha_bar_next", t, x))
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     @_contiguous
@@ -397,7 +392,7 @@ class GaussianDiffusion:
         old_out: Output | None = None,
     ) -> Output:
         """A multistep step from t to t - 1 after `old_out`, the step before: keys sample, pred_xstart, old_eps."""
-        _updates.check_order(order)
+        _rooms.updates.check_order(order)
 
         def predict(x: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
             with_grad = cond_fn_with_grad and cond_fn is not None
@@ -415,11 +410,11 @@ class GaussianDiffusion:
         alpha_bar_prev = _Tables(self).at("alpha_bar_prev", t, x)
         xstart, eps = predict(x, t)
         past = [*(old_out["old_eps"] if old_out else []), eps][-order:]
-        mean_eps = _updates.adams_bashforth(past)
+        mean_eps = _rooms.updates.adams_bashforth(past)
         if order > 1 and old_out is None:
-            ahead = _updates.ddim_update(xstart, eps, alpha_bar_prev)
+            ahead = _rooms.updates.ddim_update(xstart, eps, alpha_bar_prev)
             mean_eps = th.lerp(eps, predict(ahead, (t - 1).clamp(min=0))[1], 0.5)
-        moved = _updates.ddim_update(self._predict_xstart_from_eps(x, t, mean_eps), mean_eps, alpha_bar_prev)
+        moved = _rooms.updates.ddim_update(self._predict_xstart_from_eps(x, t, mean_eps), mean_eps, alpha_bar_prev)
         return {"sample": th.where(_later_than_0(t, x) > 0, moved, xstart), "pred_xstart": xstart, "old_eps": past}
 
     # --- whole chains ---
@@ -612,14 +607,14 @@ class GaussianDiffusion:
         """Per-example losses `[N]`: "loss", and "mse", "vb" where there are any."""
         noise = th.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
-        scale = _objectives.bound_scale(_LOSS[self.loss_type.name], self.num_timesteps)
+        scale = _rooms.objectives.bound_scale(_LOSS[self.loss_type.name], self.num_timesteps)
         bound: dict[str, Any] = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
         if self.loss_type.name in ("KL", "RESCALED_KL"):
             return {"loss": self._vb_terms_bpd(model=model, model_kwargs=model_kwargs, **bound)["output"] * scale}
 
         terms = {}
         output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
-        prediction, raw = _denoiser.split_variance(output, x_t, _VARIANCE[self.model_var_type.name])
+        prediction, raw = _rooms.denoiser.split_variance(output, x_t, _VARIANCE[self.model_var_type.name])
         if raw is not None:  # the bound trains the variance only
             frozen = th.cat([prediction.detach(), raw], dim=1)
             terms["vb"] = self._vb_terms_bpd(model=lambda *args, **kwargs: frozen, **bound)["output"] * scale
@@ -644,13 +639,13 @@ class GaussianDiffusion:
         mean, log_variance = out["mean"], out["log_variance"]
         divergence = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
         log_likelihood = discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
-        term = _likelihood.bound_term(t, divergence, mean_flat(-log_likelihood))
+        term = _rooms.likelihood.bound_term(t, divergence, mean_flat(-log_likelihood))
         return {"output": term, "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start: th.Tensor) -> th.Tensor:
         t = th.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device, dtype=th.long)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return _likelihood.in_bits(mean_flat(normal_kl(mean1=mean, logvar1=log_variance, mean2=0.0, logvar2=0.0)))
+        return _rooms.likelihood.in_bits(mean_flat(normal_kl(mean1=mean, logvar1=log_variance, mean2=0.0, logvar2=0.0)))
 
     def calc_bpd_loop(
         self, model: Callable, x_start: th.Tensor, clip_denoised: bool = True, model_kwargs: dict | None = None
@@ -669,12 +664,12 @@ class GaussianDiffusion:
             pairs = ((out["pred_xstart"], x_start), (eps, noise))
             rows.append((out["output"], *(_squared_error(*pair) for pair in pairs)))
         vb, xstart_mse, mse = (th.stack(column, dim=1) for column in zip(*rows))
-        bound = _likelihood.bound_of(self._prior_bpd(x_start), vb, xstart_mse, mse)
+        bound = _rooms.likelihood.bound_of(self._prior_bpd(x_start), vb, xstart_mse, mse)
         return {"total_bpd": bound.total, "prior_bpd": bound.prior, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
 
 
 def _squared_error(a: th.Tensor, b: th.Tensor) -> th.Tensor:
-    """As `diffusion.process.squared_error`, by the `mean_flat` of this module."""
+    """As `diffusion.densities.squared_error`, by the `mean_flat` of this module."""
     return mean_flat((a - b) ** 2)
 
 

@@ -1,8 +1,8 @@
-"""Door: guided_diffusion.losses is guided_diffusion.diffusion.likelihood (the same module object)."""
+"""Door: guided_diffusion.losses is guided_diffusion.diffusion.densities (the same module object)."""
 
 import sys
 
-from .diffusion import likelihood as _room
-from .diffusion.likelihood import *  # noqa: F403  so editors and type checkers can follow the door
+from .diffusion import densities as _room
+from .diffusion.densities import *  # noqa: F403  so editors and type checkers can follow the door
 
 sys.modules[__name__] = _room

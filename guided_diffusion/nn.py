@@ -1,4 +1,4 @@
-"""Door: guided_diffusion.nn as of 2021, opening on models.layers, training.ema and diffusion.process."""
+"""Door: guided_diffusion.nn as of 2021, opening on models.layers, training.ema and diffusion.densities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch as th  # noqa: F401
 import torch.nn as nn  # noqa: F401
 
-from .diffusion.process import mean_flat  # noqa: F401
+from .diffusion.densities import mean_flat  # noqa: F401
 from .models.layers import (  # noqa: F401
     GroupNorm32,
     SiLU,

@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from .diffusion import process as _process
+from . import diffusion as _rooms
 from .gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | int | Iterable[int]) -> set[int]:
     """The steps to keep of `num_timesteps`, as a set; `section_counts` as in `diffusion.process.space_timesteps`."""
-    return set(_process.space_timesteps(num_timesteps, section_counts))
+    return set(_rooms.process.space_timesteps(num_timesteps, section_counts))
 
 
 class SpacedDiffusion(GaussianDiffusion):
     """A diffusion over the steps `use_timesteps` of the one with `betas`; the model is told the original steps."""
 
     def __init__(self, use_timesteps: Iterable[int], **kwargs: Any) -> None:
-        betas = _process.check_betas(kwargs["betas"])
+        betas = _rooms.process.check_betas(kwargs["betas"])
         self.use_timesteps = {int(step) for step in use_timesteps}
         self.original_num_steps = len(betas)
         self.timestep_map = sorted(step for step in self.use_timesteps if 0 <= step < len(betas))
-        kwargs["betas"] = _process.respaced_betas(betas, self.timestep_map)
+        kwargs["betas"] = _rooms.process.respaced_betas(betas, self.timestep_map)
         super().__init__(**kwargs)
 
     def p_mean_variance(self, model: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -65,15 +65,15 @@ class _WrappedModel:
     def __call__(self, x: th.Tensor, ts: th.Tensor, **kwargs: Any) -> Any:
         steps = th.as_tensor(np.asarray(self.timestep_map), dtype=ts.dtype, device=ts.device)[ts]
         if self.rescale_timesteps:
-            steps = _process.rescaled(steps.float(), self.original_num_steps)
+            steps = _rooms.process.rescaled(steps.float(), self.original_num_steps)
         return self.model(x, steps, **kwargs)
 
 
 class _Door(ModuleType):
     """`guided_diffusion.respace` is this module and, called, the function of the same name that acts on a Process."""
 
-    def __call__(self, process: _process.Process, keep: Iterable[int]) -> _process.Process:
-        return _process.respace(process, keep)
+    def __call__(self, process: _rooms.process.Process, keep: Iterable[int]) -> _rooms.process.Process:
+        return _rooms.process.respace(process, keep)
 
 
 sys.modules[__name__].__class__ = _Door

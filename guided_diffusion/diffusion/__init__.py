@@ -1,1 +1,27 @@
-"""The mathematics: tensors in, tensors out; torch and numpy only."""
+"""The mathematics: tensors in, tensors out; torch and numpy only.
+
+`diffusion.process` and the other modules are loaded when they are first touched: importing the 2021 names costs what it did then.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import denoiser as denoiser
+    from . import guidance as guidance
+    from . import likelihood as likelihood
+    from . import objectives as objectives
+    from . import process as process
+    from . import schedules as schedules
+    from . import updates as updates
+
+_DOORS_USE = ("denoiser", "guidance", "likelihood", "objectives", "process", "schedules", "updates")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _DOORS_USE:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_spread, x0_from_output
+from .densities import squared_error
 from .likelihood import bound_between
-from .process import Process, Tables, add_noise, posterior_mean, squared_error, v_from_x0
+from .process import Process, Tables, add_noise, posterior_mean, v_from_x0
 
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Weight = Literal["none", "min_snr"]

@@ -340,13 +340,3 @@ def v_from_x0(tables: Tables, x0: Tensor, i: Tensor, eps: Tensor) -> Tensor:
 def x0_from_v(tables: Tables, x: Tensor, i: Tensor, v: Tensor) -> Tensor:
     """The clean data that velocity `v` at `x` points to."""
     return tables.at("sqrt_alpha_bar", i, x) * x - tables.at("sqrt_one_minus_alpha_bar", i, x) * v
-
-
-def mean_flat(tensor: Tensor) -> Tensor:
-    """Mean over everything but the batch axis, `[B, ...] -> [B]`."""
-    return tensor.mean(dim=list(range(1, tensor.ndim)))
-
-
-def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference per example, `[B]`."""
-    return mean_flat((a - b) ** 2)

@@ -26,7 +26,14 @@ _ROWS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
 def listened_to(*modules: nn.Module) -> bool:
     """Whether hooks wait for any of the modules to be called."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    for m in modules:  # for every module at every call, so in the fastest of ways
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
+
+
+def _hooks(m: nn.Module) -> list[Mapping[int, Any]]:
+    return [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
 
 
 def looked_at(net: nn.Module) -> bool:
@@ -41,8 +48,7 @@ def looked_at(net: nn.Module) -> bool:
         module = waiting.pop()
         if module is None:
             continue
-        held = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
-        if "forward" in vars(module) or any(_foreign(hooks) for hooks in held):
+        if "forward" in module.__dict__ or (listened_to(module) and any(map(_foreign, _hooks(module)))):
             return True
         kinds.add(type(module))
         waiting += module._modules.values()

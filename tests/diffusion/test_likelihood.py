@@ -9,13 +9,12 @@ from gaussian_data import exact_process, normal, seeded
 from torch.distributions import Normal, kl_divergence
 
 from guided_diffusion.diffusion.denoiser import Denoised, Spread
-from guided_diffusion.diffusion.likelihood import (
+from guided_diffusion.diffusion.densities import (
     approx_standard_normal_cdf,
-    bits_per_dim,
-    bound_steps,
     discretized_gaussian_log_likelihood,
     normal_kl,
 )
+from guided_diffusion.diffusion.likelihood import bits_per_dim, bound_steps
 
 
 def test_divergence() -> None:

@@ -9,7 +9,8 @@ from recorded import CASES, FIGURES, SEEDS, SHAPE, SHORT, Recorded, close, cond_
 
 from guided_diffusion.diffusion import guidance, samplers, updates
 from guided_diffusion.diffusion.denoiser import make_denoiser
-from guided_diffusion.diffusion.likelihood import bits_per_dim, discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.diffusion.densities import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.diffusion.likelihood import bits_per_dim
 from guided_diffusion.diffusion.objectives import training_losses
 from guided_diffusion.diffusion.process import (
     Process,

@@ -176,4 +176,6 @@ def test_doors_load_nothing_heavy(module: str) -> None:
     loaded = done.stdout.split()
     assert done.returncode == 0 and f"guided_diffusion.{module}" in loaded, done.stderr
     heavy = [*LATER, "PIL"] if module == "image_datasets" else [*LATER, "PIL", "guided_diffusion.data"]
+    if module in ("script_util", "gaussian_diffusion", "respace", "unet"):
+        heavy += [f"guided_diffusion.diffusion.{room}" for room in ("process", "denoiser", "likelihood", "guidance")]
     assert not [name for name in loaded for other in heavy if name == other or name.startswith(f"{other}.")]
