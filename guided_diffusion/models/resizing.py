@@ -26,7 +26,7 @@ _ROWS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
 def listened_to(*modules: nn.Module) -> bool:
     """Whether hooks wait for any of the modules to be called."""
-    for m in modules:  # for every module at every call, so in the fastest of ways
+    for m in modules:  # noqa: SIM110  for every module at every call, so in the fastest of ways
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True
     return False
