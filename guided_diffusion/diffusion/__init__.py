@@ -1,6 +1,6 @@
 """The mathematics: tensors in, tensors out; torch and numpy only.
 
-`diffusion.process` and the other modules are loaded when they are first touched: importing the 2021 names costs what it did then.
+The modules that the 2021 names open on are loaded when they are first touched: importing those names costs little.
 """
 
 from __future__ import annotations

@@ -33,9 +33,10 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
 
     try:
         with torch.inference_mode(False), torch.no_grad():
-            x = channels_last(torch.ones(1, 32, 2, 2, device=device, dtype=dtype))
             weight = torch.ones(32, device=device)
-            triton_norm.fused(x, weight, weight, None, None, 32, 1e-5)
+            for side in (2, 64):  # small and large images have kernels of their own
+                x = channels_last(torch.ones(1, 32, side, side, device=device, dtype=dtype))
+                triton_norm.fused(x, weight, weight, None, None, 32, 1e-5)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
@@ -68,6 +69,7 @@ def fits(x: Tensor, layers: nn.Sequential, emb_out: Tensor | None = None) -> boo
     return (
         x.dim() == 4
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.shape[1] * x.shape[2] * x.shape[3] < 2**31  # places within an image are counted in 32 bits
         and not transformed(x, *given)
         and is_channels_last(x)
         and works(x.device, x.dtype)

@@ -254,12 +254,12 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
     """`func(*inputs)` without keeping its intermediate values: backward computes them again, up to the last that it needs.
 
     So an operation that ends `func` and needs only its inputs for backward, as a convolution does, is not done twice.
-    Dropout, frozen weights, repeated and double backward, and autocast work as without. In forward-mode differentiation (not
-    in every torch) and inside a `torch.func` transform nothing is recomputed, because those cannot. What torch's checkpointing
-    asks for: weights and hooks are the same at the backward pass as before, so no backward after `torch.func.functional_call`
-    has given its weights back.
+    Dropout, frozen weights, repeated and double backward, and autocast work as without. Under forward-mode differentiation
+    (torch 2.11 cannot) and inside a `torch.func` transform nothing is recomputed. What torch's checkpointing asks for: weights
+    and hooks are the same at the backward pass as before, so no backward after `torch.func.functional_call` has given its
+    weights back.
     """
-    if not torch.is_grad_enabled() or transformed(*(value for value in inputs if isinstance(value, Tensor))):
+    if not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
         return func(*inputs)
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 

@@ -77,6 +77,13 @@ def _slopes(g, x, at, mask, mean, rstd, a, b, SILU: tl.constexpr):
 
 
 @triton.jit
+def _store_dx(dx, at, mask, dv, xhat, rstd, a, m1, m2):
+    """Write dx at these places."""
+    found = rstd[None, :] * (a[None, :] * dv - m1[None, :] - xhat * m2[None, :])
+    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _sums(
     g, x, begin, end, c, inside, channels, mean, rstd, a, b, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -106,14 +113,14 @@ def forward_whole(
     c = group * width + lane
     image = n * rows * channels
     means, squares = _moments(x + image, 0, rows, c, inside, channels, ROWS, CHANNELS)
-    middle = tl.sum(tl.where(inside, means, 0.0), axis=0) / width
+    middle = tl.sum(means, axis=0) / width  # 0 outside
     apart = tl.where(inside, means - middle, 0.0)
     variance = tl.sum(squares / rows + apart * apart, axis=0) / width
     sharp = 1.0 / tl.sqrt(variance + eps)
     tl.store(mean + place, middle)
     tl.store(rstd + place, sharp)
     a, b = _line(weight, bias, scale + n * stride, shift + n * stride, c, inside, SCALED)
-    every = tl.zeros([CHANNELS], dtype=tl.float32)
+    every = tl.zeros([CHANNELS], dtype=tl.float32)  # makes one number that of every channel
     for start in range(0, rows, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < rows)[:, None] & inside[None, :]
@@ -133,7 +140,7 @@ def backward_whole(
     inside = lane < width
     c = group * width + lane
     image = n * rows * channels
-    every = tl.zeros([CHANNELS], dtype=tl.float32)
+    every = tl.zeros([CHANNELS], dtype=tl.float32)  # makes one number that of every channel
     middle, sharp = every + tl.load(mean + place), every + tl.load(rstd + place)
     a, b = _line(weight, bias, scale + n * stride, shift + n * stride, c, inside, SCALED)
     first, second = _sums(
@@ -148,8 +155,7 @@ def backward_whole(
         mask = (r < rows)[:, None] & inside[None, :]
         at = image + r[:, None] * channels + c[None, :]
         dv, xhat = _slopes(g, x, at, mask, middle, sharp, a, b, SILU)
-        found = sharp[None, :] * (a[None, :] * dv - m1 - xhat * m2)
-        tl.store(dx + at, found.to(dx.dtype.element_ty), mask=mask)
+        _store_dx(dx, at, mask, dv, xhat, sharp, a, every + m1, every + m2)
 
 
 @triton.jit
@@ -283,5 +289,4 @@ def backward(
     of_xhat = tl.load(m2 + group, mask=inside, other=0.0)
     a, b = _line(weight, bias, scale + n * stride, shift + n * stride, c, inside, SCALED)
     dv, xhat = _slopes(g, x, at, mask, middle, sharp, a, b, SILU)
-    found = sharp[None, :] * (a[None, :] * dv - of_one[None, :] - xhat * of_xhat[None, :])
-    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=mask)
+    _store_dx(dx, at, mask, dv, xhat, sharp, a, of_one, of_xhat)

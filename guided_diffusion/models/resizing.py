@@ -33,6 +33,7 @@ def listened_to(*modules: nn.Module) -> bool:
 
 
 def _hooks(m: nn.Module) -> list[Mapping[int, Any]]:
+    """Those that `listened_to` asks about."""
     return [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
 
 

@@ -44,8 +44,10 @@ def fused(
     """
     if scale is not None and shift is not None:
         scale, shift = scale.flatten(1), shift.flatten(1)
+        if scale.stride() != shift.stride() or scale.stride(1) != 1:  # the kernels know one stride for both
+            scale, shift = scale.contiguous(), shift.contiguous()
     with torch.cuda.device_of(x):  # Triton starts its programs on the current device
-        y = _Fused.apply(x, weight, bias, scale, shift, groups, eps, silu)
+        y = _Fused.apply(channels_last(x), weight, bias, scale, shift, groups, eps, silu)
     assert isinstance(y, Tensor)
     return y
 
@@ -93,30 +95,12 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         from . import norm_kernels as kernels
 
-        x = channels_last(x)
-        scale, shift, stride = _rows_of(scale, shift)
         y, plan = torch.empty_like(x), _plan(x, groups)
         mean, rstd = torch.empty(2, len(x) * groups, dtype=torch.float32, device=x.device)
-        known = (
-            x,
-            y,
-            mean,
-            rstd,
-            weight,
-            bias,
-            _given(scale, weight),
-            _given(shift, weight),
-            plan.rows,
-            plan.channels,
-            stride,
-        )
-        how = {
-            "GROUPS": groups,
-            "SCALED": scale is not None,
-            "SILU": silu,
-            "ROWS": plan.tile_rows,
-            "CHANNELS": plan.tile_channels,
-        }
+        scale_, shift_, stride = _rows_of(scale, shift, weight)
+        known = (x, y, mean, rstd, weight, bias, scale_, shift_, plan.rows, plan.channels, stride)
+        how = {"GROUPS": groups, "SCALED": scale is not None, "SILU": silu}
+        how |= {"ROWS": plan.tile_rows, "CHANNELS": plan.tile_channels}
         if plan.whole:
             kernels.forward_whole[(len(mean),)](*known, eps, **how)
         else:
@@ -142,17 +126,10 @@ class _Fused(torch.autograd.Function):
         return *_gradients(ctx, channels_last(g), x, weight, bias, scale, shift, mean, rstd), None, None, None
 
 
-def _given(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-    """A kernel needs an address even for what it does not read."""
-    return otherwise if tensor is None else tensor
-
-
-def _rows_of(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """scale and shift [N, C] with their channels side by side, and how far apart images are in both."""
+def _rows_of(scale: Tensor | None, shift: Tensor | None, otherwise: Tensor) -> tuple[Tensor, Tensor, int]:
+    """scale and shift [N, C], and how far apart images are in both. A kernel needs an address even for what it does not read."""
     if scale is None or shift is None:
-        return None, None, 0
-    if scale.stride() != shift.stride() or scale.stride(1) != 1:
-        scale, shift = scale.contiguous(), shift.contiguous()
+        return otherwise, otherwise, 0
     return scale, shift, scale.stride(0)
 
 
@@ -181,12 +158,12 @@ def _gradients(
 
     plan, n, groups = _plan(x, ctx.groups), len(x), ctx.groups
     of_x, of_weight, of_bias, of_scale, of_shift = ctx.needs_input_grad[:5]
-    scale_, shift_, stride = _rows_of(scale, shift)
-    known = (mean, rstd, weight, bias, _given(scale_, weight), _given(shift_, weight))
+    scale_, shift_, stride = _rows_of(scale, shift, weight)
+    known = (mean, rstd, weight, bias, scale_, shift_)
     how = {"GROUPS": groups, "SCALED": scale is not None}
     tile = {"SILU": ctx.silu, "ROWS": plan.tile_rows, "CHANNELS": plan.tile_channels}
     s1, s2 = torch.empty(2, n, plan.channels, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x) if of_x or plan.whole else None
+    dx = torch.empty_like(x) if of_x or plan.whole else None  # backward_whole writes it anyway
     if plan.whole:
         kernels.backward_whole[(len(mean),)](
             g, x, dx, *known, s1, s2, plan.rows, plan.channels, stride, **how, **tile
@@ -198,7 +175,7 @@ def _gradients(
             g, x, *known, sums, products, plan.rows, plan.channels, plan.per_chunk, plan.chunks, stride, **how, **tile
         )
         kernels.group_gradients[(len(mean),)](
-            sums, products, weight, _given(scale_, weight), s1, s2, m1, m2, plan.rows, plan.channels, plan.chunks, stride,
+            sums, products, weight, scale_, s1, s2, m1, m2, plan.rows, plan.channels, plan.chunks, stride,
             **how, CHUNKS=_power(plan.chunks), CHANNELS=_power(plan.channels // groups),
         )  # fmt: skip
         if of_x:

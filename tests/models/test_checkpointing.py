@@ -104,6 +104,26 @@ def test_second_and_forward_derivatives(again: str) -> None:
     torch.testing.assert_close(torch.func.grad(lambda a: net(a, t).pow(2).sum())(x), first)
 
 
+@pytest.mark.parametrize("again", ["blocks", "norms"])
+def test_nothing_is_recomputed_in_forward_mode(again: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has the tangents, the image or some weights alone: torch 2.11 raises where it is recomputed."""
+    net = unet(use_checkpoint=again == "blocks")
+    net.set_recompute_norms(again == "norms")
+    x, t = images(1), times(1)
+    calls: list[int] = []
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, *args, **_: calls.append(1) or f(*args))
+    net(x, t)
+    assert calls
+    calls.clear()
+    late = {name: weight for name, weight in net.named_parameters() if name.startswith("output_blocks.1.")}
+    with torch.autograd.forward_ad.dual_level():
+        net(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), t)
+        dual = {name: torch.autograd.forward_ad.make_dual(w, torch.ones_like(w)) for name, w in late.items()}
+        out = torch.func.functional_call(net, dual, (x, t))
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+    assert not calls
+
+
 def gradients_of(net: Any, seed: int = 3) -> list[Tensor | None]:
     net.zero_grad(set_to_none=True)
     torch.manual_seed(seed)

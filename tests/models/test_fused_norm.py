@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ needs_triton = pytest.mark.skipif(not fused_norm.available(), reason="needs Trit
 
 
 @needs_triton
+@pytest.mark.skipif(
+    fused_norm.available() and int(version("triton").split(".")[1]) < 7,
+    reason="older interpreters do not know NumPy 2.5: pip install -e .[triton]",
+)
 def test_kernels_in_the_interpreter() -> None:
     environ = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     checks = str(Path(__file__).with_name("fused_norm_checks.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", checks]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
-        pytest.skip("the interpreter of this Triton is older than this NumPy")
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
