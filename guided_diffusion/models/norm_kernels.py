@@ -100,18 +100,22 @@ def _sums(
 
 
 @triton.jit
+def _group(rows, channels, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """What a program of a grid of N * groups works on: its number, the image's and where that begins, the group's channels."""
+    place = tl.program_id(0).to(tl.int64)
+    n, group = place // GROUPS, place % GROUPS
+    width = channels // GROUPS
+    lane = tl.arange(0, CHANNELS)
+    return place, n, n * rows * channels, width, group * width + lane, lane < width
+
+
+@triton.jit
 def forward_whole(
     x, y, mean, rstd, weight, bias, scale, shift, rows, channels, stride, eps,
     GROUPS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of a group of an image. Grid: N * groups. `stride`: between the images of scale and of shift."""
-    place = tl.program_id(0).to(tl.int64)
-    n, group = place // GROUPS, place % GROUPS
-    width = channels // GROUPS
-    lane = tl.arange(0, CHANNELS)
-    inside = lane < width
-    c = group * width + lane
-    image = n * rows * channels
+    place, n, image, width, c, inside = _group(rows, channels, GROUPS, CHANNELS)
     means, squares = _moments(x + image, 0, rows, c, inside, channels, ROWS, CHANNELS)
     middle = tl.sum(means, axis=0) / width  # 0 outside
     apart = tl.where(inside, means - middle, 0.0)
@@ -133,13 +137,7 @@ def backward_whole(
     GROUPS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx, S1 and S2 of a group of an image. Grid: N * groups."""
-    place = tl.program_id(0).to(tl.int64)
-    n, group = place // GROUPS, place % GROUPS
-    width = channels // GROUPS
-    lane = tl.arange(0, CHANNELS)
-    inside = lane < width
-    c = group * width + lane
-    image = n * rows * channels
+    place, n, image, width, c, inside = _group(rows, channels, GROUPS, CHANNELS)
     every = tl.zeros([CHANNELS], dtype=tl.float32)  # makes one number that of every channel
     middle, sharp = every + tl.load(mean + place), every + tl.load(rstd + place)
     a, b = _line(weight, bias, scale + n * stride, shift + n * stride, c, inside, SCALED)
