@@ -231,7 +231,8 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
     """(bytes that do not grow with the batch, bytes per image) kept between forward and backward pass.
 
     Counted, not measured: the network runs on the meta device and every tensor that autograd keeps is added up once. Left out are
-    the workspaces of kernels and the allocator's rounding. Attention is counted as its fused kernels do it, without a T x T matrix.
+    the workspaces of kernels and the allocator's rounding. Attention is counted as its fused kernels do it, without a T x T matrix,
+    and so are norms, but on a GPU without Triton.
     """
     import torch
 
@@ -249,7 +250,7 @@ def activation_bytes(config: RunConfig, net: nn.Module, device_type: str) -> tup
                 alive.append(storage)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _fused_attention():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _as_on_a_device():
             _forward(config, net, batch, "meta")
         return sum(sizes.values())
 
@@ -268,11 +269,14 @@ def _as_told(config: RunConfig, net: nn.Module, device_type: str) -> None:
     import torch
 
     from ..build import DTYPES, choose_precision
+    from ..models import fused_norm
     from ..training.measuring import blocks_of, recompute, set_recomputing
 
     use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     precision = choose_precision(config.train.precision, use_fp16, torch.device(device_type), lambda text: None)
     net.set_compute_dtype(DTYPES[precision])  # type: ignore[operator]
+    if device_type == "cuda" and not fused_norm.available():
+        net.set_fused_norm(False)  # type: ignore[operator]
     recompute(net, config.train.checkpoint)
     if getattr(config.model, "use_checkpoint", False):
         set_recomputing(net, blocks_of(net))
@@ -336,8 +340,8 @@ def _wait_for(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def _fused_attention() -> Any:
-    """While active, attention keeps what its fused kernels keep; on the meta device torch would take the plain formula."""
+def _as_on_a_device() -> Any:
+    """While active, the meta device keeps what others do: torch would take the plain formula of attention, and forget layouts."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -357,9 +361,9 @@ def _fused_attention() -> Any:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.nn.functional.scaled_dot_product_attention:
                 return Fused.apply(*args[:3])
-            # Convolutions on the meta device forget the layout; elsewhere tokens [N, C, T] lie as attention wants them.
-            if func is torch.Tensor.contiguous and args[0].dim() == 3:
-                return args[0]
-            return func(*args, **(kwargs or {}))
+            answer = func(*args, **(kwargs or {}))
+            if func is torch.conv2d:  # on the meta device it forgets the layout
+                return answer.contiguous(memory_format=torch.channels_last)
+            return answer
 
     return Mode()

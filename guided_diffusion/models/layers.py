@@ -139,8 +139,8 @@ class SiLU(nn.SiLU):
 
 
 def fits_cpu_norm(x: Tensor, *more: Tensor) -> bool:
-    """Whether `cpu.GroupNorm` takes x, with the other tensors as its parameters."""
-    if x.device.type != "cpu" or recorded():
+    """Whether `cpu.GroupNorm` takes x, with the other tensors as its parameters. Shapes without numbers (meta) stand for a CPU's."""
+    if x.device.type not in ("cpu", "meta") or recorded():
         return False
     return x.numel() > 0 and is_channels_last(x) and not transformed(x, *more)
 

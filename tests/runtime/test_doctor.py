@@ -11,6 +11,7 @@ from PIL import Image
 from guided_diffusion.build import build_network
 from guided_diffusion.cli.doctor import activation_bytes, main
 from guided_diffusion.config import RunConfig
+from guided_diffusion.models import fused_norm, resizing
 from guided_diffusion.runtime import doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
@@ -152,11 +153,11 @@ def counted(**flags):
     return activation_bytes(config, net, "cpu")
 
 
-def test_counted_memory_is_what_autograd_keeps():
-    """The same network with real numbers on the CPU keeps as much."""
+def test_counted_memory_is_what_autograd_keeps(monkeypatch):
+    """The same network with real numbers on the CPU keeps as much, but for the kernel of its own way to convolve a doubled image."""
+    monkeypatch.setattr(resizing, "worth_joining", lambda *_: False)
     config = config_of()
     net = build_network(config.model, config.diffusion, seed=0)
-    net.set_fused_norm(False)  # keeps less; counted is the ordinary norm
     parameters = {p.data_ptr() for p in net.parameters()}
     sizes = {}
     alive = []
@@ -175,6 +176,17 @@ def test_counted_memory_is_what_autograd_keeps():
     assert fixed + 4 * per_image == pytest.approx(sum(sizes.values()), rel=0.01)
 
 
+def test_a_gpu_without_triton_keeps_more(monkeypatch):
+    config = config_of()
+    found = []
+    for there in (True, False):
+        monkeypatch.setattr(fused_norm, "available", lambda there=there: there)
+        with torch.device("meta"):
+            net = build_network(config.model, config.diffusion)
+        found.append(activation_bytes(config, net, "cuda")[1])
+    assert found[0] == counted()[1] < 0.8 * found[1]
+
+
 def test_counted_memory_follows_resolution_precision_and_checkpointing():
     small = counted()[1]
     large = counted(image_size=32, attention_resolutions="16")[1]
@@ -182,14 +194,14 @@ def test_counted_memory_follows_resolution_precision_and_checkpointing():
     assert counted(precision="bf16")[1] < 0.65 * small
     assert counted(use_checkpoint=True)[1] < 0.4 * small
     assert counted(checkpoint="all") == counted(use_checkpoint=True)
-    assert counted(use_checkpoint=True)[1] < counted(checkpoint="norms")[1] < 0.6 * small
+    assert counted(use_checkpoint=True)[1] < counted(checkpoint="norms")[1] < 0.7 * small
 
 
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        ("--batch_size 16", FAIL, "--checkpoint norms or --microbatch 8 would fit"),
-        ("--batch_size 12 --checkpoint norms", OK, ""),
+        ("--batch_size 10", FAIL, "--checkpoint norms or --microbatch 8 would fit"),
+        ("--batch_size 8 --checkpoint norms", OK, ""),
         ("--batch_size 16 --checkpoint auto", WARN, "--checkpoint auto will make it fit"),
         ("--batch_size 160 --checkpoint auto", WARN, "--microbatch auto will make it fit, 20 images at a time"),
         ("--batch_size 160 --checkpoint auto --microbatch -1", FAIL, "--microbatch"),
