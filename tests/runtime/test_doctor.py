@@ -194,7 +194,8 @@ def test_counted_memory_follows_resolution_precision_and_checkpointing():
     assert counted(precision="bf16")[1] < 0.65 * small
     assert counted(use_checkpoint=True)[1] < 0.4 * small
     assert counted(checkpoint="all") == counted(use_checkpoint=True)
-    assert counted(use_checkpoint=True)[1] < counted(checkpoint="norms")[1] < 0.7 * small
+    norms = counted(checkpoint="norms")[1]
+    assert counted(use_checkpoint=True)[1] < norms < 0.7 * small  # an H100 kept 0.67 of it, the 64 px model
 
 
 @pytest.mark.parametrize(
