@@ -52,6 +52,7 @@ setup(
         "mpi4py>=3.1",
         "tqdm>=4.60",
         "pillow>=9.4",
+        "filelock>=3.12",
     ],
     extras_require=EXTRAS,
     entry_points={

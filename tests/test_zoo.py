@@ -15,7 +15,6 @@ import torch
 from checkpoint_files import TWINS, filled, meta_shapes
 
 from guided_diffusion import identify, presets
-from guided_diffusion.cli import zoo
 from guided_diffusion.cli.main import main
 
 NAME = "256x256_diffusion_uncond"
@@ -136,10 +135,3 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there are 64x64_diffusion" in capsys.readouterr().err
     assert main(["zoo", "show"]) == 2
     assert "zoo show needs a name" in capsys.readouterr().err
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", "/some/where")
-    assert zoo.cache_folder() == "/some/where"
-    monkeypatch.delenv("GUIDED_DIFFUSION_CACHE")
-    assert zoo.cache_folder().endswith("guided_diffusion")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..presets import PRESETS, Preset, get
+from ..runtime import storage
 from .arguments import Parser
 
 
@@ -34,15 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "show":
         print(card(preset))
         return 0
-    print(fetch(preset, args.cache or cache_folder()))
+    print(fetch(preset, args.cache or storage.cache_folder()))
     return 0
-
-
-def cache_folder() -> str:
-    """Where downloads are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided_diffusion."""
-    return os.path.expanduser(os.environ.get("GUIDED_DIFFUSION_CACHE", "")) or str(
-        Path.home() / ".cache" / "guided_diffusion"
-    )
 
 
 def table() -> str:
@@ -88,44 +79,20 @@ def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
     layout (2021 published no checksums; the sha256 of what came is printed, and compared where this package knows it).
     ConnectionError says which file to place where.
     """
-    target = Path(cache) / preset.file
-    if target.is_file():
-        return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    try:
-        with urllib.request.urlopen(preset.url, timeout=timeout) as answer, open(part, "wb") as file:
-            _copy(answer, file, int(answer.headers.get("Content-Length") or 0), preset.file)
-        check(str(part), preset)
-    except (urllib.error.URLError, OSError, TimeoutError) as error:
-        part.unlink(missing_ok=True)
-        raise ConnectionError(
-            f"cannot download {preset.url} ({error}). Bring the file from a machine that can, and place it at {target}"
-        ) from None
-    except ValueError:
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, target)
-    return str(target)
-
-
-def _copy(answer: object, file: object, total: int, name: str) -> None:
-    from tqdm import tqdm
-
-    received = 0
-    with tqdm(total=total or None, unit="B", unit_scale=True, desc=name) as bar:
-        while block := answer.read(1 << 20):  # type: ignore[attr-defined]
-            file.write(block)  # type: ignore[attr-defined]
-            received += len(block)
-            bar.update(len(block))
-    if total and received != total:
-        raise OSError(f"the connection broke after {received} of {total} bytes")
+    target = os.path.join(cache, preset.file)
+    if not os.path.isfile(target):
+        try:
+            storage.download(preset.url, target, check=lambda path: check(path, preset), timeout_s=timeout)
+        except OSError as error:
+            raise ConnectionError(
+                f"cannot download {preset.url} ({error}). Bring the file from a machine that can, and place it at {target}"
+            ) from None
+    return target
 
 
 def check(path: str, preset: Preset) -> str:
     """sha256 of a released file; ValueError unless its tensors have the names and shapes of that release."""
     from ..identify import SIGNATURES, signature
-    from ..runtime import storage
     from ..training.weights import load_weights
 
     shapes = {name: tuple(value.shape) for name, value in load_weights(path).items()}

@@ -2,7 +2,7 @@
 
 blobfile is imported when, and only when, a path is remote; a machine without it works on local files. Paths are plain strings with `/`
 between their parts (local ones may be anything `os.fspath` takes). Nothing here keeps state but
-the connections that blobfile holds.
+the connections that blobfile holds, and locks.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import IO, Any
 
 _REMOTE_SCHEMES = ("gs://", "az://", "https://")
 # Tries of one request, with growing pauses between them: about half a minute.
 _RETRIES = 10
+# How long a folder's lock is waited for. Loader workers of a killed job keep its lock until they notice, within 5 s.
+_LOCK_WAIT_S = 6.0
+_CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 # The hidden names that `atomic_write` gives to files as we write them.
 _UNFINISHED = re.compile(r"^\..*\.(pt|safetensors|json|png|npz|npy)\.[0-9a-f]{8}\.tmp$")
 
@@ -158,12 +163,8 @@ def makedirs(path: PathLike) -> None:
 
 def remove(path: PathLike) -> None:
     """Remove one file; no error where there is none."""
-    if is_remote(path):
-        with contextlib.suppress(FileNotFoundError):
-            _blobfile(path).remove(os.fspath(path))
-        return
     with contextlib.suppress(FileNotFoundError):
-        os.remove(expand(path))
+        _blobfile(path).remove(os.fspath(path)) if is_remote(path) else os.remove(expand(path))
 
 
 def move(source: PathLike, target: PathLike) -> None:
@@ -205,7 +206,8 @@ def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and _is_about(error, temporary):
+        # Errors that name another file belong to the caller's code.
+        if isinstance(error, OSError) and error.filename in (None, temporary, folder):
             raise _explained(error, path, "write") from error
         raise
 
@@ -228,9 +230,8 @@ def remove_unfinished(folder: PathLike, names: Collection[str] | None = None) ->
     """
     if is_remote(folder) or not os.path.isdir(folder):
         return 0
-    left = [name for name in os.listdir(folder) if _UNFINISHED.match(name)]
-    if names is not None:
-        left = [name for name in left if name[1:].rsplit(".", 2)[0] in names]
+    unfinished = [name for name in os.listdir(folder) if _UNFINISHED.match(name)]
+    left = [name for name in unfinished if names is None or name[1:].rsplit(".", 2)[0] in names]
     for name in left:
         remove(join(folder, name))
     return len(left)
@@ -244,11 +245,6 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _is_about(error: OSError, temporary: str) -> bool:
-    """Whether an error inside a write is the write's own: errors that name another file belong to the caller's code."""
-    return error.filename is None or os.fspath(error.filename) in (temporary, os.path.dirname(temporary))
 
 
 def _explained(error: OSError, path: PathLike, action: str) -> OSError:
@@ -313,3 +309,86 @@ def sha256_of(path: PathLike) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def cache_folder() -> str:
+    """Where downloads are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided_diffusion."""
+    return expand(os.environ.get("GUIDED_DIFFUSION_CACHE") or os.path.join("~", ".cache", "guided_diffusion"))
+
+
+def download(
+    url: str,
+    path: str,
+    *,
+    check: Callable[[str], Any],
+    size: int = 0,
+    progress: bool = True,
+    timeout_s: float = 30.0,
+) -> None:
+    """Download `url` to the local file `path` with a progress bar; the file appears complete and checked, or not at all.
+
+    `size` in bytes is what must come (0: what the server announces). `check` is called with the name of the complete temporary file
+    and raises if its content is not the wanted one. OSError when the connection fails or another number of bytes comes.
+    """
+    import http.client
+    import urllib.request
+
+    from tqdm import tqdm
+
+    makedirs(os.path.dirname(path))
+    received = 0
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer, atomic_write(path) as file:
+            total = size or int(answer.headers.get("Content-Length") or 0)
+            with tqdm(
+                total=total or None, unit="B", unit_scale=True, desc=os.path.basename(path), disable=not progress
+            ) as bar:
+                while (block := answer.read(1 << 20)) and not 0 < total < received:
+                    file.write(block)
+                    received += len(block)
+                    bar.update(len(block))
+            if total and received != total:
+                raise http.client.HTTPException(f"{received} of {total} bytes came")
+            file.flush()
+            check(file.name)
+    except http.client.HTTPException as error:
+        raise ConnectionError(str(error)) from error
+
+
+def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:
+    """Hold `folder` for this job until `release()` of what is returned, or the end of the process; ValueError if another job holds it.
+
+    The lock on the file `name` in it is the operating system's, so a job that was killed leaves none behind; the file stays. None for
+    remote folders and on file systems without locks: these are not guarded.
+    """
+    if is_remote(folder):
+        return None
+    import filelock
+
+    makedirs(folder)
+    path = join(folder, name)
+    lock = filelock.FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=_LOCK_WAIT_S)
+    except filelock.Timeout:
+        raise ValueError(
+            f"another job writes to {os.fspath(folder)}{_holder(path)}; choose another folder, or end that job first"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _CANNOT_LOCK:
+            raise
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # Windows locks the bytes as well
+        file.write(to_json({"pid": os.getpid(), "host": platform.node(), "since": since}))
+    return lock
+
+
+def _holder(path: str) -> str:
+    """Which process holds a lock, as far as its file says."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            held = json.load(file)
+        return f": process {held['pid']} on {held['host']} since {held['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..diffusion.samplers import NotFinite, check_finite
 from ..runtime import storage
-from ..runtime.lock import RunLock
 from ..runtime.streams import LABELS, SAMPLE, Streams, key_of
 from ..runtime.world import World
 from . import writers
@@ -211,10 +210,10 @@ def _parts(job: Job) -> list[tuple[int, int, str]]:
     return sorted((int(m[1]), int(m[2]), storage.join(folder, name)) for m, name in found)
 
 
-def _open(job: Job, tell: Callable[[str], None]) -> tuple[RunLock | None, list[int] | str | None]:
+def _open(job: Job, tell: Callable[[str], None]) -> tuple[Any, list[int] | str | None]:
     """(lock of the folder, what `prepare` says). On the main rank."""
     try:
-        lock = RunLock(job.out, LOCK)
+        lock = storage.lock_folder(job.out, LOCK)
     except ValueError as error:
         return None, str(error)
     return lock, prepare(job, tell)

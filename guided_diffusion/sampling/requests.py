@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime import storage
-from ..runtime.lock import RunLock
 from ..runtime.streams import SAMPLE, Streams
 from ..runtime.world import World
 from . import generate as g
@@ -192,10 +191,10 @@ def _job_of(request: Request, job: g.Job) -> g.Job:
 
 def _open(
     folder: str, jobs: Mapping[str, g.Job], tell: Callable[[str], None]
-) -> tuple[RunLock | None, dict[str, list[int]] | str]:
+) -> tuple[Any, dict[str, list[int]] | str]:
     """(lock of the folder, the images to make of each request that is not finished; or a complaint). On the main rank."""
     try:
-        lock = RunLock(folder, g.LOCK)
+        lock = storage.lock_folder(folder, g.LOCK)
     except ValueError as error:
         return None, str(error)
     todo: dict[str, list[int]] = {}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
-from ..runtime.lock import RunLock
 from ..runtime.world import World
 from . import checkpoint
 from .checkpoint import SavedRun
@@ -67,11 +66,11 @@ class Checkpoints:
         self._world = World() if world is None else world
         self._thread: threading.Thread | None = None
         self._errors: list[tuple[int, Exception]] = []
-        self._lock: RunLock | None = None
+        self._lock: Any = None
         refused = ""
         if self._world.is_main:
             try:
-                self._lock = RunLock(directory)
+                self._lock = storage.lock_folder(directory)
                 storage.remove_unfinished(directory)  # nobody else writes here now
             except (ValueError, OSError) as error:
                 refused = str(error)

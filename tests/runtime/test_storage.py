@@ -306,3 +306,49 @@ def test_local_rank_of_old_launchers_is_left_out(added: list[str], place: int) -
     words = ["sample", "--seed", "7"]
     assert storage.command_words([*words[:place], *added, *words[place:]]) == words
     assert storage.command_words(["--local_rank", "train", "--local_ranks", "1"]) == ["train", "--local_ranks", "1"]
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", "/some/where")
+    assert storage.cache_folder() == "/some/where"
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", "")
+    assert storage.cache_folder() == os.path.expanduser("~/.cache/guided_diffusion")
+
+
+def test_a_folder_is_held_by_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_LOCK_WAIT_S", 0.1)
+    lock = storage.lock_folder(tmp_path / "new")
+    with pytest.raises(ValueError, match=f"another job writes to {tmp_path}/new: process {os.getpid()} on .* since 20"):
+        storage.lock_folder(tmp_path / "new")
+    storage.lock_folder(tmp_path / "new", "other.lock").release()
+    lock.release()
+    lock.release()
+    storage.lock_folder(tmp_path / "new").release()
+    assert storage.lock_folder("gs://bucket/run") is None
+
+
+def test_the_lock_of_a_killed_job_is_free_though_a_worker_outlives_it(tmp_path: Path) -> None:
+    code = f"""
+        import os, time
+        from guided_diffusion.runtime import storage
+        lock = storage.lock_folder({str(tmp_path)!r})
+        if os.fork():
+            os.kill(os.getpid(), 9)
+        time.sleep(2)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, cwd=Path(__file__).parents[2])
+    assert (tmp_path / "run.lock").exists()
+    storage.lock_folder(tmp_path).release()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "no locks available")])
+def test_a_file_system_without_locks_is_not_guarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import filelock
+
+    def acquire(self, timeout):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert storage.lock_folder(tmp_path) is None

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.shapes import critic, generator, small
 from guided_diffusion import build
 from guided_diffusion.diffusion.process import respace, space_timesteps
+from guided_diffusion.runtime import storage
 from guided_diffusion.runtime.world import World
 from guided_diffusion.sampling import generate as g
 from guided_diffusion.sampling import requests as r
@@ -379,7 +380,9 @@ def test_other_settings_in_a_half_made_folder_are_refused(tmp_path: Path) -> Non
         fulfil(tmp_path, requests=[request("mixed", 10, 4)])
 
 
-def test_a_second_job_in_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_job_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_LOCK_WAIT_S", 0.1)
+
     def meets(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
         with pytest.raises(ValueError, match="another job writes to"):
             fulfil(tmp_path)
