@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.compiled import Compiled, Cond
 from guided_diffusion.diffusion.denoiser import Denoiser, make_denoiser
+from guided_diffusion.sampling.execution import Compiled, Cond
 
 from . import shapes
 from .networks import ready, short_process

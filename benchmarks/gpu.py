@@ -19,11 +19,12 @@ from torch import Tensor
 
 from guided_diffusion import build
 from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.compiled import Compiled
 from guided_diffusion.diffusion.denoiser import Denoiser, make_denoiser
-from guided_diffusion.diffusion.graphs import Graphed
 from guided_diffusion.runtime.fitting import fits, halved_until_it_fits
 from guided_diffusion.runtime.world import World
+from guided_diffusion.sampling.execution import Compiled, Graphed
+from guided_diffusion.sampling.pipeline import compile_network
+from guided_diffusion.training.losses import diffusion_loss
 from guided_diffusion.training.trainer import Trainer
 
 from . import floor, networks, shapes
@@ -211,8 +212,10 @@ class Updates:
             self.process,
         )  # the function below must not keep `self` and its weights
         if self.compile:
-            build.compile_network(self.net)
-        loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+            compile_network(self.net)
+        loss = diffusion_loss(
+            process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config)
+        )
         world = World(device=torch.device(at.device))
         trainer = Trainer(self.net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), precision="bf16", world=world)
         known: dict[int, Batch] = {}

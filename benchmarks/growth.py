@@ -38,6 +38,7 @@ import torch
 torch.set_num_threads(1)
 from benchmarks import networks, shapes
 from guided_diffusion import build
+from guided_diffusion.training.losses import diffusion_loss
 from guided_diffusion.diffusion import samplers
 from guided_diffusion.diffusion.denoiser import make_denoiser
 from guided_diffusion.runtime import world as worlds
@@ -46,7 +47,7 @@ shape, steps = shapes.{shape}, {steps}
 world = worlds.start("cpu", announce=None)
 net = shapes.generator(shape)
 process = build.build_process(shape.diffusion, respacing="")
-loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config))
 trainer = Trainer(net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), world=world)
 batch = shapes.training_batch(shape)._replace(positions=torch.arange(shape.train_batch) * world.size + world.rank)
 def measured(call, images):

@@ -53,7 +53,7 @@ def measure(*, small: bool = False, rounds: int = 3) -> dict[str, Any]:
 
     from guided_diffusion import build
     from guided_diffusion.config import RunConfig
-    from guided_diffusion.presets import PRESETS
+    from guided_diffusion.weights.released import PRESETS
 
     preset = PRESETS["256x256_diffusion"]
     config = RunConfig.from_flags("diffusion", SMALL if small else preset.flags)

@@ -14,6 +14,8 @@ from guided_diffusion.diffusion import guidance, samplers
 from guided_diffusion.diffusion.denoiser import make_denoiser
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
 from guided_diffusion.runtime.world import World
+from guided_diffusion.sampling.pipeline import make_ready
+from guided_diffusion.training.losses import diffusion_loss
 from guided_diffusion.training.measuring import recompute
 from guided_diffusion.training.trainer import Trainer
 
@@ -46,7 +48,7 @@ def ready(net: Any, dtype: str = "float32") -> Any:
     """A network as sampling has it: frozen, weights in the layout and format they are used in."""
     net = net.eval().requires_grad_(False)
     net.set_compute_dtype(DTYPES[dtype], store=True)
-    build.make_ready(net)
+    make_ready(net)
     return net
 
 
@@ -88,7 +90,7 @@ def against_diffusers(shape: Shape, *, device: str, rounds: int) -> list[Ratio]:
         from diffusers import UNet2DModel
     except ImportError:
         return []
-    from guided_diffusion.models.diffusers import arguments_for_unet2d, to_diffusers
+    from guided_diffusion.weights.diffusers import arguments_for_unet2d, to_diffusers
 
     model, net = shape.model, shapes.generator(shape, device)
     common: dict[str, Any] = {
@@ -216,7 +218,7 @@ def training(shape: Shape, *, device: str, rounds: int, precision: str, rates: R
     net = shapes.generator(shape, device)
     plain = shapes.plainly(net)
     process = build.build_process(shape.diffusion, respacing="").to(device)
-    loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+    loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config))
     world = World(device=torch.device(device))
     trainer = Trainer(net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), precision=precision, world=world)
     batch = shapes.training_batch(shape, device)
@@ -240,7 +242,7 @@ def less_memory(shape: Shape, *, device: str, rounds: int, precision: str) -> li
     """What the ways to train with less memory cost: recomputing norms, recomputing all, a batch in parts."""
     net = shapes.generator(shape, device)
     process = build.build_process(shape.diffusion, respacing="").to(device)
-    loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+    loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config))
     world = World(device=torch.device(device))
     trainer = Trainer(net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), precision=precision, world=world)
     batch = shapes.training_batch(shape, device)

@@ -84,13 +84,13 @@ def measured(
 
     from evaluations.metrics import frechet_distance_of_features
     from evaluations.neighbours import neighbours
-    from guided_diffusion import build
     from guided_diffusion.cli.demo import Plan, run
     from guided_diffusion.cli.features import classifier_features, read_images
     from guided_diffusion.runtime import world
+    from guided_diffusion.weights.load import load
 
     with world.session(device) as here:
-        critic = build.load(str(demo / "classifier"), kind="classifier", device=here.device)
+        critic = load(str(demo / "classifier"), kind="classifier", device=here.device)
         real, _ = classifier_features(critic, read_images(str(demo / "data" / "train"), critic, 100)[0], here.device)
     steps = Plan().sample[Plan().sample.index("--timestep_respacing") + 1]
     found: dict[str, list[dict[str, float]]] = {"fp32": [], precision: []}

@@ -34,6 +34,7 @@ def checkpoints(width: int = 32, rounds: int = 5, steps: int = 6) -> Figures:
     from guided_diffusion import build
     from guided_diffusion.config import RunConfig
     from guided_diffusion.data.loader import Batch
+    from guided_diffusion.training.losses import diffusion_loss
     from guided_diffusion.training.saver import Checkpoints
     from guided_diffusion.training.trainer import Trainer
 
@@ -52,7 +53,7 @@ def checkpoints(width: int = 32, rounds: int = 5, steps: int = 6) -> Figures:
         for mode in ("none", "background", "waiting"):
             saves = Checkpoints(f"{folder}/{mode}", background=mode == "background", keep_last=1)
             net = build.build_network(config.model, config.diffusion, seed=0)
-            loss = build.generator_loss(config, process, build.build_timesteps("uniform", len(process)))
+            loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(config))
             trainers[mode] = Trainer(net, loss, no_batches, checkpoints=saves)
         spans: dict[str, list[float]] = {mode: [] for mode in trainers}
         stalls: dict[str, list[float]] = {mode: [] for mode in trainers}

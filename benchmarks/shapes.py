@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion import build, presets
+from guided_diffusion import build
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, ModelConfig, RunConfig
+from guided_diffusion.weights import released as presets
 
 from .plain import Plain
 

@@ -49,11 +49,13 @@ def forget():
 
 _TRAIN = """
 from guided_diffusion import build
+from guided_diffusion.training.losses import diffusion_loss
+from guided_diffusion.weights.load import load
 from guided_diffusion.training.trainer import Trainer
 net = shapes.generator(shape)
 process = build.build_process(shape.diffusion, respacing="")
 batch = shapes.training_batch(shape)
-loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config))
 {checkpoint}
 ours = {ours}
 if ours:
@@ -95,13 +97,15 @@ print(json.dumps(dict(peak_mib=peak(), before_mib=before)))
 
 _LOAD = """
 from guided_diffusion import build
+from guided_diffusion.training.losses import diffusion_loss
+from guided_diffusion.weights.load import load
 path = {path!r}
 from guided_diffusion.runtime import storage
 from guided_diffusion.training import weights
 torch.load(path, mmap=True, weights_only=True)
 begin = time.process_time()
 if {ours}:
-    net = build.load(path, flags={flags!r}, tell=lambda text: None).net
+    net = load(path, flags={flags!r}, tell=lambda text: None).net
 else:
     net = build.build_model(shape.model, shape.diffusion)
     with open(path, "rb") as file:

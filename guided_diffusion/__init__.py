@@ -9,14 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import presets as presets
-    from .build import Loaded as Loaded
     from .build import build_classifier as build_classifier
     from .build import build_model as build_model
     from .build import build_process as build_process
     from .build import build_super_res as build_super_res
-    from .build import load as load
-    from .build import save as save
     from .config import ClassifierConfig as ClassifierConfig
     from .config import DataConfig as DataConfig
     from .config import DiffusionConfig as DiffusionConfig
@@ -39,10 +35,16 @@ if TYPE_CHECKING:
     from .diffusion.samplers import last as last
     from .sampling.generate import generate as generate
     from .training.trainer import Trainer as Trainer
+    from .weights import released
+    from .weights.load import Loaded as Loaded
+    from .weights.load import load as load
+    from .weights.load import save as save
+
+    presets = released
 
 # module -> the names it gives to the package; "" stands for the module itself
 _API = {
-    "build": ("Loaded", "build_classifier", "build_model", "build_process", "build_super_res", "load", "save"),
+    "build": ("build_classifier", "build_model", "build_process", "build_super_res"),
     "config": (
         "ClassifierConfig", "DataConfig", "DiffusionConfig", "ModelConfig", "RunConfig", "SampleConfig", "SuperResConfig",
         "TrainConfig",
@@ -52,9 +54,10 @@ _API = {
     "diffusion.samplers": ("ancestral", "ddim", "dpm_solver", "heun", "last"),
     "sampling.generate": ("generate",),
     "training.trainer": ("Trainer",),
+    "weights.load": ("Loaded", "load", "save"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _API.items() for name in names}
-_MODULES = {"guidance": "diffusion.guidance", "presets": "presets"}
+_MODULES = {"guidance": "diffusion.guidance", "presets": "weights.released"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,11 @@
-"""Config -> objects: the one file that knows both. Networks, processes, losses, batches, samplers, and reading them back from files."""
+"""Configuration -> objects: the one file that knows both. Networks, processes, losses, batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,35 +18,17 @@ from .config import (
     RunConfig,
     SuperResConfig,
     TrainConfig,
+    classes_of,
 )
-from .data.images import low_res, to_float
 from .data.listing import Records
 from .data.loader import Batches, make_batches
-from .diffusion import guidance, samplers
-from .diffusion.compiled import Compiled
-from .diffusion.denoiser import Denoiser, make_denoiser
-from .diffusion.graphs import Graphed
-from .diffusion.objectives import training_losses
-from .diffusion.process import Process, add_noise, make_process, rescale_time, respace, space_timesteps
+from .diffusion.process import Process, make_process, rescale_time, respace, space_timesteps
 from .diffusion.schedules import SCHEDULES, named_betas
 from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
-from .models.layers import lay_out_convolution
-from .models.network import Network as Torso
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
-from .reading import agree as agree
-from .reading import classes_of as classes_of
-from .reading import find as find
-from .reading import fitted as fitted
-from .reading import read as read
-from .reading import recognise as recognise
-from .runtime.streams import TRAIN, Streams, key_of
-from .training.checkpoint import save_run
-from .training.losses import Losses
-from .training.restore import load_weights_into
+from .runtime.streams import TRAIN, key_of
 
 Tell = Callable[[str], None]
-LossFn = Callable[[Any, Any, Streams], Losses]
-Sample = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks and processes
@@ -180,48 +158,16 @@ def build_timesteps(name: str, num_steps: int) -> Timesteps:
     return UniformTimesteps(num_steps) if name == "uniform" else LossSecondMoment(num_steps)
 
 
-def generator_loss(config: RunConfig, process: Process, timesteps: Timesteps) -> LossFn:
-    """The loss of a denoising network on a batch; `process` on the training device."""
+def loss_options(config: RunConfig) -> dict[str, Any]:
+    """The keyword arguments of `training.losses.diffusion_loss`."""
     assert isinstance(config.model, (ModelConfig, SuperResConfig))
-    model, diffusion = config.model, config.diffusion
-    gamma: float = config.train.min_snr_gamma
-    weight: dict[str, Any] = {"weight": "min_snr", "min_snr_gamma": gamma} if gamma else {}
-
-    def loss(net: Any, batch: Any, streams: Streams) -> Losses:
-        x0 = to_float(batch.images, getattr(batch, "flips", None))
-        i, importance = timesteps.draw(streams.uniform().to(x0.device))
-        noise = streams.normal(x0.shape[1:])
-        cond: dict[str, Tensor] = {"y": batch.labels} if model.class_cond else {}
-        if isinstance(model, SuperResConfig):
-            cond["low_res"] = low_res(x0, model.small_size)
-        terms = training_losses(net, process, x0, i, noise, cond, loss=diffusion.loss, **diffusion.reading, **weight)  # type: ignore[arg-type]
-        weighted = {name: value * importance for name, value in terms.items()}
-        return Losses(weighted["loss"], weighted, i, len(process), terms["loss"].detach())
-
-    return loss
-
-
-def classifier_loss(process: Process, timesteps: Timesteps, *, noised: bool = True, prefix: str = "train") -> LossFn:
-    """Cross entropy of a classifier on noised images, with accuracies, under the column names of 2021."""
-
-    def loss(net: Any, batch: Any, streams: Streams) -> Losses:
-        x = to_float(batch.images, getattr(batch, "flips", None))
-        i, _ = timesteps.draw(streams.uniform().to(x.device))
-        if noised:
-            x = add_noise(process, x, i, streams.normal(x.shape[1:]))
-        else:
-            i = torch.zeros_like(i)
-        logits = net(x, process.time_at(i)).float()
-        entropy = F.cross_entropy(logits, batch.labels, reduction="none")
-        ranked = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-        terms = {
-            f"{prefix}_loss": entropy,
-            f"{prefix}_acc@1": ranked[:, 0].float(),
-            f"{prefix}_acc@5": ranked.any(dim=1).float(),
-        }
-        return Losses(entropy, terms, i, len(process))
-
-    return loss
+    return {
+        "loss": config.diffusion.loss,
+        "min_snr_gamma": config.train.min_snr_gamma,
+        "class_cond": config.model.class_cond,
+        "small_size": getattr(config.model, "small_size", 0),
+        **config.diffusion.reading,
+    }
 
 
 def build_batches(
@@ -273,215 +219,3 @@ def trainer_options(train: TrainConfig) -> dict[str, Any]:
         "log_every": train.log_interval,
         "save_every": train.save_interval,
     }
-
-
-def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
-    """(training, validation): a part of the records, drawn by `seed`, is held out."""
-    count = len(records)
-    order = np.random.RandomState(key_of(seed, TRAIN) & 0xFFFFFFFF).permutation(count)
-    held = max(1, round(count * fraction))
-    return records.take(sorted(order[held:].tolist())), records.take(sorted(order[:held].tolist()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def build_sample(
-    model: Loaded,
-    process: Process,
-    *,
-    critic: Loaded | None = None,
-    scale: float = 0.0,
-    method: str = "ancestral",
-    eta: float = 0.0,
-    clip: bool = True,
-    compile: bool = False,
-    graphs: bool = False,
-) -> Sample:
-    """(noise, source of noise, conditions) -> images in [-1, 1]. `process` on the sampling device.
-
-    Guidance by `critic` shifts the mean where `method` is ancestral, as algorithm 1 of the paper, and the score
-    elsewhere, as algorithm 2. `compile`: network and guidance of a step through torch.compile, as one graph. `graphs`: on
-    CUDA, record them (compiled or not) as one CUDA graph. With either, batches of another size cost a graph of their own.
-    """
-    config, net = model.config, model.net
-    assert isinstance(config.model, (ModelConfig, SuperResConfig))
-    guidance.check_scale(scale)
-    known = (("y",) if config.model.class_cond else ()) + (("low_res",) if config.kind == "super_resolution" else ())
-    guide = guidance.classifier_mean if method == "ancestral" else guidance.classifier
-    for part in (model, critic):
-        if part is not None:
-            make_ready(part.net)
-
-    def plain(cond: Mapping[str, Tensor]) -> Denoiser:
-        heard = {name: cond[name] for name in known}
-        denoise = make_denoiser(net, process, heard, clip=clip, **config.diffusion.reading)  # type: ignore[arg-type]
-        if critic is not None and scale:
-            denoise = guide(denoise, process, guidance.log_prob_gradient(critic.net, cond["y"]), scale)
-        return denoise
-
-    apart: list[nn.Module] = []  # networks compiled by themselves, where a step could not be compiled whole
-
-    def compiled_apart(cond: Mapping[str, Tensor]) -> Denoiser:
-        if not apart:
-            apart.extend(part.net for part in (model, critic) if part is not None)
-            for each in apart:
-                compile_network(each)
-        return plain(cond)
-
-    denoiser = Compiled(plain, otherwise=compiled_apart) if compile else plain
-    kept: dict[str, Tensor] = {}  # the conditions in the memory that a graph reads
-    recorded: list[Graphed] = []
-
-    def sample(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
-        if graphs and noise.is_cuda:
-            if not recorded or any(kept[name].shape != value.shape for name, value in cond.items()):
-                kept.update({name: value.clone() for name, value in cond.items()})
-                recorded[:] = [Graphed(denoiser(kept))]
-            for name, value in cond.items():
-                kept[name].copy_(value)
-            denoise: Denoiser = recorded[0]
-        else:
-            denoise = denoiser(cond)
-        try:
-            return samplers.last(steps_of(denoise, noise, randn_like))
-        except samplers.NotFinite as error:
-            parts = [part for part in (model, critic) if part is not None]
-            raise samplers.NotFinite(error.row, f"{error}; {why_not_finite(parts)}") from None
-
-    def steps_of(denoise: Denoiser, noise: Tensor, randn_like: Callable[[Tensor], Tensor]) -> Iterable[samplers.Step]:
-        if method == "ddim":
-            return samplers.ddim(denoise, noise, process, eta=eta, noise=randn_like)
-        if method == "heun":
-            return samplers.heun(denoise, noise, process, noise=randn_like)
-        if method == "dpm_solver":
-            return samplers.dpm_solver(denoise, noise, process)
-        assert method == "ancestral", method
-        return samplers.ancestral(denoise, noise, process, noise=randn_like)
-
-    return sample
-
-
-def why_not_finite(parts: Sequence[Loaded]) -> str:
-    """The weights that are not finite themselves, or what else may help."""
-    for part in parts:
-        for name, value in part.net.state_dict().items():
-            bad = int((~value.isfinite()).sum())
-            if bad:
-                return f"the weights {part.path} hold {bad} such values in {name}: take another file"
-    remedies = ["lower the scale of the guidance"] if len(parts) > 1 else []
-    wider = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}
-    for part, flag in zip(parts, ("--precision", "--classifier_precision")):
-        if (dtype := getattr(part.net, "dtype", None)) in wider:
-            remedies.append(f"give {flag} {wider[dtype]}")
-    return "all weights are finite" + (f": {', or '.join(remedies)}" if remedies else "")
-
-
-def make_ready(net: nn.Module) -> None:
-    """Lay a frozen network's weights out as convolutions read them, which saves a transposition per call.
-
-    Networks whose weights ask for gradients are left as they are: they belong to training.
-    """
-    if not isinstance(net, Torso) or any(parameter.requires_grad for parameter in net.parameters()):
-        return
-    net.set_compute_dtype(net.dtype, store=True)
-    net.apply(lay_out_convolution)
-    if next(net.parameters()).device.type != "cpu":  # fewer kernels to start; a CPU starts none
-        net.join_embeddings()
-
-
-def compile_network(net: nn.Module) -> None:
-    """Send calls of `net` through torch.compile, as one graph per shape of input; names of parameters stay as they are."""
-    net.compile(fullgraph=True, dynamic=False)
-
-
-def check_pair(model: Loaded, critic: Loaded) -> None:
-    """ValueError, in words, unless the classifier was trained for what the diffusion model makes."""
-    ours, theirs = model.config, critic.config
-    pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
-    pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
-    if classes_of(ours.model):
-        pairs["number of classes"] = (classes_of(ours.model), classes_of(theirs.model))
-    for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and critic.certain else ():
-        pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
-    wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
-    if model.class_names and critic.class_names and model.class_names != critic.class_names:
-        longest = zip_longest(model.class_names, critic.class_names, fillvalue="")
-        number, (first, second) = next((k, pair) for k, pair in enumerate(longest) if pair[0] != pair[1])
-        wrong.append(f"class names: class {number} is {first or 'none'!r} and {second or 'none'!r}")
-    if wrong:
-        raise ValueError(
-            f"{model.path} (diffusion model) and {critic.path} (classifier) do not belong together; they differ in {'; '.join(wrong)}"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A network with its weights, and what it is."""
-
-    net: nn.Module
-    process: Process
-    config: RunConfig
-    path: str
-    class_names: tuple[str, ...] = ()
-    step: int | None = None
-    sha256: str = ""
-    certain: bool = True
-    """Whether the noise process was read from the file, not only assumed."""
-    weights: str = ""
-    """ "ema" or "model" where the file holds both and one was chosen."""
-
-    @property
-    def kind(self) -> str:
-        """diffusion, super_resolution or classifier."""
-        return self.config.kind
-
-
-def load(
-    path: str,
-    *,
-    kind: str | None = None,
-    flags: Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    weights: str = "",
-    tell: Tell = print,
-) -> Loaded:
-    """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
-
-    Files written here carry their configuration, released ones are known by their tensors; for others `flags` gives what
-    tensors cannot tell, spelled as in 2021. Flags that contradict the file are refused in words, and so is a file of another
-    `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` ""
-    follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds both averaged and raw ones; else the
-    averaged are taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
-    """
-    device = torch.device(device)
-    found, held = read(path, kind=kind, flags=flags, weights=weights, tell=tell)
-    config = found.config
-    assert config is not None
-    net = build_empty(config.model, config.diffusion)
-    load_weights_into(net, held.tensors, found.path, assign=True)
-    net = net.to(device).eval().requires_grad_(False)
-    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    chosen = choose_precision(precision, half, device, tell)
-    net.set_compute_dtype(DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
-    process = build_process(config.diffusion).to(device)
-    about = (found.path, found.class_names, found.step, found.sha256, found.certain)
-    return Loaded(net, process, config, *about, held.taken)
-
-
-def save(loaded: Loaded, folder: str) -> str:
-    """Write a network with its configuration into `folder`; `load(folder)` reads it back. Returns the path of the JSON file."""
-    return save_run(
-        folder,
-        step=loaded.step or 0,
-        model=loaded.net.state_dict(),
-        config=loaded.config.to_dict(),
-        kind=loaded.kind,
-        class_names=loaded.class_names,
-    )

@@ -25,11 +25,11 @@ from .fp16_util import MixedPrecisionTrainer
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .runtime import storage as _storage
-from .training import checkpoint as _files
 from .training import optimizer as _optimizer
 from .training.lr import learning_rate as _learning_rate
 from .training.parallel import distributed as _distributed
 from .training.precision import INITIAL_LOG_LOSS_SCALE  # noqa: F401
+from .weights import runs as _files
 
 
 class TrainLoop:

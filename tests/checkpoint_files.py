@@ -13,6 +13,7 @@ import torch
 
 from guided_diffusion import build
 from guided_diffusion.config import RunConfig
+from guided_diffusion.weights.load import Loaded
 
 GOLDEN = Path(__file__).parent / "golden"
 Shapes = dict[str, tuple[int, ...]]
@@ -70,14 +71,14 @@ def tensor_of(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(w.astype(np.float32))
 
 
-def filled(kind: str, flags: dict[str, Any]) -> build.Loaded:
+def filled(kind: str, flags: dict[str, Any]) -> Loaded:
     """The network of these flags with the values of the recipe, ready to use."""
     config = RunConfig.from_flags(kind, flags)
     with torch.device("meta"):
         net = build.build_network(config.model, config.diffusion)
     state = {key: tensor_of(key, tuple(value.shape)) for key, value in net.state_dict().items()}
     net.load_state_dict(state, assign=True)
-    return build.Loaded(net.eval().requires_grad_(False), build.build_process(config.diffusion), config, "")
+    return Loaded(net.eval().requires_grad_(False), build.build_process(config.diffusion), config, "")
 
 
 def meta_shapes(kind: str, flags: dict[str, Any]) -> Shapes:
@@ -87,7 +88,7 @@ def meta_shapes(kind: str, flags: dict[str, Any]) -> Shapes:
     return {key: tuple(value.shape) for key, value in net.state_dict().items()}
 
 
-def outputs(loaded: build.Loaded) -> torch.Tensor:
+def outputs(loaded: Loaded) -> torch.Tensor:
     """What the network says about two fixed images."""
     model = loaded.config.model
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,36 +14,17 @@ DOORS = {
     "dist_util", "fp16_util", "gaussian_diffusion", "image_datasets", "logger", "losses",
     "nn", "resample", "respace", "script_util", "train_util", "unet",
 }  # fmt: skip
-ROOMS = {
-    "config",
-    "presets",
-    "recognise",
-    "identify",
-    "reading",
-    "build",
-    "finetuning",
-    "diffusion",
-    "models",
-    "data",
-    "training",
-    "sampling",
-    "runtime",
-    "cli",
-}
+ROOMS = {"build", "cli", "config", "data", "diffusion", "models", "runtime", "sampling", "training", "weights"}
 ALLOWED: dict[str, set[str]] = {
+    "config": set(),
     "diffusion": set(),
     "models": set(),
     "runtime": set(),
-    "config": set(),
-    "presets": {"config"},
-    "recognise": set(),
-    "identify": {"config", "presets", "recognise"},
     "data": {"runtime"},
-    "training": {"runtime"},
-    "sampling": {"diffusion", "runtime"},
-    "reading": {"config", "identify", "training", "runtime"},
-    "build": {"config", "reading", "models", "diffusion", "data", "training", "runtime"},
-    "finetuning": {"config", "identify", "reading", "build", "training", "runtime"},
+    "build": {"config", "data", "diffusion", "models", "runtime"},
+    "weights": {"build", "config", "diffusion", "models", "runtime"},
+    "training": {"data", "diffusion", "runtime", "weights"},
+    "sampling": {"data", "diffusion", "models", "runtime", "weights"},
     "cli": ROOMS,
     "__init__": ROOMS,
     "__main__": {"cli"},
@@ -94,6 +76,23 @@ def test_arrows_point_one_way(path: Path) -> None:
     assert not imported & DOORS, f"{room} imports the doors {sorted(imported & DOORS)}; nothing in a room may"
     wrong = imported - ALLOWED[room] - {room}
     assert not wrong, f"{room} must not import {sorted(wrong)}"
+
+
+@pytest.mark.xfail(reason="training is cut in files that import each other", strict=True)
+def test_no_circle_of_files() -> None:
+    """Between files, also through imports inside functions, there is an order in which each comes after what it imports."""
+    files = {".".join(("guided_diffusion", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in SOURCES}
+    names = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        targets = (full if full in names else full.rpartition(".")[0] for full in imported_modules(path))
+        # the package's __init__ offers all rooms to users and loads them when touched; nobody inside imports from it
+        graph[name] = {target for target in targets if target in names and target not in (name, "guided_diffusion")}
+    del graph["guided_diffusion"]
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_every_source_has_a_room() -> None:

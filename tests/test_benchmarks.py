@@ -16,9 +16,10 @@ from benchmarks.budget import Budget, Task
 from benchmarks.plain_loops import PlainHalfTrainer, PlainLoops, PlainTrainer
 from benchmarks.timing import compare
 from guided_diffusion import build
-from guided_diffusion.diffusion.compiled import Compiled
 from guided_diffusion.runtime.streams import Streams
 from guided_diffusion.runtime.world import World
+from guided_diffusion.sampling.execution import Compiled
+from guided_diffusion.training.losses import diffusion_loss
 from guided_diffusion.training.measuring import blocks_of
 from guided_diffusion.training.trainer import Trainer
 
@@ -28,7 +29,7 @@ SHAPE = shapes.small(num_channels=32, image_size=16)
 def test_plain_losses_are_ours() -> None:
     process = build.build_process(SHAPE.diffusion)
     batch = shapes.training_batch(SHAPE)
-    loss = build.generator_loss(SHAPE.config, process, build.build_timesteps("uniform", 1000))
+    loss = diffusion_loss(process, build.build_timesteps("uniform", 1000), **build.loss_options(SHAPE.config))
     net = shapes.generator(SHAPE)
     ours = loss(net, batch, Streams(0, 1, ids=batch.positions))
     x0 = build.to_float(batch.images)
@@ -48,7 +49,7 @@ def test_one_plain_update_is_ours() -> None:
     net = shapes.generator(SHAPE)
     plain = shapes.plainly(net)
     seen: dict[str, Any] = {}
-    inner = build.generator_loss(SHAPE.config, process, build.build_timesteps("uniform", 1000))
+    inner = diffusion_loss(process, build.build_timesteps("uniform", 1000), **build.loss_options(SHAPE.config))
 
     def loss(model: Any, part: Any, streams: Streams) -> Any:
         found = inner(model, part, streams)

@@ -11,10 +11,20 @@ import torch
 
 import guided_diffusion as gd
 from guided_diffusion import build
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, ModelConfig, RunConfig, SuperResConfig
-from guided_diffusion.data.listing import Records
+from guided_diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    SuperResConfig,
+    classes_of,
+)
+from guided_diffusion.data.listing import Records, split_records
 from guided_diffusion.data.loader import Batch
 from guided_diffusion.runtime.streams import Streams
+from guided_diffusion.sampling.pipeline import build_sample
+from guided_diffusion.training.losses import classifier_loss, diffusion_loss
+from guided_diffusion.weights.load import Loaded, check_pair
 
 SMALL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
 CRITIC = {
@@ -30,13 +40,13 @@ def quiet(_: str) -> None:
     return None
 
 
-def loaded(kind: str = "diffusion", **flags: Any) -> build.Loaded:
+def loaded(kind: str = "diffusion", **flags: Any) -> Loaded:
     config = RunConfig.from_flags(kind, {**(CRITIC if kind == "classifier" else SMALL), **flags})
     net = build.build_network(config.model, config.diffusion, seed=0).eval().requires_grad_(False)
     with torch.no_grad():  # the last layers start at zero; give them something to say
         for number, p in enumerate(net.parameters()):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-    return build.Loaded(net, build.build_process(config.diffusion), config, "here.pt", tuple("abcd"), step=3)
+    return Loaded(net, build.build_process(config.diffusion), config, "here.pt", tuple("abcd"), step=3)
 
 
 def test_first_weights_are_a_function_of_the_seed_and_leave_the_generator_alone() -> None:
@@ -85,7 +95,7 @@ def batch(count: int = 6, channels: int = 3) -> Batch:
 )
 def test_generator_loss_is_per_example_and_independent_of_the_microbatch(flags: dict[str, Any]) -> None:
     model = loaded(class_cond=True, num_classes=4, **flags)
-    loss = build.generator_loss(model.config, model.process, build.build_timesteps("uniform", 1000))
+    loss = diffusion_loss(model.process, build.build_timesteps("uniform", 1000), **build.loss_options(model.config))
     whole = loss(model.net, batch(), Streams(0, ids=range(6)))
     half = loss(model.net, Batch(*(t[3:] for t in batch()[:3]), 0), Streams(0, ids=range(3, 6)))
     assert whole.loss.shape == (6,) and whole.num_steps == 1000
@@ -103,7 +113,7 @@ def test_super_resolution_loss_sees_the_small_image() -> None:
         return x
 
     process = build.build_process(config.diffusion)
-    build.generator_loss(config, process, build.build_timesteps("uniform", 1000))(
+    diffusion_loss(process, build.build_timesteps("uniform", 1000), **build.loss_options(config))(
         net, batch(), Streams(0, ids=range(6))
     )
     expected = batch().images.float().reshape(6, 4, 2, 4, 2, 3).mean(dim=(2, 4)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -124,7 +134,7 @@ def test_classifier_loss_has_the_columns_of_2021_and_right_accuracies() -> None:
             out[n] = torch.cat([rest[n, :label], own[n], rest[n, label:]])
         return out
 
-    found = build.classifier_loss(process, build.build_timesteps("uniform", 1000), prefix="val")(
+    found = classifier_loss(process, build.build_timesteps("uniform", 1000), prefix="val")(
         net, batch(), Streams(0, ids=range(6))
     )
     assert set(found.terms) == {"val_loss", "val_acc@1", "val_acc@5"}
@@ -138,7 +148,7 @@ def test_classifier_without_noise_sees_the_image_at_time_zero() -> None:
         torch.testing.assert_close(x, batch().images.permute(0, 3, 1, 2) / 127.5 - 1)
         return torch.zeros(6, 4)
 
-    build.classifier_loss(build.build_process(DiffusionConfig()), build.build_timesteps("uniform", 1000), noised=False)(
+    classifier_loss(build.build_process(DiffusionConfig()), build.build_timesteps("uniform", 1000), noised=False)(
         net, batch(), Streams(0, ids=range(6))
     )
 
@@ -150,7 +160,7 @@ def test_save_and_load_give_the_same_network(tmp_path: Path, kind: str) -> None:
     gd.save(before, str(tmp_path))
     after = gd.load(str(tmp_path), tell=quiet)
     # A network without classes has no class names, though the save holds some (files whose names look like classes).
-    names = tuple("abcd") if build.classes_of(before.config.model) else ()
+    names = tuple("abcd") if classes_of(before.config.model) else ()
     assert after.config == before.config and after.class_names == names and after.kind == kind
     assert all(torch.equal(v, after.net.state_dict()[k]) for k, v in before.net.state_dict().items())
     assert not after.net.training and not any(p.requires_grad for p in after.net.parameters())
@@ -197,9 +207,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 )
 def test_a_classifier_of_another_world_is_refused(changes: dict[str, Any], words: str) -> None:
     model = loaded(class_cond=True, num_classes=4)
-    build.check_pair(model, loaded("classifier"))
+    check_pair(model, loaded("classifier"))
     with pytest.raises(ValueError, match=words):
-        build.check_pair(model, loaded("classifier", **changes))
+        check_pair(model, loaded("classifier", **changes))
 
 
 @pytest.mark.parametrize("method", ["ancestral", "ddim", "heun", "dpm_solver"])
@@ -216,13 +226,13 @@ def test_every_sampler_runs_guided_and_the_guide_pulls(method: str) -> None:
         def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return torch.stack([-x.sum(dim=(1, 2, 3)), x.sum(dim=(1, 2, 3))], dim=1) / 8
 
-    model = build.Loaded(Ideal(), process, config, "")
-    critic = build.Loaded(Bright(), process, loaded("classifier").config, "")
+    model = Loaded(Ideal(), process, config, "")
+    critic = Loaded(Bright(), process, loaded("classifier").config, "")
     noise, cond = Streams(1, ids=[0, 0]).normal((3, 8, 8)), {"y": torch.tensor([0, 1])}
 
     def means(scale: float) -> list[float]:
         source = Streams(2, ids=[0, 0])
-        sample = build.build_sample(model, process, critic=critic, scale=scale, method=method, clip=False)
+        sample = build_sample(model, process, critic=critic, scale=scale, method=method, clip=False)
         return sample(noise, source.randn_like, cond).mean(dim=(1, 2, 3)).tolist()
 
     (dark, bright), (same, also_same) = means(3.0), means(0.0)
@@ -232,13 +242,9 @@ def test_every_sampler_runs_guided_and_the_guide_pulls(method: str) -> None:
 
 def test_held_out_records_are_a_fixed_part() -> None:
     records = Records(tuple(f"{k}.png" for k in range(50)), np.arange(50) % 2, ("a", "b"))
-    train, held = build.split_records(records, 0.2, seed=0)
+    train, held = split_records(records, 0.2, seed=0)
     assert len(held) == 10 and sorted(train.paths + held.paths) == sorted(records.paths)
-    assert (
-        build.split_records(records, 0.2, seed=0)[1].paths
-        == held.paths
-        != build.split_records(records, 0.2, seed=1)[1].paths
-    )
+    assert split_records(records, 0.2, seed=0)[1].paths == held.paths != split_records(records, 0.2, seed=1)[1].paths
 
 
 def test_precision_follows_flags_and_device() -> None:

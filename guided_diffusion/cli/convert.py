@@ -13,8 +13,8 @@ from .arguments import Parser
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..build import Loaded
     from ..config import RunConfig
+    from ..weights.load import Loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (source / "config.json").is_file() and "UNet2DModel" in (source / "config.json").read_text(encoding="utf-8"):
         loaded, original = load_diffusers(source, args.noise_schedule)
     else:
-        from .. import build
+        from ..weights.load import load
 
-        loaded = build.load(args.source, weights=args.weights)
+        loaded = load(args.source, weights=args.weights)
         original = loaded.net
     if to == "diffusers":
         converted = save_diffusers(loaded, args.target)
@@ -59,9 +59,9 @@ def _flags(config: RunConfig) -> dict[str, Any]:
 
 
 def _reload(path: str, config: RunConfig) -> nn.Module:
-    from .. import build
+    from ..weights.load import load
 
-    return build.load(path, flags=_flags(config)).net
+    return load(path, flags=_flags(config)).net
 
 
 def metadata_of(loaded: Loaded) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def save_file(loaded: Loaded, target: str, to: str) -> None:
         return
     with storage.atomic_write(target) as file:
         torch.save(state, file)
-    from ..identify import flag_line
+    from ..weights.identify import flag_line
 
     told = flag_line(_flags(loaded.config))
     print(f"note: a plain state dict as in 2021 carries no configuration; to load {target}, type {told}")
@@ -132,8 +132,8 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
 
 def save_diffusers(loaded: Loaded, folder: str) -> nn.Module:
     """Write `folder` in diffusers' layout (UNet2DModel.from_pretrained reads it); returns a callable with our signature."""
-    from ..models.diffusers import arguments_for_unet2d, to_diffusers
     from ..runtime import storage
+    from ..weights.diffusers import arguments_for_unet2d, to_diffusers
 
     unet2d = _unet2d_class()
     model, shape = loaded.config.model, _architecture(loaded.config)
@@ -181,8 +181,9 @@ def load_diffusers(folder: Path, noise_schedule: str) -> tuple[Loaded, nn.Module
 
     from .. import build
     from ..config import RunConfig
-    from ..models.diffusers import from_diffusers
     from ..training.restore import load_weights_into
+    from ..weights.diffusers import from_diffusers
+    from ..weights.load import Loaded
 
     theirs = _unet2d_class().from_pretrained(str(folder), low_cpu_mem_usage=False).eval()
     about = folder / "guided_diffusion.json"
@@ -208,7 +209,7 @@ def load_diffusers(folder: Path, noise_schedule: str) -> tuple[Loaded, nn.Module
         net = build.build_network(config.model, config.diffusion)
     load_weights_into(net, state, str(folder), assign=True)
     net = net.eval().requires_grad_(False)
-    return build.Loaded(net, build.build_process(config.diffusion), config, str(folder), class_names), _as_ours(theirs)
+    return Loaded(net, build.build_process(config.diffusion), config, str(folder), class_names), _as_ours(theirs)
 
 
 def flags_of_unet2d(config: dict[str, Any], noise_schedule: str) -> dict[str, Any]:

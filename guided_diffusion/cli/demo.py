@@ -147,14 +147,14 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
     from evaluations.metrics import frechet_distance_of_features
     from evaluations.neighbours import neighbours
 
-    from .. import build
     from ..sampling.generate import finished_npz
+    from ..weights.load import load
     from . import runs
     from .features import classifier_features, read_images
 
     rows = []
     with runs.session({"device": device, "debug": False}) as here:
-        critic = build.load(str(out / "classifier"), kind="classifier", device=here.device, tell=_silent)
+        critic = load(str(out / "classifier"), kind="classifier", device=here.device, tell=_silent)
         images, _ = read_images(data_dir, critic, 100)
         real, _ = classifier_features(critic, images, here.device)
         for scale in SCALES:

@@ -12,7 +12,7 @@ from .arguments import Parser
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..build import Loaded
+    from ..weights.load import Loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import numpy as np
 
-    from .. import build
     from ..runtime import storage
+    from ..weights.load import load
 
     with runs.session({"device": args.device, "debug": False}) as here:
-        critic = build.load(args.classifier_path, kind="classifier", device=here.device, tell=making.teller(here))
+        critic = load(args.classifier_path, kind="classifier", device=here.device, tell=making.teller(here))
         if critic.kind != "classifier":
             raise ValueError(f"--classifier_path {critic.path} is a {critic.kind} model, not a classifier")
         images, labels = read_images(args.images, critic, args.batch_size)
@@ -85,9 +85,9 @@ def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: A
     import numpy as np
     import torch
 
-    from .. import build
     from ..data.images import to_float
     from ..diffusion.samplers import NotFinite, check_finite
+    from ..sampling.pipeline import why_not_finite
 
     last = [module for module in critic.net.out.modules() if getattr(module, "weight", None) is not None][-1]  # type: ignore[union-attr]
     seen: list[torch.Tensor] = []
@@ -105,7 +105,7 @@ def classifier_features(critic: Loaded, batches: Iterable[np.ndarray], device: A
                 predicted.append(logits.argmax(1).cpu().numpy())
     except NotFinite as error:
         image = sum(map(len, features)) + error.row
-        raise ValueError(f"features of image {image}: {error}; {build.why_not_finite([critic])}") from None
+        raise ValueError(f"features of image {image}: {error}; {why_not_finite([critic])}") from None
     finally:
         hook.remove()
     return np.concatenate(features), np.concatenate(predicted).astype(np.int64)

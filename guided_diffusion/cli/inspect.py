@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import RunConfig
-    from ..recognise import Layout
+    from ..weights.recognise import Layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace, device: torch.device, tell: Callable[[str], None]) -> Iterator[str]:
     """What a file of weights is, line by line."""
-    from .. import build
-    from ..recognise import inspect_shapes
-    from ..training.weights import read_weights
+    from ..config import classes_of
+    from ..weights.files import read_weights
+    from ..weights.load import find, recognise
+    from ..weights.recognise import inspect_shapes
 
-    found = build.find(args.path, weights=args.weights, tell=tell)
+    found = find(args.path, weights=args.weights, tell=tell)
     weights = read_weights(found.path, which=args.weights, tell=tell).tensors
     millions = sum(value.numel() for value in weights.values()) / 1e6
     yield f"file        {found.path}"
@@ -70,8 +71,8 @@ def report(args: argparse.Namespace, device: torch.device, tell: Callable[[str],
         yield verdict(trials)
         return
     if config is None:
-        config = build.recognise(found.path, weights, {}, tell=tell)
-    yield from _describe(config, found.step, found.class_names if build.classes_of(config.model) else ())
+        config = recognise(found.path, weights, {}, tell=tell)
+    yield from _describe(config, found.step, found.class_names if classes_of(config.model) else ())
 
 
 def _dtypes(weights: Mapping[str, Tensor]) -> str:
@@ -79,8 +80,8 @@ def _dtypes(weights: Mapping[str, Tensor]) -> str:
 
 
 def _describe(config: RunConfig, step: int | None, class_names: Sequence[str]) -> Iterator[str]:
-    from ..identify import flag_line
     from ..runtime.doctor import format_bytes
+    from ..weights.identify import flag_line
 
     yield f"kind        {config.kind}" + (f", after {step} training steps" if step is not None else "")
     if class_names:
@@ -160,9 +161,10 @@ def probe(
     from ..data.images import center_crop, to_float
     from ..data.listing import list_records
     from ..data.sources import Reader
-    from ..identify import flags_of
     from ..runtime.streams import EVALUATE, Streams
     from ..training.restore import load_weights_into
+    from ..weights.identify import flags_of
+    from ..weights.load import fitted
 
     known = flags_of(layout, "diffusion", {"image_size": image_size} if image_size else {})
     if "image_size" not in known:
@@ -174,13 +176,13 @@ def probe(
     images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures])
     x0 = to_float(images).to(device)
     noise = Streams(0, EVALUATE, ids=range(len(x0)), device=device).normal(x0.shape[1:])
-    candidates, fitted = list(_readings(layout)), build.fitted(weights)
+    candidates, tensors = list(_readings(layout)), fitted(weights)
     trials = []
     for flags in tqdm(candidates, desc="probe", unit="reading", disable=not progress):
         config = RunConfig.from_flags("diffusion", {**known, **flags})
         with torch.device("meta"):
             net = build.build_network(config.model, config.diffusion)
-        load_weights_into(net, fitted, "the file", assign=True)
+        load_weights_into(net, tensors, "the file", assign=True)
         net = net.to(device).eval().requires_grad_(False)
         process = build.build_process(config.diffusion)
         errors = []
@@ -226,7 +228,7 @@ _NEAR = 0.01
 
 def verdict(trials: Sequence[Trial]) -> str:
     """The five best readings, and in which flags all that are about as good as the best agree."""
-    from ..identify import flag_line
+    from ..weights.identify import flag_line
 
     lines = [f"  {trial.loss:.4f}  {flag_line(trial.flags)}" for trial in trials[:5]]
     near = [trial.flags for trial in trials if trial.loss <= trials[0].loss * (1 + _NEAR)]

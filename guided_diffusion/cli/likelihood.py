@@ -14,8 +14,8 @@ from . import arguments, runs
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..build import Loaded
     from ..runtime.world import World
+    from ..weights.load import Loaded
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> in
 
 
 def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> int:
-    from .. import build
+    from ..config import classes_of
     from ..data.classes import renumber
     from ..data.listing import list_records
+    from ..weights.load import load
 
     tell = print if world.is_main else _silent
     own = {*ModelConfig.names(), *DiffusionConfig.names()}
     typed = {name: value for name, value in parsed.typed.items() if name in own}
-    model = build.load(
+    model = load(
         config.model_path,
         kind="diffusion",
         flags=typed,
@@ -78,7 +79,7 @@ def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> in
         tell=tell,
     )
     data = DataConfig.from_flags({**parsed.flags, "random_flip": False, "random_crop": False})
-    classes = build.classes_of(model.config.model)
+    classes = classes_of(model.config.model)
     records = list_records(data.data_dir, labels=data.labels if classes else "none")
     if classes:
         records, note = renumber(records, model.class_names, classes, model.path)
@@ -180,10 +181,10 @@ def _kept(gathered: Any, count: int) -> Any:
 
 def _require_finite(terms: Any, done: int, records: Any, seed: int, model: Loaded) -> None:
     """ValueError naming the first image whose terms `[B, 3, T]` are not finite, and the step; `terms` begins with image `done`."""
-    from .. import build
     from ..data.loader import order
     from ..data.sources import Reader
     from ..diffusion.samplers import NotFinite, check_finite
+    from ..sampling.pipeline import why_not_finite
 
     try:
         check_finite(terms)
@@ -193,7 +194,7 @@ def _require_finite(terms: Any, done: int, records: Any, seed: int, model: Loade
         walked = int(terms[error.row].isfinite().all(dim=0).long().argmin())
         raise ValueError(
             f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - walked} of the process; "
-            f"{build.why_not_finite([model])}"
+            f"{why_not_finite([model])}"
         ) from None
 
 

@@ -12,9 +12,10 @@ from . import arguments, runs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..build import Loaded, Sample
     from ..runtime.world import World
     from ..sampling.generate import Job, LabelPlan
+    from ..sampling.pipeline import Sample
+    from ..weights.load import Loaded
 
 # A batch of large images can take longer than the usual patience of a process for the others.
 PATIENCE_S = 3600.0
@@ -85,8 +86,10 @@ class Pieces:
 
 def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: World) -> Pieces:
     """Read the model of `kind`, and the classifier where one is asked for; ValueError where they do not fit together."""
-    from .. import build
+    from ..config import classes_of
     from ..runtime.devices import require_compiler
+    from ..sampling.pipeline import build_sample
+    from ..weights.load import check_pair
 
     tell = teller(world)
     if config.compile:
@@ -95,9 +98,9 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
     critic = None
     if config.classifier_path and config.classifier_scale:
         critic = _load(config.classifier_path, "classifier", parsed, config, world)
-        build.check_pair(model, critic)
+        check_pair(model, critic)
         tell(f"guided by {critic.path} at scale {config.classifier_scale:g}")
-    sample = build.build_sample(
+    sample = build_sample(
         model,
         model.process,
         critic=critic,
@@ -108,7 +111,7 @@ def prepare(parsed: arguments.Parsed, config: SampleConfig, kind: str, world: Wo
         compile=config.compile,
         graphs=config.cuda_graphs,
     )
-    classes = build.classes_of(model.config.model) or (build.classes_of(critic.config.model) if critic else 0)
+    classes = classes_of(model.config.model) or (classes_of(critic.config.model) if critic else 0)
     return Pieces(
         model,
         critic,
@@ -207,16 +210,16 @@ def _batch_that_fits(config: SampleConfig, pieces: Pieces, world: World) -> int:
     """How many images at a time fit into the main process's device, found by one step of each size; all use the same."""
     import torch
 
-    from .. import build
     from ..diffusion.process import respace
     from ..runtime.fitting import largest_that_fits
+    from ..sampling.pipeline import build_sample
 
     limit = max(1, -(-config.num_samples // world.size))
     if world.device.type == "cpu":
         return min(limit, _ON_CPU)
     model = pieces.model
     one = respace(model.process, [len(model.process) - 1])
-    sample = build.build_sample(model, one, critic=pieces.critic, scale=config.classifier_scale)
+    sample = build_sample(model, one, critic=pieces.critic, scale=config.classifier_scale)
     small = getattr(model.config.model, "small_size", 0)
 
     def attempt(count: int) -> None:
@@ -235,7 +238,7 @@ def _batch_that_fits(config: SampleConfig, pieces: Pieces, world: World) -> int:
 
 
 def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, world: World) -> Loaded:
-    from .. import build
+    from ..weights.load import load
 
     own = set((ClassifierConfig if kind == "classifier" else NETWORKS[kind]).names())
     shared = set(DiffusionConfig.names())
@@ -248,7 +251,7 @@ def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, 
     if kind == "classifier":
         precision = config.classifier_precision or precision
     weights = config.weights if kind != "classifier" else ""
-    return build.load(
+    return load(
         path, kind=kind, flags=typed, device=world.device, precision=precision, weights=weights, tell=teller(world)
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..presets import PRESETS, Preset, Recipe, get
+from ..weights.released import PRESETS, Preset, Recipe, get
 from .arguments import Parser, int_or_auto
 
 

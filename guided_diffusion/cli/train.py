@@ -12,10 +12,10 @@ from . import arguments, runs, watching
 
 if TYPE_CHECKING:
     from ..data.listing import Records
-    from ..finetuning import Origin
     from ..runtime.log import Log
     from ..runtime.world import World
-    from ..training.checkpoint import SavedRun
+    from ..weights.finetuning import Origin
+    from ..weights.runs import SavedRun
 
 EXTRA: dict[str, tuple[Any, str]] = {
     "out": ("", "run folder for checkpoints, log and pictures"),
@@ -112,14 +112,17 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
 
 
 def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script: bool = False) -> int:
-    from .. import build, finetuning
+    from .. import build
     from ..data.classes import some
     from ..runtime.devices import require_compiler
     from ..runtime.log import Log, mute_unheard
+    from ..sampling.pipeline import compile_network
     from ..training.fitting import fit_checkpointing, fitting_microbatch
+    from ..training.losses import classifier_loss, diffusion_loss
     from ..training.measuring import recompute
     from ..training.saver import Checkpoints, find_save
     from ..training.trainer import Trainer
+    from ..weights import finetuning
 
     say: Callable[[str], None] = print if world.is_main else _silent
     folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
@@ -185,9 +188,9 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     tell: Callable[[str], None] = log.info if world.is_main else _silent
     precision = build.choose_precision(config.train.precision, half, world.device, tell)
     if kind == "classifier":
-        loss = build.classifier_loss(process, timesteps, noised=getattr(config.train, "noised", True))
+        loss = classifier_loss(process, timesteps, noised=getattr(config.train, "noised", True))
     else:
-        loss = build.generator_loss(config, process, timesteps)
+        loss = diffusion_loss(process, timesteps, **build.loss_options(config))
 
     def batches(start: int) -> Any:
         return build.build_batches(
@@ -238,7 +241,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
             f"of {trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --checkpoint auto)"
         )
     if config.train.compile:
-        build.compile_network(net)
+        compile_network(net)
     try:
         outcome = trainer.run(config.train.last_step)
         if outcome == "finished" and held_out is not None and world.is_main:
@@ -286,14 +289,14 @@ def _configuration(
     A new run that is `modern` computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of the result: a
     later start goes on from the run's own saves.
     """
-    from .. import build
-    from ..identify import FREE
+    from ..weights.identify import FREE
+    from ..weights.load import agree
 
     chosen = any(name in parsed.typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
     begun = saved is not None and bool(saved.config and saved.config["train"])
     flags = {**parsed.flags, **({"precision": "bf16"} if modern and not chosen and not begun else {})}
     if saved is not None and saved.config:
-        build.agree(RunConfig.from_dict(kind, saved.config), parsed.typed, saved.directory)
+        agree(RunConfig.from_dict(kind, saved.config), parsed.typed, saved.directory)
         stored = flatten(saved.config)
         # What the weights are is agreed upon, and stays as it is spelled there.
         fixed = {name for section in ("model", "diffusion") for name in saved.config[section]} - FREE
@@ -307,8 +310,8 @@ def _start(
     saved: SavedRun | None, folder: str, parsed: arguments.Parsed, kind: str, *, tell: Callable[[str], None]
 ) -> Origin | None:
     """What the file says that a run starts from; None where the run's own save says it, or nothing is given."""
-    from .. import finetuning
     from ..runtime import storage
+    from ..weights import finetuning
 
     if saved is None or (saved.config and storage.same_folder(saved.directory, folder)):
         return None
@@ -347,16 +350,16 @@ def _records(
     config: RunConfig, saved: SavedRun | None, start: Origin | None, *, tell: Callable[[str], None]
 ) -> tuple[Records, Records | None]:
     """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
-    from .. import build
+    from ..config import classes_of
     from ..data.classes import renumber
-    from ..data.listing import list_records
+    from ..data.listing import list_records, split_records
 
-    if not build.classes_of(config.model):
+    if not classes_of(config.model):
         return list_records(config.data.data_dir, labels="none"), None
     records = list_records(config.data.data_dir, labels=config.data.labels)
     records.require_labels()
     if saved is not None and not (start is not None and start.new_classes):
-        count, whose = build.classes_of(config.model), start.path if start else saved.directory
+        count, whose = classes_of(config.model), start.path if start else saved.directory
         remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
         as_2021 = start is not None and start.as_2021
         records, note = renumber(records, saved.class_names, count, whose, as_2021=as_2021, remedy=remedy)
@@ -370,7 +373,7 @@ def _records(
         held_out.require_labels()
         return records, held_out
     if config.data.val_fraction:
-        return build.split_records(records, config.data.val_fraction, config.train.seed)
+        return split_records(records, config.data.val_fraction, config.train.seed)
     return records, None
 
 
@@ -387,7 +390,7 @@ def _with_classes(config: RunConfig, records: Records) -> RunConfig:
 def _already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | None:
     """The save to go on from although --resume_checkpoint is none: such a run's, of these very settings. That is the command of
     before, started again by a scheduler: it would make the same saves once more."""
-    from ..training.checkpoint import find_latest
+    from ..weights.runs import find_latest
 
     saved = None
     if world.is_main and (found := find_latest(folder)) is not None and found.started_from == "none":

@@ -47,13 +47,12 @@ class Validation:
 
     def __init__(self, config: RunConfig, process: Any, records: Records, batch_size: int, log: Log) -> None:
         from .. import build
+        from ..training.losses import classifier_loss
 
         self._config, self._records, self._log = config, records, log
         self._batch_size = batch_size
         timesteps = build.build_timesteps("uniform", len(process))
-        self._loss = build.classifier_loss(
-            process, timesteps, noised=getattr(config.train, "noised", True), prefix="val"
-        )
+        self._loss = classifier_loss(process, timesteps, noised=getattr(config.train, "noised", True), prefix="val")
         self._batches: Any = None
 
     def __call__(self, trainer: Trainer) -> None:
@@ -110,6 +109,8 @@ class Pictures:
         from ..runtime import storage
         from ..runtime.streams import SAMPLE, Streams
         from ..sampling import writers
+        from ..sampling.pipeline import build_sample
+        from ..weights.load import Loaded
 
         config, model = self._config, self._config.model
         process = build.build_process(config.diffusion, respacing=_possible(config)).to(trainer.device)
@@ -124,8 +125,8 @@ class Pictures:
             if not trainer.world.is_main:
                 return
             net.eval()
-            loaded = build.Loaded(net, process, config, "")
-            sample = build.build_sample(loaded, process, method="ddim")
+            loaded = Loaded(net, process, config, "")
+            sample = build_sample(loaded, process, method="ddim")
             images = None
             try:
                 images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
@@ -163,6 +164,7 @@ def accuracy_by_noise(
     from ..runtime import storage
     from ..runtime.streams import EVALUATE, Streams
     from ..training.batching import to_device
+    from ..training.losses import classifier_loss
 
     count = min(len(records), _MEASURED)
     size = min(count, 64)
@@ -180,7 +182,7 @@ def accuracy_by_noise(
         for level in levels:
             fixed = _At(level)
             with torch.no_grad():
-                found = build.classifier_loss(process, fixed)(trainer.net, moved, streams)
+                found = classifier_loss(process, fixed)(trainer.net, moved, streams)
             seen[level] += found.terms["train_acc@1"].tolist()
     table = {level: sum(hits) / len(hits) for level, hits in seen.items()}
     log.info(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..presets import PRESETS, Preset, get
 from ..runtime import storage
+from ..weights.released import PRESETS, Preset, get
 from .arguments import Parser
 
 
@@ -92,8 +92,8 @@ def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
 
 def check(path: str, preset: Preset) -> str:
     """sha256 of a released file; ValueError unless its tensors have the names and shapes of that release."""
-    from ..identify import SIGNATURES, signature
-    from ..training.weights import load_weights
+    from ..weights.files import load_weights
+    from ..weights.identify import SIGNATURES, signature
 
     shapes = {name: tuple(value.shape) for name, value in load_weights(path).items()}
     names = SIGNATURES.get(signature(shapes), ())

@@ -15,6 +15,7 @@ from .networks import ClassifierConfig as ClassifierConfig
 from .networks import ModelConfig as ModelConfig
 from .networks import Network as Network
 from .networks import SuperResConfig as SuperResConfig
+from .networks import classes_of as classes_of
 from .networks import default_multipliers as default_multipliers
 from .runs import PRECISIONS as PRECISIONS
 from .runs import WEIGHTS as WEIGHTS

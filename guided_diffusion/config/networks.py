@@ -194,3 +194,12 @@ NETWORKS: dict[str, type[ModelConfig] | type[SuperResConfig] | type[ClassifierCo
     config.kind: config for config in (ModelConfig, SuperResConfig, ClassifierConfig)
 }
 Network = ModelConfig | SuperResConfig | ClassifierConfig
+
+
+# Classes of ImageNet, which the networks of 2021 have whenever they know classes at all.
+CLASSES_OF_2021 = 1000
+
+
+def classes_of(model: Network) -> int:
+    """The number of classes, 0 where the network is told none; of a network of 2021 those of ImageNet."""
+    return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0

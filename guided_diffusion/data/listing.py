@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..runtime import storage
+from ..runtime.streams import TRAIN, key_of
 from . import labels as tables
 from . import sources
 
@@ -107,3 +108,11 @@ def _empty_folders(source: sources.Source) -> tuple[str, ...]:
     return tuple(
         n for n in others if storage.isdir(whole[n]) or (os.path.islink(whole[n]) and not os.path.exists(whole[n]))
     )
+
+
+def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
+    """(training, validation): a part of the records, drawn by `seed`, is held out."""
+    count = len(records)
+    order = np.random.RandomState(key_of(seed, TRAIN) & 0xFFFFFFFF).permutation(count)
+    held = max(1, round(count * fraction))
+    return records.take(sorted(order[held:].tolist())), records.take(sorted(order[:held].tolist()))

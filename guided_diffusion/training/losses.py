@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..data.images import low_res, to_float
+from ..diffusion.denoiser import Predicts, Variance
+from ..diffusion.objectives import Loss, training_losses
+from ..diffusion.process import Process, add_noise
+from ..diffusion.timesteps import Timesteps
+from ..runtime.streams import Streams
 
 QUARTILES = 4
 
@@ -22,6 +31,9 @@ class Losses(NamedTuple):
     num_steps: int = 1
     raw: Tensor | None = None
     """Losses without importance weight, for a loss-aware choice of steps; None means `loss`."""
+
+
+LossFn = Callable[[Any, Any, Streams], Losses]
 
 
 class Feedback(Protocol):
@@ -83,3 +95,59 @@ class LossMeans:
         """Start the next interval."""
         for sums in self._sums.values():
             sums.zero_()
+
+
+def diffusion_loss(
+    process: Process,
+    timesteps: Timesteps,
+    *,
+    predicts: Predicts,
+    variance: Variance,
+    loss: Loss = "mse",
+    min_snr_gamma: float = 0.0,
+    class_cond: bool = False,
+    small_size: int = 0,
+) -> LossFn:
+    """The loss of a denoising network on a batch; `process` on the training device.
+
+    `small_size`: the side of the smaller image that an upsampler is given too; 0 = none.
+    """
+    weight: dict[str, Any] = {"weight": "min_snr", "min_snr_gamma": min_snr_gamma} if min_snr_gamma else {}
+
+    def of_batch(net: Any, batch: Any, streams: Streams) -> Losses:
+        x0 = to_float(batch.images, getattr(batch, "flips", None))
+        i, importance = timesteps.draw(streams.uniform().to(x0.device))
+        noise = streams.normal(x0.shape[1:])
+        cond: dict[str, Tensor] = {"y": batch.labels} if class_cond else {}
+        if small_size:
+            cond["low_res"] = low_res(x0, small_size)
+        terms = training_losses(
+            net, process, x0, i, noise, cond, loss=loss, predicts=predicts, variance=variance, **weight
+        )
+        weighted = {name: value * importance for name, value in terms.items()}
+        return Losses(weighted["loss"], weighted, i, len(process), terms["loss"].detach())
+
+    return of_batch
+
+
+def classifier_loss(process: Process, timesteps: Timesteps, *, noised: bool = True, prefix: str = "train") -> LossFn:
+    """Cross entropy of a classifier on noised images, with accuracies, under the column names of 2021."""
+
+    def loss(net: Any, batch: Any, streams: Streams) -> Losses:
+        x = to_float(batch.images, getattr(batch, "flips", None))
+        i, _ = timesteps.draw(streams.uniform().to(x.device))
+        if noised:
+            x = add_noise(process, x, i, streams.normal(x.shape[1:]))
+        else:
+            i = torch.zeros_like(i)
+        logits = net(x, process.time_at(i)).float()
+        entropy = F.cross_entropy(logits, batch.labels, reduction="none")
+        ranked = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        terms = {
+            f"{prefix}_loss": entropy,
+            f"{prefix}_acc@1": ranked[:, 0].float(),
+            f"{prefix}_acc@5": ranked.any(dim=1).float(),
+        }
+        return Losses(entropy, terms, i, len(process))
+
+    return loss

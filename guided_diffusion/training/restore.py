@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..weights.files import load_object, load_weights, load_weights_into
+from ..weights.runs import SavedRun
 from . import optimizer
-from .checkpoint import SavedRun
 from .parallel import unwrapped
 from .saver import SaveError
-from .weights import load_object, load_weights
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -20,31 +19,6 @@ if TYPE_CHECKING:
 def failure_elsewhere() -> SaveError:
     """What the other processes raise when the main one could not save."""
     return SaveError("the main process could not write a save; its message says why")
-
-
-def load_weights_into(
-    net: nn.Module, weights: Mapping[str, Tensor], source: str = "the state", *, assign: bool = False
-) -> None:
-    """Strict `load_state_dict` whose error is a short list instead of a wall.
-
-    With `assign` the network takes the tensors themselves, in their dtype and memory: for networks built on the meta device.
-    """
-    own = net.state_dict()
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and own[name].shape != weights[name].shape
-    ]
-    complaints = [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("tensors missing", missing), ("unknown tensors", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if complaints:
-        raise ValueError(f"{source} is of another network: {'; '.join(complaints)}; build the network with its flags")
-    net.load_state_dict(dict(weights), assign=assign)
 
 
 def restore(trainer: Trainer, saved: SavedRun) -> list[str]:

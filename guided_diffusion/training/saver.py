@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..runtime import storage
 from ..runtime.world import World
-from . import checkpoint
-from .checkpoint import SavedRun
+from ..weights import runs as checkpoint
+from ..weights.runs import SavedRun
 
 ON_ERROR = ("warn", "stop")
 

@@ -23,8 +23,8 @@ from ..runtime.log import Log
 from ..runtime.signals import Agreement, Stop
 from ..runtime.streams import TRAIN, Streams, key_of
 from ..runtime.world import World
+from ..weights.runs import SavedRun
 from . import batching, incident, logline, optimizer, restore
-from .checkpoint import SavedRun
 from .ema import Averages
 from .losses import Feedback, Losses, LossMeans
 from .lr import learning_rate, stop_step

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import TWINS, filled, layouts, outputs
 
 import guided_diffusion as gd
-from guided_diffusion import build
 from guided_diffusion.cli import inspect
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.data.images import center_crop, read_image, to_float
 from guided_diffusion.data.listing import list_records
-from guided_diffusion.recognise import inspect_shapes
 from guided_diffusion.runtime.streams import EVALUATE, Streams
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from checkpoint_files import TWINS, filled, layouts, outputs
+from guided_diffusion.weights.load import Loaded
+from guided_diffusion.weights.recognise import inspect_shapes
 
 NETWORK = {
     "image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
@@ -43,7 +39,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def denoiser_of(folder: Path, **open_flags: Any) -> build.Loaded:
+def denoiser_of(folder: Path, **open_flags: Any) -> Loaded:
     """A network of random features whose last layer is solved, by least squares, to name the noise in these digits.
 
     It is right for one reading of heads, order and schedule: another reading makes other features of the same image.
@@ -116,7 +112,7 @@ def test_verdict_names_what_is_open() -> None:
 
 def test_a_file_of_ours_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = filled(*TWINS["256x256_diffusion"])
-    named = build.Loaded(before.net, before.process, before.config, "", tuple("abcdefghij"), step=1234)
+    named = Loaded(before.net, before.process, before.config, "", tuple("abcdefghij"), step=1234)
     gd.save(named, str(tmp_path))
     assert main(["inspect", str(tmp_path)]) == 0
     told = capsys.readouterr().out

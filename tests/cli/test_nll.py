@@ -20,6 +20,7 @@ from guided_diffusion import build
 from guided_diffusion.cli import likelihood
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
+from guided_diffusion.weights.load import Loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -48,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, p in enumerate(net.parameters()):
             p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
     process = build.build_process(config.diffusion)
-    gd.save(build.Loaded(net, process, config, "", tuple("0123456789")), str(root / "model"))
+    gd.save(Loaded(net, process, config, "", tuple("0123456789")), str(root / "model"))
     return root
 
 
@@ -189,7 +190,7 @@ def test_mistakes_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--data_dir is empty" in capsys.readouterr().err
     critic = RunConfig.from_flags("classifier", {"image_size": 64, "classifier_width": 64, "num_classes": 3})
     net = build.build_network(critic.model)
-    gd.save(build.Loaded(net, build.build_process(critic.diffusion), critic, ""), str(tmp_path / "critic"))
+    gd.save(Loaded(net, build.build_process(critic.diffusion), critic, ""), str(tmp_path / "critic"))
     assert main(["nll", "--model_path", f"{tmp_path}/critic", "--data_dir", f"{place}/digits"]) == 2
     assert "is a classifier; a diffusion model is needed here" in capsys.readouterr().err
 
@@ -249,9 +250,7 @@ def test_weights_that_are_not_finite_give_no_number(
     net = build.build_network(config.model, config.diffusion, seed=0)
     with torch.no_grad():
         net.time_embed[0].bias[5] = np.nan
-    gd.save(
-        build.Loaded(net, build.build_process(config.diffusion), config, "", tuple("0123456789")), str(tmp_path / "m")
-    )
+    gd.save(Loaded(net, build.build_process(config.diffusion), config, "", tuple("0123456789")), str(tmp_path / "m"))
     commands = {
         "diffusion": ["nll", "--model_path", f"{tmp_path}/m", "--data_dir", f"{place}/digits", "--num_samples", "2"],
         "classifier": ["features", f"{place}/digits", "--classifier_path", f"{tmp_path}/m"],
@@ -265,7 +264,7 @@ def test_features_of_files_that_are_no_samples(place: Path, tmp_path: Path, caps
     flags = {"image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4"}
     config = RunConfig.from_flags("classifier", {**flags, "image_channels": 1, "num_classes": 10})
     net = build.build_network(config.model, config.diffusion, seed=0)
-    gd.save(build.Loaded(net, build.build_process(config.diffusion), config, ""), str(tmp_path / "critic"))
+    gd.save(Loaded(net, build.build_process(config.diffusion), config, ""), str(tmp_path / "critic"))
     images = np.zeros((3, 8, 8, 1), np.uint8)
 
     def run(*arrays: np.ndarray, **named: np.ndarray) -> tuple[int, str]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import BASE, CRITIC, filled
 
 import guided_diffusion as gd
 from guided_diffusion.cli.main import main
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from checkpoint_files import BASE, CRITIC, filled
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +33,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_formats(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, formats: Any) -> None:
     from guided_diffusion import build
+    from guided_diffusion.weights.load import load
 
     used: dict[str, torch.dtype] = {}
-    load = build.load
+    load = load
 
     def spy(path: str, **options: Any) -> Any:
         found = load(path, **options)

@@ -26,6 +26,7 @@ from guided_diffusion.config import (
     SuperResConfig,
 )
 from guided_diffusion.sampling import generate as g
+from guided_diffusion.weights.load import Loaded
 
 NETWORK = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "diffusion_steps": 50, "num_heads": 2}
 BASE = {
@@ -47,12 +48,12 @@ CRITIC = {
 # Every field of the configurations
 
 
-def loaded(tmp_path: Path, model: Any, diffusion: Any = None, content: bytes = b"w", **more: Any) -> build.Loaded:
+def loaded(tmp_path: Path, model: Any, diffusion: Any = None, content: bytes = b"w", **more: Any) -> Loaded:
     path = tmp_path / f"{model.kind}-{content.hex()}.pt"
     path.write_bytes(content)
     net: Any = SimpleNamespace(dtype=more.pop("dtype", torch.float32))
     config = RunConfig(model=model, diffusion=diffusion or DiffusionConfig())
-    return build.Loaded(net, range(1000), config, str(path), **more)  # type: ignore[arg-type]
+    return Loaded(net, range(1000), config, str(path), **more)  # type: ignore[arg-type]
 
 
 def other(value: Any) -> Any:
@@ -138,7 +139,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for number, p in enumerate(net.parameters()):
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-        gd.save(build.Loaded(net, build.build_process(config.diffusion), config, ""), str(root / name))
+        gd.save(Loaded(net, build.build_process(config.diffusion), config, ""), str(root / name))
     shutil.copy(next((root / "base").glob("model*.pt")), root / "bare.pt")  # a file that says nothing of itself
     return root
 
@@ -293,4 +294,4 @@ def save(folder: Path) -> None:
     """A network without classes."""
     config = RunConfig.from_flags("diffusion", {**BASE, "class_cond": False, "num_classes": 0})
     net = build.build_network(config.model, config.diffusion, seed=1)
-    gd.save(build.Loaded(net, build.build_process(config.diffusion), config, ""), str(folder))
+    gd.save(Loaded(net, build.build_process(config.diffusion), config, ""), str(folder))

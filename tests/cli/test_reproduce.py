@@ -15,7 +15,7 @@ import torch
 import guided_diffusion as gd
 from guided_diffusion.cli import reproduce
 from guided_diffusion.cli.main import main
-from guided_diffusion.presets import PRESETS
+from guided_diffusion.weights.released import PRESETS
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))

@@ -21,6 +21,7 @@ from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.data.images import center_crop, low_res, read_image, to_float
 from guided_diffusion.diffusion.process import add_noise
+from guided_diffusion.weights.load import Loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_heads": 2, "diffusion_steps": 100}
@@ -39,7 +40,7 @@ def save(folder: Path, kind: str, flags: dict[str, Any], names: tuple[str, ...] 
     with torch.no_grad():
         for number, p in enumerate(net.parameters()):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-    gd.save(build.Loaded(net, build.build_process(config.diffusion), config, "", names), str(folder))
+    gd.save(Loaded(net, build.build_process(config.diffusion), config, "", names), str(folder))
     return folder
 
 

@@ -164,7 +164,8 @@ LATER = [
     "safetensors",
 ]
 LATER += [
-    f"guided_diffusion.{name}" for name in ("build", "sampling", "config", "training.trainer", "presets", "reading")
+    f"guided_diffusion.{name}"
+    for name in ("build", "sampling", "config", "training.trainer", "weights.released", "weights.load")
 ]
 
 

@@ -15,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from benchmarks.shapes import generator, small, training_batch
 from guided_diffusion import build
 from guided_diffusion.runtime.world import World
+from guided_diffusion.sampling.pipeline import compile_network
+from guided_diffusion.training.losses import diffusion_loss
 from guided_diffusion.training.trainer import Trainer
 
 SMALLEST = {"channel_mult": (1,), "attention_resolutions": (), "num_res_blocks": 1}
@@ -93,10 +95,12 @@ def test_a_compiled_run_trains_with_one_graph_each_way(monkeypatch: pytest.Monke
     batch, losses = training_batch(shape), []
     for compiled in (False, True):
         net = generator(shape)
-        loss = build.generator_loss(shape.config, process, build.build_timesteps("uniform", len(process)))
+        loss = diffusion_loss(
+            process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config)
+        )
         trainer = Trainer(net, loss, iter([]), lr=1e-3, ema_rates=(0.9,), world=World())
         if compiled:
-            build.compile_network(net)
+            compile_network(net)
         for k in range(3):
             part = batch._replace(labels=(batch.labels + k) % 10, images=batch.images.roll(k, 0))
             losses.append(trainer.step(part)["loss"])

@@ -18,10 +18,10 @@ def rank() -> int:
 
 def _wrap_losses(change: Callable[..., Any]) -> None:
     """Replace the loss of the training command, in this process, by `change(inner, net, process, x0, i, noise, ...)`."""
-    from guided_diffusion import build
+    from guided_diffusion.training import losses
 
-    inner = build.training_losses
-    build.training_losses = lambda *args, **options: change(inner, *args, **options)
+    inner = losses.training_losses
+    losses.training_losses = lambda *args, **options: change(inner, *args, **options)
 
 
 def recorded(words: Sequence[str], out: str) -> int:

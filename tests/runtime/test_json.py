@@ -14,7 +14,8 @@ import torch
 
 import guided_diffusion
 from guided_diffusion.runtime import log, storage
-from guided_diffusion.training import checkpoint, incident
+from guided_diffusion.training import incident
+from guided_diffusion.weights import runs as checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 NAN, INF = math.nan, math.inf

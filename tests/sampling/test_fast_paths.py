@@ -15,12 +15,14 @@ from torch import Tensor
 from benchmarks.plain_loops import PlainLoops, plain_cond_fn
 from benchmarks.shapes import Shape, critic, generator, plainly, small
 from guided_diffusion import build
-from guided_diffusion.diffusion.compiled import Compiled
+from guided_diffusion.config import RunConfig
 from guided_diffusion.diffusion.denoiser import Denoised, Spread
-from guided_diffusion.diffusion.graphs import Graphed
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
 from guided_diffusion.runtime import fitting
+from guided_diffusion.sampling.execution import Compiled, Graphed
 from guided_diffusion.sampling.generate import Job, LabelPlan, generate
+from guided_diffusion.sampling.pipeline import build_sample
+from guided_diffusion.weights.load import Loaded
 
 SHAPE = small(num_channels=32, image_size=16)
 SMALLEST = replace(  # one level: residual blocks and attention, and little for a compiler to read
@@ -36,8 +38,8 @@ def process(steps: int = 5, device: str = "cpu") -> Process:
 
 def loaded(device: str = "cpu", shape: Shape = SHAPE) -> tuple[Any, Any]:
     nets = generator(shape, device).requires_grad_(False), critic(shape, device).requires_grad_(False)
-    configs = shape.config, build.RunConfig(model=shape.classifier, diffusion=shape.diffusion)
-    return tuple(build.Loaded(net, process(device=device), config, "") for net, config in zip(nets, configs))
+    configs = shape.config, RunConfig(model=shape.classifier, diffusion=shape.diffusion)
+    return tuple(Loaded(net, process(device=device), config, "") for net, config in zip(nets, configs))
 
 
 def noise(count: int = 3, device: str = "cpu") -> Tensor:
@@ -54,20 +56,20 @@ def test_guided_sampling_is_the_plain_one() -> None:
     plain = PlainLoops(steps).ddim(
         plainly(model.net), noise(), {"y": labels()}, plain_cond_fn(plainly(guide.net), labels(), 1.0)
     )
-    sample = build.build_sample(model, steps, critic=guide, scale=1.0, method="ddim")
+    sample = build_sample(model, steps, critic=guide, scale=1.0, method="ddim")
     assert model.net.middle_block[0].in_layers[2].weight.is_contiguous(memory_format=torch.channels_last)
     # In norm, not by pixel: over 25 steps an untrained network magnifies the rounding of single pixels (the largest seen: 1.2e-4).
     assert (sample(noise(), torch.randn_like, {"y": labels()}) - plain).norm() < 1e-4 * plain.norm()
     last = respace(build.build_process(SHAPE.diffusion), [0])
     one = PlainLoops(last).ddim(plainly(model.net), noise(), {"y": labels()})
-    ours = build.build_sample(model, last, method="ddim")(noise(), torch.randn_like, {"y": labels()})
+    ours = build_sample(model, last, method="ddim")(noise(), torch.randn_like, {"y": labels()})
     torch.testing.assert_close(ours, one, rtol=0, atol=1e-5)
 
 
 def test_networks_in_training_keep_their_layout() -> None:
     net = generator(SHAPE)
     before = net.middle_block[0].in_layers[2].weight.stride()
-    build.build_sample(build.Loaded(net, process(), SHAPE.config, ""), process())
+    build_sample(Loaded(net, process(), SHAPE.config, ""), process())
     assert net.middle_block[0].in_layers[2].weight.stride() == before
 
 
@@ -143,7 +145,7 @@ def test_a_compiled_job_makes_the_same_images_with_one_graph(method: str, counte
     model, guide = loaded(shape=SMALLEST)
     made: dict[bool, list[Tensor]] = {False: [], True: []}
     for compiled, images in made.items():
-        sample = build.build_sample(model, process(), critic=guide, scale=1.0, method=method, compile=compiled)
+        sample = build_sample(model, process(), critic=guide, scale=1.0, method=method, compile=compiled)
 
         def kept(*args: Any, sample: Any = sample, images: list[Tensor] = images) -> Tensor:
             images.append(sample(*args))
@@ -170,8 +172,8 @@ def test_a_step_that_cannot_be_compiled_whole_has_its_networks_compiled(monkeypa
     monkeypatch.setattr(build, "compile_network", compiled.append)
     model, guide = loaded(shape=SMALLEST)
     options: dict[str, Any] = {"critic": guide, "scale": 1.0, "method": "ddim"}
-    expected = build.build_sample(model, process(), **options)(noise(), torch.randn_like, {"y": labels()})
-    sample = build.build_sample(model, process(), compile=True, **options)
+    expected = build_sample(model, process(), **options)(noise(), torch.randn_like, {"y": labels()})
+    sample = build_sample(model, process(), compile=True, **options)
     with pytest.warns(UserWarning, match="not today.*each network is compiled by itself") as told:
         for _ in range(2):
             assert torch.equal(sample(noise(), torch.randn_like, {"y": labels()}), expected)
@@ -226,7 +228,7 @@ def test_cuda_graphs_make_the_same_images(method: str) -> None:
     model, guide = loaded("cuda")
     steps, results = process(device="cuda"), []
     for graphs in (False, True):
-        sample = build.build_sample(model, steps, critic=guide, scale=1.0, method=method, graphs=graphs)
+        sample = build_sample(model, steps, critic=guide, scale=1.0, method=method, graphs=graphs)
         for shift in (0, 1):
             torch.manual_seed(0)
             cond = {"y": (labels(device="cuda") + shift) % 10}
@@ -244,7 +246,7 @@ def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
     model, guide = loaded("cuda")
     results = []
     for options in ({}, {"compile": True, "graphs": True}):
-        sample = build.build_sample(model, process(device="cuda"), critic=guide, scale=1.0, method="ddim", **options)
+        sample = build_sample(model, process(device="cuda"), critic=guide, scale=1.0, method="ddim", **options)
         for shift in (0, 1):
             cond = {"y": (labels(device="cuda") + shift) % 10}
             results.append(sample(noise(device="cuda"), torch.randn_like, cond))
@@ -258,9 +260,7 @@ def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 def test_guided_sampling_does_not_wait_for_the_gpu(graphs: bool) -> None:
     model, guide = loaded("cuda")
-    sample = build.build_sample(
-        model, process(device="cuda"), critic=guide, scale=1.0, method="dpm_solver", graphs=graphs
-    )
+    sample = build_sample(model, process(device="cuda"), critic=guide, scale=1.0, method="dpm_solver", graphs=graphs)
     cond = {"y": labels(device="cuda")}
     sample(noise(device="cuda"), torch.randn_like, cond)
     from guided_diffusion.diffusion import guidance, samplers

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from benchmarks.shapes import critic, generator, small
 from guided_diffusion import build
+from guided_diffusion.config import RunConfig
 from guided_diffusion.diffusion.process import respace, space_timesteps
 from guided_diffusion.runtime import storage
 from guided_diffusion.runtime.world import World
 from guided_diffusion.sampling import generate as g
 from guided_diffusion.sampling import requests as r
+from guided_diffusion.sampling.pipeline import build_sample
+from guided_diffusion.weights.load import Loaded
 
 SHAPE = (3, 4, 6)
 
@@ -166,9 +169,9 @@ def test_guided_networks_make_the_same_images_in_company(tmp_path: Path, method:
     shape = small(num_channels=32, image_size=16)
     process = respace(build.build_process(shape.diffusion), space_timesteps(1000, "5"))
     nets = generator(shape).requires_grad_(False), critic(shape).requires_grad_(False)
-    configs = shape.config, build.RunConfig(model=shape.classifier, diffusion=shape.diffusion)
-    model, guide = (build.Loaded(net, process, config, "") for net, config in zip(nets, configs))
-    sample = build.build_sample(model, process, critic=guide, scale=2.0, method=method)
+    configs = shape.config, RunConfig(model=shape.classifier, diffusion=shape.diffusion)
+    model, guide = (Loaded(net, process, config, "") for net, config in zip(nets, configs))
+    sample = build_sample(model, process, critic=guide, scale=2.0, method=method)
     requests = request("first", 3, 5, 7), request("second", 4, 6)
 
     found = answered(*requests, batch_size=4, sample=sample, shape=(3, 16, 16))
@@ -184,10 +187,10 @@ def test_guided_networks_make_the_same_images_in_company(tmp_path: Path, method:
 def test_recorded_steps_serve_all_requests() -> None:
     shape = small(num_channels=32, image_size=16)
     process = respace(build.build_process(shape.diffusion), space_timesteps(1000, "5")).to("cuda")
-    model = build.Loaded(generator(shape, "cuda").requires_grad_(False), process, shape.config, "")
+    model = Loaded(generator(shape, "cuda").requires_grad_(False), process, shape.config, "")
     made = []
     for graphs in (False, True):
-        sample = build.build_sample(model, process, method="ddim", graphs=graphs)
+        sample = build_sample(model, process, method="ddim", graphs=graphs)
         found = answered(*REQUESTS, sample=sample, shape=(3, 16, 16), device="cuda")
         made.append(np.concatenate([answer.images for answer in found]).astype(int))
     assert np.abs(made[0] - made[1]).max() <= 1

@@ -12,10 +12,10 @@ from guided_diffusion.runtime import storage
 from guided_diffusion.runtime.log import Log
 from guided_diffusion.runtime.signals import Stop
 from guided_diffusion.runtime.streams import TRAIN, Streams
-from guided_diffusion.training import checkpoint
-from guided_diffusion.training.checkpoint import find_latest
 from guided_diffusion.training.incident import TrainingDiverged
 from guided_diffusion.training.saver import Checkpoints, SaveError
+from guided_diffusion.weights import runs as checkpoint
+from guided_diffusion.weights.runs import find_latest
 
 from .toys import ToyBatch, batches, denoising, make, toy_net, weights_of
 

@@ -7,19 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from training.toys import assert_same_state, make, toy_net
 
 from guided_diffusion.runtime import storage
-from guided_diffusion.training import checkpoint
-from guided_diffusion.training.checkpoint import (
-    find_latest,
-    load_run,
-    load_weights,
-    parse_name,
-    read_run_json,
-    save_run,
-)
-
-from .toys import assert_same_state, make, toy_net
+from guided_diffusion.weights import runs as checkpoint
+from guided_diffusion.weights.runs import find_latest, load_run, load_weights, parse_name, read_run_json, save_run
 
 
 def save(directory, step, **options):

@@ -13,7 +13,7 @@ from checkpoint_files import TWINS, filled, outputs, quiet
 import guided_diffusion as gd
 from guided_diffusion.cli import convert
 from guided_diffusion.cli.main import main
-from guided_diffusion.models.diffusers import _join_qkv, _split_qkv
+from guided_diffusion.weights.diffusers import _join_qkv, _split_qkv
 
 BASE = {
     "image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "8", "num_res_blocks": 1,
@@ -54,7 +54,7 @@ def test_the_source_is_named_by_its_hash(tmp_path: Path) -> None:
     gd.save(before, str(tmp_path / "run"))
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "one.safetensors")]) == 0
     from guided_diffusion.runtime import storage
-    from guided_diffusion.training.weights import read_metadata
+    from guided_diffusion.weights.files import read_metadata
 
     told = json.loads(read_metadata(str(tmp_path / "one.safetensors"))["guided_diffusion"])
     assert told["source_sha256"] == storage.sha256_of(str(tmp_path / "run" / "model000000.pt"))

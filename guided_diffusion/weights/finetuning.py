@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..build import build_empty
+from ..config import ClassifierConfig, DiffusionConfig, Network, RunConfig, classes_of
 from . import identify
-from .build import build_empty
-from .config import ClassifierConfig, DiffusionConfig, Network, RunConfig
-from .reading import classes_of, read
-from .training.checkpoint import SavedRun, parse_name
-from .training.restore import load_weights_into
+from .files import load_weights_into
+from .load import read
+from .runs import SavedRun, parse_name
 
 Tell = Callable[[str], None]
 _SIZES = ("image_size", "image_width", "large_size", "small_size")
@@ -53,7 +53,7 @@ def origin(
     """What starting from `saved` means: a save is continued; of any other file, and of a save where `weights` ("ema" or "model")
     says which or `new_classes` asks for other classes, the weights alone are taken, at step 0.
 
-    The configuration of network and process is the file's, found as `build.load` finds it. `typed` flags that deny it are a
+    The configuration of network and process is the file's, found as `load` finds it. `typed` flags that deny it are a
     ValueError, but for the size of the images, where the network allows another, and for classes, with `new_classes`.
     """
     path, which = _file(saved, weights)

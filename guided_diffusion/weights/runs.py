@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
-from .weights import load_object, load_weights
+from .files import load_object, load_weights
 
 __all__ = [
     "FORMAT", "SavedRun", "find_latest", "load_object", "load_run", "load_weights", "parse_name", "read_run_json", "remove_run", "save_run",
@@ -83,7 +83,7 @@ class SavedRun:
     config: dict[str, Any] | None = None
     class_names: tuple[str, ...] = ()
     state: dict[str, Any] | None = None
-    """Counters, loss scale and the like; None or empty for saves of 2021 and of `build.save`, which lack them."""
+    """Counters, loss scale and the like; None or empty for saves of 2021 and of `save`, which lack them."""
     started_from: str = ""
     """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record, never an instruction."""
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from checkpoint_files import layouts, meta_shapes, shapes_of
 
-from guided_diffusion.identify import SIGNATURES, identify, released_as, signature
-from guided_diffusion.presets import PRESETS
-from guided_diffusion.recognise import NotThisFamily
+from guided_diffusion.weights.identify import SIGNATURES, identify, released_as, signature
+from guided_diffusion.weights.recognise import NotThisFamily
+from guided_diffusion.weights.released import PRESETS
 
 LAYOUTS = layouts()
 OLD = {  # a network of the predecessor: improved-diffusion

@@ -1,7 +1,13 @@
-"""A step through torch.compile as one graph: network, reading of its output, guidance and its gradient.
+"""How a step is executed: through torch.compile as one graph, or replayed as one CUDA graph.
+
+The compiled step is the network, the reading of its output, guidance and its gradient.
 
 Compiled apart, each network is fast but everything between them stays a row of small operations. Compiled whole, they are
 fused with the last and first operations of the networks, and the backward pass of a classifier becomes part of the graph.
+
+A CUDA graph works on fixed memory. So inputs are copied into its own tensors before each replay, what it answers is copied out
+where it must outlive the next one, and conditions (labels) that change from batch to batch must be tensors the caller
+keeps and fills anew. Noise is drawn outside, by the sampler, whose few operations between two replays stay as they are.
 """
 
 from __future__ import annotations
@@ -9,12 +15,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoised, Denoiser, Spread
+from ..diffusion.denoiser import Denoised, Denoiser, Spread
 
 Cond = Mapping[str, Tensor]
 Conditioned = Callable[[Cond], Denoiser]  # named conditions of one batch (labels) -> its denoiser
@@ -86,3 +92,73 @@ def _of_its_own(function: Any) -> FunctionType:
     """A copy of `function` that shares no code object: torch counts graphs by code object and gives up at eight, whosever they are."""
     code, scope = function.__code__.replace(), function.__globals__
     return FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
+
+
+Run = Callable[[], Denoised]
+# Calls a function so often that nothing is allocated for the first time, then records it: (its answer, how to redo it in place).
+Record = Callable[[Run], tuple[Denoised, Callable[[], None]]]
+
+WARM_UP = 3
+
+
+class _Recorded(NamedTuple):
+    x: Tensor
+    i: Tensor
+    answer: Denoised
+    replay: Callable[[], None]
+
+
+def on_cuda(run: Run) -> tuple[Denoised, Callable[[], None]]:
+    """Record `run` as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = run()
+    return answer, graph.replay
+
+
+class Graphed:
+    """`denoise` as a graph, recorded at the first call for every shape. On other devices than CUDA it is `denoise` itself.
+
+    Where recording fails (an operation that cannot be recorded) the plain way is taken from then on, and `failure` says why.
+    """
+
+    def __init__(self, denoise: Denoiser, *, record: Record | None = None) -> None:
+        self._denoise, self._record = denoise, record
+        self._recorded: dict[tuple[torch.Size, torch.dtype, torch.dtype], _Recorded] = {}
+        self.failure: Exception | None = None
+
+    def __call__(self, x: Tensor, i: Tensor) -> Denoised:
+        if self.failure is not None or (self._record is None and not x.is_cuda):
+            return self._denoise(x, i)
+        key = (x.shape, x.dtype, i.dtype)
+        if key not in self._recorded:
+            try:
+                self._recorded[key] = self._made(x, i)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.failure = error
+                return self._denoise(x, i)
+        held = self._recorded[key]
+        held.x.copy_(x)
+        held.i.copy_(i)
+        held.replay()
+        # x0 is handed on to the caller's caller; the spread is used up before the next replay.
+        return Denoised(held.answer.x0.clone(), held.answer.spread)
+
+    def _made(self, x: Tensor, i: Tensor) -> _Recorded:
+        own_x, own_i = x.detach().clone(), i.clone().contiguous()
+
+        def run() -> Denoised:
+            with torch.no_grad():
+                answer = self._denoise(own_x, own_i)
+                return Denoised(answer.x0, Spread(*answer.both()))
+
+        answer, replay = (self._record or on_cuda)(run)
+        return _Recorded(own_x, own_i, answer, replay)

@@ -1,4 +1,4 @@
-"""A path -> what its weights are, and their tensors. Builds no network."""
+"""A path -> what its weights are, their tensors, and the network that holds them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .. import build
+from ..config import WEIGHTS, DiffusionConfig, RunConfig, classes_of
+from ..diffusion.process import Process
+from ..runtime import storage
 from . import identify
-from .config import WEIGHTS, DiffusionConfig, Network, RunConfig
-from .runtime import storage
-from .training.checkpoint import find_latest, parse_name, read_run_json
-from .training.weights import Weights, read_metadata, read_weights
+from .files import Weights, load_weights_into, read_metadata, read_weights
+from .runs import find_latest, parse_name, read_run_json, save_run
 
 Tell = Callable[[str], None]
-
-# Classes of ImageNet, which the networks of 2021 have whenever they know classes at all.
-CLASSES_OF_2021 = 1000
-
-
-def classes_of(model: Network) -> int:
-    """The number of classes, 0 where the network is told none; of a network of 2021 those of ImageNet."""
-    return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0
 
 
 @dataclass(frozen=True)
@@ -168,3 +164,90 @@ def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
             f"Leave these flags out, or give its own: {identify.flag_line(own)}"
         )
     return replace(config, **changed)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights, and what it is."""
+
+    net: nn.Module
+    process: Process
+    config: RunConfig
+    path: str
+    class_names: tuple[str, ...] = ()
+    step: int | None = None
+    sha256: str = ""
+    certain: bool = True
+    """Whether the noise process was read from the file, not only assumed."""
+    weights: str = ""
+    """ "ema" or "model" where the file holds both and one was chosen."""
+
+    @property
+    def kind(self) -> str:
+        """diffusion, super_resolution or classifier."""
+        return self.config.kind
+
+
+def load(
+    path: str,
+    *,
+    kind: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    weights: str = "",
+    tell: Tell = print,
+) -> Loaded:
+    """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
+
+    Files written here carry their configuration, released ones are known by their tensors; for others `flags` gives what
+    tensors cannot tell, spelled as in 2021. Flags that contradict the file are refused in words, and so is a file of another
+    `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` ""
+    follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds both averaged and raw ones; else the
+    averaged are taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
+    """
+    device = torch.device(device)
+    found, held = read(path, kind=kind, flags=flags, weights=weights, tell=tell)
+    config = found.config
+    assert config is not None
+    net = build.build_empty(config.model, config.diffusion)
+    load_weights_into(net, held.tensors, found.path, assign=True)
+    net = net.to(device).eval().requires_grad_(False)
+    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
+    chosen = build.choose_precision(precision, half, device, tell)
+    net.set_compute_dtype(build.DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
+    process = build.build_process(config.diffusion).to(device)
+    about = (found.path, found.class_names, found.step, found.sha256, found.certain)
+    return Loaded(net, process, config, *about, held.taken)
+
+
+def save(loaded: Loaded, folder: str) -> str:
+    """Write a network with its configuration into `folder`; `load(folder)` reads it back. Returns the path of the JSON file."""
+    return save_run(
+        folder,
+        step=loaded.step or 0,
+        model=loaded.net.state_dict(),
+        config=loaded.config.to_dict(),
+        kind=loaded.kind,
+        class_names=loaded.class_names,
+    )
+
+
+def check_pair(model: Loaded, critic: Loaded) -> None:
+    """ValueError, in words, unless the classifier was trained for what the diffusion model makes."""
+    ours, theirs = model.config, critic.config
+    pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
+    pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
+    if classes_of(ours.model):
+        pairs["number of classes"] = (classes_of(ours.model), classes_of(theirs.model))
+    for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and critic.certain else ():
+        pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
+    wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
+    if model.class_names and critic.class_names and model.class_names != critic.class_names:
+        longest = zip_longest(model.class_names, critic.class_names, fillvalue="")
+        number, (first, second) = next((k, pair) for k, pair in enumerate(longest) if pair[0] != pair[1])
+        wrong.append(f"class names: class {number} is {first or 'none'!r} and {second or 'none'!r}")
+    if wrong:
+        raise ValueError(
+            f"{model.path} (diffusion model) and {critic.path} (classifier) do not belong together; they differ in {'; '.join(wrong)}"
+        )

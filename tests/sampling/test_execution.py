@@ -13,12 +13,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.compiled import Compiled, Cond
 from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread, make_denoiser
-from guided_diffusion.diffusion.graphs import Graphed
 from guided_diffusion.diffusion.process import make_process
 from guided_diffusion.diffusion.schedules import named_betas
 from guided_diffusion.models.unet import EncoderUNetModel, UNetModel
+from guided_diffusion.sampling.execution import Compiled, Cond, Graphed
 
 PROCESS = make_process(named_betas("linear", 50))
 WEIGHT = torch.linspace(-9, 9, 4 * 192).sin().view(4, 192)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from checkpoint_files import TWINS, filled, meta_shapes
 
-from guided_diffusion import identify, presets
 from guided_diffusion.cli.main import main
+from guided_diffusion.weights import identify
+from guided_diffusion.weights import released as presets
 
 NAME = "256x256_diffusion_uncond"
 

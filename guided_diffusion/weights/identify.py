@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from .config import NETWORKS, DiffusionConfig, Network, RunConfig
-from .presets import PRESETS, Preset
+from ..config import NETWORKS, DiffusionConfig, Network, RunConfig
 from .recognise import SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys, squeezed_attention  # noqa: F401
+from .released import PRESETS, Preset
 
 Tell = Callable[[str], None]
 

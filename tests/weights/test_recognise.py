@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from checkpoint_files import layouts, meta_shapes
 
-from guided_diffusion.recognise import NotThisFamily, inspect_shapes, normalise_keys, squeezed_attention
+from guided_diffusion.weights.recognise import NotThisFamily, inspect_shapes, normalise_keys, squeezed_attention
 
 LAYOUTS = layouts()
 Shapes = dict[str, tuple[int, ...]]

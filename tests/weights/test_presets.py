@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion import presets
 from guided_diffusion.config import flatten
+from guided_diffusion.weights import released as presets
 
-RECORDED = Path(__file__).parent / "golden" / "checkpoint_layouts.json.gz"
+RECORDED = Path(__file__).parents[1] / "golden" / "checkpoint_layouts.json.gz"
 
 
 def test_there_are_fifteen_and_each_has_an_address() -> None:

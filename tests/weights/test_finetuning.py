@@ -13,10 +13,13 @@ from checkpoint_files import BASE, CRITIC, filled, meta_shapes, outputs, quiet
 from PIL import Image
 
 import guided_diffusion as gd
-from guided_diffusion import build, identify
+from guided_diffusion import build
 from guided_diffusion.cli import convert, train
 from guided_diffusion.cli.main import main
-from guided_diffusion.training.checkpoint import load_weights, save_run
+from guided_diffusion.config import classes_of
+from guided_diffusion.weights import identify
+from guided_diffusion.weights.load import check_pair
+from guided_diffusion.weights.runs import load_weights, save_run
 
 CLASSES = ("ant", "bee", "cat", "dog")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (_, flags) in KINDS.items():
         kind = "diffusion" if name == "unconditional" else name
         loaded = filled(kind, flags)
-        names = CLASSES if build.classes_of(loaded.config.model) else ()
+        names = CLASSES if classes_of(loaded.config.model) else ()
         state = loaded.net.state_dict()
         ema = {"0.9": {key: value * 1.5 for key, value in state.items()}}
         about = {"config": loaded.config.to_dict(), "kind": kind, "class_names": names}
@@ -337,4 +340,4 @@ def test_a_generator_without_classes_stores_no_names(place: Path, tmp_path: Path
     after = run("train", str(data), tmp_path / "out", "--resume_checkpoint", str(place / "unconditional.safetensors"))
     assert told(after)["class_names"] == []
     again = gd.load(str(tmp_path / "out"), tell=quiet)
-    build.check_pair(again, gd.load(str(place / "classifier"), tell=quiet))
+    check_pair(again, gd.load(str(place / "classifier"), tell=quiet))

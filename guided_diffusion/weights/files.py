@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime import storage
 
@@ -251,3 +251,28 @@ def _diagnosis(path: str) -> str:
     if start.startswith(b"\x80"):
         return "it is a Python pickle that torch.save did not write, or a damaged file; pickles can run code and are not opened"
     return "it is not a file of weights written by torch.save, or it is damaged"
+
+
+def load_weights_into(
+    net: nn.Module, weights: Mapping[str, Tensor], source: str = "the state", *, assign: bool = False
+) -> None:
+    """Strict `load_state_dict` whose error is a short list instead of a wall.
+
+    With `assign` the network takes the tensors themselves, in their dtype and memory: for networks built on the meta device.
+    """
+    own = net.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and own[name].shape != weights[name].shape
+    ]
+    complaints = [
+        f"{len(names)} {what} (first: {', '.join(names[:3])})"
+        for what, names in (("tensors missing", missing), ("unknown tensors", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if complaints:
+        raise ValueError(f"{source} is of another network: {'; '.join(complaints)}; build the network with its flags")
+    net.load_state_dict(dict(weights), assign=assign)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .config import NETWORKS, DiffusionConfig, Network
+from ..config import NETWORKS, DiffusionConfig, Network
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 

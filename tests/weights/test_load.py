@@ -17,10 +17,11 @@ import torch
 from checkpoint_files import TWINS, filled, layouts, meta_shapes, outputs, quiet, shapes_of
 
 import guided_diffusion as gd
-from guided_diffusion import build, identify
+from guided_diffusion import build
 from guided_diffusion.cli import convert
-from guided_diffusion.training.checkpoint import save_run
-from guided_diffusion.training.weights import load_weights, read_metadata, read_weights
+from guided_diffusion.weights import identify
+from guided_diffusion.weights.files import load_weights, read_metadata, read_weights
+from guided_diffusion.weights.runs import save_run
 
 
 def line(kind: str, flags: dict[str, Any]) -> dict[str, Any]:
