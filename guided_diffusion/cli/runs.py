@@ -110,12 +110,15 @@ def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None
 def session(flags: Mapping[str, Any], **options: Any) -> Iterator[World]:
     """`runtime.world.session`; with several processes, a user's error ends the job with one line, not with a page from each."""
     from ..runtime import watch, world
+    from ..runtime.log import setup_messages
     from ..training.incident import TrainingDiverged
     from ..training.saver import SaveError
 
     ours = (SaveError, TrainingDiverged, world.CollectiveError)
 
+    setup_messages()
     with world.session(flags["device"], **options) as here:
+        setup_messages(here)
         try:
             yield here
         except (ValueError, OSError, ImportError, NotImplementedError, *ours) as error:

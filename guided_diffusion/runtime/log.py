@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import select
 import sys
@@ -37,6 +38,36 @@ def mute_unheard() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
+
+
+class _Messages(logging.Handler):
+    """Prints messages as they are, warnings with that word before them; through a `Log` that is open, so that its files hold them too."""
+
+    def __init__(self, log: Log | None) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        if self._log is not None and self._log.is_open:
+            self._log.info(text)
+        else:  # a reader that has left is an error here, as it is for print
+            print(text, flush=True)
+
+
+def setup_messages(world: World | None = None, log: Log | None = None) -> None:
+    """Show the package's messages (its loggers from level INFO on) on standard output, on the main process only.
+
+    Commands call it; programs that use the package as a library configure `logging` as they like. A later call replaces what an
+    earlier one set up: the commands make one before the processes meet, one when the world is known and one with the run's `log`.
+    """
+    package = logging.getLogger(__name__.rpartition(".runtime.")[0])
+    for handler in [handler for handler in package.handlers if isinstance(handler, (_Messages, logging.NullHandler))]:
+        package.removeHandler(handler)
+    is_main = world is None or world.is_main
+    package.addHandler(_Messages(log) if is_main else logging.NullHandler())
+    package.setLevel(logging.INFO)
+    package.propagate = is_main
 
 
 class Writer(Protocol):
@@ -219,6 +250,11 @@ class Log:
         self._writers = [make_writer(name, directory or ".") for name in writers]
         if rows:
             self.warn(f"{directory} already holds {rows} rows of an earlier run in progress.csv; new rows follow them")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process writes, and `close` was not called."""
+        return bool(self._writers)
 
     def put(self, name: str, value: Any) -> None:
         """Set `name` for the next row: a number, a word or a tensor of one element. With several ranks, rank 0's counts."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 
 import pytest
 import torch
 
-from guided_diffusion.runtime.log import CsvWriter, JsonWriter, Log, TextWriter, table
+from guided_diffusion.runtime.log import CsvWriter, JsonWriter, Log, TextWriter, setup_messages, table
 from guided_diffusion.runtime.world import World
 
 
@@ -183,7 +184,7 @@ def test_table_and_text_file(tmp_path):
 
 RANKS = """
 import torch
-from guided_diffusion.runtime.log import Log
+from guided_diffusion.runtime.log import CsvWriter, JsonWriter, Log, TextWriter, setup_messages, table
 from guided_diffusion.runtime.world import session
 with session("cpu", timeout_s=90, announce=None) as world:
     log = Log("run", world=world)
@@ -204,3 +205,22 @@ def test_means_over_ranks(launch, tmp_path):
     assert "fine 0" in done.text and "fine 1" in done.text
     assert rows_of(tmp_path / "run" / "progress.csv") == [{"step": "5", "loss": "1.75", "lr": "0.1", "only": "4.0"}]
     assert done.text.count("| loss") == 1
+
+
+def test_messages_are_shown_as_they_are_by_the_main_process_alone(tmp_path, capsys):
+    messages = logging.getLogger("guided_diffusion.somewhere")
+    setup_messages()
+    messages.info("%d images", 8)
+    messages.warning("the disk is full")
+    messages.debug("a detail")
+    assert capsys.readouterr().out == "8 images\nwarning: the disk is full\n"
+    setup_messages(World(rank=1, size=2))
+    messages.info("8 images")
+    log = Log(tmp_path, writers=("stdout", "log"))
+    setup_messages(World(), log)
+    messages.info("into the file too")
+    log.close()
+    messages.info("on the screen alone")
+    assert capsys.readouterr() == ("into the file too\non the screen alone\n", "")
+    assert (tmp_path / "log.txt").read_text() == "into the file too\n"
+    logging.getLogger("guided_diffusion").handlers.clear()
