@@ -10,7 +10,7 @@ import numpy as np
 
 from guided_diffusion.data.images import as_array
 from guided_diffusion.data.labels import Labels
-from guided_diffusion.data.sources import Reader, list_source
+from guided_diffusion.data.sources import list_source
 
 from .inputs import MAX_BATCH_BYTES, ImageSource
 
@@ -23,7 +23,6 @@ class PictureSource(ImageSource):
     def __init__(self, name: str) -> None:
         self._listed = list_source(name)
         super().__init__(name, len(self._listed.paths))
-        self._reader = Reader(self._listed.kind, self._listed.root)
         self._shape: tuple[int, int, int] | None = None
         self._scanned = False
         self._sha256 = ""
@@ -36,7 +35,7 @@ class PictureSource(ImageSource):
     def shape(self) -> tuple[int, int, int] | None:
         if not self._scanned:
             packed = self._listed.stored_size
-            sizes = iter([packed]) if packed else (self._reader.size(path) for path in self._listed.paths)
+            sizes = iter([packed]) if packed else (self._listed.size(path) for path in self._listed.paths)
             first = next(sizes)
             same = all(size == first for size in sizes)
             if not same:
@@ -61,8 +60,8 @@ class PictureSource(ImageSource):
 
     def _decode(self, path: str) -> np.ndarray:
         if self._listed.kind == "packed":
-            return self._reader.read(path)
-        with self._reader.opened(path) as picture:
+            return self._listed.read(path)
+        with self._listed.opened(path) as picture:
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 self.tell("images with transparency: it is dropped, as in training")
             elif picture.mode in ("L", "1") or picture.mode.startswith("I"):
@@ -85,7 +84,7 @@ class PictureSource(ImageSource):
         if not self._sha256:
             digest = hashlib.sha256()
             for name, path in zip(self._listed.names, self._listed.paths):
-                content = hashlib.sha256(self._reader.encoded(path)).hexdigest()
+                content = hashlib.sha256(self._listed.encoded(path)).hexdigest()
                 digest.update(f"{len(name)}:{name} {content}\n".encode("utf-8", "surrogateescape"))
             self._sha256 = digest.hexdigest()
         return self._sha256

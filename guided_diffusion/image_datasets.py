@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch as th
@@ -138,7 +138,7 @@ def random_crop_arr(
     pil_image: Any, image_size: int, min_crop_frac: float = 0.8, max_crop_frac: float = 1.0
 ) -> np.ndarray:
     """A random square of a PIL picture; draws from the global `random`."""
-    return _images.random_crop(pil_image, image_size, random, min_crop_frac, max_crop_frac)
+    return _images.random_crop(pil_image, image_size, cast(Any, random), min_crop_frac, max_crop_frac)
 
 
 _OURS = _replaceable()

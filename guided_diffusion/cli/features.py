@@ -54,7 +54,7 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
     import numpy as np
 
     from ..data.images import center_crop
-    from ..data.sources import Reader, list_source
+    from ..data.sources import list_source
     from .upsample import read_npz
 
     model = critic.config.model
@@ -67,11 +67,10 @@ def read_images(path: str, critic: Loaded, batch_size: int) -> tuple[Iterator[np
         labels = source.labels().numbers
     except ValueError as error:  # features need none
         print(f"without labels: {error}", file=sys.stderr)
-    reader = Reader(source.kind, source.root)
 
     def batches() -> Iterator[np.ndarray]:
         for k in range(0, len(source.paths), batch_size):
-            pictures = [center_crop(reader.read(p, channels), size) for p in source.paths[k : k + batch_size]]
+            pictures = [center_crop(source.read(p, channels), size) for p in source.paths[k : k + batch_size]]
             yield np.stack(pictures).reshape(len(pictures), size, size, channels)
 
     return batches(), labels

@@ -160,7 +160,7 @@ def probe(
     from ..config import RunConfig
     from ..data.images import center_crop, to_float
     from ..data.listing import list_records
-    from ..data.sources import Reader
+    from ..data.sources import open_source
     from ..runtime.streams import EVALUATE, Streams
     from ..training.restore import load_weights_into
     from ..weights.identify import flags_of
@@ -171,7 +171,7 @@ def probe(
         raise ValueError("the channel multipliers belong to no standard image size; give --image_size")
     size, channels = int(known["image_size"]), int(known["image_channels"])
     records = list_records(folder, labels="none")
-    reader = Reader(records.kind, records.root)
+    reader = open_source(records.kind, records.root)
     pictures = [center_crop(reader.read(path, channels), size) for path in records.paths[:count]]
     images = torch.stack([torch.from_numpy(p.copy()).reshape(size, size, channels) for p in pictures])
     x0 = to_float(images).to(device)

@@ -182,7 +182,7 @@ def _kept(gathered: Any, count: int) -> Any:
 def _require_finite(terms: Any, done: int, records: Any, seed: int, model: Loaded) -> None:
     """ValueError naming the first image whose terms `[B, 3, T]` are not finite, and the step; `terms` begins with image `done`."""
     from ..data.loader import order
-    from ..data.sources import Reader
+    from ..data.sources import open_source
     from ..diffusion.samplers import NotFinite, check_finite
     from ..sampling.pipeline import why_not_finite
 
@@ -190,7 +190,7 @@ def _require_finite(terms: Any, done: int, records: Any, seed: int, model: Loade
         check_finite(terms)
     except NotFinite as error:
         record = int(order(seed, 0, len(records))[done + error.row])
-        image = Reader(records.kind, records.root).describe(records.paths[record])
+        image = open_source(records.kind, records.root).describe(records.paths[record])
         walked = int(terms[error.row].isfinite().all(dim=0).long().argmin())
         raise ValueError(
             f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - walked} of the process; "

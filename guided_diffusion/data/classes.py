@@ -18,7 +18,7 @@ def number_of(word: str, names: Sequence[str], count: int) -> int | None:
     A number means its class only where that class is not itself called by a number: of classes "7", "8" and "9", 0 is none.
     """
     if word in names:
-        return list(names).index(word)
+        return names.index(word)
     if not _is_number(word) or int(word) >= count:
         return None
     number = int(word)
@@ -38,38 +38,41 @@ def renumber(
     if records.labels is None:
         return records, ""
     used = np.unique(records.labels).tolist()
-    own = records.class_names
+    own, prefix = records.class_names, records.label_source == "prefix"
     words = {k: own[k] if k < len(own) else str(k) for k in used}
-    by_number = not own or (
-        records.label_source not in ("folders", "prefix") and own == tuple(map(str, range(len(own))))
-    )
-    numbers = all(map(_is_number, words.values()))
-    prefix = records.label_source == "prefix"
-    in_order = not names and not by_number and (len(own) == count or (prefix and as_2021 and len(own) < count))
-    in_order = in_order and (prefix or not numbers)
+    # A table of numbers calls each class by its number; folders and prefixes are names, even if they look like numbers.
+    by_number = not (prefix or records.label_source == "folders") and own == tuple(map(str, range(len(own)))) or not own
+    as_many = len(own) == count or (prefix and as_2021 and len(own) < count)
+    in_order = not names and not by_number and as_many and (prefix or not all(map(_is_number, words.values())))
     found: dict[int, int | None]
     if in_order:
-        found = {k: k for k in used}
-        note = f"{whose} has no class names: the {len(own)} classes of {records.root} are its classes in sorted order, {some(own)}"
+        found, note = (
+            {k: k for k in used},
+            f"{whose} has no class names: the {len(own)} classes of {records.root} are its classes in ",
+        )
+        note += f"sorted order, {some(own)}"
     elif names and not by_number:
-        place = {name: k for k, name in enumerate(names)}
-        found = {k: place.get(word) for k, word in words.items()}
-        note = f"classes go by name: {_pairs(words, found)}" if any(k != found[k] for k in used) else ""
+        found = {k: names.index(word) if word in names else None for k, word in words.items()}
+        moved = any(k != found[k] for k in used)
+        note = f"classes go by name: {some([f'{word} is {found[k]}' for k, word in words.items()])}" if moved else ""
     else:
         found = {k: number_of(word, names, count) for k, word in words.items()}
         note = "" if names and all(word in names for word in words.values()) else f"labels are class numbers of {whose}"
     strange = [words[k] for k in used if found[k] is None]
     if strange or len(set(found.values())) < len(used):
-        raise ValueError(_refusal(records, strange or list(words.values()), names, count, whose, remedy))
-    if names and len(used) < len(names):
-        absent = sorted(set(names) - {names[k] for k in found.values() if k is not None and k < len(names)})
-        if absent:
-            note += f"{'; ' if note else ''}no images of {len(absent)} of its classes: {some(absent)}"
-    table = np.zeros(max(used, default=0) + 1, dtype=np.int64)
-    for k in used:
-        table[k] = found[k]
+        has = f"has the classes {some(names)}" if names else f"has {count} classes without names"
+        table = "give a table of path and class" + (" name" if names else f" number, 0 to {count - 1}")
+        raise ValueError(
+            f"{records.root} has the classes {some(strange or list(words.values()))}, which {whose} does not know: it {has}; "
+            f"rename them, or {table} (--labels FILE.csv){remedy}"
+        )
+    absent = sorted(set(names) - {names[k] for k in found.values() if k is not None and k < len(names)})
+    if absent:
+        note += f"{'; ' if note else ''}no images of {len(absent)} of its classes: {some(absent)}"
+    table_of = np.zeros(max(used, default=0) + 1, dtype=np.int64)
+    table_of[used] = [found[k] for k in used]
     called = tuple(names) or (own if in_order else tuple(map(str, range(count))))
-    return replace(records, labels=table[records.labels], class_names=called, empty_folders=()), note
+    return replace(records, labels=table_of[records.labels], class_names=called, empty_folders=()), note
 
 
 def some(names: Sequence[str]) -> str:
@@ -79,18 +82,3 @@ def some(names: Sequence[str]) -> str:
 
 def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit()
-
-
-def _pairs(words: dict[int, str], found: dict[int, int | None]) -> str:
-    return some([f"{word} is {found[k]}" for k, word in words.items()])
-
-
-def _refusal(
-    records: Records, strange: Sequence[str], names: Sequence[str], count: int, whose: str, remedy: str
-) -> str:
-    has = f"has the classes {some(names)}" if names else f"has {count} classes without names"
-    ways = "rename them, or give a table of path and class" + (" name" if names else f" number, 0 to {count - 1}")
-    return (
-        f"{records.root} has the classes {some(strange)}, which {whose} does not know: it {has}; {ways} "
-        f"(--labels FILE.csv){remedy}"
-    )

@@ -10,8 +10,9 @@ import contextlib
 import io
 import math
 import os
+import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,14 +33,8 @@ _TRUNCATION_SLACK = 2.0**-15
 Size = int | tuple[int, int]
 
 
-class Random(Protocol):
-    """What a random crop asks of its generator; `random.Random` has it."""
-
-    def randrange(self, start: int, stop: int | None = None, /) -> int: ...
-
-
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
-    """Decode a picture to uint8 `[H, W, channels]`; 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
+    """Decode an image file to uint8 `[H, W, channels]`; 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
 
     As in 2021, EXIF rotation is not applied and the first frame of an animation is taken. ValueError names a file that cannot be read.
     """
@@ -51,32 +46,21 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     return decode(data, name, channels)
 
 
-def decode(data: bytes, name: str, channels: int = 3) -> np.ndarray:
-    """`read_image` on the bytes of a file; `name` is for the error."""
-    with opened(data, name) as image:
+def decode(content: bytes | np.ndarray, name: str, channels: int = 3) -> np.ndarray:
+    """`read_image` of the content of a file, or of an image that is an array already; `name` is for the error."""
+    if isinstance(content, np.ndarray) and content.shape[2] == channels:
+        return content
+    with opened(content, name) as image:
         return as_array(image, channels)
 
 
-def stored_size(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of a picture, from its head alone."""
-    with _opened(data, name) as image:
-        return image.height, image.width
-
-
 @contextlib.contextmanager
-def opened(data: bytes, name: str) -> Iterator[PILImage.Image]:
-    """A picture as PIL decodes it; what goes wrong inside the `with`, too, is the ValueError of `read_image`."""
-    with _opened(data, name) as image:
-        image.load()
-        yield image
-
-
-@contextlib.contextmanager
-def _opened(data: bytes, name: str) -> Iterator[PILImage.Image]:
+def opened(content: bytes | np.ndarray, name: str) -> Iterator[PILImage.Image]:
+    """The same as a PIL image, pixels not yet decoded. Errors inside the `with`, of decoding too, are those of `read_image`."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(content)) if isinstance(content, bytes) else from_array(content) as image:
             yield image
     except (
         Exception
@@ -86,30 +70,34 @@ def _opened(data: bytes, name: str) -> Iterator[PILImage.Image]:
 
 def unreadable(name: str, error: BaseException) -> ValueError:
     """The error for a picture that cannot be read; `name` says which."""
-    kind = type(error).__name__
-    reason = (
-        "not a picture that PIL knows"
-        if kind == "UnidentifiedImageError"
-        else getattr(error, "strerror", None) or str(error)
-    )
-    return ValueError(f"cannot read image {name!r}: {reason or kind}")
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if type(error).__name__ == "UnidentifiedImageError":
+        reason = "not an image that PIL knows"
+    return ValueError(f"cannot read image {name!r}: {reason}")
 
 
 def as_array(image: PILImage.Image, channels: int) -> np.ndarray:
-    """A PIL picture of any mode as uint8 `[H, W, channels]`, converted by PIL's rules (grey is ITU-R 601 luma)."""
+    """A PIL image of any mode as uint8 `[H, W, channels]`, converted by PIL's rules (grey is ITU-R 601 luma)."""
     from PIL import Image
 
-    if channels not in MODES:
-        raise ValueError(f"channels={channels}: must be one of {sorted(MODES)} ({', '.join(MODES.values())})")
+    mode = mode_of(channels)
+    image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # PIL would clip 16-bit grey to 255 and lose nearly everything; 65535 -> 255.
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} (32 bits per value) has no fixed range; save it with 8 or 16 bits first")
-    if image.mode != MODES[channels]:
-        image = image.convert(MODES[channels])
+    if image.mode != mode:
+        image = image.convert(mode)
     array = np.asarray(image)
     return array.reshape(*array.shape[:2], channels)
+
+
+def mode_of(channels: int) -> str:
+    """PIL's name for images of so many channels; ValueError if it has none."""
+    if channels not in MODES:
+        raise ValueError(f"channels={channels}: must be one of {sorted(MODES)} ({', '.join(MODES.values())})")
+    return MODES[channels]
 
 
 def from_array(array: np.ndarray) -> PILImage.Image:
@@ -132,7 +120,7 @@ def center_crop(image: np.ndarray | PILImage.Image, size: Size) -> np.ndarray:
 
 
 def random_crop(
-    image: np.ndarray | PILImage.Image, size: Size, rng: Random, min_frac: float = 0.8, max_frac: float = 1.0
+    image: np.ndarray | PILImage.Image, size: Size, rng: random.Random, min_frac: float = 0.8, max_frac: float = 1.0
 ) -> np.ndarray:
     """A random `size` window of the picture scaled so that the window is `min_frac` to `max_frac` of its shorter side.
 
@@ -187,7 +175,7 @@ def height_width(size: Size) -> tuple[int, int]:
 def preprocessing_id(size: Size, channels: int = 3, crop: str = "center") -> str:
     """A name for what happens to a picture before training: equal names mean equal pixels. Put it beside packed data and scores."""
     height, width = height_width(size)
-    return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{MODES[channels]}/v1"
+    return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{mode_of(channels)}/v1"
 
 
 def to_float(images: Tensor, flips: Tensor | None = None) -> Tensor:

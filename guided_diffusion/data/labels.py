@@ -11,7 +11,7 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,34 +19,18 @@ import numpy as np
 from ..runtime import storage
 
 _SHOWN = 5
+_TABLE = "dataset.json"
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "name")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "y", "target")
-_MOST_CLASSES = (
-    1_000_000  # a label beyond is a date or an identifier, and a name for each number up to it would fill the memory
-)
-# EDM and StyleGAN write 00000/img00000000.png and say the classes in dataset.json: their folders are no classes.
+# A label beyond is a date or an identifier, and a name for each number up to it would fill the memory.
+_MOST_CLASSES = 1_000_000
+# EDM and StyleGAN write 00000/img00000000.png and give the classes in dataset.json: their folders are no classes.
 _EDM_FILE = re.compile(r"(?:.*/)?\d{5}/img\d{8}\.\w+")
 # Other chunks of numbered files: 001000/001234.png of EDM's generate.py, 01000/01234.png of FFHQ.
 _NUMBERED_FILE = re.compile(r"(?:.*/)?(\d{5,})/(?:img)?(\d{5,})\.\w+")
 _LIKE_A_NUMBER = re.compile(r"[+\-\u2212]?\.?\d[\d.,' \xa0]*(?:e[+-]?\d+)?", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"\+?\d{1,18}(?:\.0*)?")
-_MISSING = (
-    "",
-    "nan",
-    "<na>",
-    "none",
-    "null",
-    "n/a",
-    "#n/a",
-)  # how pandas and spreadsheets write that there is no label
-# UTF-32 first: its mark begins like that of UTF-16.
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MISSING = ("", *"nan <na> none null n/a #n/a".split())  # how pandas and spreadsheets write that there is no label
 
 Label = int | str
 
@@ -132,19 +116,95 @@ def from_file(path: str, names: Sequence[str]) -> Labels:
     except (FileNotFoundError, IsADirectoryError):
         allowed = "'auto', 'folders', 'prefix', 'none' or the path of a csv/json file"
         raise ValueError(f"labels={path!r}: no such file; must be {allowed}") from None
-    return from_bytes(data, path, names, is_json=path.lower().endswith(".json"))
+    return _from_bytes(data, path, names)
 
 
-def from_bytes(data: bytes, source: str, names: Sequence[str], *, is_json: bool) -> Labels:
-    """`from_file` on the bytes of a table; `source` is for errors. `NONE` if it says so itself (EDM's `"labels": null`)."""
-    text = decode(data, source)
-    entries = _json_entries(text, source) if is_json else _csv_entries(text, source)
-    return NONE if entries is None else match(parse(entries, source), names, source)
+def _from_bytes(data: bytes, source: str, names: Sequence[str]) -> Labels:
+    """`from_file` on the bytes of a table called `source`. `NONE` if the table says so itself (EDM's `"labels": null`)."""
+    text = _decode(data, source)
+    entries = _json_entries(text, source) if source.lower().endswith(".json") else _csv_entries(text, source)
+    return NONE if entries is None else _match(_parse(entries, source), names, source)
 
 
-def decode(data: bytes, source: str) -> str:
-    """The text of a table: UTF-8, or what its byte order mark says. ValueError names the row that is neither."""
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+def label_files(members: Iterable[str], names: Sequence[str], *, beside: bool) -> list[str]:
+    """The members of a source that may hold labels: dataset.json; `beside`: also `.cls` and `.json` with the key of an image.
+
+    WebDataset's rule: names up to the first dot are the key, and members that share it belong together.
+    """
+    keys = {_key(name) for name in names} if beside else set()
+    return [n for n in members if _is_table(n) or (n.endswith((".cls", ".json")) and _key(n) in keys)]
+
+
+def from_members(
+    root: str, members: Mapping[str, str], names: Sequence[str], read: Callable[[str], bytes]
+) -> Labels | None:
+    """The labels in what `label_files` found (name -> the address that `read` reads); None if there are none."""
+    found = sorted(filter(_is_table, members), key=len)
+    whole = [table for table in found if all(name.startswith(table.removesuffix(_TABLE)) for name in names)]
+    if len(found) == len(whole) == 1:
+        return _from_bytes(read(members[found[0]]), f"{root}/{found[0]}", names)
+    if found:
+        fault = "one of several tables of labels" if whole else "a table of labels for some of the images only"
+        raise ValueError(
+            f"{root}/{found[0]} is {fault}{first(found)}; put one {_TABLE} above all images, or say where labels come "
+            "from: --labels TABLE, folders, prefix or none"
+        )
+    held: dict[tuple[str, str], list[str]] = {}
+    for member in members:
+        held.setdefault((_key(member), posixpath.splitext(member)[1]), []).append(member)
+    entries = []
+    for name in names:
+        for ending in (".cls", ".json"):
+            file = _label_file(name, ending, held.get((_key(name), ending), []), root)
+            label = None if file is None else _label(read(members[file]), f"{root}: {file}", ending)
+            if label is not None:
+                entries.append(Entry(f"{file}", name, label))
+                break
+    source = f"{root} (.cls/.json members)"
+    return _match(_parse(entries, source), names, source) if entries else None
+
+
+def _label_file(name: str, ending: str, files: Sequence[str], root: str) -> str | None:
+    """The file with the class of an image: that of its own name, else the only one that shares its key."""
+    own = posixpath.splitext(name)[0] + ending
+    if own in files or not files:
+        return own if files else None
+    if len(files) > 1:
+        raise ValueError(f"{root}: {name!r} may belong to {first(files).strip(' ()')}; give it one of its own name")
+    return files[0]
+
+
+def _label(content: bytes, source: str, ending: str) -> Any:
+    text = _decode(content, source)
+    if ending == ".cls":
+        return text
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
+    if isinstance(data, dict):
+        return next((data[key] for key in ("label", "cls", "class") if key in data), None)
+    return None if isinstance(data, str) else data  # a lone text is a caption
+
+
+def _is_table(name: str) -> bool:
+    return posixpath.basename(name) == _TABLE
+
+
+def _key(name: str) -> str:
+    folder, last = posixpath.split(name)
+    return f"{folder}/{last.split('.')[0]}"
+
+
+def _decode(data: bytes, source: str) -> str:
+    """The text of a table: UTF-8, or what its byte order mark says. ValueError gives the row that is neither."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    # UTF-32 first: its mark begins like that of UTF-16.
+    marks = {
+        "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+        "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    }
+    encoding = next((name for name, begin in marks.items() if data.startswith(begin)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -155,7 +215,7 @@ def decode(data: bytes, source: str) -> str:
     return text
 
 
-def parse(entries: Iterable[Entry], source: str) -> dict[str, Label]:
+def _parse(entries: Iterable[Entry], source: str) -> dict[str, Label]:
     """Lines of a table -> {name: label}: all labels whole numbers, or all names. ValueError names the line that is neither.
 
     A number may be written `3`, `"3"` or `3.0`. One bad line never turns numbers into names, which would be numbered anew.
@@ -167,11 +227,10 @@ def parse(entries: Iterable[Entry], source: str) -> dict[str, Label]:
         label = _number(found) if numeric else _name(found)
         if label is None:
             allowed = (
-                f"a whole number from 0 to {_MOST_CLASSES - 1}, as the others are"
-                if numeric
-                else "a class number or name"
+                f"whole number from 0 to {_MOST_CLASSES - 1}, as the others are" if numeric else "class number or name"
             )
-            raise ValueError(f"{source}, {where}: the label of {name!r} is {found!r}; it must be {allowed}")
+            several = " (an image has one class, not several)" if _is_several(found) else ""
+            raise ValueError(f"{source}, {where}: the label of {name!r} is {found!r}; it must be a {allowed}{several}")
         key = tidy(name)
         if table.setdefault(key, label) != label:
             raise ValueError(f"{source}, {where}: {key!r} has two labels, {table[key]!r} and {label!r}")
@@ -195,7 +254,11 @@ def _number(label: Any) -> int | None:
 
 def _name(label: Any) -> str | None:
     text = label.strip() if isinstance(label, str) else ""
-    return None if text.lower() in _MISSING or text[0] + text[-1] in ("[]", "{}") else text  # "[3, 5]" is several
+    return None if text.lower() in _MISSING or _is_several(text) else text
+
+
+def _is_several(label: Any) -> bool:
+    return isinstance(label, (list, dict)) or (isinstance(label, str) and label[:1] + label[-1:] in ("[]", "{}"))
 
 
 def _json_entries(text: str, source: str) -> list[Entry] | None:
@@ -259,7 +322,7 @@ def _has_header(row: Sequence[str]) -> bool:
     return any(cell in _PATH_COLUMNS for cell in head) and any(cell in _LABEL_COLUMNS for cell in head)
 
 
-def match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labels:
+def _match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labels:
     """Put a table beside the pictures. Class numbers stay as they are; names are numbered in sorted order.
 
     Names in the table are relative to the root, or to a folder below it that leaves each picture its own name.

@@ -21,13 +21,13 @@ from . import sources
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Pictures in a fixed order. For `kind` "files" a path opens as it is; in an archive it is an address `sources.Reader` knows."""
+    """Pictures in a fixed order. For `kind` "files" a path opens as it is; in an archive it is an address `sources.open_source` reads."""
 
     paths: tuple[str, ...]
     labels: np.ndarray | None = None  # int64 [len(paths)], each in 0 .. len(class_names) - 1
     class_names: tuple[str, ...] = ()
     label_source: str = "none"  # "folders", "prefix", "none", or the table they were read from
-    kind: str = "files"  # "files", "zip", "tar", "lmdb", "packed"
+    kind: str = "files"  # a key of `sources.FORMATS`
     root: str = ""
     preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
     stored_size: tuple[int, int] | None = None  # (height, width) of packed pictures
@@ -57,22 +57,15 @@ class Records:
             digest.update(self.labels.tobytes() + "\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def without_labels(self) -> Records:
-        """The same pictures, unlabeled."""
-        return replace(self, labels=None, class_names=(), label_source="none")
-
     def require_labels(self) -> np.ndarray:
         """The labels, int64 `[N]`; ValueError with the ways to give them where there are none, and for a class folder without images."""
         if self.labels is None:
-            raise ValueError(
-                f"{self.root or 'these records'}: a class-conditional run needs labels and {len(self)} images have none; put the "
-                "images in one folder per class, start their names with 'class_', or give a csv/json file of path,label"
-            )
+            needs = f"a class-conditional run needs labels and {len(self)} images have none"
+            remedy = "put the images in one folder per class, start their names with 'class_', or give a csv/json file of path,label"
+            raise ValueError(f"{self.root or 'these records'}: {needs}; {remedy}")
         if self.empty_folders:
-            raise ValueError(
-                f"{self.root}: {len(self.empty_folders)} class folders hold no images{tables.first(self.empty_folders)}; "
-                "put images into them or remove them"
-            )
+            held = f"{len(self.empty_folders)} class folders hold no images{tables.first(self.empty_folders)}"
+            raise ValueError(f"{self.root}: {held}; put images into them or remove them")
         return self.labels
 
 
@@ -86,28 +79,19 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
     source = sources.list_source(storage.expand(root))
     found = source.labels(labels)
     empty = _empty_folders(source) if found.source == "folders" and source.kind == "files" else ()
-    return Records(
-        source.paths,
-        found.numbers,
-        found.class_names,
-        found.source,
-        source.kind,
-        source.root,
-        source.preprocessing,
-        source.stored_size,
-        empty,
-        source.left_out,
-    )
+    about = {name: getattr(source, name) for name in ("kind", "root", "preprocessing", "stored_size", "left_out")}
+    return Records(source.paths, *found, **about, empty_folders=empty)
 
 
 def _empty_folders(source: sources.Source) -> tuple[str, ...]:
-    """Folders in the root below which there is no picture, and links to where there is none; hidden ones are not looked at."""
+    """Folders in the root below which there is no image, and links to where there is none; hidden ones are not looked at."""
     held = {name.split("/")[0] for name in source.names}
     others = [name for name in storage.listdir(source.root) if name not in held and not name.startswith(".")]
-    whole = {name: storage.join(source.root, name) for name in others}
-    return tuple(
-        n for n in others if storage.isdir(whole[n]) or (os.path.islink(whole[n]) and not os.path.exists(whole[n]))
-    )
+    return tuple(name for name in others if _is_folder(storage.join(source.root, name)))
+
+
+def _is_folder(path: str) -> bool:
+    return storage.isdir(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:

@@ -7,10 +7,13 @@ global batch is number `g = s * batch_size + p` of an endless walk; epoch `g // 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..runtime import signals, streams
 from . import images
 from .listing import Records
-from .sources import Reader
+from .sources import open_source
 
 _MAX_REPLACEMENTS = 100  # unreadable pictures in a row before "skip" gives up: then the data is broken, not a file
-_REMEMBERED = 20
 
 
 class Batch(NamedTuple):
@@ -54,38 +56,33 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
     return state.permutation(count).astype(np.int64)
 
 
+@dataclass(frozen=True)
 class _Plan(Sampler[list[tuple[int, Place]]]):
     """Endless: for each step the (step, place) of every example of this process."""
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        rank: int,
-        size: int,
-        seed: int,
-        start_step: int,
-        shuffle: bool,
-        start_image: int | None = None,
-    ) -> None:
-        self.count, self.batch_size, self.rank, self.size = count, batch_size, rank, size
-        self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
-        self.start_image = start_step * batch_size if start_image is None else start_image
+    count: int  # of records
+    batch_size: int
+    rank: int
+    size: int
+    seed: int
+    shuffle: bool
+    start_step: int
+    start_image: int
 
     def __iter__(self) -> Iterator[list[tuple[int, Place]]]:
         orders: dict[int, np.ndarray] = {}
-        step = self.start_step
-        while True:
+        for step in itertools.count(self.start_step):
             begin = self.start_image + (step - self.start_step) * self.batch_size
             walk = range(begin + self.rank, begin + self.batch_size, self.size)
-            first, last = walk[0] // self.count, walk[-1] // self.count
-            if last not in orders:  # a batch reaches into two epochs at most, being no larger than the data
-                orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in {first, last}}
+            epochs = {walk[0] // self.count, walk[-1] // self.count}  # at most two: a batch is no larger than the data
+            orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in epochs}
             yield [(step, Place(g // self.count, int(orders[g // self.count][g % self.count]))) for g in walk]
-            step += 1
 
     def _order(self, epoch: int) -> np.ndarray:
         return order(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count)
+
+
+_Augment = Callable[[np.ndarray, Place], tuple[np.ndarray, bool | None]]
 
 
 class _Fetched(NamedTuple):
@@ -99,29 +96,19 @@ class _Fetched(NamedTuple):
     error: str
 
 
-class _Pictures(Dataset[Any]):
+class _Examples(Dataset[Any]):
     """Decodes and augments; runs in the workers, so it holds plain arrays instead of a million strings.
 
     (Touching a Python string in a forked process copies its page; a list of them slowly multiplies memory by the number of workers.)
     """
 
-    def __init__(
-        self,
-        records: Records,
-        image_size: images.Size,
-        channels: int,
-        crop: str,
-        flip: bool,
-        seed: int,
-        skip_unreadable: bool,
-    ) -> None:
+    def __init__(self, records: Records, channels: int, augment: _Augment, skip_unreadable: bool) -> None:
         encoded = [path.encode("utf-8", "surrogateescape") for path in records.paths]
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self._paths = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._labels = records.labels
-        self._reader = Reader(records.kind, records.root)
-        self._image_size, self._channels, self._crop, self._flip = image_size, channels, crop, flip
-        self._seed, self._skip_unreadable = seed, skip_unreadable
+        self._source = open_source(records.kind, records.root)
+        self._channels, self._augment, self._skip_unreadable = channels, augment, skip_unreadable
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -136,18 +123,18 @@ class _Pictures(Dataset[Any]):
             found = [self._example(place, skipped) for _, place in wanted]
         except ValueError as error:
             return _Fetched(None, None, None, wanted[0][0], skipped, str(error))
-        pictures = torch.from_numpy(np.stack([picture for picture, _, _ in found]))
-        flips = torch.tensor([flip for _, flip, _ in found]) if self._flip else None
+        stacked = torch.from_numpy(np.stack([image for image, _, _ in found]))
+        flips = None if found[0][1] is None else torch.tensor([flip for _, flip, _ in found])
         labels = None if self._labels is None else torch.from_numpy(self._labels[[record for _, _, record in found]])
-        return _Fetched(pictures, labels, flips, wanted[0][0], skipped, "")
+        return _Fetched(stacked, labels, flips, wanted[0][0], skipped, "")
 
-    def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, bool, int]:
+    def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, bool | None, int]:
         """The picture at a place, or, skipping, of the next record that can be read (in the order of the listing); whether to
         mirror it; and which record it is."""
         record = place.record
         for _ in range(min(_MAX_REPLACEMENTS, len(self))):
             try:
-                return *self._augmented(self._reader.read(self._path(record), self._channels), place), record
+                return *self._augment(self._source.read(self._path(record), self._channels), place), record
             except ValueError as error:  # noqa: PERF203  decoding costs a thousand times the try
                 if not self._skip_unreadable:
                     raise
@@ -155,13 +142,14 @@ class _Pictures(Dataset[Any]):
                 record = (record + 1) % len(self)
         raise ValueError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
 
-    def _augmented(self, picture: np.ndarray, place: Place) -> tuple[np.ndarray, bool]:
-        rng = random.Random(streams.key_of(self._seed, streams.DATA, place.epoch, place.record))
-        if self._crop == "random":
-            picture = images.random_crop(picture, self._image_size, rng)
-        else:
-            picture = images.center_crop(picture, self._image_size)
-        return picture, self._flip and rng.random() < 0.5
+
+def _augmented(
+    image_size: images.Size, crop: str, flip: bool, seed: int, image: np.ndarray, place: Place
+) -> tuple[np.ndarray, bool | None]:
+    """(the window that is cut out, whether to mirror it), drawn at an address, so that nothing else moves the draws."""
+    rng = random.Random(streams.key_of(seed, streams.DATA, place.epoch, place.record))
+    cut = images.random_crop(image, image_size, rng) if crop == "random" else images.center_crop(image, image_size)
+    return cut, rng.random() < 0.5 if flip else None
 
 
 class Batches(Iterator[Batch]):
@@ -172,7 +160,6 @@ class Batches(Iterator[Batch]):
         self._fetched: Iterator[_Fetched] | None = None
         self.wait_seconds = 0.0  # time spent inside next(): what the device waits for the data
         self.skipped = 0  # unreadable pictures met, an example counted each time it was replaced
-        self.skipped_examples: list[str] = []  # the first few, with reasons
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
@@ -189,7 +176,6 @@ class Batches(Iterator[Batch]):
 
     def _count(self, skipped: list[str]) -> None:
         before, self.skipped = self.skipped, self.skipped + len(skipped)
-        self.skipped_examples += skipped[: _REMEMBERED - len(self.skipped_examples)]
         if len(str(self.skipped)) > len(str(before)) or (skipped and not before):  # at 1, 10, 100, ...
             text = f"{self.skipped} times an unreadable image was replaced by another; the latest: {skipped[-1]}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -225,17 +211,26 @@ def make_batches(
     place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes.
     Pinned memory where CUDA is.
     """
-    _check(records, image_size, batch_size, rank, size, crop, channels, on_error)
-    if workers < 0 or start_step < 0 or (start_image or 0) < 0:
+    start = start_step * batch_size if start_image is None else start_image
+    for name, value, allowed in (("crop", crop, ("center", "random")), ("on_error", on_error, ("raise", "skip"))):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be {allowed[0]!r} or {allowed[1]!r}")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank={rank}: must be in 0..{size - 1} for {size} processes")
+    if min(workers, start_step, start) < 0:
         raise ValueError(f"workers={workers}, start_step={start_step}, start_image={start_image}: must not be negative")
-    dataset = _Pictures(records, image_size, channels, crop, flip, seed, on_error == "skip")
-    plan = _Plan(len(records), batch_size, rank, size, seed, start_step, shuffle, start_image)
+    _check_sizes(records, image_size, batch_size, size, crop)
+    images.mode_of(channels)
+    dataset = _Examples(
+        records, channels, functools.partial(_augmented, image_size, crop, flip, seed), on_error == "skip"
+    )
+    plan = _Plan(len(records), batch_size, rank, size, seed, shuffle, start_step, start)
     extra: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=plan,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         # Its own generator, so that making a loader does not move the global one.
         generator=torch.Generator().manual_seed(0),
@@ -244,7 +239,7 @@ def make_batches(
     return Batches(loader, torch.arange(rank, batch_size, size))
 
 
-def _as_it_is(fetched: Any) -> Any:
+def _unchanged(fetched: Any) -> Any:
     return fetched
 
 
@@ -252,40 +247,23 @@ def _start_worker(worker: int) -> None:
     signals.leave_to_parent()
 
 
-def _check(
-    records: Records,
-    image_size: images.Size,
-    batch_size: int,
-    rank: int,
-    size: int,
-    crop: str,
-    channels: int,
-    on_error: str,
-) -> None:
-    where = records.root or "the data"
-    if crop not in ("center", "random"):
-        raise ValueError(f"crop={crop!r}: must be 'center' or 'random'")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'skip'")
-    if channels not in images.MODES:
-        raise ValueError(f"channels={channels}: must be one of {sorted(images.MODES)}")
-    if not 0 <= rank < size:
-        raise ValueError(f"rank={rank}: must be in 0..{size - 1} for {size} processes")
-    if batch_size < 1 or batch_size % size:
+def _check_sizes(records: Records, image_size: images.Size, batch_size: int, processes: int, crop: str) -> None:
+    """ValueError if the records are too few for a batch, or were packed too small for the crop."""
+    where, count = records.root or "the data", len(records)
+    if batch_size < 1 or batch_size % processes:
+        allowed = f"must be a positive multiple of {processes} processes"
+        raise ValueError(f"batch_size={batch_size} (over all processes): {allowed}")
+    if batch_size > count:
+        remedy = f"lower it to at most {count // processes * processes}, or add images"
         raise ValueError(
-            f"batch_size={batch_size} (over all processes): must be a positive multiple of {size} processes"
-        )
-    if batch_size > len(records):
-        raise ValueError(
-            f"batch_size={batch_size} (over all processes) is larger than the {len(records)} images of {where}; lower it to at most "
-            f"{len(records) // size * size}, or add images"
+            f"batch_size={batch_size} (over all processes) is larger than the {count} images of {where}; {remedy}"
         )
     height, width = images.height_width(image_size)
-    if records.stored_size is not None:
-        # Packed pictures have lost what lies outside of them: a crop that wants more would be blown up, silently blurred.
-        least = (height, width) if crop == "center" else images.largest_cover((height, width))
-        if records.stored_size[0] < least[0] or records.stored_size[1] < least[1]:
-            raise ValueError(
-                f"{where}: packed at {records.stored_size[0]}x{records.stored_size[1]}, but crop={crop!r} at {height}x{width} needs at "
-                f"least {least[0]}x{least[1]}; pack the source at that size"
-            )
+    # Packed images have lost what lies outside of them: a crop that needs more would be enlarged, and blurred.
+    least = (height, width) if crop == "center" else images.largest_cover((height, width))
+    stored = records.stored_size or least
+    if stored[0] < least[0] or stored[1] < least[1]:
+        raise ValueError(
+            f"{where}: packed at {stored[0]}x{stored[1]}, but crop={crop!r} at {height}x{width} needs at "
+            f"least {least[0]}x{least[1]}; pack the source at that size"
+        )

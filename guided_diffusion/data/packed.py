@@ -10,19 +10,22 @@ A packed folder holds
 
 from __future__ import annotations
 
-import io
+import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..runtime import storage
 from . import images
 from .listing import Records, list_records
-from .sources import PACKED_INDEX, Reader, read_packed_index
+from .sources import open_source
+from .sources.arrays import PACKED_INDEX, read_packed_index
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
 
 _LABELS, _NAMES = "labels.npy", "names.txt"
 
@@ -58,17 +61,28 @@ def pack(
     skipped: list[str] = []
     kept: list[int] = []
     shards: list[dict[str, Any]] = []
-    rows = _cropped(records, image_size, channels, workers, on_error == "skip", skipped, progress)
-    per_shard = max(1, shard_bytes // (height * width * channels))
+    source = open_source(records.kind, records.root)
+
+    def cropped() -> Iterator[np.ndarray]:
+        """The images that can be read; which these are goes to `kept`, what is wrong with others to `skipped`."""
+        crop = functools.partial(_crop, image_size=image_size, channels=channels)
+        for k, found in enumerate(source.each(records.paths, crop, workers, progress)):
+            if not isinstance(found, ValueError):
+                kept.append(k)
+                yield found
+            elif on_error == "skip":
+                skipped.append(str(found))
+            else:
+                raise ValueError(f"{found}; remove or repair it, or leave such files out with on_error='skip'")
+
+    rows, per_shard = cropped(), max(1, shard_bytes // (height * width * channels))
     while block := list(islice(rows, per_shard)):
         name = f"images-{len(shards):05d}.npy"
-        shards.append({**_save(out, name, np.stack([picture for _, picture in block])), "count": len(block)})
-        kept += [place for place, _ in block]
+        shards.append({**_save(out, name, np.stack(block)), "count": len(block)})
     if not kept:
         raise ValueError(f"none of the {len(records)} images of {records.root!r} can be read; the first: {skipped[0]}")
 
-    reader = Reader(records.kind, records.root)
-    names = "".join(f"{reader.describe(records.paths[k])}\n" for k in kept)
+    names = "".join(f"{source.describe(records.paths[k])}\n" for k in kept)
     storage.write_bytes_atomic(storage.join(out, _NAMES), names.encode("utf-8", "surrogateescape"))
     labels = None if records.labels is None else _save(out, _LABELS, records.labels[kept])
     index = {
@@ -87,49 +101,16 @@ def pack(
     return list_records(out)
 
 
-def _cropped(
-    records: Records,
-    image_size: images.Size,
-    channels: int,
-    workers: int,
-    skip: bool,
-    skipped: list[str],
-    progress: Callable[[int], None] | None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(record, cropped picture) in order. Threads suffice: PIL decodes and resizes without holding the interpreter lock."""
-    reader = Reader(records.kind, records.root)
-
-    def crop(place: int) -> np.ndarray | ValueError:
-        try:
-            return images.center_crop(reader.read(records.paths[place], channels), image_size)
-        except ValueError as error:
-            return error
-
-    with ThreadPoolExecutor(workers) as pool:
-        # A window at a time: map() would queue every picture of the data set at once and keep all that are done early.
-        for start in range(0, len(records), 32 * workers):
-            places = range(start, min(start + 32 * workers, len(records)))
-            for place, result in zip(places, pool.map(crop, places)):
-                if progress is not None:
-                    progress(1)
-                if not isinstance(result, ValueError):
-                    yield place, result
-                elif skip:
-                    skipped.append(str(result))
-                else:
-                    raise ValueError(
-                        f"{result}; remove or repair it, or leave such files out with on_error='skip'"
-                    ) from result
+def _crop(image: PILImage.Image, *, image_size: images.Size, channels: int) -> np.ndarray:
+    return images.center_crop(images.as_array(image, channels), image_size)
 
 
 def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
     """Write an array; its entry in the index."""
-    path = storage.join(folder, name)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array)))
-    with storage.atomic_write(path) as file:
-        file.write(header.getvalue())
-        file.write(np.ascontiguousarray(array).data)
+    path, array = storage.join(folder, name), np.ascontiguousarray(array)
+    with storage.atomic_write(path) as file:  # numpy.save would hide the cause of an error, such as a full disk
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
     return {"file": name, "sha256": storage.sha256_of(path)}
 
 

@@ -95,7 +95,7 @@ def test_a_run_of_2021_goes_on_with_its_prefixes() -> None:
 def test_absent_classes_are_told_and_no_labels_stay_none() -> None:
     _, note = renumber(records("0 2"), ("0", "1", "2"), 3, "NET")
     assert "no images of 1 of its classes: 1" in note
-    plain = records("0 2").without_labels()
+    plain = Records(("a", "b"))
     assert renumber(plain, DIGITS, 10, "NET") == (plain, "")
     _, quiet = renumber(records("0 1 2"), ("0", "1", "2"), 3, "NET")
     assert not quiet

@@ -31,7 +31,7 @@ def test_check_names_unreadable_files_and_fails(write_pictures, capsys):
     assert "labels: none" in printed.out
     assert "modes: L 2" in printed.out
     assert "unreadable: 1" in printed.out
-    assert "3.png': not a picture that PIL knows" in printed.out
+    assert "3.png': not an image that PIL knows" in printed.out
     assert printed.err == ""
 
 

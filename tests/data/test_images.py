@@ -151,7 +151,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read image '.*missing\.png': No such file"):
         images.read_image(str(tmp_path / "missing.png"))
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.png': not a picture that PIL knows"):
+    with pytest.raises(ValueError, match=r"text\.png': not an image that PIL knows"):
         images.read_image(str(tmp_path / "text.png"))
     with pytest.raises(ValueError, match=r"channels=5: must be one of \[1, 2, 3, 4\]"):
         images.as_array(Image.new("L", (2, 2)), 5)

@@ -263,7 +263,6 @@ def test_or_is_replaced_by_the_next_and_counted(damaged, noisy, workers):
     whole = torch.cat([batch.images for batch in first(noisy, 2, shuffle=False, flip=False)])
     assert torch.equal(got, whole[[0, 1, 2, 5, 5, 5, 6, 7]])
     assert batches.skipped == 3  # 3, then 4 in its place, then 4
-    assert "03.png" in batches.skipped_examples[0]
     batches.close()
 
 

@@ -22,14 +22,14 @@ import torch
 from guided_diffusion.data import images, packed
 from guided_diffusion.data.listing import Records, list_records
 from guided_diffusion.data.loader import make_batches
-from guided_diffusion.data.sources import Reader
+from guided_diffusion.data.sources import open_source
 from guided_diffusion.runtime import storage
 
 NAMES = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/10.png", "dog/2.png")
 
 
 def pixels(records: Records, channels: int = 3) -> list[np.ndarray]:
-    reader = Reader(records.kind, records.root)
+    reader = open_source(records.kind, records.root)
     return [reader.read(path, channels) for path in records.paths]
 
 
@@ -97,14 +97,14 @@ def test_a_broken_archive_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}': not a readable"):
         list_records(tmp_path / name)
     (tmp_path / "a.rar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is a file; must be a folder, a \.zip"):
+    with pytest.raises(ValueError, match=r"is a file; must be a folder, or end with \.zip or \.tar"):
         list_records(tmp_path / "a.rar")
 
 
 def test_a_broken_picture_in_an_archive_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("x/broken.png", b"nonsense")
-    with pytest.raises(ValueError, match=r"a\.zip: x/broken\.png': not a picture"):
+    with pytest.raises(ValueError, match=r"a\.zip: x/broken\.png': not an image"):
         pixels(list_records(tmp_path / "a.zip"))
 
 
@@ -130,7 +130,7 @@ def test_lsun_lmdb(write_pictures, tmp_path):
     assert records.kind == "lmdb"
     assert_same_pictures(records, list_records(root))
     with ThreadPoolExecutor(4) as pool:
-        reader = Reader(records.kind, records.root)
+        reader = open_source(records.kind, records.root)
         assert all(picture.ndim == 3 for picture in pool.map(reader.read, records.paths * 4))
 
 
@@ -143,7 +143,7 @@ def test_a_reader_goes_to_workers_and_threads(write_pictures, tmp_path, make):
         records = list_records(tarred(root, tmp_path / "a.tar", NAMES))
     else:
         records = packed.pack(list_records(root), tmp_path / "out", 8)
-    reader = Reader(records.kind, records.root)
+    reader = open_source(records.kind, records.root)
     before = [reader.read(path) for path in records.paths]
     copy = pickle.loads(pickle.dumps(reader))
     with ThreadPoolExecutor(4) as pool:
@@ -173,7 +173,7 @@ def test_threads_do_not_move_each_others_file(write_pictures, tmp_path, monkeypa
 
     expected = pixels(records)
     monkeypatch.setattr(storage, "open_file", Slow)
-    reader = Reader(records.kind, records.root)
+    reader = open_source(records.kind, records.root)
     with ThreadPoolExecutor(4) as pool:
         for picture, other in zip(pool.map(reader.read, records.paths * 8), expected * 8):
             np.testing.assert_array_equal(picture, other)
@@ -266,5 +266,5 @@ def test_packing_mistakes(write_pictures, tmp_path):
     (tmp_path / "later" / "packed.json").write_text('{"format": 2}')
     with pytest.raises(ValueError, match="format 2; this version reads format 1"):
         list_records(tmp_path / "later")
-    with pytest.raises(ValueError, match="kind='rar': must be one of files, zip"):
-        Reader("rar")
+    with pytest.raises(ValueError, match="kind='rar': must be one of files, zip, tar, lmdb, packed"):
+        open_source("rar", "")

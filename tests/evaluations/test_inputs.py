@@ -20,7 +20,7 @@ from PIL import Image
 from evaluations import reference
 from evaluations.inputs import open_images
 from guided_diffusion.data.listing import list_records
-from guided_diffusion.data.sources import Reader
+from guided_diffusion.data.sources import open_source
 
 
 @pytest.fixture
@@ -424,7 +424,7 @@ def test_odd_pictures_have_the_pixels_that_training_sees(images, tmp_path):
     grey.convert("1").save(tmp_path / "c.tif")
     Image.fromarray(images[0]).save(tmp_path / "d.gif", save_all=True, append_images=[Image.fromarray(images[1])])
     records = list_records(tmp_path)
-    expected = [Reader().read(path) for path in records.paths]
+    expected = [open_source("files", "").read(path) for path in records.paths]
     assert np.array_equal(all_of(tmp_path), np.stack(expected))
     assert np.array_equal(expected[0][..., 0], images[0][..., 0])
 

@@ -258,7 +258,7 @@ def test_pictures_in_a_bucket_are_listed_and_read(bucket):
     from PIL import Image
 
     from guided_diffusion.data.listing import list_records
-    from guided_diffusion.data.sources import Reader
+    from guided_diffusion.data.sources import open_source
 
     buffer = io.BytesIO()
     Image.new("RGB", (5, 4), (1, 2, 3)).save(buffer, "PNG")
@@ -266,7 +266,7 @@ def test_pictures_in_a_bucket_are_listed_and_read(bucket):
         storage.write_bytes_atomic(f"{bucket}/{name}", buffer.getvalue())
     records = list_records(bucket, labels="prefix")
     assert records.paths == (f"{bucket}/a/x_1.png", f"{bucket}/x_2.png")
-    assert Reader().read(records.paths[0])[0, 0].tolist() == [1, 2, 3]
+    assert open_source("files", "").read(records.paths[0])[0, 0].tolist() == [1, 2, 3]
 
 
 def test_an_unreachable_bucket_is_given_up(monkeypatch):

@@ -1,0 +1,72 @@
+"""Where images may lie. A new kind of source is one file here and one entry in `SOURCES`: all that reads images then reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+
+from ...runtime import storage
+from ..labels import first
+from .arrays import Packed
+from .folder import Folder
+from .lmdb import Lmdb
+from .source import EXTENSIONS, Source, is_image, walk
+from .tar import Tar
+from .zip import Zip
+
+SOURCES: dict[str, type[Source]] = {kind.kind: kind for kind in (Folder, Zip, Tar, Lmdb, Packed)}
+_PATTERN = "*?[{"  # with one of these a path may stand for several files
+
+
+def open_source(kind: str, root: str) -> Source:
+    """A source whose kind is known, to read addresses that were listed before; for kind "files" the root does not matter."""
+    if kind not in SOURCES:
+        raise ValueError(f"kind={kind!r}: must be one of {', '.join(SOURCES)}")
+    return SOURCES[kind](root)
+
+
+def list_source(root: str) -> Source:
+    """Find out what `root` is and list it. ValueError if it holds no images, or if it is not clear which are meant."""
+    if not root:
+        raise ValueError("unspecified data directory: give the folder or archive that holds the images")
+    files = {name: path for path, name in walk(root)} if storage.isdir(root) else {}
+    source = (_kind_of_folder(root, files) if storage.isdir(root) else _kind_of_file(root))(root).fill(files)
+    if not source.paths:
+        looked = ", ".join("." + extension for extension in EXTENSIONS)
+        nested = "; archives in archives or below the folder are not opened"
+        more = f"; {source.left_out}{nested}" if source.left_out else ""
+        raise ValueError(f"{root!r}: no images found; looked for {looked} at all depths{more}")
+    return source
+
+
+def _kind_of_folder(root: str, files: Mapping[str, str]) -> type[Source]:
+    found: dict[type[Source], str] = {}
+    for kind in SOURCES.values():
+        marked = [name for name in files if "/" not in name and fnmatch(name.lower(), kind.marker)]
+        found |= {kind: repr(marked[0])} if marked else {}
+    held = [name for name in files if is_image(name)]
+    shown = ([f"{len(held)} images{first(held)}"] if held else []) + list(found.values())
+    if len(shown) > 1:
+        remedy = "give the path of what is meant, or move the other away"
+        raise ValueError(f"{root!r} holds {' and beside them '.join(shown)}; {remedy}")
+    return next(iter(found), Folder)
+
+
+def _kind_of_file(root: str) -> type[Source]:
+    exists = storage.exists(root)
+    if not exists and not any(mark in root for mark in _PATTERN):
+        raise ValueError(f"{root!r}: no such folder or file")
+    head = b""
+    if exists:
+        with storage.open_file(root, "rb") as file:
+            head = file.read(16)
+    for kind in SOURCES.values():
+        if (kind.ending and root.lower().endswith(kind.ending)) or (kind.begins and head.startswith(kind.begins)):
+            return kind
+    endings = " or ".join(kind.ending for kind in SOURCES.values() if kind.ending)
+    raise ValueError(f"{root!r}: is a file; must be a folder, or end with {endings}")
+
+
+def image_files(root: str, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """Paths of all images below a folder, sorted folder by folder; extensions without the dot, in any case."""
+    return [path for path, name in walk(root) if is_image(name, extensions)]

@@ -1,0 +1,77 @@
+"""Packed data: arrays of cropped images that are mapped into memory. `data/packed.py` writes them and describes the files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ...runtime import storage
+from ..labels import NONE, Labels
+from .source import Read, Source
+
+PACKED_INDEX = "packed.json"
+_KEYS = {"count", "shape", "preprocessing", "shards", "labels", "class_names", "label_source", "skipped"}
+
+
+def read_packed_index(root: str) -> dict[str, Any]:
+    """The index of packed data; ValueError if it is another file, or of a version this code does not know."""
+    path = storage.join(root, PACKED_INDEX)
+    try:
+        index = json.loads(storage.read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not an index of packed data: {error}") from None
+    version = index.get("format", 1) if isinstance(index, dict) else 1
+    if version != 1:
+        raise ValueError(f"{root!r}: packed data of format {version!r}; this version reads format 1: pack it again")
+    if not isinstance(index, dict) or not index.keys() >= _KEYS:
+        raise ValueError(f"{path}: not the index of packed data that `data pack` writes; give another folder")
+    if storage.is_remote(root):
+        raise ValueError(f"{root!r}: packed data is memory-mapped; copy it to a local disk first")
+    return index
+
+
+class Packed(Source):
+    """The address of an image is its row, counted through all files."""
+
+    kind, marker = "packed", PACKED_INDEX
+    all_images = threads_share = True
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return read_packed_index(self.root)
+
+    def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
+        height, width, _ = self._index["shape"]
+        self.preprocessing, self.stored_size = self._index["preprocessing"], (height, width)
+        return {str(row): str(row) for row in range(int(self._index["count"]))}
+
+    def own_labels(self) -> Labels:
+        if self._index["labels"] is None:
+            return NONE
+        path, count = os.path.join(self.root, self._index["labels"]["file"]), len(self.names)
+        try:
+            numbers = np.load(path, allow_pickle=False)
+            if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
+                raise ValueError(f"{numbers.dtype} of shape {numbers.shape}; must be {count} whole numbers")
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}; pack the data again") from None
+        return Labels(numbers, tuple(self._index["class_names"]), self._index["label_source"])
+
+    def open(self) -> Read:
+        shards = self._index["shards"]
+        begins = np.cumsum([0, *(shard["count"] for shard in shards)])[:-1]
+        arrays: dict[int, np.ndarray] = {}
+
+        def read(address: str) -> np.ndarray:
+            row = int(address)
+            k = int(np.searchsorted(begins, row, side="right")) - 1
+            if k not in arrays:
+                arrays[k] = np.load(os.path.join(self.root, shards[k]["file"]), mmap_mode="r", allow_pickle=False)
+            return np.array(arrays[k][row - begins[k]])
+
+        return read

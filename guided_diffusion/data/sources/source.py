@@ -1,0 +1,202 @@
+"""Images in one place: what every kind of source shares, and what a new kind has to say of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from ...runtime import storage
+from .. import images
+from .. import labels as tables
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+EXTENSIONS = tuple(
+    "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 j2k jpx jpf avif ico tga".split()
+)
+_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # written by file managers, like names that begin with a dot
+_SHOWN = 8
+_WINDOW = 32  # images per thread that may be done before their turn
+T = TypeVar("T")
+Read = Callable[[str], bytes | np.ndarray]
+
+
+class Source:
+    """The images below a root, in a fixed order. A kind of source is a subclass in the table `sources.SOURCES`.
+
+    It says how it is recognised (`ending`, `begins`, `marker`), what it holds (`members`) and how that is read (`open`). Sources may
+    go to threads and other processes: files are opened on first use in each.
+    """
+
+    kind = ""
+    ending = ""  # a file with this ending is such a source
+    begins = b""  # so is a file that begins with these bytes
+    marker = ""  # a folder is such a source if it holds a file of this name; `*` stands for anything
+    all_images = False  # every member is an image, whatever its name ends with
+    labels_beside = True  # `.cls` and `.json` members with the key of an image hold its label (WebDataset)
+    threads_share = False  # what `open` returned serves all threads of a process; else each has its own
+    preprocessing = ""  # what was done to the images already; see `images.preprocessing_id`
+    stored_size: tuple[int, int] | None = None  # (height, width), where it is the same for all
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.names: tuple[str, ...] = ()  # of the images, relative to the root
+        self.paths: tuple[str, ...] = ()  # their addresses; of a file, its path
+        self.left_out = ""  # a sentence about the files that are not read
+        self._label_files: dict[str, str] = {}
+        self._opened: dict[tuple[int, int], Read] = {}
+        self._lock = threading.Lock()
+
+    def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
+        """Name relative to the root, `/` between parts -> address, of all that the source holds.
+
+        `files`: name -> path of the files below the root if it is a folder. A short description of each that cannot be read goes to
+        `others`.
+        """
+        raise NotImplementedError
+
+    def open(self) -> Read:
+        """A function of an address that reads the encoded file, or an image as uint8 `[H, W, C]`."""
+        raise NotImplementedError
+
+    def describe(self, path: str) -> str:
+        """A name for error messages."""
+        return f"{self.root}: {path}"
+
+    def own_labels(self) -> tables.Labels | None:
+        """Read the labels that the source brings along; None if it has none."""
+        return tables.from_members(self.root, self._label_files, self.names, self.encoded)
+
+    def folder_names(self, wanted: bool) -> Sequence[str]:
+        """Names whose folders may be classes; `wanted`: whether folders were asked for, not only tried."""
+        return self.names
+
+    def fill(self, files: Mapping[str, str]) -> Source:
+        """List what there is."""
+        others: list[str] = []
+        members = self.members(files, others)
+        self.names = tuple(name for name in members if self.all_images or is_image(name))
+        self.paths = tuple(members[name] for name in self.names)
+        found = tables.label_files(members, self.names, beside=self.labels_beside)
+        self._label_files = {name: members[name] for name in found}
+        used = {*self.names, *found}
+        counts = Counter([*others, *(file_type(name) for name in members if name not in used)])
+        shown = ", ".join(f"{what} {count}" for what, count in counts.most_common(_SHOWN))
+        if counts:
+            were = "1 file was" if counts.total() == 1 else f"{counts.total()} files were"
+            self.left_out = f"{were} left out: {shown}{', ...' if len(counts) > _SHOWN else ''}"
+        return self
+
+    def __reduce__(self) -> tuple[type[Source], tuple[str]]:
+        return type(self), (self.root,)
+
+    def labels(self, wanted: str = "auto") -> tables.Labels:
+        """The class of each image, from what is wanted (see `listing.list_records`); nothing else is read."""
+        if wanted == "none":
+            return tables.NONE
+        if wanted == "prefix":
+            return tables.by_prefix(self.names)
+        if wanted == "folders":
+            return tables.by_folder(self.folder_names(True))
+        if wanted != "auto":
+            return tables.from_file(wanted, self.names)
+        return self.own_labels() or tables.detect(self.folder_names(False))
+
+    def read(self, path: str, channels: int = 3) -> np.ndarray:
+        """One image, uint8 `[H, W, channels]`; ValueError gives the name of one that cannot be read."""
+        return images.decode(self._content(path), self.describe(path), channels)
+
+    def opened(self, path: str) -> contextlib.AbstractContextManager[PILImage.Image]:
+        """One image as stored, for PIL to decode; ValueError if it cannot be read, inside the `with`, too."""
+        return images.opened(self._content(path), self.describe(path))
+
+    def size(self, path: str) -> tuple[int, int]:
+        """(height, width) of one image, from its head alone."""
+        with self.opened(path) as image:
+            return image.height, image.width
+
+    def encoded(self, path: str) -> bytes:
+        """The file at an address, an image or another; of arrays, the pixels."""
+        content = self._content(path)
+        return content.tobytes() if isinstance(content, np.ndarray) else content
+
+    def each(
+        self,
+        paths: Sequence[str],
+        use: Callable[[PILImage.Image], T],
+        workers: int,
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[T | ValueError]:
+        """What `use` makes of each image, in order, by `workers` threads; the error in place of one that cannot be read.
+
+        Threads suffice: PIL decodes and resizes without holding the interpreter lock. `progress(1)` is called after each.
+        """
+
+        def result(path: str) -> T | ValueError:
+            try:
+                with self.opened(path) as image:
+                    return use(image)
+            except ValueError as error:
+                return error
+
+        with ThreadPoolExecutor(workers) as pool:
+            # map() by itself would queue every image of the data set at once, and keep all that are done early.
+            for start in range(0, len(paths), _WINDOW * workers):
+                for one in pool.map(result, paths[start : start + _WINDOW * workers]):
+                    if progress is not None:
+                        progress(1)
+                    yield one
+
+    def _content(self, path: str) -> bytes | np.ndarray:
+        # A file has one position, so every process and thread needs its own.
+        key = (os.getpid(), 0 if self.threads_share else threading.get_ident())
+        try:
+            with self._lock:
+                if key not in self._opened:
+                    self._opened[key] = self.open()
+            return self._opened[key](path)
+        except Exception as error:  # damaged archives are answered with a dozen kinds: BadZipFile, zlib.error, ...
+            raise images.unreadable(self.describe(path), error) from error
+
+
+def walk(root: str) -> Iterator[tuple[str, str]]:
+    """(path, name relative to the root) of all files below a folder that are not hidden, in the order of 2021."""
+    base = root.rstrip("/" + os.sep) or root
+    for path in storage.walk_files(base):
+        name = path[len(base.rstrip("/" + os.sep)) :].replace(os.sep, "/").lstrip("/")
+        if not is_hidden(name):
+            yield path, name
+
+
+def is_image(name: str, extensions: Sequence[str] = EXTENSIONS) -> bool:
+    """Whether a file is named like an image; extensions without the dot, in any case."""
+    return "." in name and posixpath.basename(name).rpartition(".")[2].lower() in extensions
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder above it, is not meant to be seen."""
+    return any(part.startswith(".") or part in _CLUTTER for part in name.split("/"))
+
+
+def file_type(name: str) -> str:
+    """What kind of file a name seems to be, for messages: ".txt", ".tar.gz"."""
+    found = re.search(r"(\.tar)?\.[^./]+$", name.lower())
+    return found[0] if found else "without an ending"
+
+
+def add_member(members: dict[str, str], name: str, address: str, archive: str) -> None:
+    """Add a member of an archive unless it is hidden. ValueError for an image that is there already."""
+    if name in members and is_image(name):
+        raise ValueError(f"{archive!r}: holds {name!r} twice; unpack the archive and pack each image once")
+    if not is_hidden(name):
+        members[name] = address

@@ -1,0 +1,128 @@
+"""Uncompressed tars: one, a pattern of several, or a folder of them, as WebDataset writes them (a tar is then called a shard)."""
+
+from __future__ import annotations
+
+import glob
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from ...runtime import storage
+from ..labels import first, tidy
+from .source import Read, Source, add_member, file_type, is_hidden
+
+_MAX_SHARDS = 1_000_000
+_MAX_LINKS = 8
+
+
+class Tar(Source):
+    """The address of an image is `offset:size:tar`, a zero byte and its name in the tar, so reading it is one seek."""
+
+    kind, ending, marker = "tar", ".tar", "*.tar"
+
+    def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
+        tars = [name for name in files if "/" not in name and name.lower().endswith(".tar")]
+        others += [file_type(name) for name in files if name not in tars]
+        if not tars:
+            self.root, tars = _shards(self.root)
+        found: dict[str, str] = {}
+        for tar in tars:
+            called = tar or posixpath.basename(self.root.replace(os.sep, "/"))
+            for name, place in _read_directory(self._whole(tar), others).items():
+                found[f"{called}/{name}"] = f"{place}:{tar}\0{name}"
+        return found
+
+    def open(self) -> Read:
+        files: dict[str, IO[Any]] = {}
+
+        def read(address: str) -> bytes:
+            offset, size, name = address.split(":", 2)
+            tar = name.partition("\0")[0]
+            if tar not in files:
+                files[tar] = storage.open_file(self._whole(tar), "rb")
+            files[tar].seek(int(offset))
+            return bytes(files[tar].read(int(size)))
+
+        return read
+
+    def describe(self, path: str) -> str:
+        return super().describe(path.split(":", 2)[2].replace("\0", "/").lstrip("/"))
+
+    def folder_names(self, wanted: bool) -> Sequence[str]:
+        # Tars are shards as a rule, so the folders inside of them are meant.
+        inside = [path.partition("\0")[2] for path in self.paths]
+        if not wanted or any("/" in name for name in inside):
+            return inside
+        # Where these lie in folders themselves, cat/00.tar and cat/01.tar are of one class; else each tar is one.
+        folders = [posixpath.split(posixpath.dirname(name))[0] for name in self.names]
+        beside = [posixpath.join(folder, posixpath.basename(name)) for folder, name in zip(folders, self.names)]
+        return beside if len(set(folders)) > 1 else self.names
+
+    def _whole(self, tar: str) -> str:
+        return storage.join(self.root, tar) if tar else self.root
+
+
+def _shards(root: str) -> tuple[str, list[str]]:
+    """A tar: (root, [""]). A pattern, `{000..012}` counted, `*` and `?` matched: (folder, tars in it)."""
+    if storage.exists(root):
+        return root, [""]
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", root)
+    if braces:
+        begin, end = braces.groups()
+        numbers = range(int(begin), min(int(end), int(begin) + _MAX_SHARDS) + 1)
+        found = [f"{root[: braces.start()]}{n:0{len(begin)}d}{root[braces.end() :]}" for n in numbers]
+    else:
+        found = sorted(glob.glob(root, recursive=True))
+    missing = [name for name in found if not storage.exists(name)]
+    if not found:
+        raise ValueError(f"{root!r}: no such file, nor files that match it as a pattern")
+    if missing:
+        raise ValueError(f"{root!r}: {len(missing)} of {len(found)} shards are missing{first(missing)}")
+    folder = posixpath.dirname(re.split(r"[{*?[]", root.replace(os.sep, "/"))[0])
+    return folder or ".", [name[len(folder) :].replace(os.sep, "/").lstrip("/") for name in found]
+
+
+def _read_directory(whole: str, left_out: list[str]) -> dict[str, str]:
+    """Name -> `offset:size` of each member of one tar. Links that lead to no member go to `left_out`."""
+    try:
+        with storage.open_file(whole, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            infos = [info for info in archive if info.isfile() or info.islnk() or info.issym()]
+            file.seek(archive.offset)
+            more = file.read(1 << 20).strip(b"\0")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{whole!r}: not a readable uncompressed tar file: {error}") from error
+    if more:
+        cause = "is cut off, or goes on after its end as tars joined by cat do (tar --concatenate joins them)"
+        raise ValueError(f"{whole!r}: {cause}")
+    members: dict[str, str] = {}
+    places: dict[str, str] = {}
+    links: dict[str, str] = {}
+    for info in infos:
+        name = tidy(info.name)
+        if info.isfile():
+            places[name] = f"{info.offset_data}:{info.size}"
+        else:  # a hard link gives the name of a member, a symbolic one a path from where it stands
+            target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(name), info.linkname)
+            links[name] = name if target.startswith("/") else tidy(target)
+        add_member(members, name, places.get(name, ""), whole)
+    for name in [name for name in links if name in members]:
+        del members[name]
+        inside = _behind(links, name, places)
+        members |= {new: place for new, place in inside.items() if not is_hidden(new)}
+        left_out += [] if inside else [f"link {name!r}"]
+    return members
+
+
+def _behind(links: Mapping[str, str], name: str, places: Mapping[str, str]) -> dict[str, str]:
+    """What the link `name` stands for: a member, or all those below a folder, under their names behind the link."""
+    target = links[name]
+    for _ in range(_MAX_LINKS):  # a link may lead to another; the end keeps circles from running for ever
+        target = links.get(target, target)
+    if target in places:
+        return {name: places[target]}
+    if not target or f"{name}/".startswith(f"{target}/"):  # a folder around the link itself
+        return {}
+    return {name + old[len(target) :]: place for old, place in places.items() if old.startswith(f"{target}/")}
