@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from . import outputs
+from .commands import Parser
 from .report import read_report
 
 # (where in the report, what it is, what it can do)
@@ -94,7 +94,7 @@ def _score_line(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """The command: prints the comparison; status 0 when nothing differs that could explain two numbers, else 1."""
-    parser = outputs.Parser(prog="evaluator.py compare", description="What sets two reports apart.")
+    parser = Parser(prog="evaluator.py compare", description="What sets two reports apart.")
     parser.add_argument("first", help="report written with --json")
     parser.add_argument("second", help="another one")
     asked = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""From what people store to uint8 [N, H, W, 3]: layouts, value ranges, and what has to be told about them."""
+"""From what people store to uint8 [N, H, W, 3]: layouts, value ranges, and the notes about them for the report."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+Bounds = tuple[float, float]
+Apply = Callable[[np.ndarray], np.ndarray]
+
 
 class Conversion(NamedTuple):
-    """How stored entries become uint8 NHWC with three channels."""
+    """How stored entries become uint8 [N, height, width, 3], and what to note about it."""
 
     height: int
     width: int
-    apply: Callable[[np.ndarray], np.ndarray]
+    apply: Apply
     notes: tuple[str, ...]
 
 
-def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float, float] | None) -> Conversion:
-    """Decide the conversion from the layout, the dtype and, for other than uint8, the bounds of all values."""
+def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: Bounds | None) -> Conversion:
+    """Decide the conversion from the layout, the dtype and, for other than uint8, the bounds of all values.
+
+    ValueError for what cannot be images. A float array in [0, 1] taken for 0..255 would give a score that looks like one.
+    """
     if len(shape) == 3:
         layout, (height, width), channels = "NHW", shape[1:], 1
     elif len(shape) == 4 and shape[3] in (1, 3):
@@ -30,12 +36,12 @@ def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: tuple[float
         raise ValueError(f"{name} has shape {shape} and dtype {dtype}, expected [N, H, W, 3] uint8{hint}")
     if height < 1 or width < 1:
         raise ValueError(f"{name} has shape {shape}: images without pixels")
-    notes = []
-    if layout == "NCHW":
-        notes.append(f"channels come before rows, shape {shape}: read as [N, C, H, W]")
+    to_uint8, note = _values(name, dtype, bounds)
+    notes = [note] if note else []
     if channels == 1:
-        notes.append("grey images: the one channel is used for red, green and blue")
-    to_uint8 = _values(name, dtype, bounds, notes)
+        notes.insert(0, "grey images: the one channel is used for red, green and blue")
+    if layout == "NCHW":
+        notes.insert(0, f"channels come before rows, shape {shape}: read as [N, C, H, W]")
 
     def apply(images: np.ndarray) -> np.ndarray:
         images = to_uint8(images)
@@ -58,51 +64,47 @@ def refuse_one_image(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None
 
 
 def refuse_binary(name: str, images: np.ndarray) -> None:
-    """Floats in [0, 1] that were cast to integers are nearly black images."""
-    if images.max(initial=0) == 1:
+    """Floats in [0, 1] that were cast to uint8 are nearly black images."""
+    if images.dtype == np.uint8 and images.max(initial=0) == 1:
         raise ValueError(
             f"{name} holds only 0 and 1 ({images.dtype}) in its first images: floats in [0, 1] that were cast to "
             "integers? Multiply by 255 before the cast."
         )
 
 
-def _values(
-    name: str, dtype: np.dtype, bounds: tuple[float, float] | None, notes: list[str]
-) -> Callable[[np.ndarray], np.ndarray]:
+def _values(name: str, dtype: np.dtype, bounds: Bounds | None) -> tuple[Apply, str]:
+    """How values become 0..255, and a note about it."""
     if dtype == np.uint8:
-        return lambda images: images
+        return lambda images: images, ""
     if dtype.kind == "b":
         raise ValueError(f"{name} holds truth values (bool), expected uint8 images 0..255: multiply by 255")
     assert bounds is not None
     low, high = bounds
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} holds values that are not finite (nan or infinity)")
+    found = f"{name} holds {dtype.name} from {low:g} to {high:g}"
     if dtype.kind in "iu":
         if low < 0 or high > 255:
-            raise ValueError(
-                f"{name} holds {dtype.name} from {low:g} to {high:g}, expected 0..255. "
-                "Convert the images to uint8 0..255 and save them again."
-            )
+            raise ValueError(f"{found}, expected 0..255. Convert the images to uint8 0..255 and save them again.")
         if high <= 1:
             raise ValueError(
-                f"{name} holds {dtype.name} from {low:g} to {high:g}: floats in [0, 1] that were cast to integers? "
-                "Save uint8 images 0..255: multiply by 255 before the cast."
+                f"{found}: floats in [0, 1] that were cast to integers? Save uint8 images 0..255: multiply by 255 before the cast."
             )
-        notes.append(f"{dtype.name} images within 0..255 (from {low:g} to {high:g}): taken as uint8")
-        return lambda images: images.astype(np.uint8)
+        note = f"{dtype.name} images within 0..255 (from {low:g} to {high:g}): taken as uint8"
+        return lambda images: images.astype(np.uint8), note
     if low >= 0 and high <= 1:
-        notes.append(f"{dtype.name} images in [0, 1]: taken as round(255 x)")
-        return lambda images: np.rint(images.astype(np.float32) * 255).astype(np.uint8)
+        note = f"{dtype.name} images in [0, 1]: taken as round(255 x)"
+        return lambda images: np.rint(images.astype(np.float32) * 255).astype(np.uint8), note
     if low >= -1 and high <= 1:
-        notes.append(f"{dtype.name} images in [-1, 1]: taken as round(127.5 (x + 1))")
-        return lambda images: np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8)
+        note = f"{dtype.name} images in [-1, 1]: taken as round(127.5 (x + 1))"
+        return lambda images: np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8), note
     raise ValueError(
-        f"{name} holds {dtype.name} from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]. "
-        "Convert the images to uint8 0..255 and save them again."
+        f"{found}; expected uint8, or floats in [0, 1] or [-1, 1]. Convert the images to uint8 0..255 and save them again."
     )
 
 
-def declared_bounds(value_range: tuple[float, float] | None, dtype: np.dtype) -> tuple[float, float] | None:
+def declared_bounds(value_range: Bounds | None, dtype: np.dtype) -> Bounds | None:
+    """The bounds that a user declares for floats, else None."""
     if value_range is None or dtype.kind != "f":
         return None
     if tuple(value_range) not in ((0, 1), (-1, 1)):
@@ -110,6 +112,7 @@ def declared_bounds(value_range: tuple[float, float] | None, dtype: np.dtype) ->
     return float(value_range[0]), float(value_range[1])
 
 
-def check_bounds(name: str, images: np.ndarray, bounds: tuple[float, float] | None) -> None:
+def check_bounds(name: str, images: np.ndarray, bounds: Bounds | None) -> None:
+    """ValueError for values outside the declared bounds."""
     if bounds is not None and not (images.min() >= bounds[0] and images.max() <= bounds[1]):
         raise ValueError(f"{name}: values from {images.min()} to {images.max()} where {bounds} was declared")

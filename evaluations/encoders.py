@@ -17,14 +17,19 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from .features import World, extract
-from .inception import POOL_FEATURES, SPATIAL_FEATURES
-from .inputs import ImageSource, file_sha256, open_images, read_labels
-from .npy import DiskArray, Npz
+from guided_diffusion.runtime import storage
+from guided_diffusion.runtime.launchers import Place
+
+from .features import extract
+from .inception import POOL_FEATURES, SPATIAL_FEATURES, InceptionV3
+from .inputs import SCAN_BYTES, open_images, stored_labels
+from .npy import Npz
+from .settings import Settings
+from .sources import ImageSource
+from .weights import load_inception
 
 # Of cubes of products of features (KID) and their sums, float64 holds no larger ones.
 LARGEST_FEATURE = 1e48
-_SCAN_BYTES = 1 << 26
 RESIZE = "TensorFlow 1 bilinear to 299x299, no half-pixel shift, no antialiasing, float32"
 _FAMILIES = {"dinov2": ("dinov2", "dinov2_with_registers"), "clip": ("clip", "clip_vision_model")}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -32,37 +37,12 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 
 
 class Encoded(NamedTuple):
-    """Features of one set of images and what is known of it."""
+    """Features of one set of images."""
 
-    name: str
-    sha256: str
-    shape: tuple[int, ...] | None
-    notes: tuple[str, ...]
     pool: np.ndarray
     """[N, d] float32"""
-    spatial: np.ndarray | None
+    spatial: np.ndarray | None = None
     """[N, 2023] float32 of Inception, else None"""
-
-
-class Options(Protocol):
-    """The settings that encoders look at."""
-
-    @property
-    def weights(self) -> str | None: ...
-    @property
-    def allow_other_weights(self) -> bool: ...
-    @property
-    def features(self) -> str: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def shard_dir(self) -> str | None: ...
-    @property
-    def progress(self) -> bool: ...
 
 
 class Encoder(Protocol):
@@ -74,18 +54,21 @@ class Encoder(Protocol):
     def open(self, source: Any) -> ImageSource:
         """What `encode` takes; ValueError for what it would refuse later. A source that is open already stays as it is."""
 
-    def encode(self, images: Any, settings: Options, world: World) -> Encoded | None:
+    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
         """Features of a set; None in all processes but the first."""
 
-    def receipt(self) -> dict[str, Any]:
+    def receipt(self, settings: Settings) -> dict[str, Any]:
         """What features depend on, for the report."""
 
 
-def make_encoder(settings: Options, device: torch.device) -> Encoder:
+def make_encoder(settings: Settings, device: torch.device) -> Encoder:
     """The encoder that `--features` names: inception, npz, dinov2:FOLDER or clip:FOLDER."""
     kind, _, path = settings.features.partition(":")
     if kind == "inception" and not path:
-        return InceptionEncoder(settings.weights, settings.allow_other_weights, device)
+        net = load_inception(
+            settings.weights, device=device, allow_unknown=settings.allow_other_weights, progress=settings.progress
+        )
+        return InceptionEncoder(net)
     if kind.lower() == "npz" and not path:
         return StoredFeatures()
     if kind in ("dinov2", "clip") and path:
@@ -98,23 +81,19 @@ class InceptionEncoder:
 
     name = "inception"
 
-    def __init__(self, weights: str | None, allow_other: bool, device: torch.device) -> None:
-        from .weights import load_inception
-
-        self.net = load_inception(weights, device=device, allow_unknown=allow_other)
-        self.weight: torch.Tensor | None = self.net.fc.weight.detach()
-        self._dtype, self._compiled = "", False
+    def __init__(self, net: InceptionV3) -> None:
+        self.net = net
+        self.weight: torch.Tensor | None = net.fc.weight.detach()
 
     def open(self, source: Any) -> ImageSource:
         """Anything `open_images` takes."""
         return open_images(source)
 
-    def encode(self, images: ImageSource, settings: Options, world: World) -> Encoded | None:
+    def encode(self, images: ImageSource, settings: Settings, world: Place) -> Encoded | None:
         """Both feature tensors of every image; shards in `settings.shard_dir` are reused."""
-        self._dtype, self._compiled = settings.dtype, settings.compile
         if images.count == 0:
-            empty = np.empty((0, POOL_FEATURES), np.float32), np.empty((0, SPATIAL_FEATURES), np.float32)
-            return _encoded(images, *empty) if world.rank == 0 else None
+            sizes = (POOL_FEATURES, SPATIAL_FEATURES)
+            return Encoded(*(np.empty((0, size), np.float32) for size in sizes)) if world.rank == 0 else None
         found = extract(
             images,
             self.net,
@@ -125,17 +104,17 @@ class InceptionEncoder:
             shard_dir=settings.shard_dir,
             world=world,
         )
-        return None if found is None else _encoded(images, found.pool, found.spatial)
+        return None if found is None else Encoded(found.pool, found.spatial)
 
-    def receipt(self) -> dict[str, Any]:
+    def receipt(self, settings: Settings) -> dict[str, Any]:
         """Weights by content, resize rule, precision."""
         return {
             "name": "InceptionV3 of 2015-12-05",
             "weights_sha256": self.net.sha256,
             "weights_published": self.net.verified,
             "resize": RESIZE,
-            "dtype": self._dtype,
-            **({"compiled": True} if self._compiled else {}),
+            "dtype": settings.dtype,
+            **({"compiled": True} if settings.compile else {}),
         }
 
 
@@ -156,21 +135,21 @@ class CallableEncoder:
             raise ValueError(f"{images.name} holds no images; {self.name} features cannot come from its statistics")
         return images
 
-    def encode(self, images: ImageSource, settings: Options, world: World) -> Encoded | None:
+    def encode(self, images: ImageSource, settings: Settings, world: Place) -> Encoded | None:
         """Features batch by batch, in the first process alone."""
         if world.rank != 0:
             return None
         parts = []
-        for batch in open_images(images).batches(settings.batch_size):
+        for batch in images.batches(settings.batch_size):
             with torch.inference_mode():
                 found = self.function(torch.from_numpy(np.array(batch)))
             found = found.detach().float().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
             if found.ndim != 2 or len(found) != len(batch):
                 raise ValueError(f"{self.name} gave features of shape {found.shape} for {len(batch)} images")
             parts.append(found.astype(np.float32))
-        return _encoded(images, np.concatenate(parts), None)
+        return Encoded(np.concatenate(parts))
 
-    def receipt(self) -> dict[str, Any]:
+    def receipt(self, settings: Settings) -> dict[str, Any]:
         """Name and whatever was said about the function."""
         return {"name": self.name, **self.about}
 
@@ -183,12 +162,13 @@ class FeatureSource(ImageSource):
             raise ValueError(f"there is no file {path!r}")
         self._arrays = Npz(path)
         stored = self._arrays.get("features" if "features" in self._arrays else "arr_0")
-        if stored is None or len(stored.header.shape) != 2 or stored.header.dtype.kind != "f":
-            held = "nothing of that kind" if stored is None else f"{stored.header.dtype} {list(stored.header.shape)}"
+        if stored is None or len(stored.shape) != 2 or stored.dtype.kind != "f":
+            held = "nothing of that kind" if stored is None else f"{stored.dtype} {list(stored.shape)}"
             raise ValueError(f"{path}: expected a float matrix [images, features] under 'features', found {held}")
-        super().__init__(path, stored.header.shape[0])
-        self._stored: DiskArray = stored
-        for at in range(0, len(self), step := max(1, _SCAN_BYTES // max(1, stored.header.item_bytes))):
+        self._stored = stored
+        self.rows, self.width = stored.shape
+        super().__init__(path, self.rows)
+        for at in range(0, self.rows, step := max(1, SCAN_BYTES // max(1, stored.item_bytes))):
             largest = float(np.abs(stored.read(at, at + step)).max(initial=0))
             if not largest <= LARGEST_FEATURE:
                 raise ValueError(
@@ -196,23 +176,15 @@ class FeatureSource(ImageSource):
                     "sets by one number if they are larger)"
                 )
 
-    def __len__(self) -> int:
-        return self._stored.header.shape[0]
-
-    @property
-    def width(self) -> int:
-        """Features of one image."""
-        return self._stored.header.shape[1]
-
     def matrix(self) -> np.ndarray:
         """[N, d], of the floating-point type of the file."""
-        return self._stored.read(0, len(self))
+        return self._stored.read(0, self.rows)
 
     def labels(self) -> np.ndarray | None:
-        return read_labels(self.name, self._arrays, len(self))
+        return stored_labels(self.name, self._arrays, self.rows)
 
     def sha256(self) -> str:
-        return file_sha256(self.name)
+        return storage.sha256_of(self.name)
 
 
 class StoredFeatures:
@@ -235,11 +207,11 @@ class StoredFeatures:
             )
         return found
 
-    def encode(self, images: Any, settings: Options, world: World) -> Encoded | None:
+    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
         """Read one file."""
-        return _encoded(images, images.matrix(), None) if world.rank == 0 else None
+        return Encoded(images.matrix()) if world.rank == 0 else None
 
-    def receipt(self) -> dict[str, Any]:
+    def receipt(self, settings: Settings) -> dict[str, Any]:
         """Nothing is known of the encoder."""
         return {"name": "features given in npz files"}
 
@@ -284,10 +256,6 @@ def vision_transformer(kind: str, folder: str, device: torch.device) -> Callable
     digest = hashlib.sha256()
     for file in sorted(path.glob("*")):
         if file.suffix in (".json", ".safetensors", ".bin"):
-            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+            digest.update(f"{file.name} {storage.sha256_of(file)}\n".encode())
     about = {"weights_sha256": digest.hexdigest(), "resize": f"antialiased bicubic to {size}x{size}, float32"}
     return CallableEncoder(kind, encode, about)
-
-
-def _encoded(images: ImageSource, pool: np.ndarray, spatial: np.ndarray | None) -> Encoded:
-    return Encoded(images.name, images.sha256(), images.shape, tuple(sorted(images.notes)), pool, spatial)

@@ -25,13 +25,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from guided_diffusion.runtime.launchers import Place
 
 from .arithmetic import full_float32
+from .commands import place
 from .inception import InceptionV3
-from .inputs import ImageSource, open_images
+from .inputs import open_images
 from .resize import INCEPTION_SIZE, tf1_bilinear, to_inception_range
+from .settings import DTYPES
 from .shards import Features, Shards
-from .world import World, world_from_environment
+from .sources import ImageSource
 
 CHUNK_ON_CPU = 4
 CHUNK_ON_GPU = 64
@@ -43,14 +48,8 @@ def _joined(blocks: list[Features]) -> Features:
     return blocks[0] if len(blocks) == 1 else Features(*(np.concatenate(parts) for parts in zip(*blocks)))
 
 
-def _checked(world: World) -> World:
-    if world.size < 1 or not 0 <= world.rank < world.size:
-        raise ValueError(f"rank {world.rank} of {world.size} processes is not possible")
-    return world
-
-
-def pick_device(world: World | None = None, wanted: str | None = None) -> torch.device:
-    """The device that is wanted, by default the graphics card of this process if there is one, else the CPU."""
+def pick_device(world: Place | None = None, wanted: str | None = None) -> torch.device:
+    """The device that is wanted, by default the GPU of this process if there is one, else the CPU."""
     if wanted:
         try:
             return torch.empty(0, device=wanted).device
@@ -61,7 +60,9 @@ def pick_device(world: World | None = None, wanted: str | None = None) -> torch.
             ) from error
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", (world or world_from_environment()).local_rank % torch.cuda.device_count())
+    here = world or place()
+    rank = here.rank if here.local_rank is None else here.local_rank
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def extract(source: Any, net: InceptionV3, **settings: Any) -> Features | None:
@@ -80,29 +81,30 @@ def extract_blocks(
     dtype: str = "float32",
     compile: bool = False,
     shard_dir: str | os.PathLike[str] | None = None,
-    world: World | tuple[int, int] | None = None,
+    world: Place | None = None,
     chunk: int | None = None,
     shard_images: int | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[Features]:
     """Yield the features in order, block by block, so that statistics of any number of images need little memory.
 
-    source: anything `open_images` takes. batch_size: images read and resized at a time; no influence on results.
-    device: default where `net` is. dtype: "float32", or "bfloat16" for a quick look (features move by some 5e-3: never
-    for reported scores). compile: the network through torch.compile, as one graph: a minute or more at first, then faster
-    on a graphics card; last bits move. shard_dir: folder of finished work; with several processes it must be shared and defaults to
-    a folder beside the image file, removed at the end. world: default from the environment. chunk: images per run of
-    the network, default 4 on a CPU and 64 on a graphics card. timeout_s: how long process 0 waits for others without
-    a chunk or a shard of theirs before it raises TimeoutError naming what is missing.
+    * source: anything `open_images` takes. batch_size: images read and resized at a time; no influence on results.
+    * device: default where `net` is. dtype: "float32", or "bfloat16" for a quick look (features move by some 5e-3: never for
+      reported scores).
+    * compile: the network through torch.compile, as one graph: a minute or more at first, then faster on a GPU; last bits move.
+    * shard_dir: folder of finished work; with several processes it must be shared and defaults to a folder beside the image file,
+      removed at the end. world: default from the environment.
+    * chunk: images per run of the network, default 4 on a CPU and 64 on a GPU.
+    * timeout_s: how long process 0 waits for others without a chunk or a shard of theirs before it raises TimeoutError.
 
     Only process 0 yields anything. An iterable source can be read by one process only, and is not resumed.
     """
     if batch_size < 1 or (chunk is not None and chunk < 1) or (shard_images is not None and shard_images < 1):
         raise ValueError(f"batch_size {batch_size}, chunk {chunk} and shard_images {shard_images} must be at least 1")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype is {dtype!r}, allowed are 'float32' and 'bfloat16'")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
     images = open_images(source)
-    team = world_from_environment() if world is None else _checked(World(*world))
+    team = world or place()
     if device is not None:
         net.to(device)
     worker = _Worker(net, chunk, dtype, compile)
@@ -112,21 +114,21 @@ def extract_blocks(
         )
     if images.count == 0:
         raise ValueError(f"{images.name} holds statistics only, there are no images to compute features of")
-    bar = _Bar(images.name, images.count, progress and team.rank == 0)
-    with contextlib.closing(bar):
+    name = os.path.basename(images.name) or images.name
+    with tqdm(total=images.count, unit="image", desc=name, disable=not progress or team.rank > 0) as bar:
         if images.count is None or (team.size == 1 and shard_dir is None):
-            yield from worker.run(images, batch_size, [(0, images.count)], shard_images or MAX_SHARD_IMAGES, bar.add)
+            yield from worker.run(images, batch_size, [(0, images.count)], shard_images or MAX_SHARD_IMAGES, bar.update)
             return
         folder = Path(shard_dir) if shard_dir is not None else _folder_beside(images)
         shards = Shards(folder, _key(images, worker), _ranges(images.count, worker.chunk, shard_images))
         folder.mkdir(parents=True, exist_ok=True)
         mine = shards.ranges[team.rank :: team.size]
         missing = [span for span in mine if shards.read(span) is None]
-        bar.add(sum(stop - start for start, stop in mine) - sum(stop - start for start, stop in missing))
+        bar.update(sum(stop - start for start, stop in mine) - sum(stop - start for start, stop in missing))
         whole_shard = shards.ranges[0][1]  # the first is the longest, so each shard comes as one block
 
         def done(count: int) -> None:
-            bar.add(count)
+            bar.update(count)
             if team.size > 1:
                 shards.show_life(team.rank)
 
@@ -139,15 +141,15 @@ def extract_blocks(
         for index, span in enumerate(shards.ranges):
             block = shards.wait(span, index % team.size, team.size, timeout_s)
             for note in shards.notes:  # of images that this process has not seen
-                images.tell(note)
+                images.note(note)
             yield block
-            bar.add(span[1] - span[0] if index % team.size else 0)
+            bar.update(span[1] - span[0] if index % team.size else 0)
         if shard_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Started(NamedTuple):
-    """Features on their way to main memory, and on a graphics card the event that tells when they are there."""
+    """Features on their way to main memory, and on a GPU the event that tells when they are there."""
 
     arriving: tuple[torch.Tensor, ...]
     arrived: torch.cuda.Event | None
@@ -159,9 +161,9 @@ class _Worker:
     def __init__(self, net: InceptionV3, chunk: int | None, dtype: str, compile: bool = False) -> None:
         self.net = net
         self.compile = compile
-        self.compute: Callable[[torch.Tensor], Any] = net
-        if compile:
-            self.compute = torch.compile(net, fullgraph=True, dynamic=False)
+        self.compute: Callable[[torch.Tensor], Any] = (
+            torch.compile(net, fullgraph=True, dynamic=False) if compile else net
+        )
         parameter = next(net.parameters())
         self.device, self.weight_dtype = parameter.device, parameter.dtype
         self.chunk = chunk or (CHUNK_ON_CPU if self.device.type == "cpu" else CHUNK_ON_GPU)
@@ -176,20 +178,18 @@ class _Worker:
         done: Callable[[int], None],
     ) -> Generator[Features, None, None]:
         """Yield features of each span, cut into blocks of at most `block_images` (rounded up to whole chunks)."""
-        size = -(-block_images // self.chunk) * self.chunk
+        chunks = -(-block_images // self.chunk)
         for start, stop in spans:
             assert start % self.chunk == 0
-            outputs: list[Features] = []
-            kept = 0
+            block: list[Features] = []
             for part in self._chunks(_ahead(images, batch_size, start, stop)):
-                outputs.append(part)
-                kept += part.num_images
+                block.append(part)
                 done(part.num_images)
-                if kept == size:
-                    yield _joined(outputs)
-                    outputs, kept = [], 0
-            if outputs:
-                yield _joined(outputs)
+                if len(block) == chunks:
+                    yield _joined(block)
+                    block = []
+            if block:
+                yield _joined(block)
 
     def _chunks(self, batches: Iterator[np.ndarray]) -> Iterator[Features]:
         """Fill chunks and run them; on a CPU several at a time, each in one thread, results in order."""
@@ -257,7 +257,9 @@ class _Worker:
         return _Started(arriving, arrived)
 
     def _sent(self, piece: np.ndarray) -> torch.Tensor:
-        pixels = _tensor(piece)
+        pixels = torch.from_numpy(
+            piece if piece.flags.writeable else piece.copy()
+        )  # PyTorch knows no read-only tensors
         if self.device.type == "cuda":  # from pinned memory the copy does not hold up this thread
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
@@ -269,11 +271,6 @@ class _Worker:
         if not all(np.isfinite(values).all() for values in features):
             raise ValueError("the network gave features that are not finite; are the weights damaged?")
         return features
-
-
-def _tensor(pixels: np.ndarray) -> torch.Tensor:
-    """As a tensor without a copy, unless the array is read-only, which PyTorch cannot express."""
-    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
 @contextlib.contextmanager
@@ -355,23 +352,3 @@ def _folder_beside(images: ImageSource) -> Path:
     if not os.path.exists(images.name):
         raise ValueError(f"{images.name}: several processes need a folder that all of them see; give shard_dir")
     return Path(images.name.rstrip("/") + ".features")
-
-
-class _Bar:
-    """tqdm where it is installed and wanted, else silence."""
-
-    def __init__(self, name: str, count: int | None, wanted: bool) -> None:
-        self._bar: Any = None
-        if wanted:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=count, unit="image", desc=os.path.basename(name) or name)
-
-    def add(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -1,7 +1,6 @@
 """Where the images come from: npz, npy, a folder or zip of pictures, tar shards, or batches as they are made.
 
-Everything reaches the network as uint8 [N, H, W, 3]. What is not so is either converted, and the conversion told in
-`notes`, or refused with the reason: a float array in [0, 1] taken for 0..255 gives a score that looks like one.
+What is not uint8 [N, H, W, 3] is either converted, and the conversion noted, or refused with the reason.
 """
 
 from __future__ import annotations
@@ -15,69 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from guided_diffusion.data.sources import EXTENSIONS
 from guided_diffusion.runtime import storage
 
-from .conversions import check_bounds, declared_bounds, plan, refuse_binary, refuse_one_image
+from .conversions import Bounds, check_bounds, declared_bounds, plan, refuse_binary, refuse_one_image
 from .npy import DiskArray, Npz
+from .sources import MAX_BATCH_BYTES, ImageSource
+from .statistics import Stored, checked
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-_SCAN_BYTES = 1 << 26
-MAX_BATCH_BYTES = 1 << 25  # of pictures that wait to be resized, however many were asked for
+SCAN_BYTES = 1 << 26
 
 
-class ImageSource:
-    """Images in a fixed order; the base of all kinds of input."""
-
-    name: str = ""
-    count: int | None = None
-    """How many images; None while that is not known (batches as they are made)."""
-    conversion: str = ""
-    """What decides about the pixels beside the content (a declared value range, a crop): part of their identity."""
-
-    def __init__(self, name: str, count: int | None) -> None:
-        self.name = name
-        self.count = count
-        self.notes: list[str] = []
-
-    @property
-    def shape(self) -> tuple[int, int, int] | None:
-        """(H, W, 3) after conversion; None when sizes differ or are not known yet."""
-        return None
-
-    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """uint8 [n, H, W, 3] with 1 <= n <= batch_size, images [start, stop) in order, one size per batch.
-
-        Large images come in smaller batches, so that a batch or two need little memory.
-        """
-        raise NotImplementedError
-
-    def labels(self) -> np.ndarray | None:
-        """int64 [N] class of each image, or None. ValueError for labels that are no classes: read them only if needed."""
-        return None
-
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes by number, where classes are numbered by name within this set; else none."""
-        return ()
-
-    def want_labels(self) -> None:
-        """Labels will be needed: refuse bad ones now, before the images are read."""
-        self.labels()
-
-    def statistics(self) -> dict[str, np.ndarray] | None:
-        """Precomputed float64 mu, sigma (pool) and, where there are any, mu_s, sigma_s (spatial); None without `mu`."""
-        return None
-
-    def sha256(self) -> str:
-        """Identity of the content: of the file, or of the names and contents of all members in order."""
-        raise NotImplementedError
-
-    def tell(self, note: str) -> None:
-        """Remember a conversion for the report, once."""
-        if note not in self.notes:
-            self.notes.append(note)
-
-
-def open_images(source: Any, *, value_range: tuple[float, float] | None = None) -> ImageSource:
+def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSource:
     """Open a path (npz, npy, folder, zip, tar shards), an array, or any iterable of image batches.
 
     `value_range` says what floats mean, (0, 1) or (-1, 1); without it the whole array is scanned once to find out.
@@ -92,31 +41,31 @@ def open_images(source: Any, *, value_range: tuple[float, float] | None = None) 
         if isinstance(source, Iterable):
             return IterableSource(source, value_range=value_range)
         raise ValueError(f"cannot read images from {type(source).__name__}; give a path, an array or batches of uint8")
-    text = storage.expand(source)
-    if not (storage.exists(text) or text.endswith(".tar")):
-        raise ValueError(f"there is no file or folder {text!r} (working directory {os.getcwd()})")
-    if not os.path.isfile(text) or text.lower().endswith(".tar"):
-        return _pictures(text)
-    with open(text, "rb") as file:
+    path = storage.expand(source)
+    if not (storage.exists(path) or path.endswith(".tar")):
+        raise ValueError(f"there is no file or folder {path!r} (working directory {os.getcwd()})")
+    if not os.path.isfile(path) or path.lower().endswith(".tar"):
+        return _pictures(path)
+    with open(path, "rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
-        return ArraySource(text, DiskArray(text), value_range=value_range)
+        return ArraySource(path, DiskArray(path), value_range=value_range)
     if start[:1] == b"\x80":
-        raise ValueError(f"{text} is a Python pickle, which can run code when read; save images with numpy.savez")
-    if text.endswith(".npz") or _holds_arrays(text):
-        return _from_npz(text, value_range)
-    if start[:2] == b"PK" or text.lower().endswith(".zip"):
-        return _pictures(text)
+        raise ValueError(f"{path} is a Python pickle, which can run code when read; save images with numpy.savez")
+    if path.endswith(".npz") or _holds_arrays(path):
+        return _from_npz(path, value_range)
+    if start[:2] == b"PK" or path.lower().endswith(".zip"):
+        return _pictures(path)
     raise ValueError(
-        f"{text} is no known kind of image file (it starts with {start!r}); "
+        f"{path} is no known kind of image file (it starts with {start!r}); "
         "npz, npy, .zip of images, .tar shards or a folder can be read"
     )
 
 
-def _pictures(text: str) -> ImageSource:
+def _pictures(path: str) -> ImageSource:
     from .pictures import PictureSource
 
-    return PictureSource(text)
+    return PictureSource(path)
 
 
 def _holds_arrays(path: str) -> bool:
@@ -125,35 +74,32 @@ def _holds_arrays(path: str) -> bool:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     arrays = sorted({"arr_0.npy", "mu.npy"}.intersection(names))
-    if arrays:
-        from guided_diffusion.data.sources import EXTENSIONS
-
-        pictures = [name for name in names if name.lower().endswith(tuple(f".{ending}" for ending in EXTENSIONS))]
-        if pictures:
-            raise ValueError(
-                f"{path} holds {arrays[0]} and beside it {len(pictures)} images (first: {pictures[0]!r}); pack what is meant into "
-                "a file of its own"
-            )
+    pictures = [name for name in names if name.lower().endswith(tuple(f".{ending}" for ending in EXTENSIONS))]
+    if arrays and pictures:
+        raise ValueError(
+            f"{path} holds {arrays[0]} and beside it {len(pictures)} images (first: {pictures[0]!r}); pack what is meant into "
+            "a file of its own"
+        )
     return bool(arrays)
 
 
-def _from_npz(text: str, value_range: tuple[float, float] | None) -> ImageSource:
-    arrays = Npz(text)
+def _from_npz(path: str, value_range: Bounds | None) -> ImageSource:
+    arrays = Npz(path)
     if "arr_0" in arrays:
-        source = ArraySource(text, arrays["arr_0"], others=arrays, value_range=value_range)
+        source = ArraySource(path, arrays["arr_0"], others=arrays, value_range=value_range)
         if "mu" not in arrays and (rest := [key for key in STATISTICS if key in arrays]):
-            source.tell(f"holds {', '.join(rest)} without mu: not used, all statistics come from the images")
+            source.note(f"holds {', '.join(rest)} without mu: not used, all statistics come from the images")
         return source
     if "mu" in arrays:
-        return StatisticsSource(text, arrays)
+        return StatisticsSource(path, arrays)
     raise ValueError(
-        f"missing arr_0 in npz file {text} (it holds {sorted(arrays) or 'nothing'}); "
+        f"missing arr_0 in npz file {path} (it holds {sorted(arrays) or 'nothing'}); "
         "numpy.savez(path, images) saves images as arr_0"
     )
 
 
 def _as_array(source: Any) -> np.ndarray | None:
-    if hasattr(source, "detach"):  # a torch tensor, without importing torch here
+    if hasattr(source, "detach"):  # a torch tensor
         source = source.detach().cpu()
         source = (source.float() if str(source.dtype) == "torch.bfloat16" else source).numpy()  # which numpy lacks
     return source if isinstance(source, np.ndarray) else None
@@ -167,8 +113,10 @@ class MemoryArray:
             raise ValueError(f"an array of {array.dtype} holds no images")
         self.array = array
         self.shape, self.dtype = array.shape, array.dtype
+        self.item_bytes = array[:1].nbytes if array.ndim else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of the first axis."""
         return self.array[start:stop]
 
 
@@ -181,31 +129,31 @@ class ArraySource(ImageSource):
         array: DiskArray | MemoryArray,
         *,
         others: Mapping[str, DiskArray] | None = None,
-        value_range: tuple[float, float] | None = None,
+        value_range: Bounds | None = None,
     ) -> None:
-        header = array.header if isinstance(array, DiskArray) else array
-        shape, dtype = header.shape, header.dtype
+        shape, dtype = array.shape, array.dtype
         if len(shape) == 0 or shape[0] == 0:
             raise ValueError(f"{name} holds no images (shape {shape})")
         super().__init__(name, shape[0])
         self._array = array
         self._others = others or {}
-        self._item_bytes = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
+        self._scan_step = max(1, SCAN_BYTES // max(1, array.item_bytes))
         refuse_one_image(name, dtype, shape)
         plan(name, np.dtype(np.uint8), shape, None)  # refuse a wrong layout before a long scan
-        bounds = None if dtype == np.uint8 else declared_bounds(value_range, dtype) or self._scan(shape[0])
+        bounds = None if dtype == np.uint8 else declared_bounds(value_range, dtype) or self._scan()
         self._bounds = bounds if value_range is not None else None
         self.conversion = f"range {self._bounds}" if self._bounds else ""
         self._conversion = plan(name, dtype, shape, bounds)
         self.notes += self._conversion.notes
-        if dtype == np.uint8:
-            refuse_binary(name, array.read(0, max(1, min(64, _SCAN_BYTES // self._item_bytes))))
+        refuse_binary(name, array.read(0, min(64, self._scan_step)))
 
-    def _scan(self, count: int) -> tuple[float, float]:
+    def _parts(self) -> Iterator[np.ndarray]:
+        for at in range(0, self._array.shape[0], self._scan_step):
+            yield self._array.read(at, at + self._scan_step)
+
+    def _scan(self) -> Bounds:
         low, high = np.inf, -np.inf
-        step = max(1, _SCAN_BYTES // self._item_bytes)
-        for at in range(0, count, step):
-            part = self._array.read(at, at + step)
+        for part in self._parts():
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 return np.nan, np.nan
             low, high = min(low, float(part.min())), max(high, float(part.max()))
@@ -216,27 +164,25 @@ class ArraySource(ImageSource):
         return self._conversion.height, self._conversion.width, 3
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        assert self.count is not None
-        stop = self.count if stop is None else min(stop, self.count)
-        step = max(1, min(batch_size, MAX_BATCH_BYTES // self._item_bytes))
+        stop = self._array.shape[0] if stop is None else min(stop, self._array.shape[0])
+        step = max(1, min(batch_size, MAX_BATCH_BYTES // max(1, self._array.item_bytes)))
         for at in range(start, stop, step):
             images = self._array.read(at, min(at + step, stop))
             check_bounds(self.name, images, self._bounds)
             yield self._conversion.apply(images)
 
     def labels(self) -> np.ndarray | None:
-        assert self.count is not None
-        return read_labels(self.name, self._others, self.count)
+        return stored_labels(self.name, self._others, self._array.shape[0])
 
-    def statistics(self) -> dict[str, np.ndarray] | None:
-        return read_statistics(self.name, self._others)
+    def statistics(self) -> Stored | None:
+        return stored_statistics(self.name, self._others)
 
     def sha256(self) -> str:
         if isinstance(self._array, DiskArray):
-            return file_sha256(self.name)
+            return storage.sha256_of(self.name)
         digest = hashlib.sha256(f"{self._array.shape} {self._array.dtype.str}\n".encode())
-        for at in range(0, len(self._array.array), step := max(1, _SCAN_BYTES // self._item_bytes)):
-            digest.update(np.ascontiguousarray(self._array.read(at, at + step)).tobytes())
+        for part in self._parts():
+            digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
 
@@ -246,16 +192,16 @@ class StatisticsSource(ImageSource):
     def __init__(self, name: str, arrays: Mapping[str, DiskArray]) -> None:
         super().__init__(name, 0)
         self._arrays = arrays
-        self.tell("statistics only: there are no images in this file")
+        self.note("statistics only: there are no images in this file")
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         return iter(())
 
-    def statistics(self) -> dict[str, np.ndarray] | None:
-        return read_statistics(self.name, self._arrays)
+    def statistics(self) -> Stored | None:
+        return stored_statistics(self.name, self._arrays)
 
     def sha256(self) -> str:
-        return file_sha256(self.name)
+        return storage.sha256_of(self.name)
 
 
 class IterableSource(ImageSource):
@@ -264,13 +210,15 @@ class IterableSource(ImageSource):
     Read once, from the start; `count`, `labels` and `sha256` are known when all has been read.
     """
 
-    def __init__(self, batches: Iterable[Any], *, value_range: tuple[float, float] | None = None) -> None:
+    def __init__(self, batches: Iterable[Any], *, value_range: Bounds | None = None) -> None:
         super().__init__("batches", None)
         self._batches = batches
         self._range = value_range
         self._digest = hashlib.sha256()
-        self._labels: list[np.ndarray | ValueError] = []
+        self._labels: list[np.ndarray] = []
+        self._bad_labels: ValueError | None = None
         self._labels_wanted = False
+        self._entry: tuple[int, ...] | None = None
         self._shape: tuple[int, int, int] | None = None
         self._started = False
 
@@ -283,35 +231,13 @@ class IterableSource(ImageSource):
             raise ValueError("batches that come from an iterable can be read once only, from the start to the end")
         self._started = True
         total = 0
-        entry: tuple[int, ...] | None = None
         for item in self._batches:
             pair = isinstance(item, (tuple, list)) and len(item) == 2  # a DataLoader gives lists
             images, labels = item if pair else (item, None)
-            array = _as_array(images)
-            if array is None:
-                raise ValueError(
-                    "a batch must be an array or tensor of uint8 images, or a pair of these and labels, got "
-                    f"{type(images).__name__}"
-                )
-            if array.shape[1:] != entry:
-                refuse_one_image("a batch", array.dtype, array.shape)
-                entry = array.shape[1:]
-            bounds = None if array.dtype == np.uint8 else declared_bounds(self._range, array.dtype)
-            if array.dtype != np.uint8 and bounds is None:
-                raise ValueError(f"a batch holds {array.dtype}; give uint8, or say value_range=(0, 1) or (-1, 1)")
-            check_bounds(self.name, array, bounds)
-            conversion = plan(self.name, array.dtype, array.shape, bounds)
-            if array.dtype == np.uint8 and total == 0:
-                refuse_binary("a batch", array)
-            array = np.array(conversion.apply(array))  # a copy: the maker of the batch may use its memory again
-            for note in conversion.notes:
-                self.tell(note)
-            self._shape = (conversion.height, conversion.width, 3)
-            self._digest.update(f"{array.shape}\n".encode() + array.tobytes())
+            array = self._converted(images, first=total == 0)
             if labels is not None:
-                self._labels.append(_batch_labels(labels, len(array)))
-                if self._labels_wanted and isinstance(self._labels[-1], ValueError):
-                    raise self._labels[-1]
+                self._add_labels(labels, len(array))
+            self._digest.update(f"{array.shape}\n".encode() + array.tobytes())
             total += len(array)
             for at in range(0, len(array), batch_size):
                 yield array[at : at + batch_size]
@@ -319,12 +245,41 @@ class IterableSource(ImageSource):
             raise ValueError("the iterable gave no images")
         self.count = total
 
+    def _converted(self, images: Any, *, first: bool) -> np.ndarray:
+        array = _as_array(images)
+        if array is None:
+            raise ValueError(
+                "a batch must be an array or tensor of uint8 images, or a pair of these and labels, got "
+                f"{type(images).__name__}"
+            )
+        if array.shape[1:] != self._entry:
+            refuse_one_image("a batch", array.dtype, array.shape)
+            self._entry = array.shape[1:]
+        if first:
+            refuse_binary("a batch", array)
+        bounds = None if array.dtype == np.uint8 else declared_bounds(self._range, array.dtype)
+        if array.dtype != np.uint8 and bounds is None:
+            raise ValueError(f"a batch holds {array.dtype}; give uint8, or say value_range=(0, 1) or (-1, 1)")
+        check_bounds(self.name, array, bounds)
+        conversion = plan(self.name, array.dtype, array.shape, bounds)
+        for note in conversion.notes:
+            self.note(note)
+        self._shape = (conversion.height, conversion.width, 3)
+        return np.array(conversion.apply(array))  # a copy: the maker of the batch may use its memory again
+
+    def _add_labels(self, labels: Any, count: int) -> None:
+        try:
+            array = _as_array(labels)
+            self._labels.append(class_numbers("a batch", np.array(labels if array is None else array), count))
+        except (ValueError, TypeError) as error:
+            self._bad_labels = self._bad_labels or ValueError(f"the labels that came with a batch: {error}")
+            if self._labels_wanted:
+                raise self._bad_labels from error
+
     def labels(self) -> np.ndarray | None:
-        good = [batch for batch in self._labels if not isinstance(batch, ValueError)]
-        for batch in self._labels:
-            if isinstance(batch, ValueError):
-                raise batch
-        labels = np.concatenate(good) if good else None
+        if self._bad_labels is not None:
+            raise self._bad_labels
+        labels = np.concatenate(self._labels) if self._labels else None
         if labels is not None and self.count is not None and len(labels) != self.count:
             raise ValueError(f"{len(labels)} labels came with {self.count} images")
         return labels
@@ -338,65 +293,44 @@ class IterableSource(ImageSource):
         return self._digest.hexdigest()
 
 
-def _batch_labels(labels: Any, count: int) -> np.ndarray | ValueError:
-    """int64 [count], or what is wrong with them, to be raised if they are needed."""
-    try:
-        array = _as_array(labels)
-        array = np.array(labels if array is None else array)
-    except (ValueError, TypeError) as error:
-        return ValueError(f"the labels of a batch cannot be read: {error}")
-    if array.shape != (count,) or array.dtype.kind not in "iu" or array.min(initial=0) < 0:
-        return ValueError(
-            f"labels of shape {array.shape} and dtype {array.dtype} came with a batch of {count} images; "
-            "labels are class numbers from 0, one for each image"
-        )
-    return array.astype(np.int64)
-
-
-def read_labels(name: str, arrays: Mapping[str, DiskArray], count: int) -> np.ndarray | None:
-    """int64 [count] from `arr_1`, None without it; ValueError for anything but one class number for each entry."""
-    if "arr_1" not in arrays:
-        return None
-    stored = arrays["arr_1"]
-    if stored.header.shape != (count,) or stored.header.dtype.kind not in "iu":
+def class_numbers(name: str, labels: DiskArray | np.ndarray, count: int) -> np.ndarray:
+    """int64 [count]; ValueError for anything but one class number from 0 for each of `count` images."""
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"arr_1 in {name} has shape {stored.header.shape} and dtype {stored.header.dtype}; labels are whole "
-            f"numbers, one for each of the {count} images"
+            f"{name} holds labels of shape {labels.shape} and dtype {labels.dtype}; labels are whole numbers, one for "
+            f"each of the {count} images"
         )
-    labels = stored.read(0, count).astype(np.int64)
-    if labels.min(initial=0) < 0:
-        raise ValueError(f"arr_1 in {name} holds the label {labels.min()}; classes are numbered from 0")
-    return labels
+    numbers = (labels.read(0, count) if isinstance(labels, DiskArray) else labels).astype(np.int64)
+    if numbers.min(initial=0) < 0:
+        raise ValueError(f"{name} holds the label {numbers.min()}; classes are numbered from 0")
+    return numbers
 
 
-def read_statistics(name: str, arrays: Mapping[str, DiskArray]) -> dict[str, np.ndarray] | None:
-    """Float64 mu, sigma and, where the file has both, mu_s, sigma_s; None without `mu`.
+def stored_labels(name: str, arrays: Mapping[str, DiskArray], count: int) -> np.ndarray | None:
+    """The class numbers in `arr_1`, None without it."""
+    return class_numbers(f"arr_1 in {name}", arrays["arr_1"], count) if "arr_1" in arrays else None
 
-    ValueError for `mu` without `sigma`, and for what has another shape or is not finite.
+
+def stored_statistics(name: str, arrays: Mapping[str, DiskArray]) -> Stored | None:
+    """The statistics mu and sigma and, where the file has both, mu_s and sigma_s; None without `mu`.
+
+    ValueError for `mu` without `sigma`, and for arrays of another shape or that are no covariance.
     """
     if "mu" not in arrays:
         return None
     if "sigma" not in arrays:
         raise ValueError(f"{name} holds mu without sigma; a precomputed mean needs its covariance")
-    both = "mu_s" in arrays and "sigma_s" in arrays
-    found = {}
-    for key in STATISTICS if both else ("mu", "sigma"):
-        header, shape = arrays[key].header, STATISTICS[key]
-        if header.shape != shape or header.dtype.kind != "f":
+
+    def read(key: str) -> np.ndarray:
+        array, shape = arrays[key], STATISTICS[key]
+        if array.shape != shape or array.dtype.kind != "f":
             raise ValueError(
-                f"{key} in {name} has shape {header.shape} and dtype {header.dtype}, expected {shape} floats: features "
+                f"{key} in {name} has shape {array.shape} and dtype {array.dtype}, expected {shape} floats: features "
                 "of the Inception network of 2015. Statistics of another network cannot be compared with them"
             )
-        found[key] = arrays[key].read(0, shape[0]).astype(np.float64)
-        if not np.isfinite(found[key]).all():
-            raise ValueError(f"{key} in {name} holds values that are not finite")
-    return found
+        return array.read(0, shape[0])
 
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    pool = checked(read("mu"), read("sigma"), name=f"mu, sigma in {name}")
+    if "mu_s" in arrays and "sigma_s" in arrays:
+        return Stored(pool, checked(read("mu_s"), read("sigma_s"), name=f"mu_s, sigma_s in {name}"))
+    return Stored(pool, None)

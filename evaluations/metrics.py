@@ -8,6 +8,7 @@ about neighbours, live in `neighbours`.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,18 +74,6 @@ def frechet_distance_of_features(
         device=device,
         name=name,
     )
-
-
-def frechet_distance_by_eigenvalues(sample: Statistics, reference: Statistics) -> float:
-    """The same distance from the eigenvalues of the product S1 S2, the plain reading of the formula.
-
-    A second route for checks: slower, and noisy when a covariance is rank deficient, like the matrix square root used
-    in 2021.
-    """
-    shift = sample.mu - reference.mu
-    eigenvalues = np.linalg.eigvals(sample.sigma @ reference.sigma).astype(np.complex128)
-    cross = np.sqrt(eigenvalues).real.sum()
-    return float(shift @ shift + np.trace(sample.sigma) + np.trace(reference.sigma) - 2 * cross)
 
 
 def covariance_root(stats: Statistics, features: Any, device: torch.device | str) -> torch.Tensor:
@@ -253,14 +242,19 @@ def _kernel_sums(
     return sums
 
 
-class Extrapolation(NamedTuple):
-    """FID at several sample counts and the straight line through it in 1/N: FID(N) = infinity + slope / N."""
+@dataclass(frozen=True)
+class Extrapolation:
+    """FID at several sample counts and the straight line through it in 1/N: FID(N) = infinity + slope / N.
+
+    `error`: one standard error of `infinity`, where it is known.
+    """
 
     infinity: float
     slope: float
     residual: float
     counts: tuple[int, ...]
     values: tuple[float, ...]
+    error: float | None = None
 
 
 def fid_infinity(

@@ -15,11 +15,12 @@ float32 where the block overflows. It reads a little high (about 0.001 in precis
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from .arithmetic import full_float32
 
 PUBLISHED_BLOCK = 10_000
 GROUPS = 20
@@ -104,7 +105,7 @@ def neighbours(
         occupied_by_group=np.zeros((min(GROUPS, len(x)), len(y)), bool),
         k=k,
     )
-    with _full_precision_products():
+    with full_float32():
         for rows, columns in _blocks(len(x), len(y)):
             _count_block(found, x, y, sample_radii, reference_radii, rows, columns, dtype, device, tile)
     np.greater(found.ball_counts, 0, out=found.inside_reference)
@@ -123,7 +124,7 @@ def squared_radii(
     x = _matrix(points, "points")
     _check(k, dtype, x)
     dtype = _wide_enough(dtype, x)
-    with _full_precision_products():
+    with full_float32():
         if dtype == torch.float16:
             return _published_radii(x, k, device, tile)
         radii, unsettled = np.empty(len(x)), np.arange(len(x))
@@ -161,17 +162,6 @@ def _wide_enough(dtype: torch.dtype, *sets: np.ndarray) -> torch.dtype:
     """float64 where squared distances overflow float32: infinite ones would all look alike."""
     largest = max(float(np.einsum("ij,ij->i", part, part, dtype=np.float64).max()) for part in sets)
     return dtype if 4 * largest < torch.finfo(torch.float32).max else torch.float64
-
-
-@contextmanager
-def _full_precision_products() -> Iterator[None]:
-    """Float32 products that are float32: TensorFloat-32 would break the rounding bound."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _spans(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from guided_diffusion.data.images import as_array
 from guided_diffusion.data.labels import Labels
 from guided_diffusion.data.sources import list_source
 
-from .inputs import MAX_BATCH_BYTES, ImageSource
+from .sources import MAX_BATCH_BYTES, ImageSource
 
 _MIXED = "images of different sizes: each is resized to 299x299 from its own size"
 
@@ -23,32 +23,31 @@ class PictureSource(ImageSource):
     def __init__(self, name: str) -> None:
         self._listed = list_source(name)
         super().__init__(name, len(self._listed.paths))
-        self._shape: tuple[int, int, int] | None = None
-        self._scanned = False
-        self._sha256 = ""
         if self._listed.left_out:
-            self.tell(self._listed.left_out)
+            self.note(self._listed.left_out)
         if any(name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for name in self._listed.names):
-            self.tell("JPEG files: compression artefacts move scores; compare with PNG or npz only with care")
+            self.note("JPEG files: compression artefacts move scores; compare with PNG or npz only with care")
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        if not self._scanned:
-            packed = self._listed.stored_size
-            sizes = iter([packed]) if packed else (self._listed.size(path) for path in self._listed.paths)
-            first = next(sizes)
-            same = all(size == first for size in sizes)
-            if not same:
-                self.tell(_MIXED)
-            self._shape, self._scanned = (*first, 3) if same else None, True
         return self._shape
+
+    @cached_property
+    def _shape(self) -> tuple[int, int, int] | None:
+        packed = self._listed.stored_size
+        sizes = iter([packed]) if packed else (self._listed.size(path) for path in self._listed.paths)
+        first = next(sizes)
+        if all(size == first for size in sizes):
+            return (*first, 3)
+        self.note(_MIXED)
+        return None
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         pending: list[np.ndarray] = []
         for path in self._listed.paths[start:stop]:
             image = self._decode(path)
             if pending and pending[0].shape != image.shape:
-                self.tell(_MIXED)
+                self.note(_MIXED)
                 yield np.stack(pending)
                 pending = []
             pending.append(image)
@@ -63,11 +62,11 @@ class PictureSource(ImageSource):
             return self._listed.read(path)
         with self._listed.opened(path) as picture:
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                self.tell("images with transparency: it is dropped, as in training")
+                self.note("images with transparency: it is dropped, as in training")
             elif picture.mode in ("L", "1") or picture.mode.startswith("I"):
-                self.tell("grey images: the one channel is used for red, green and blue")
+                self.note("grey images: the one channel is used for red, green and blue")
             elif picture.mode != "RGB":
-                self.tell(f"images in mode {picture.mode}: converted to RGB")
+                self.note(f"images in mode {picture.mode}: converted to RGB")
             return as_array(picture, 3)
 
     def labels(self) -> np.ndarray | None:
@@ -81,10 +80,12 @@ class PictureSource(ImageSource):
         return self._listed.labels()
 
     def sha256(self) -> str:
-        if not self._sha256:
-            digest = hashlib.sha256()
-            for name, path in zip(self._listed.names, self._listed.paths):
-                content = hashlib.sha256(self._listed.encoded(path)).hexdigest()
-                digest.update(f"{len(name)}:{name} {content}\n".encode("utf-8", "surrogateescape"))
-            self._sha256 = digest.hexdigest()
         return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name, path in zip(self._listed.names, self._listed.paths):
+            content = hashlib.sha256(self._listed.encoded(path)).hexdigest()
+            digest.update(f"{len(name)}:{name} {content}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()

@@ -8,9 +8,7 @@ the commonest cause of an FID that is too high.
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -19,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.data.images import center_crop
+from guided_diffusion.runtime import storage
 
-from . import outputs
+from .commands import Parser, announce_place, check_file, check_folder, place
 from .features import extract_blocks, pick_device
-from .inputs import ImageSource, open_images
+from .inception import SPATIAL_FEATURES, InceptionV3
+from .inputs import open_images
+from .sources import ImageSource
 from .statistics import Moments
-from .world import tell_of_others, world_from_environment
 
 KEPT = 10_000
 
@@ -36,23 +36,8 @@ class CroppedImages(ImageSource):
         if size < 1:
             raise ValueError(f"image_size is {size}, it must be at least 1")
         super().__init__(source.name, source.count)
-        self.source, self.size = source, size
+        self.source, self.size, self.notes = source, size, source.notes
         self.conversion = f"{source.conversion} centre crop to {size}"
-
-    @property
-    def notes(self) -> list[str]:
-        """Those of the source and the cropping."""
-        of_pixels = [note for note in self.source.notes if not note.startswith("images of different sizes")]
-        return [*of_pixels, f"centre crop to {self.size}x{self.size}: box halving, then bicubic"]
-
-    @notes.setter
-    def notes(self, value: list[str]) -> None:
-        assert not value
-
-    def tell(self, note: str) -> None:
-        """To the source, which keeps the notes."""
-        if note not in self.notes:
-            self.source.tell(note)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,7 +64,7 @@ def make_reference(
     out: str | os.PathLike[str],
     *,
     image_size: int,
-    net: Any,
+    net: InceptionV3,
     keep: int = KEPT,
     seed: int = 0,
     batch_size: int = 64,
@@ -95,16 +80,14 @@ def make_reference(
     images = CroppedImages(open_images(source), image_size)
     if not images.count or images.count < 2:
         raise ValueError(f"{images.name}: a reference needs at least 2 images, found {images.count}")
-    world = world_from_environment()
+    world = place()
     labels = _labels(images)
-    pool, spatial = Moments(net.fc.weight.shape[1]), Moments(17 * 17 * 7)
-    at = 0
+    moments = {"": Moments(net.fc.weight.shape[1]), "_s": Moments(SPATIAL_FEATURES)}
     for block in extract_blocks(
         images, net, batch_size=batch_size, progress=progress, shard_dir=shard_dir, world=world
     ):
-        pool.add(block.pool, at)
-        spatial.add(block.spatial, at)
-        at += len(block.pool)
+        moments[""].add(block.pool)
+        moments["_s"].add(block.spatial)
     if world.rank != 0:
         return None
     chosen = np.arange(images.count)
@@ -113,20 +96,25 @@ def make_reference(
     arrays: dict[str, np.ndarray] = {"arr_0": _take(images, chosen, batch_size)}
     if labels is not None:
         arrays["arr_1"] = labels[chosen]
-    for moments, suffix in ((pool, ""), (spatial, "_s")):
-        found = moments.statistics()
+    for suffix, gathered in moments.items():
+        found = gathered.statistics()
         arrays |= {f"mu{suffix}": found.mu, f"sigma{suffix}": found.sigma}
     receipt = {
         "images": images.count,
         "images_sha256": images.sha256(),
         "image_size": image_size,
-        "preparation": images.notes,
+        "preparation": [
+            *(note for note in images.notes if not note.startswith("images of different sizes")),
+            f"centre crop to {image_size}x{image_size}: box halving, then bicubic",
+        ],
         "statistics": "over all images",
         "kept": f"{len(chosen)} images in file order, drawn with numpy.random.default_rng({seed}).choice",
         "weights_sha256": net.sha256,
         "weights_published": net.verified,
     }
-    _write(out, {**arrays, "receipt": np.frombuffer(json.dumps(receipt, allow_nan=False).encode(), np.uint8)})
+    arrays["receipt"] = np.frombuffer(storage.to_json(receipt, indent=None).encode(), np.uint8)
+    with storage.atomic_write(out) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     return receipt
 
 
@@ -148,22 +136,9 @@ def _take(images: ImageSource, chosen: np.ndarray, batch_size: int) -> np.ndarra
     return np.stack(kept)
 
 
-def _write(out: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
-    folder = os.path.dirname(os.path.abspath(out))
-    handle, partial = tempfile.mkstemp(prefix=".reference-", suffix=".npz", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.chmod(partial, 0o644)
-        os.replace(partial, out)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
 def main(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = outputs.Parser(
+    parser = Parser(
         prog="evaluator.py reference", description="Make a reference npz from a folder, zip, tar shards or npz."
     )
     add = parser.add_argument
@@ -179,12 +154,12 @@ def main(arguments: Sequence[str]) -> int:
     add("--shard_dir", help="keep features there: resumes and shares work")
     add("--quiet", action="store_true", help="no progress bars")
     asked = parser.parse_args(arguments)
-    tell_of_others()
+    announce_place()
     from .weights import load_inception
 
-    outputs.check_file("--out", asked.out, [asked.images, *filter(None, [asked.weights])])
+    check_file("--out", asked.out, [asked.images, asked.weights])
     if asked.shard_dir:
-        outputs.check_folder("--shard_dir", asked.shard_dir)
+        check_folder("--shard_dir", asked.shard_dir)
     device = pick_device(wanted=asked.device)
     receipt = make_reference(
         asked.images,

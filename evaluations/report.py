@@ -7,13 +7,16 @@ weights, reference and samples, counts, resize rule, precisions, k, splits, vers
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from guided_diffusion.runtime import storage
+
+if TYPE_CHECKING:
+    from .metrics import Extrapolation
 
 FORMAT = 1
 CLASSIC = ("Inception Score", "FID", "sFID", "Precision", "Recall")
@@ -44,20 +47,8 @@ class ClassScores:
 
 
 @dataclass(frozen=True)
-class Extrapolated:
-    """FID at several sample counts and its limit; see `metrics.fid_infinity`."""
-
-    infinity: float
-    slope: float
-    residual: float
-    counts: tuple[int, ...]
-    values: tuple[float, ...]
-    error: float | None = None
-
-
-@dataclass(frozen=True)
 class Set:
-    """What a set of images is: identity, number, conversions told while reading."""
+    """What a set of images is: identity, number, conversions noted while reading."""
 
     name: str
     sha256: str
@@ -74,7 +65,7 @@ class SetReport:
     samples: Set
     scores: tuple[Score, ...]
     per_class: tuple[ClassScores, ...] = ()
-    fid_infinity: Extrapolated | None = None
+    fid_infinity: Extrapolation | None = None
 
     def score(self, name: str) -> Score | None:
         """The score of that name, or None."""
@@ -104,29 +95,15 @@ class Report:
     versions: dict[str, str]
     differences: tuple[DifferenceReport, ...] = ()
     warnings: tuple[str, ...] = ()
-    format: int = field(default=FORMAT)
+    format: int = FORMAT
 
     def to_json(self) -> str:
         """JSON text; numbers that are not finite become null, as JSON has none."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return storage.to_json(asdict(self), indent=2) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON whole or not at all."""
-        write_text(path, self.to_json())
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write through a temporary file in the same folder and a rename."""
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, partial = tempfile.mkstemp(prefix=".report-", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        storage.write_text_atomic(path, self.to_json())
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -137,10 +114,8 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a report: {error}") from error
     sets = report.get("sets") if isinstance(report, dict) and report.get("format") == FORMAT else None
-    whole = isinstance(sets, list) and all(
-        isinstance(one, dict) and {"samples", "scores"} <= one.keys() for one in sets
-    )
-    if not sets or not whole:
+    kept = sets if isinstance(sets, list) else []
+    if not kept or not all(isinstance(one, dict) and {"samples", "scores"} <= one.keys() for one in kept):
         raise ValueError(f"{path} is no report of this evaluator (format {FORMAT}); write one with --json")
     return report
 
@@ -176,8 +151,8 @@ def extra_lines(report: SetReport) -> list[str]:
     if report.fid_infinity is not None:
         line = report.fid_infinity
         points = ", ".join(f"{count}: {value:.4f}" for count, value in zip(line.counts, line.values))
-        told = f"residual {line.residual:.3g}, {distance} at N: {points}"
-        lines.append(f"{distance} infinity: {line.infinity!r} ({told})")
+        fit = f"residual {line.residual:.3g}, {distance} at N: {points}"
+        lines.append(f"{distance} infinity: {line.infinity!r} ({fit})")
         if line.error is not None:
             lines.append(f"{distance} infinity standard error: {line.error!r} (propagated from that of {distance})")
     if report.per_class:
@@ -187,22 +162,17 @@ def extra_lines(report: SetReport) -> list[str]:
 
 def class_table(classes: Sequence[ClassScores], distance: str = "FID") -> list[str]:
     """One line per class, worst precision first; `distance` is the name of the Frechet distance."""
-    head = ("class", "samples", "references", "precision", "recall", "density", distance, "KID")
-    rows = [
-        (
-            str(row.label),
-            str(row.samples),
-            _cell(row.references, "d"),
-            f"{row.precision:.4f}",
-            _cell(row.recall, ".4f"),
-            f"{row.density:.4f}",
-            _cell(row.fid, ".3f"),
-            _cell(row.kid, ".5f"),
-        )
-        for row in sorted(classes, key=lambda row: (row.precision, row.label))
-    ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [head, *rows]]
+    columns = (
+        *(("class", "label", "d"), ("samples", "samples", "d"), ("references", "references", "d")),
+        *((name, name, ".4f") for name in ("precision", "recall", "density")),
+        *((distance, "fid", ".3f"), ("KID", "kid", ".5f")),
+    )
+    rows = [[head for head, _, _ in columns]]
+    for row in sorted(classes, key=lambda row: (row.precision, row.label)):
+        values = [(getattr(row, name), form) for _, name, form in columns]
+        rows.append(["-" if value is None else format(value, form) for value, form in values])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
 
 
 def difference_lines(differences: Sequence[DifferenceReport]) -> list[str]:
@@ -213,17 +183,3 @@ def difference_lines(differences: Sequence[DifferenceReport]) -> list[str]:
         f"{', images matched by position)' if d.paired else ')'}"
         for d in differences
     ]
-
-
-def _cell(value: float | int | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

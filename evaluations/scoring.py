@@ -6,84 +6,51 @@ number of sample sets against it, each read once.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from guided_diffusion.runtime.launchers import Place
+
 from . import metrics, neighbours, report, statistics, uncertainty
-from .encoders import Encoded, Encoder, make_encoder
-from .features import World, pick_device, world_from_environment
-from .inputs import ImageSource
+from .commands import place
+from .encoders import Encoder, make_encoder
+from .features import pick_device
+from .settings import Settings
+from .sources import ImageSource
 
 CUSTOMARY_PR_REFERENCES = 10_000
-PR_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compute and how; the command's options of the same names."""
-
-    weights: str | None = None
-    allow_other_weights: bool = False
-    features: str = "inception"
-    batch_size: int = 64
-    device: str | None = None
-    dtype: str = "float32"
-    compile: bool = False
-    pr_dtype: str = "float32"
-    k: int = 3
-    split_size: int = metrics.SPLIT
-    errors: bool = False
-    kid: bool = False
-    density_coverage: bool = False
-    fid_infinity: bool = False
-    per_class: bool = False
-    shard_dir: str | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.pr_dtype not in PR_DTYPES:
-            raise ValueError(f"pr_dtype is {self.pr_dtype!r}, allowed are {', '.join(PR_DTYPES)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}, allowed are float32 and bfloat16")
-        for name in ("batch_size", "k", "split_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-
-
-class Stored(NamedTuple):
-    """Precomputed statistics of a file; `spatial` is None where it has none."""
-
-    pool: statistics.Statistics
-    spatial: statistics.Statistics | None
+log = logging.getLogger(__name__)
 
 
 class Side(NamedTuple):
-    """One set of images, encoded, with the statistics that the Frechet distances rest on."""
+    """One set of images: its features, and the statistics that the Frechet distances rest on."""
 
     about: report.Set
-    encoded: Encoded
+    features: np.ndarray
+    """[N, d]"""
     labels: np.ndarray | None
+    class_names: tuple[str, ...]
     pool: statistics.Statistics
+    rows: np.ndarray | None
+    """The features behind `pool`; None where the statistics come from elsewhere."""
     spatial: statistics.Statistics | None
-    from_images: bool
-    class_names: tuple[str, ...] = ()
+    spatial_rows: np.ndarray | None
+    """The features behind `spatial`, likewise."""
 
-    @property
-    def rows(self) -> np.ndarray | None:
-        """Features behind `pool`, None where the statistics came from elsewhere."""
-        return self.encoded.pool if self.from_images else None
 
-    @property
-    def spatial_rows(self) -> np.ndarray | None:
-        """Features behind `spatial`, likewise."""
-        return self.encoded.spatial if self.from_images else None
+class Opened(NamedTuple):
+    """A set that was checked before any work, and the statistics that come with it."""
+
+    images: ImageSource
+    stored: statistics.Stored | None
 
 
 class Scored(NamedTuple):
@@ -91,7 +58,6 @@ class Scored(NamedTuple):
 
     report: report.SetReport
     errors: dict[str, uncertainty.Uncertainty]
-    neighbours: neighbours.Neighbours | None
 
 
 class Scorer:
@@ -101,95 +67,69 @@ class Scorer:
     return None.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        encoder: Encoder | None = None,
-        say: Callable[[str], None] | None = None,
-        world: World | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, *, encoder: Encoder | None = None, world: Place | None = None) -> None:
         self.settings = settings
-        self.world = world or world_from_environment()
-        self.say = say or (lambda text: None)
+        self.world = world or place()
         self.device = pick_device(self.world, settings.device)
         self.encoder = encoder or make_encoder(settings, self.device)
-        # Float64 linear algebra is not to be had everywhere (Apple's MPS).
+        # Float64 linear algebra does not exist everywhere (Apple's MPS).
         self.algebra = self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")
         self.reference: Side | None = None
         self._radii: np.ndarray | None = None
         self._roots: dict[str, torch.Tensor] = {}
 
-    def open(self, source: Any) -> ImageSource:
-        """Open a set and refuse now what would be refused after the work; what is open already may be given again."""
-        return self._checked(source)[0]
-
-    def read_reference(self, source: Any) -> Side | None:
-        """Encode the reference and take its statistics, precomputed ones where its file has them."""
-        self.reference = self._read(source, "reference")
-        self._radii, self._roots = None, {}
-        return self.reference
-
-    def score(self, source: Any) -> Scored | None:
-        """All wanted scores of one set of samples."""
-        sample = self._read(source, "sample")
-        if sample is None or self.reference is None:
-            return None
-        self.say("Computing evaluations...")
-        return self._score(sample, self.reference)
-
-    def _checked(self, source: Any) -> tuple[ImageSource, Stored | None]:
-        """An open set and its precomputed statistics, after a look at all that scores will need."""
-        images, stored = self.encoder.open(source), None
+    def open(self, source: Any) -> Opened:
+        """Open a set and refuse now what would be refused after the work."""
+        images = self.encoder.open(source)
         if self.settings.per_class:
             try:
                 images.want_labels()
             except ValueError as error:
                 raise ValueError(f"{error}. Scores per class (--per_class, --all) need them") from error
-        found = images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are Inception's
-        if found is not None:
-            pool, spatial = (
-                statistics.checked(found[mu], found[sigma], name=f"{mu}, {sigma} in {images.name}")
-                if mu in found
-                else None
-                for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
-            )
-            assert pool is not None
-            stored = Stored(pool, spatial)
-        elif images.count is not None:
+        stored = images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are Inception's
+        if stored is None and images.count is not None:
             _refuse_few(images.name, images.count)
-        return images, stored
+        return Opened(images, stored)
 
-    def _read(self, source: Any, role: str) -> Side | None:
-        images, stored = self._checked(source)
-        self.say(f"computing {role} batch activations...")
+    def read_reference(self, opened: Opened) -> None:
+        """Encode the reference and take its statistics, precomputed ones where its file has them."""
+        self.reference = self._read(opened, "reference")
+        self._radii, self._roots = None, {}
+
+    def score(self, opened: Opened) -> Scored | None:
+        """All wanted scores of one set of samples."""
+        sample = self._read(opened, "sample")
+        if sample is None or self.reference is None:
+            return None
+        log.info("Computing evaluations...")
+        return self._score(sample, self.reference)
+
+    def _read(self, opened: Opened, role: str) -> Side | None:
+        images, stored = opened
+        log.info(f"computing {role} batch activations...")
         encoded = self.encoder.encode(images, self.settings, self.world)
         if encoded is None:
             return None
-        for note in encoded.notes:
-            _warn(f"{encoded.name}: {note}")
+        notes = tuple(sorted(images.notes))
+        for note in notes:
+            _warn(f"{images.name}: {note}")
         if not np.isfinite(encoded.pool).all():
-            raise ValueError(f"{encoded.name}: features hold values that are not finite (nan or infinity)")
-        self.say(f"computing/reading {role} batch statistics...")
-        spatial: statistics.Statistics | None
-        if stored is not None:
-            pool, spatial = stored
-            if spatial is None:
-                _warn(f"{encoded.name} holds mu and sigma without mu_s and sigma_s: sFID is left out")
-        else:
-            _refuse_few(encoded.name, len(encoded.pool))  # batches are counted only now
-            pool = statistics.from_features(encoded.pool)
-            spatial = None if encoded.spatial is None else statistics.from_features(encoded.spatial)
-        about = report.Set(
-            name=encoded.name,
-            sha256=encoded.sha256,
-            count=len(encoded.pool),
-            shape=encoded.shape,
-            statistics="from its images" if stored is None else "precomputed in the file",
-            notes=encoded.notes,
-        )
+            raise ValueError(f"{images.name}: features hold values that are not finite (nan or infinity)")
+        log.info(f"computing/reading {role} batch statistics...")
+        rows, spatial_rows = (encoded.pool, encoded.spatial) if stored is None else (None, None)
+        if stored is None:
+            _refuse_few(images.name, len(encoded.pool))  # batches are counted only now
+            stored = statistics.Stored(
+                statistics.from_features(encoded.pool),
+                None if encoded.spatial is None else statistics.from_features(encoded.spatial),
+            )
+        elif stored.spatial is None:
+            _warn(f"{images.name} holds mu and sigma without mu_s and sigma_s: sFID is left out")
+        origin = "precomputed in the file" if rows is None else "from its images"
+        about = report.Set(images.name, images.sha256(), len(encoded.pool), images.shape, origin, notes)
         names = images.class_names() if self.settings.per_class else ()
-        return Side(about, encoded, self._labels(images, role), pool, spatial, stored is None, names)
+        labels = self._labels(images, role)
+        return Side(about, encoded.pool, labels, names, stored.pool, rows, stored.spatial, spatial_rows)
 
     def _labels(self, images: ImageSource, role: str) -> np.ndarray | None:
         """Classes for the scores per class; the Inception Score only asks whether samples are sorted by them."""
@@ -207,13 +147,13 @@ class Scorer:
                 f"{sample.about.name} holds images of {ours[1]}x{ours[0]}, {reference.about.name} of {theirs[1]}x{theirs[0]} (width x "
                 "height): each is resized from its own size, which moves all scores. Compare images of one size"
             )
-        errors: dict[str, uncertainty.Uncertainty] = {}
         values: dict[str, float] = {}
-        if self.encoder.weight is not None and len(sample.encoded.pool):
+        errors: dict[str, uncertainty.Uncertainty] = {}
+        if self.encoder.weight is not None and len(sample.features):
             inception = metrics.inception_score(
-                sample.encoded.pool, self.encoder.weight, split_size=settings.split_size, device=device
+                sample.features, self.encoder.weight, split_size=settings.split_size, device=device
             )
-            self._doubt_splits(sample, inception)
+            self._warn_of_splits(sample, inception)
             values["Inception Score"] = inception.score
             errors["Inception Score"] = uncertainty.of_influence(inception.influence)
         name = "FID" if self.encoder.name == "inception" else f"FD {self.encoder.name}"
@@ -223,40 +163,36 @@ class Scorer:
                 "sFID", sample.spatial, reference.spatial, sample.spatial_rows, reference.spatial_rows, errors
             )
         around = self._neighbours(sample, reference)
-        if around is None:
-            values |= {"Precision": float("nan"), "Recall": float("nan")}
-        else:
+        values |= {"Precision": float("nan"), "Recall": float("nan")}
+        if around is not None:
             values |= {"Precision": around.precision, "Recall": around.recall}
-            errors["Precision"] = uncertainty.of_proportion(around.inside_reference, "samples")
+            errors["Precision"] = uncertainty.of_influence(around.inside_reference, "binomial over samples")
             errors["Recall"] = uncertainty.of_groups(around.by_group)
-        if settings.density_coverage and around is not None:
-            values |= {"Density": around.density, "Coverage": around.coverage}
-            density = uncertainty.of_influence(around.ball_counts / around.k, "spread of counts over samples")
-            errors["Density"] = density
-            errors["Coverage"] = uncertainty.of_groups(around.occupied_by_group)
-        if settings.kid and min(len(sample.encoded.pool), len(reference.encoded.pool)) > 1:
-            kernel = metrics.kernel_distance(sample.encoded.pool, reference.encoded.pool, device=device)
+            if settings.density_coverage:
+                values |= {"Density": around.density, "Coverage": around.coverage}
+                spread = "spread of counts over samples"
+                errors["Density"] = uncertainty.of_influence(around.ball_counts / around.k, spread)
+                errors["Coverage"] = uncertainty.of_groups(around.occupied_by_group)
+        if settings.kid and min(len(sample.features), len(reference.features)) > 1:
+            kernel = metrics.kernel_distance(sample.features, reference.features, device=device)
             values["KID"] = kernel.value
             errors["KID"] = uncertainty.of_influence(kernel.influence)
         shown = errors if settings.errors else {}
-        scores = tuple(
-            report.Score(key, value, shown[key].error, shown[key].method) if key in shown else report.Score(key, value)
-            for key, value in values.items()
-        )
+        scores = tuple(report.Score(key, value, *shown.get(key, ())[:2]) for key, value in values.items())
         line = None
-        if settings.fid_infinity and len(sample.encoded.pool) >= 16:
-            found = metrics.fid_infinity(
-                sample.encoded.pool, reference.pool, reference_root=self._roots[name], device=device
+        if settings.fid_infinity and len(sample.features) >= 16:
+            line = metrics.fid_infinity(
+                sample.features, reference.pool, reference_root=self._roots[name], device=device
             )
-            error = uncertainty.of_extrapolation(found, errors[name]) if name in shown else None
-            line = report.Extrapolated(*found, error)
+            if name in shown:
+                line = replace(line, error=uncertainty.of_extrapolation(line, errors[name]))
         classes = self._per_class(sample, reference, around) if settings.per_class else ()
-        return Scored(report.SetReport(sample.about, scores, classes, line), errors, around)
+        return Scored(report.SetReport(sample.about, scores, classes, line), errors)
 
-    def _doubt_splits(self, sample: Side, inception: metrics.InceptionScore) -> None:
+    def _warn_of_splits(self, sample: Side, inception: metrics.InceptionScore) -> None:
         """Say what the cut into splits does to the Inception Score of these samples."""
         name, size, splits = sample.about.name, self.settings.split_size, len(inception.splits)
-        if splits > 1 and (last := len(sample.encoded.pool) % size):
+        if splits > 1 and (last := len(sample.features) % size):
             _warn(
                 f"{name}: the last of {splits} splits of the Inception Score holds {last} of {size} images and counts "
                 f"as much as the others (as in 2021), which moves the score: {inception.splits[-1]:.4g} in this split, "
@@ -296,10 +232,9 @@ class Scorer:
         )
 
     def _neighbours(self, sample: Side, reference: Side) -> neighbours.Neighbours | None:
-        x, y, k = sample.encoded.pool, reference.encoded.pool, self.settings.k
-        for side in (reference, sample):
-            if len(side.encoded.pool) == 0:
-                scores = "precision and recall" if side is reference else "Inception Score, precision and recall"
+        x, y, k = sample.features, reference.features, self.settings.k
+        for side, scores in ((reference, "precision and recall"), (sample, "Inception Score, precision and recall")):
+            if len(side.features) == 0:
                 _warn(f"{side.about.name} holds no images, so {scores} cannot be computed")
                 return None
         if min(len(x), len(y)) <= k:
@@ -310,7 +245,7 @@ class Scorer:
                 f"precision and recall rest on {len(y)} reference images; {CUSTOMARY_PR_REFERENCES} are the custom, "
                 "and fewer give other numbers"
             )
-        dtype = PR_DTYPES[self.settings.pr_dtype]
+        dtype = getattr(torch, self.settings.pr_dtype)
         if self._radii is None:
             self._radii = neighbours.squared_radii(y, k=k, dtype=dtype, device=self.algebra)
         return neighbours.neighbours(x, y, k=k, dtype=dtype, device=self.algebra, reference_radii=self._radii)
@@ -322,7 +257,7 @@ class Scorer:
             why = "has no labels (arr_1)" if sample.labels is None else "and the reference give no precision and recall"
             _warn(f"{sample.about.name} {why}, so there are no scores per class")
             return ()
-        labels = _numbered(sample, reference)
+        labels = _numbered_as_reference(sample, reference)
         if reference.labels is None:
             _warn(f"{reference.about.name} has no labels (arr_1), so recall, FID and KID of each class are left out")
         elif strange := sorted(set(labels.tolist()) - set(reference.labels.tolist())):
@@ -334,16 +269,12 @@ class Scorer:
         rows = []
         for label in np.unique(labels):
             mine = labels == label
-            row = report.ClassScores(
-                label=int(label),
-                samples=int(mine.sum()),
-                references=None,
-                precision=float(around.inside_reference[mine].mean()),
-                density=float(around.ball_counts[mine].mean() / around.k),
-            )
+            x = sample.features[mine]
+            precision, density = around.inside_reference[mine].mean(), around.ball_counts[mine].mean() / around.k
+            row = report.ClassScores(int(label), len(x), None, float(precision), float(density))
             if reference.labels is not None:
                 theirs = reference.labels == label
-                x, y = sample.encoded.pool[mine], reference.encoded.pool[theirs]
+                y = reference.features[theirs]
                 row = replace(row, references=len(y))
                 if len(y):
                     row = replace(row, recall=float(around.inside_sample[theirs].mean()))
@@ -362,45 +293,44 @@ def evaluate(
     settings: Settings | None = None,
     *,
     encoder: Encoder | None = None,
-    say: Callable[[str], None] | None = None,
-    show: Callable[[Scored], None] | None = None,
-    world: World | None = None,
+    show: Callable[[report.SetReport], None] | None = None,
+    world: Place | None = None,
 ) -> report.Report | None:
     """Score one set of samples, or a list of sets, against a reference; None in all processes but the first.
 
-    `reference` and each set are anything `open_images` takes: a path, an array, batches. `say` hears what is going on,
-    `show` gets each set's scores as soon as they are there.
+    `reference` and each set are anything `open_images` takes: a path, an array, batches. `show` gets each set's scores as soon as they
+    are there. Progress is logged to the logger "evaluations".
 
     >>> evaluate("reference.npz", images_uint8).sets[0].score("FID").value
     """
     settings = settings or Settings()
-    many = isinstance(samples, (list, tuple))
-    with _recorded() as told:
-        scorer = Scorer(settings, encoder=encoder, say=say, world=world)
-        # All of them first: a mistake in the last one is told before hours of work on the others.
+    with _recorded_warnings() as recorded:
+        scorer = Scorer(settings, encoder=encoder, world=world)
+        # All of them first: a mistake in the last one is reported before hours of work on the others.
+        many = isinstance(samples, (list, tuple))
         against, *sets = [scorer.open(source) for source in (reference, *(samples if many else [samples]))]
         scorer.read_reference(against)
         scored = []
-        for images in sets:
-            one = scorer.score(images)
+        for opened in sets:
+            one = scorer.score(opened)
             if one is not None:
                 scored.append(one)
                 if show is not None:
-                    show(one)
+                    show(one.report)
     if scorer.reference is None:
         return None
     return report.Report(
         reference=scorer.reference.about,
         sets=tuple(one.report for one in scored),
-        settings=_receipt(settings, scorer),
-        encoder=scorer.encoder.receipt(),
+        settings=_receipt(settings),
+        encoder=scorer.encoder.receipt(settings),
         versions=report.versions(str(scorer.device)),
         differences=tuple(_differences(scored)) if settings.errors else (),
-        warnings=tuple(told),
+        warnings=tuple(recorded),
     )
 
 
-def _receipt(settings: Settings, scorer: Scorer) -> dict[str, Any]:
+def _receipt(settings: Settings) -> dict[str, Any]:
     shown = asdict(settings)
     for name in ("weights", "allow_other_weights", "shard_dir", "progress", "device", "batch_size"):
         del shown[name]  # none of these is able to change a number; weights are named by content elsewhere
@@ -411,28 +341,26 @@ def _receipt(settings: Settings, scorer: Scorer) -> dict[str, Any]:
 
 
 def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
+    """Each score of each pair of sets that has an error bar in both."""
     for i, first in enumerate(scored):
         for second in scored[i + 1 :]:
+            a, b = (os.path.basename(one.report.samples.name) for one in (first, second))
             for score in first.report.scores:
-                other = second.report.score(score.name)
-                if other is None or score.name not in first.errors or score.name not in second.errors:
-                    continue
-                found = uncertainty.difference(
-                    score.value, first.errors[score.name], other.value, second.errors[score.name]
-                )
-                a, b = (os.path.basename(one.report.samples.name) for one in (first, second))
-                yield report.DifferenceReport(score.name, a, b, found.value, found.error, found.paired)
+                other, key = second.report.score(score.name), score.name
+                if other is not None and key in first.errors and key in second.errors:
+                    error, paired = uncertainty.of_difference(first.errors[key], second.errors[key])
+                    yield report.DifferenceReport(key, a, b, score.value - other.value, error, paired)
 
 
-def _numbered(sample: Side, reference: Side) -> np.ndarray:
+def _numbered_as_reference(sample: Side, reference: Side) -> np.ndarray:
     """Classes of the samples in the numbers of the reference. Those of folders are numbered by name, in each set anew."""
     assert sample.labels is not None
     own, theirs = sample.class_names, reference.class_names
     if not own or not theirs or own == theirs:
         return sample.labels
     _warn(f"classes of {sample.about.name} are numbered as in {reference.about.name}, by name")
-    place = {name: k for k, name in enumerate([*theirs, *sorted(set(own) - set(theirs))])}
-    return np.array([place[name] for name in own])[sample.labels]
+    number = {name: k for k, name in enumerate([*theirs, *sorted(set(own) - set(theirs))])}
+    return np.array([number[name] for name in own])[sample.labels]
 
 
 def _sorted_across_splits(labels: np.ndarray, split_size: int) -> bool:
@@ -449,18 +377,18 @@ def _warn(text: str) -> None:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[str]]:
+def _recorded_warnings() -> Iterator[list[str]]:
     """Collect all warnings for the report, whatever filters are set; then give each one to the caller's filters."""
-    told: list[str] = []
+    texts: list[str] = []
     unique: dict[str, warnings.WarningMessage] = {}
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
-                yield told
+                yield texts
             finally:
                 unique = {str(one.message): one for one in caught}
-                told += unique
+                texts += unique
     finally:
         for one in unique.values():
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

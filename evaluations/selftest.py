@@ -12,21 +12,24 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from . import metrics, neighbours, outputs
+from guided_diffusion.runtime.launchers import Place
+
+from . import metrics, neighbours
+from .commands import Parser
 from .encoders import InceptionEncoder
 from .features import extract, pick_device
 from .inception import Conv, InceptionV3
 from .resize import tf1_bilinear
-from .scoring import Settings, evaluate
+from .scoring import evaluate
+from .settings import Settings
 from .weights import scope_names
-from .world import World
 
 _CONV_SHA256 = "3668bf7666429340374164858a3bd8e8eb1d7f703563c9442aa7cd740c7fede3"
 _RESIZED = {
@@ -125,9 +128,9 @@ def write_trial(folder: str | os.PathLike[str]) -> list[Path]:
     return [place / name for name in ("synthetic.pth", "ref.npz", "smp.npz")]
 
 
-def checks(device: torch.device, say: Callable[[str], None]) -> Iterator[Check]:
-    """All checks, the quick ones first."""
-    say("resize and metrics on recorded inputs")
+def checks(device: torch.device) -> Iterator[Check | str]:
+    """All checks, the quick ones first; between them the titles of the parts."""
+    yield "resize and metrics on recorded inputs"
     for (seed, n, height, width), digest in _RESIZED.items():
         resized = tf1_bilinear(torch.from_numpy(synthetic_images(seed, n, height, width)))
         pixels = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
@@ -135,19 +138,19 @@ def checks(device: torch.device, say: Callable[[str], None]) -> Iterator[Check]:
         yield Check(f"resize of {height}x{width}, every bit", found, digest, 0)
     algebra = device if device.type in ("cpu", "cuda") else torch.device("cpu")
     yield from _metric_checks(algebra)
-    say("synthetic Inception network")
+    yield "synthetic Inception network"
     net = synthetic_network()
     kernel = net.Conv2d_1a_3x3.conv.weight.detach().permute(2, 3, 1, 0).contiguous().numpy()
     yield Check("synthetic weights, every bit", hashlib.sha256(kernel.tobytes()).hexdigest(), _CONV_SHA256, 0)
     net = net.fold().to(device)
-    features = extract(synthetic_images(1064, 4, 64, 64), net, progress=False, world=(0, 1))
+    features = extract(synthetic_images(1064, 4, 64, 64), net, progress=False, world=Place())
     assert features is not None
     tolerance = 1e-5 if device.type == "cpu" else 1e-4
     for name, rows, sums in (("pool_3", features.pool, _POOL_SUMS), ("mixed_6", features.spatial, _SPATIAL_SUMS)):
         for image, expected in enumerate(sums):
             total = float(rows[image].astype(np.float64).sum())
             yield Check(f"{name} of image {image}, sum of activations", total, expected, tolerance)
-    say("end to end: 96 reference and 80 sample images")
+    yield "end to end: 96 reference and 80 sample images"
     yield from _end_to_end(net, device)
 
 
@@ -171,15 +174,6 @@ def _metric_checks(device: torch.device) -> Iterator[Check]:
     yield Check("recall, 800 and 1000 images", found.recall, 0.82, 0)
 
 
-class _Given(InceptionEncoder):
-    """The Inception encoder around a network that is already there."""
-
-    def __init__(self, net: InceptionV3) -> None:
-        self.net = net
-        self.weight = net.fc.weight.detach()
-        self._dtype = ""
-
-
 def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -187,8 +181,8 @@ def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
             synthetic_images(41, 96, 64, 64),
             synthetic_images(42, 80, 64, 64),
             Settings(progress=False, device=str(device)),
-            encoder=_Given(net),
-            world=World(),
+            encoder=InceptionEncoder(net),
+            world=Place(),
         )
     assert found is not None
     scores = {score.name: score.value for score in found.sets[0].scores}
@@ -203,7 +197,7 @@ def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
 
 def main(arguments: Sequence[str]) -> int:
     """The command: status 0 when all checks pass."""
-    parser = outputs.Parser(prog="evaluator.py selftest", description="Check this machine against recorded numbers.")
+    parser = Parser(prog="evaluator.py selftest", description="Check this machine against recorded numbers.")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a graphics card where there is one")
     parser.add_argument(
         "--write", metavar="FOLDER", help="only write the synthetic weights and images there, to try out"
@@ -214,10 +208,12 @@ def main(arguments: Sequence[str]) -> int:
             print(f"wrote {path}")
         return 0
     device = pick_device(wanted=asked.device)
-    begun, failed, total = time.perf_counter(), 0, 0
-    for check in checks(device, lambda text: print(f"-- {text}", flush=True)):
-        print(check.line(), flush=True)
-        total += 1
-        failed += not check.passed
-    print(f"{total - failed} of {total} checks passed in {time.perf_counter() - begun:.0f} s on {device}")
-    return 1 if failed else 0
+    begun, passed = time.perf_counter(), []
+    for check in checks(device):
+        if isinstance(check, str):
+            print(f"-- {check}", flush=True)
+        else:
+            print(check.line(), flush=True)
+            passed.append(check.passed)
+    print(f"{sum(passed)} of {len(passed)} checks passed in {time.perf_counter() - begun:.0f} s on {device}")
+    return 0 if all(passed) else 1

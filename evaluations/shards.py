@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from guided_diffusion.runtime import storage
 
 from .inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES
 from .npy import Npz
@@ -38,66 +38,48 @@ class Shards:
     def __init__(self, folder: Path, key: str, ranges: list[tuple[int, int]]) -> None:
         self.folder, self.key, self.ranges = folder, key, ranges
         self.notes: list[str] = []
-        """What was told of the images of all shards read so far."""
+        """Notes about the images of all shards read so far."""
 
     def path(self, span: tuple[int, int]) -> Path:
         return self.folder / f"features-{self.key[:16]}-{span[0]:09d}-{span[1]:09d}.npz"
 
     def write(self, span: tuple[int, int], features: Features, notes: Sequence[str] = ()) -> None:
-        """Write one shard whole or not at all: temporary name, flush to disk, rename. `notes`: told of its images."""
+        """Write one shard, with the notes about its images."""
         assert features.num_images == span[1] - span[0]
-        handle, partial = tempfile.mkstemp(prefix=".features-", suffix=".part", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                key = np.frombuffer(bytes.fromhex(self.key), np.uint8)
-                told = np.frombuffer(json.dumps(list(notes), allow_nan=False).encode(), np.uint8)
-                np.savez(file, key=key, notes=told, **features._asdict())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path(span))
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        key = np.frombuffer(bytes.fromhex(self.key), np.uint8)
+        text = np.frombuffer(json.dumps(list(notes), allow_nan=False).encode(), np.uint8)
+        with storage.atomic_write(self.path(span)) as file:
+            np.savez(file, key=key, notes=text, **features._asdict())
 
     def read(self, span: tuple[int, int]) -> Features | None:
         """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
-        path = self.path(span)
-        if not path.is_file():
-            return None
-        count = span[1] - span[0]
-        shapes = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES, "logits": NUM_CLASSES}
-        arrays: Npz | None = None
         try:
-            arrays = Npz(path)
-            if arrays["key"].read(0, 32).tobytes().hex() != self.key:
-                return None
-            values = []
-            for name, width in shapes.items():
-                if arrays[name].header.shape != (count, width) or arrays[name].header.dtype != np.float32:
+            with closing(Npz(self.path(span))) as arrays:
+                if arrays["key"].read(0, 32).tobytes().hex() != self.key:
                     return None
-                values.append(arrays[name].read(0, count))
-            told = json.loads(arrays["notes"].read(0, arrays["notes"].header.shape[0]).tobytes())
-            self.notes += [note for note in map(str, told) if note not in self.notes]
-            return Features(*values)
+                features = Features(*(arrays[name].read(0, span[1] - span[0]) for name in Features._fields))
+                notes = json.loads(arrays["notes"].read(0, arrays["notes"].shape[0]).tobytes())
         except (ValueError, KeyError, OSError):
             return None
-        finally:
-            if arrays is not None:
-                arrays.close()
+        widths = (POOL_FEATURES, SPATIAL_FEATURES, NUM_CLASSES)
+        if any(array.shape != (span[1] - span[0], width) for array, width in zip(features, widths)):
+            return None
+        self.notes += [note for note in map(str, notes) if note not in self.notes]
+        return features
 
     def _life(self, rank: int) -> Path:
         return self.folder / f".features-{self.key[:16]}-{rank}.alive"
 
     def show_life(self, rank: int) -> None:
-        """A sign to the process that waits: this one goes on, however long a shard takes."""
+        """Tell the process that waits that this one goes on, however long a shard takes."""
         self._life(rank).touch()
 
     def end_life(self, rank: int) -> None:
-        """Take the sign away."""
+        """Remove the file of `show_life`."""
         self._life(rank).unlink(missing_ok=True)
 
     def _signs(self, size: int) -> list[int]:
-        """Something that changes as long as others work: how many shards there are, and when others gave a sign."""
+        """Numbers that change as long as others work: how many shards there are, and when others last called `show_life`."""
         signs = [sum(self.path(span).is_file() for span in self.ranges)]
         for rank in range(size):
             with suppress(OSError):
@@ -105,7 +87,7 @@ class Shards:
         return signs
 
     def wait(self, span: tuple[int, int], rank: int, size: int, timeout_s: float) -> Features:
-        """One shard, waiting for the process that makes it; TimeoutError when no other gave a sign for `timeout_s`."""
+        """One shard, waiting for the process that makes it; TimeoutError when `_signs` did not change for `timeout_s`."""
         seen: list[int] = []
         since, pause = time.monotonic(), 0.02
         while (features := self.read(span)) is None:
@@ -113,11 +95,11 @@ class Shards:
                 seen, since = signs, time.monotonic()
             if time.monotonic() - since > timeout_s:
                 absent = [(i % size, other) for i, other in enumerate(self.ranges) if self.read(other) is None]
-                told = ", ".join(f"process {who}: images {a}..{b - 1}" for who, (a, b) in absent[:5])
+                shown = ", ".join(f"process {who}: images {a}..{b - 1}" for who, (a, b) in absent[:5])
                 more = ", ..." if len(absent) > 5 else ""
                 raise TimeoutError(
                     f"{len(absent)} of {len(self.ranges)} feature shards did not come to {self.folder} in "
-                    f"{timeout_s:g} s ({told}{more}). Look for an error in these processes, or for other settings "
+                    f"{timeout_s:g} s ({shown}{more}). Look for an error in these processes, or for other settings "
                     "than here. Finished shards are kept, so the same command goes on from here."
                 )
             time.sleep(pause)

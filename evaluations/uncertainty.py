@@ -32,36 +32,15 @@ class Uncertainty(NamedTuple):
     influence: np.ndarray
 
 
-class Difference(NamedTuple):
-    """`value` = first minus second; `error` one standard error of it; `paired`: images were matched by position."""
-
-    value: float
-    error: float
-    paired: bool
-
-    @property
-    def sigmas(self) -> float:
-        """How many standard errors the difference is from zero; 0 when both are zero."""
-        if self.error > 0:
-            return self.value / self.error
-        return float("inf") * self.value if self.value else 0.0
-
-
 def of_influence(influence: np.ndarray, method: str = "infinitesimal jackknife over images") -> Uncertainty:
     """Standard error of a mean of `influence` [n]: root of sum of squares / (n (n - 1)), after centring."""
     influence = np.asarray(influence, dtype=np.float64)
     count = len(influence)
     centred = influence - influence.mean()
-    scale = np.ldexp(
-        1.0, np.frexp(np.abs(centred).max(initial=0.0))[1]
-    )  # a power of two: squares of KID's may overflow
+    # Divided by a power of two first: squares of KID's influences may overflow.
+    scale = np.ldexp(1.0, np.frexp(np.abs(centred).max(initial=0.0))[1])
     error = float(scale * np.sqrt(((centred / scale) ** 2).sum() / (count * max(count - 1, 1))))
     return Uncertainty(error, method, centred)
-
-
-def of_proportion(hits: np.ndarray, images: str) -> Uncertainty:
-    """Standard error of a share `hits` [n] over `images`, as precision is one over samples."""
-    return of_influence(np.asarray(hits, dtype=np.float64), f"binomial over {images}")
 
 
 def of_groups(by_group: np.ndarray) -> Uncertainty:
@@ -165,13 +144,13 @@ def _leave_groups_out(
     return of_influence(scale * (left_out.mean() - left_out), f"jackknife over {parts} groups of images")
 
 
-def difference(first: float, first_error: Uncertainty, second: float, second_error: Uncertainty) -> Difference:
-    """First minus second with its error, for two sample sets scored against one reference.
+def of_difference(first: Uncertainty, second: Uncertainty) -> tuple[float, bool]:
+    """Standard error of the difference of two sets' scores against one reference, and whether their images were matched.
 
     With equally many influences the two are matched by position, so what the sets share (noise seeds and labels of
     image i or of group i) cancels. Unrelated sets lose nothing by it.
     """
-    a, b = first_error.influence, second_error.influence
+    a, b = first.influence, second.influence
     if len(a) == len(b):
-        return Difference(first - second, of_influence(a - b).error, True)
-    return Difference(first - second, float(np.hypot(first_error.error, second_error.error)), False)
+        return of_influence(a - b).error, True
+    return float(np.hypot(first.error, second.error)), False

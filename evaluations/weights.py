@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import tempfile
-import urllib.request
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from guided_diffusion.runtime import storage
 
 from .graphdef import read_graph
 from .inception import BATCHNORM_EPS, InceptionV3
@@ -64,68 +63,35 @@ _EXPECTED = f"expected the 2015 Inception network as in {PUBLISHED[0].name} or {
 
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
-_BRANCHES_35 = {
-    "conv": "branch1x1",
-    "tower/conv": "branch5x5_1",
-    "tower/conv_1": "branch5x5_2",
-    "tower_1/conv": "branch3x3dbl_1",
-    "tower_1/conv_1": "branch3x3dbl_2",
-    "tower_1/conv_2": "branch3x3dbl_3",
-    "tower_2/conv": "branch_pool",
-}
-_REDUCE_35 = {
-    "conv": "branch3x3",
-    "tower/conv": "branch3x3dbl_1",
-    "tower/conv_1": "branch3x3dbl_2",
-    "tower/conv_2": "branch3x3dbl_3",
-}
-_BRANCHES_17 = {
-    "conv": "branch1x1",
-    "tower/conv": "branch7x7_1",
-    "tower/conv_1": "branch7x7_2",
-    "tower/conv_2": "branch7x7_3",
-    "tower_1/conv": "branch7x7dbl_1",
-    "tower_1/conv_1": "branch7x7dbl_2",
-    "tower_1/conv_2": "branch7x7dbl_3",
-    "tower_1/conv_3": "branch7x7dbl_4",
-    "tower_1/conv_4": "branch7x7dbl_5",
-    "tower_2/conv": "branch_pool",
-}
-_REDUCE_17 = {
-    "tower/conv": "branch3x3_1",
-    "tower/conv_1": "branch3x3_2",
-    "tower_1/conv": "branch7x7x3_1",
-    "tower_1/conv_1": "branch7x7x3_2",
-    "tower_1/conv_2": "branch7x7x3_3",
-    "tower_1/conv_3": "branch7x7x3_4",
-}
-_BRANCHES_8 = {
-    "conv": "branch1x1",
-    "tower/conv": "branch3x3_1",
-    "tower/mixed/conv": "branch3x3_2a",
-    "tower/mixed/conv_1": "branch3x3_2b",
-    "tower_1/conv": "branch3x3dbl_1",
-    "tower_1/conv_1": "branch3x3dbl_2",
-    "tower_1/mixed/conv": "branch3x3dbl_3a",
-    "tower_1/mixed/conv_1": "branch3x3dbl_3b",
-    "tower_2/conv": "branch_pool",
-}
-_BY_BLOCK = [_BRANCHES_35] * 3 + [_REDUCE_35] + [_BRANCHES_17] * 4 + [_REDUCE_17] + [_BRANCHES_8] * 2
+# The branches of each kind of block: the module's name and its number of convolutions. In the graph the first branch has the scope
+# "conv", the next ones "tower", "tower_1", ... In the last kind two branches end in a pair of convolutions, in the scope "mixed".
+_35 = (("branch1x1", 1), ("branch5x5", 2), ("branch3x3dbl", 3), ("branch_pool", 1))
+_REDUCE_35 = (("branch3x3", 1), ("branch3x3dbl", 3))
+_17 = (("branch1x1", 1), ("branch7x7", 3), ("branch7x7dbl", 5), ("branch_pool", 1))
+_REDUCE_17 = (("", 0), ("branch3x3", 2), ("branch7x7x3", 4))
+_8 = (("branch1x1", 1), ("branch3x3", 1), ("branch3x3dbl", 2), ("branch_pool", 1))
+_PAIRS_8 = {"branch3x3": ("branch3x3_2a", "branch3x3_2b"), "branch3x3dbl": ("branch3x3dbl_3a", "branch3x3dbl_3b")}
+_BY_BLOCK = (_35, _35, _35, _REDUCE_35, _17, _17, _17, _17, _REDUCE_17, _8, _8)
 
 
 def scope_names() -> dict[str, str]:
-    """Scope of each of the 94 convolutions in the TensorFlow graph -> its module name here."""
-    names = {f"conv_{i}" if i else "conv": name for i, name in enumerate(_STEM)}
+    """Scope of each of the 94 convolutions in the TensorFlow graph -> its module name here, in the order of the graph."""
+    names = {_numbered("conv", i): name for i, name in enumerate(_STEM)}
     for i, (block, branches) in enumerate(zip(_BLOCKS, _BY_BLOCK)):
-        scope = f"mixed_{i}" if i else "mixed"
-        names |= {f"{scope}/{tail}": f"Mixed_{block}.{branch}" for tail, branch in branches.items()}
+        for tower, (branch, convolutions) in enumerate(branches):
+            scope = _numbered("mixed", i) + (f"/{_numbered('tower', tower - 1)}" if tower else "")
+            pair = _PAIRS_8.get(branch, ()) if branches is _8 else ()
+            for k in range(convolutions):
+                name = f"{branch}_{k + 1}" if convolutions > 1 or pair else branch
+                names[f"{scope}/{_numbered('conv', k)}"] = f"Mixed_{block}.{name}"
+            for k, name in enumerate(pair):
+                names[f"{scope}/mixed/{_numbered('conv', k)}"] = f"Mixed_{block}.{name}"
     return names
 
 
-def cache_folder() -> Path:
-    """`GUIDED_DIFFUSION_CACHE`, else `~/.cache/guided_diffusion`."""
-    chosen = os.environ.get("GUIDED_DIFFUSION_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "guided_diffusion"
+def _numbered(name: str, number: int) -> str:
+    """As TensorFlow tells scopes of one name apart."""
+    return f"{name}_{number}" if number else name
 
 
 def load_inception(
@@ -133,19 +99,16 @@ def load_inception(
     *,
     folded: bool = True,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
     allow_unknown: bool = False,
-    download: bool = True,
     progress: bool = True,
 ) -> InceptionV3:
     """The network with its weights, in evaluation mode, without gradients.
 
-    `weights`: a `.pb` or `.pth` file; None looks in the working directory, then in the cache folder, then downloads
-    (unless `download` is False). A file that is not a published one raises ValueError unless `allow_unknown`, and is
-    then marked: `net.verified` is False. `net.source` and `net.sha256` say what was read. `folded`: see
-    `InceptionV3.fold`.
+    `weights`: a `.pb` or `.pth` file; None looks in the working directory, then in the cache folder, then downloads. A file that is
+    not a published one raises ValueError unless `allow_unknown`, and is then marked: `net.verified` is False. `net.source` and
+    `net.sha256` say what was read. `folded`: see `InceptionV3.fold`.
     """
-    path = Path(weights) if weights is not None else find_weights(download=download, progress=progress)
+    path = Path(weights) if weights is not None else find_weights(progress=progress)
     if not path.is_file():
         raise ValueError(f"there is no Inception weights file {str(path)!r}. {_where_to_put()}")
     sha256, verified, complaint = check_file(path)
@@ -164,83 +127,60 @@ def load_inception(
     net.source, net.sha256, net.verified = str(path), sha256, verified
     if folded:
         net.fold()
-    return net.to(device=device, dtype=dtype)
+    return net.to(device)
 
 
 def check_file(path: Path) -> tuple[str, bool, str]:
     """sha256 of the file, whether it is a published one, and if not what differs."""
-    digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
-    size = 0
+    kind = [known for known in PUBLISHED if (Path(known.name).suffix == ".pb") == (path.suffix == ".pb")]
+    size, sha256, digest = path.stat().st_size, storage.sha256_of(path), _digest(path, kind[0].algorithm)
+    if any(size == known.size and digest == known.digest for known in kind):
+        return sha256, True, ""
+    known = kind[0]
+    published = f"published {known.size} bytes, {known.algorithm} {known.digest}"
+    return sha256, False, f"{size} bytes, {known.algorithm} {digest}; {published}"
+
+
+def _digest(path: str | os.PathLike[str], algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            size += len(block)
-            for digest in digests.values():
-                digest.update(block)
-    sha256 = digests["sha256"].hexdigest()
-    candidates = [known for known in PUBLISHED if (Path(known.name).suffix == ".pb") == (path.suffix == ".pb")]
-    for known in candidates:
-        if size == known.size and digests[known.algorithm].hexdigest() == known.digest:
-            return sha256, True, ""
-    known = candidates[0]
-    found = digests[known.algorithm].hexdigest()
-    told = f"{size} bytes, {known.algorithm} {found}; published {known.size} bytes, {known.algorithm} {known.digest}"
-    return sha256, False, told
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def find_weights(*, download: bool = True, progress: bool = True) -> Path:
+def find_weights(*, progress: bool = True) -> Path:
     """The first published file name in the working directory or the cache folder; else download one to the cache."""
-    for folder in (Path.cwd(), cache_folder()):
+    cache = Path(storage.cache_folder())
+    for folder in (Path.cwd(), cache):
         for known in PUBLISHED:
             if (folder / known.name).is_file():
                 return folder / known.name
-    if not download:
-        raise ValueError(f"no Inception weights found. {_where_to_put()}")
     failures = []
     for known in DOWNLOAD_ORDER:
         try:
-            return fetch(known, cache_folder(), progress=progress)
-        except OSError as error:  # noqa: PERF203 - three tries; URLError is an OSError
+            return fetch(known, cache, progress=progress)
+        except (OSError, ValueError) as error:  # noqa: PERF203 - three tries; URLError is an OSError
             failures.append(f"{known.url}: {error}")
     raise ValueError(
         f"no Inception weights found and none could be downloaded: {'; '.join(failures)}. {_where_to_put()}"
     )
 
 
-def fetch(known: Published, folder: Path, *, progress: bool = True, timeout_s: float = 30.0) -> Path:
-    """Download one published file into `folder`: to a temporary name, checked, then renamed. OSError when it fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.new(known.algorithm, usedforsecurity=False)
-    handle, partial = tempfile.mkstemp(prefix=known.name + ".", suffix=".part", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(known.url, timeout=timeout_s) as answer:
-            done = 0
-            for block in iter(lambda: answer.read(1 << 18), b""):
-                done += len(block)
-                if done > known.size:
-                    raise OSError(f"more than the published {known.size} bytes came")
-                digest.update(block)
-                file.write(block)
-                if progress and sys.stderr.isatty():
-                    print(f"\rdownloading {known.name}: {100 * done // known.size:3d} %", end="", file=sys.stderr)
-            file.flush()
-            os.fsync(file.fileno())
-        if progress and sys.stderr.isatty():
-            print(file=sys.stderr)
-        if done != known.size or digest.hexdigest() != known.digest:
-            found = digest.hexdigest()
-            raise OSError(
-                f"{done} bytes with {known.algorithm} {found} came, expected {known.size} with {known.digest}"
-            )
-        os.replace(partial, folder / known.name)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+def fetch(known: Published, folder: Path, *, progress: bool = True) -> Path:
+    """Download one published file into `folder`; OSError when that fails, ValueError for another digest than the published one."""
+
+    def check(part: str) -> None:
+        if (found := _digest(part, known.algorithm)) != known.digest:
+            raise ValueError(f"a file with {known.algorithm} {found} came, expected {known.digest}")
+
+    storage.download(known.url, str(folder / known.name), check=check, size=known.size, progress=progress)
     return folder / known.name
 
 
 def _where_to_put() -> str:
     files = [f"{known.name} from {known.url} ({known.algorithm} {known.digest})" for known in PUBLISHED]
-    places = f"the working directory ({Path.cwd()}) or {cache_folder()}"
+    places = f"the working directory ({Path.cwd()}) or {storage.cache_folder()}"
     return f"Put one of these files into {places}, or name its path: {', or '.join(files)}"
 
 

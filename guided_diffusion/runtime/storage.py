@@ -343,7 +343,7 @@ def download(
             with tqdm(
                 total=total or None, unit="B", unit_scale=True, desc=os.path.basename(path), disable=not progress
             ) as bar:
-                while (block := answer.read(1 << 20)) and not 0 < total < received:
+                while (block := _read(answer)) and not 0 < total < received:
                     file.write(block)
                     received += len(block)
                     bar.update(len(block))
@@ -353,6 +353,15 @@ def download(
             check(file.name)
     except http.client.HTTPException as error:
         raise ConnectionError(str(error)) from error
+
+
+def _read(answer: IO[bytes]) -> bytes:
+    import http.client
+
+    try:
+        return answer.read(1 << 20)
+    except OSError as error:  # of the connection: `atomic_write` would take it for one of the file
+        raise http.client.HTTPException(str(error)) from error
 
 
 def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from evaluations.encoders import CallableEncoder, make_encoder
-from evaluations.features import World
 from evaluations.inputs import open_images
-from evaluations.scoring import Settings
+from evaluations.settings import Settings
+from guided_diffusion.runtime.launchers import Place
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
 
@@ -50,17 +50,19 @@ def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Probe:
 
 def test_dinov2_takes_the_class_token_of_normalised_images(tmp_path: Path, probe: Probe) -> None:
     encoder = make_encoder(Settings(features=f"dinov2:{tmp_path}"), torch.device("cpu"))
-    found = encoder.encode(open_images(IMAGES), Settings(), World())
+    found = encoder.encode(open_images(IMAGES), Settings(), Place())
     assert found.pool.shape == (5, 3) and found.spatial is None and probe.seen.shape == (5, 3, 224, 224)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(found.pool, (IMAGES.mean((1, 2)) / 255 - mean) / std, atol=0.02)
-    assert len(encoder.receipt()["weights_sha256"]) == 64 and "224x224" in encoder.receipt()["resize"]
+    assert (
+        len(encoder.receipt(Settings())["weights_sha256"]) == 64 and "224x224" in encoder.receipt(Settings())["resize"]
+    )
 
 
 def test_clip_gives_directions(tmp_path: Path, probe: Probe) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     encoder = make_encoder(Settings(features=f"clip:{tmp_path}"), torch.device("cpu"))
-    found = encoder.encode(open_images(IMAGES), Settings(), World())
+    found = encoder.encode(open_images(IMAGES), Settings(), Place())
     assert probe.seen.shape == (5, 3, 32, 32)
     np.testing.assert_allclose(np.linalg.norm(found.pool, axis=1), 1, rtol=1e-6)
 
@@ -87,4 +89,4 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_callable_must_give_one_row_per_image() -> None:
     encoder = CallableEncoder("broken", lambda images: images.float().mean())
     with pytest.raises(ValueError, match=r"broken gave features of shape \(\) for 5 images"):
-        encoder.encode(open_images(IMAGES), Settings(), World())
+        encoder.encode(open_images(IMAGES), Settings(), Place())

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from evaluations import features, shards
-from evaluations.features import Features, World, extract, extract_blocks, pick_device, world_from_environment
+from evaluations.features import Features, extract, extract_blocks, pick_device
 from evaluations.inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
 from evaluations.inputs import open_images
+from guided_diffusion.runtime.launchers import Place
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +69,7 @@ def test_real_network_batch_size_threads_and_shards(recipes, net, tmp_path):
         torch.set_num_threads(before)
     assert torch.get_num_threads() == before
     for rank in (2, 1, 0):
-        shared = run(images, net, chunk=2, shard_images=2, shard_dir=tmp_path, world=(rank, 3))
+        shared = run(images, net, chunk=2, shard_images=2, shard_dir=tmp_path, world=Place(rank, 3))
     assert same(expected, shared)
 
 
@@ -108,7 +109,7 @@ def test_any_batch_size_and_number_of_processes(batch_size, size, images, tmp_pa
     net = Toy(4)
     expected = run(images, net, chunk=4)
     for rank in reversed(range(size)):
-        where = {"shard_dir": tmp_path, "world": (rank, size), "shard_images": 3}
+        where = {"shard_dir": tmp_path, "world": Place(rank, size), "shard_images": 3}
         found = run(images, net, chunk=4, batch_size=batch_size, **where)
         assert (found is None) == (rank != 0)
     assert same(expected, found)
@@ -173,7 +174,7 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
     assert same(expected, run(images, again, **where))
     assert again.calls == 2  # the last shard: 3 images in 2 chunks
     third = Toy(2)
-    assert same(expected, run(images, third, world=(0, 1), **where))
+    assert same(expected, run(images, third, world=Place(), **where))
     assert third.calls == 0
 
 
@@ -243,7 +244,7 @@ def test_a_declared_range_is_part_of_the_identity(tmp_path):
 
 def test_missing_processes_are_named(images, tmp_path):
     with pytest.raises(TimeoutError, match=r"2 of 3 feature shards .*process 1: images 4\.\.7, process 2: images 8"):
-        run(images, Toy(2), chunk=2, shard_images=4, shard_dir=tmp_path, world=(0, 3), timeout_s=0.1)
+        run(images, Toy(2), chunk=2, shard_images=4, shard_dir=tmp_path, world=Place(0, 3), timeout_s=0.1)
 
 
 def test_a_process_that_gives_signs_is_waited_for(tmp_path, monkeypatch):
@@ -270,22 +271,21 @@ def test_errors_of_the_reader_arrive(tmp_path, images):
     data = bytearray((tmp_path / "x.npz").read_bytes())
     data[5000] ^= 1
     (tmp_path / "x.npz").write_bytes(data)
-    with pytest.raises(ValueError, match="checksum"):
+    with pytest.raises(ValueError, match="CRC"):
         run(tmp_path / "x.npz", Toy(2), chunk=2)
 
 
 def test_what_cannot_be_done_is_refused(images, tmp_path):
     for settings, words in (
-        ({"dtype": "float16"}, "allowed are 'float32' and 'bfloat16'"),
+        ({"dtype": "float16"}, "allowed are float32, bfloat16"),
         ({"batch_size": 0}, "at least 1"),
         ({"chunk": 0}, "at least 1"),
-        ({"world": (2, 2)}, "rank 2 of 2"),
-        ({"world": (0, 2)}, "give shard_dir"),
+        ({"world": Place(0, 2)}, "give shard_dir"),
     ):
         with pytest.raises(ValueError, match=words):
             run(images, Toy(2), **settings)
     with pytest.raises(ValueError, match="one process only, not by 2"):
-        run([images], Toy(2), world=(0, 2), shard_dir=tmp_path)
+        run([images], Toy(2), world=Place(0, 2), shard_dir=tmp_path)
 
 
 def test_bfloat16_is_near(recipes, net):
@@ -326,22 +326,9 @@ def test_fast_settings_of_the_process_do_not_leak_in(chosen):
     )
 
 
-def test_world_from_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert world_from_environment() == World(0, 1, 0)
-    monkeypatch.setenv("PMI_RANK", "1")
-    monkeypatch.setenv("PMI_SIZE", "4")
-    assert world_from_environment() == World(1, 4, 1)
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
-    assert world_from_environment() == World(2, 4, 0)
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert world_from_environment() == World(5, 8, 1)
-    assert pick_device(World()).type == ("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_device_without_a_gpu():
+    assert pick_device(Place()).type == "cpu"
 
 
 @pytest.mark.gpu
@@ -373,7 +360,7 @@ def test_what_is_told_of_images_does_not_depend_on_who_read_them(size, tmp_path)
     assert fresh.shape is None and len(fresh.notes) == 2
     for rank in [*reversed(range(size)), 0]:
         again, net = open_images(folder), Toy(2)
-        run(again, net, chunk=2, shard_images=2, shard_dir=tmp_path / "shards", world=(rank, size))
+        run(again, net, chunk=2, shard_images=2, shard_dir=tmp_path / "shards", world=Place(rank, size))
     assert net.calls == 0  # all from shards
     assert again.shape is None and sorted(again.notes) == sorted(fresh.notes)
 

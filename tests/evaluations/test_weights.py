@@ -92,11 +92,10 @@ def test_working_directory_comes_before_the_cache(nowhere):
 
 
 def test_without_network_the_error_says_which_file_to_put_where(nowhere):
-    for download in (True, False):
-        with pytest.raises(ValueError, match="Put one of these files into") as caught:
-            load_inception(download=download, progress=False)
-        for text in (str(nowhere / "cache"), str(nowhere), "classify_image_graph_def.pb", weights.PUBLISHED[1].digest):
-            assert text in str(caught.value)
+    with pytest.raises(ValueError, match="Put one of these files into") as caught:
+        load_inception(progress=False)
+    for text in (str(nowhere / "cache"), str(nowhere), "classify_image_graph_def.pb", weights.PUBLISHED[1].digest):
+        assert text in str(caught.value)
     assert list((nowhere / "cache").glob("*")) == []
     with pytest.raises(ValueError, match=r"no Inception weights file 'absent.pb'"):
         load_inception("absent.pb")
@@ -131,7 +130,7 @@ def test_download_is_checked_and_whole_or_absent(server, tmp_path):
     cache = tmp_path / "made" / "cache"
     assert weights.fetch(good, cache).read_bytes() == data
     for bad in (good._replace(digest="0" * 64), good._replace(size=1000), good._replace(size=len(data) + 1)):
-        with pytest.raises(OSError, match="came"):
+        with pytest.raises((OSError, ValueError), match="came"):
             weights.fetch(bad._replace(name="bad.pth"), cache)
     with pytest.raises(OSError, match="404"):
         weights.fetch(good._replace(name="bad.pth", url=f"{address}/none"), cache)
@@ -218,7 +217,7 @@ def test_batch_counters_of_older_files_are_ignored(tmp_path, plain_net):
 @pytest.mark.parametrize("used", [True, False])
 def test_gamma_is_used_only_if_the_graph_says_so(used, synthetic_constants, monkeypatch):
     constants = {**synthetic_constants, "mixed/conv/batchnorm/gamma": np.full(64, 2, np.float32)}
-    graph = Graph(constants, {"mixed/conv/batchnorm": used}, {}, 806)
+    graph = Graph(constants, {"mixed/conv/batchnorm": used}, {})
     monkeypatch.setattr(weights, "read_graph", lambda path: graph)
     if used:
         state = weights.state_from_graph("graph.pb")
@@ -230,11 +229,11 @@ def test_gamma_is_used_only_if_the_graph_says_so(used, synthetic_constants, monk
 
 def test_another_graph_is_refused(synthetic_constants, monkeypatch):
     constants = dict(synthetic_constants)
-    epsilon = Graph(constants, {}, {"mixed/conv/batchnorm": 1e-5}, 806)
+    epsilon = Graph(constants, {}, {"mixed/conv/batchnorm": 1e-5})
     monkeypatch.setattr(weights, "read_graph", lambda path: epsilon)
     with pytest.raises(ValueError, match="expected 0.001"):
         weights.state_from_graph("graph.pb")
     missing = {name: value for name, value in constants.items() if name != "mixed_9/conv/conv2d_params"}
-    monkeypatch.setattr(weights, "read_graph", lambda path: Graph(missing, {}, {}, 806))
+    monkeypatch.setattr(weights, "read_graph", lambda path: Graph(missing, {}, {}))
     with pytest.raises(ValueError, match="mixed_9/conv/conv2d_params"):
         weights.state_from_graph("graph.pb")

@@ -1,21 +1,44 @@
-"""What is asked, and files that will be written: what cannot be is refused before the work."""
+"""What the four commands share: how they are read, and what is refused or said before the work."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from guided_diffusion.runtime import launchers
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of ending the process."""
+    """argparse that raises ValueError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
 
 
-def check_file(option: str, path: str, inputs: Sequence[str] = ()) -> None:
+def place() -> launchers.Place:
+    """Which of how many processes this is: what torchrun, Open MPI, MPICH/Intel MPI or srun say; one process without them."""
+    return launchers.discover(os.environ, ask_mpi=False)
+
+
+def announce_place() -> None:
+    """One line on stderr when other processes are expected: variables of a cluster or a shell may reach a process that is alone."""
+    here = place()
+    if here.size == 1:
+        return
+    rank, size = here.told_by
+    then = f"it waits for the shares of {here.size - 1} more" if here.rank == 0 else "process 0 prints the scores"
+    print(
+        f"process {here.rank} of {here.size}, as {rank}={here.rank} and {size}={here.size} say: {then}. "
+        f"To run alone, unset {rank} and {size}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def check_file(option: str, path: str, inputs: Sequence[str | None] = ()) -> None:
     """ValueError when `path` cannot be written, or is one of the files that are read."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
@@ -24,7 +47,7 @@ def check_file(option: str, path: str, inputs: Sequence[str] = ()) -> None:
         raise ValueError(f"{option} {path}: is a folder; give the name of a file")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{option} {path}: no permission to write into {folder!r}")
-    if os.path.exists(path) and any(os.path.exists(name) and os.path.samefile(path, name) for name in inputs):
+    if os.path.exists(path) and any(name and os.path.exists(name) and os.path.samefile(path, name) for name in inputs):
         raise ValueError(f"{option} {path}: would replace a file that is read; give another name")
 
 
