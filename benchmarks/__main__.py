@@ -3,143 +3,139 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from .budget import Budget
-from .parts import NAMES, ON_CPU, ON_GPU, Figures, Plan, tasks
-from .timing import TABLE_HEAD, Ratio, as_json, machine
+from . import against, evaluating, files, networks, shapes
+from .timing import Plan, Report, Row, machine, rates
 
 GPU_BUDGET = 540.0
-"""Seconds that a run on a GPU takes unless told otherwise: all of it within one call of ten minutes."""
+"""Seconds after which a run on a GPU begins no further part, unless told otherwise."""
+PER_SHAPE = {
+    "sampling": networks.sampling,
+    "training": networks.training,
+    "forward": networks.forward,
+    "compiled": networks.compiled,
+    "diffusers": networks.diffusers,
+}
+ONCE = {
+    "features": evaluating.features,
+    "distances": evaluating.distances,
+    "loader": files.loader,
+    "loading": files.loading,
+    "saving": files.saving,
+    "memory": files.memory,
+    "processes": files.processes,
+}
+ON_CPU = ("forward", "diffusers", "sampling", "training", "features", "distances", "loader")
+ON_GPU = ("sampling", "training", "forward", "compiled", "features")
+Task = tuple[str, Callable[[], list[Row]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for, print as they come, write `benchmarks.md` and `benchmarks.json` after each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: a look, not a measurement")
-    parser.add_argument("--device", default="cpu", help="cpu (one thread, process CPU time) or cuda")
-    parser.add_argument("--only", action="append", choices=NAMES, help="this part alone; may be repeated")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds per pair; 0 = 7, or 2 with --quick")
     parser.add_argument(
-        "--budget",
-        type=float,
-        help="seconds for all: what would end later is left out and named; without it 540 on cuda, no end on the cpu",
+        "--quick", action="store_true", help="a small network and few rounds: a look, not a measurement"
     )
+    parser.add_argument("--device", default="cpu", help="cpu (one thread, process CPU time) or cuda")
+    parser.add_argument("--only", action="append", choices=(*PER_SHAPE, *ONCE), help="this part alone; may be repeated")
+    parser.add_argument(
+        "--against", default="", metavar="FOLDER", help="time the 2021 package in this folder and this one, in turns"
+    )
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of a comparison; 0 = 7, or 2 with --quick")
+    parser.add_argument("--budget", type=float, help="no part begins after so many seconds; without it 540 on cuda")
     parser.add_argument("--out", default="runs/benchmarks", help="folder for the two files")
     args = parser.parse_args(argv)
     on_gpu = args.device.startswith("cuda")
-    try:
-        budget = Budget(args.budget if args.budget is not None else GPU_BUDGET if on_gpu else float("inf"))
-    except ValueError as error:
-        parser.error(str(error))
+    budget = args.budget if args.budget is not None else GPU_BUDGET if on_gpu else float("inf")
+    if budget <= 0:
+        parser.error(f"--budget {budget:g} leaves no time to measure in; give a positive number of seconds")
+    names = args.only or (against.WORKS if args.against else ON_GPU if on_gpu else ON_CPU)
+    if args.against:
+        unknown = [name for name in names if name not in against.WORKS]
+        if unknown:
+            parser.error(
+                f"--only {unknown[0]} has nothing to do with --against; choose from {', '.join(against.WORKS)}"
+            )
+        try:
+            against.check(args.against)
+        except ValueError as error:
+            parser.error(str(error))
 
     import torch
-
-    from . import floor
 
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU")
     threads = torch.get_num_threads()
-    if args.device == "cpu":
+    if not on_gpu:
         torch.set_num_threads(1)
     try:
-        rates = floor.rates(args.device, args.quick)
-        print("\n".join(f"{name}: {value:.1f}" for name, value in rates.items()), flush=True)
-        report = Report(Path(args.out), {"machine": machine(), "command": _command(args), "rates": rates}, budget)
-        measure(Plan(args.device, args.quick, args.rounds, rates), args.only or (ON_GPU if on_gpu else ON_CPU), report)
+        measured = {} if args.against else rates(args.device, args.quick)
+        print("\n".join(f"{name}: {value:.1f}" for name, value in measured.items()), flush=True)
+        plan = Plan(
+            args.device,
+            args.quick,
+            args.rounds or (2 if args.quick else 7),
+            12.0 if on_gpu else float("inf"),
+            measured,
+            shapes.chosen(args.device, args.quick),
+        )
+        report = Report(Path(args.out), {"machine": machine(), "command": _command(args), "rates": measured})
+        run(tasks(names, plan, args.against), report, budget)
     finally:
         torch.set_num_threads(threads)
-    report.write()
     print(f"wrote {report.folder / 'benchmarks.md'} and {report.folder / 'benchmarks.json'}")
     return 1 if report.failed else 0
 
 
-class Report:
-    """What has been measured so far, in two files that are whole at any moment."""
-
-    def __init__(self, folder: Path, head: dict[str, Any], budget: Budget) -> None:
-        self.folder, self.head, self.budget = folder, head, budget
-        self.ratios: list[Ratio] = []
-        self.figures: Figures = {}
-        self.failed: dict[str, str] = {}
-
-    def add(self, rows: Sequence[Ratio], figures: Figures) -> None:
-        """Take up and print what one task found."""
-        for row in rows:
-            print(row.row(), flush=True)
-        for key, value in figures.items():
-            print(f"{key}: {value:.4g}", flush=True)
-        self.ratios += rows
-        self.figures.update(figures)
-
-    def write(self) -> None:
-        """Write both files; each replaces the one before when it is complete."""
-        found = {**self.head, "ratios": as_json(self.ratios), "figures": self.figures}
-        found |= {"left_out": self.budget.left_out, "failed": self.failed}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("benchmarks.json", json.dumps(found, indent=1) + "\n"),
-            ("benchmarks.md", markdown(found, self.ratios)),
-        ):
-            half = self.folder / f".{name}.part"
-            half.write_text(text, encoding="utf-8")
-            os.replace(half, self.folder / name)
-
-
-def measure(plan: Plan, names: Sequence[str], report: Report) -> None:
-    """Run the tasks of the parts named, as far as the budget goes; after each, the files hold all there is."""
+def tasks(names: Sequence[str], plan: Plan, folder: str = "") -> Iterator[Task]:
+    """The measurements of the parts named; `folder`, if given, holds the package to compare with."""
     for name in names:
-        for task in tasks(name, plan):
-            begin = time.perf_counter()
-            try:
-                found = report.budget.run(task)
-            except ImportError as error:  # a part that compares with something not installed
-                report.budget.left_out[task.name] = str(error)
-                found = None
-            except Exception as error:  # a table with a hole, named, is worth more than none
-                traceback.print_exc()
-                report.failed[task.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                found = None
-            if found is not None:
-                report.add(*found)
-                print(f"({task.name}: {time.perf_counter() - begin:.0f} s)", flush=True)
-            elif task.name in report.budget.left_out:
-                print(f"{task.name}: left out, {report.budget.left_out[task.name]}", flush=True)
-            report.write()
-            if plan.on_gpu:
-                from .gpu import tidy
+        if name in ONCE:
+            yield name, partial(ONCE[name], plan)
+            continue
+        for shape in plan.shapes:
+            if folder:
+                steps = 5 if plan.quick else 25
+                yield f"{name}, {shape.name}", partial(against.measure, name, shape, plan, folder, steps=steps)
+            else:
+                yield f"{name}, {shape.name}", partial(PER_SHAPE[name], shape, plan)
 
-                tidy()
+
+def run(todo: Iterator[Task], report: Report, budget: float = float("inf")) -> None:
+    """Make the measurements that begin within the budget; after each, the files hold all there is."""
+    begin = time.monotonic()
+    for name, measure in todo:
+        since = time.monotonic()
+        try:
+            if since - begin > budget:
+                report.left_out[name] = f"{since - begin:.0f} of {budget:g} s were over"
+            else:
+                report.add(measure())
+                print(f"({name}: {time.monotonic() - since:.0f} s)", flush=True)
+        except ImportError as error:  # something to compare with is not installed
+            report.left_out[name] = str(error)
+        except Exception as error:  # a table with a hole, named, is worth more than none
+            traceback.print_exc()
+            report.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if name in report.left_out:
+            print(f"{name}: left out, {report.left_out[name]}", flush=True)
+        report.write()
+        networks.tidy()
 
 
 def _command(args: argparse.Namespace) -> str:
-    words = [*(["--quick"] if args.quick else []), *(["--device", args.device] if args.device != "cpu" else [])]
-    for name in args.only or []:
-        words += ["--only", name]
+    words = ["python -m benchmarks", *(["--quick"] if args.quick else [])]
+    words += [f"--device {args.device}"] if args.device != "cpu" else []
+    words += [f"--against {args.against}"] if args.against else []
+    words += [f"--only {name}" for name in args.only or []]
     words += [f"--rounds {args.rounds}"] if args.rounds else []
     words += [f"--budget {args.budget:g}"] if args.budget is not None else []
-    return " ".join(["python -m benchmarks", *words])
-
-
-def markdown(report: dict[str, Any], ratios: Sequence[Ratio]) -> str:
-    """The report as tables."""
-    lines = ["# Measured", "", f"`{report['command']}`", ""]
-    lines += [f"* {name}: {value}" for name, value in report["machine"].items()]
-    lines += [f"* {name}: {value:.1f}" for name, value in report["rates"].items()]
-    lines += [f"* left out: {name} ({why})" for name, why in report["left_out"].items()]
-    lines += [f"* FAILED: {name} ({why})" for name, why in report["failed"].items()]
-    if ratios:
-        lines += ["", TABLE_HEAD, *(ratio.row() for ratio in ratios)]
-    if report["figures"]:
-        lines += ["", "| figure | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in report["figures"].items()]
-    return "\n".join(lines) + "\n"
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -1,295 +1,282 @@
-"""Networks, the training step and guided sampling against their plain variants, and where installed against diffusers."""
+"""This package's networks on the machine at hand, and what its choices (number format, recomputation, compiling) bring there.
+
+Weights are random. On a GPU sampling and training compute in bfloat16; on a CPU in float32, and in bfloat16 as well where
+the processor has instructions for it. Everything runs on both.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache, partial
-from typing import Any, NamedTuple
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from guided_diffusion import build
-from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.denoiser import make_denoiser
-from guided_diffusion.diffusion.process import Process, respace, space_timesteps
-from guided_diffusion.runtime.world import World
-from guided_diffusion.sampling.pipeline import make_ready
-from guided_diffusion.training.losses import diffusion_loss
-from guided_diffusion.training.measuring import recompute
-from guided_diffusion.training.trainer import Trainer
-
-from . import floor, shapes
-from .plain import Plain
-from .plain_loops import PlainLoops, PlainTrainer, plain_batch, plain_cond_fn
 from .shapes import Shape
-from .timing import Ratio, compare
+from .timing import Plan, Row, compare
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
+    from guided_diffusion import Loaded
 
-class Rates(NamedTuple):
-    """What the machine can do at best in one number format: FLOP/s and bytes/s."""
-
-    flops: float
-    bytes: float
-
-    def note(self, work: floor.Work, seconds: float) -> str:
-        """How much of it a call made use of."""
-        return work.used(seconds, *self)
+FEW = 4
+"""Images of a small request, as the README of 2021 sampled them."""
+STEPS = 25
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference, relative to the largest value of b."""
-    return float((a - b).abs().max() / b.abs().max())
+class Batch(NamedTuple):
+    """A training batch as the loader gives it."""
+
+    images: Tensor  # uint8 [B, H, W, C]
+    labels: Tensor
+    positions: Tensor
 
 
-def ready(net: Any, dtype: str = "float32") -> Any:
-    """A network as sampling has it: frozen, weights in the layout and format they are used in."""
-    net = net.eval().requires_grad_(False)
-    net.set_compute_dtype(DTYPES[dtype], store=True)
-    make_ready(net)
-    return net
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
 
 
-@cache
+def forward(shape: Shape, plan: Plan) -> list[Row]:
+    """One forward pass of the frozen network in float32 and in bfloat16."""
+    import torch
+
+    x, t, y = inputs(shape, shape.batch, plan.device)
+    flops, _ = operations(shape)
+    ways: dict[str, Callable[[], Tensor]] = {}
+    for dtype in PRECISIONS:
+        net = ready(shape, "diffusion", plan.device, dtype).net
+        ways[dtype] = partial(_inferred, net, x, t, y)
+    with torch.inference_mode():
+        floor = {dtype: shape.batch * flops / plan.best_rate(dtype) for dtype in ways}
+        return compare(f"forward, {shape.name}, batch {shape.batch}", ways, plan, floor=floor)
+
+
+def sampling(shape: Shape, plan: Plan) -> list[Row]:
+    """Deterministic DDIM guided by the classifier, at the shape's batch and for a few images; on a GPU as CUDA graphs too."""
+    if not plan.on_gpu:
+        ways = {dtype: sampler(shape, plan.device, shape.batch, STEPS, dtype) for dtype in formats(plan)}
+        return compare(f"guided DDIM-{STEPS}, {shape.name}, batch {shape.batch}", ways, plan)
+    rows = []
+    for batch, steps in ((shape.batch, 4), (FEW, STEPS)):
+        make = partial(sampler, shape, plan.device, batch, steps)
+        ways = {"as it comes": make(), "CUDA graph": make(graphs=True)}
+        rows += compare(f"guided DDIM, {steps} steps, {shape.name}, bfloat16, batch {batch}", ways, plan)
+    return rows
+
+
+def training(shape: Shape, plan: Plan) -> list[Row]:
+    """A whole update, and what it costs to keep less in memory: activations recomputed, the batch in parts."""
+    rows = []
+    for dtype in formats(plan):
+        trainer, batch = updates(shape, plan.device, dtype)
+
+        def step(recomputed: str, microbatch: int, trainer: Any = trainer, batch: Batch = batch) -> None:
+            set_recompute(trainer.net, recomputed)
+            trainer.microbatch = microbatch
+            trainer.step(batch)
+
+        ways = {"all kept": partial(step, "none", 0)}
+        ways |= {f"--recompute {name}": partial(step, name, 0) for name in ("norms", "all")}
+        parts = {shape.train_batch // count for count in (2, 4)} - {0}
+        ways |= {f"--microbatch {size}": partial(step, "none", size) for size in sorted(parts, reverse=True)}
+        floor = dict.fromkeys(ways, 3 * shape.train_batch * operations(shape)[0] / plan.best_rate(dtype))
+        rows += compare(f"training step, {shape.name}, {dtype}, batch {shape.train_batch}", ways, plan, floor=floor)
+    return rows
+
+
+def compiled(shape: Shape, plan: Plan) -> list[Row]:
+    """What torch.compile adds to guided sampling, on a GPU with and without CUDA graphs, and to a training step."""
+    rows = []
+    for batch, steps in ((shape.batch, 4), (FEW, STEPS)) if plan.on_gpu else ((shape.batch, 2),):
+        for dtype in formats(plan):
+            make = partial(sampler, shape, plan.device, batch, steps, dtype)
+            ways = {"eager": make(), "compiled": make(compile=True)}
+            if plan.on_gpu:
+                ways["compiled, CUDA graph"] = make(compile=True, graphs=True)
+            rows += compare(f"guided DDIM, {steps} steps, {shape.name}, {dtype}, batch {batch}", ways, plan)
+    for dtype in formats(plan):
+        sides = {name: updates(shape, plan.device, dtype, compile=name == "compiled") for name in ("eager", "compiled")}
+        steps_of = {name: partial(trainer.step, batch) for name, (trainer, batch) in sides.items()}
+        rows += compare(f"training step, {shape.name}, {dtype}, batch {shape.train_batch}", steps_of, plan)
+    return rows
+
+
+def diffusers(shape: Shape, plan: Plan) -> list[Row]:
+    """One forward pass against the UNet2DModel of diffusers with the same weights, converted by `guided-diffusion convert`."""
+    import tempfile
+
+    import torch
+    from diffusers import UNet2DModel
+
+    import guided_diffusion as gd
+    from guided_diffusion.cli.main import main
+
+    dtype = "bfloat16" if plan.on_gpu else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        gd.save(ready(shape, "diffusion", "cpu"), f"{folder}/ours")
+        if main(["convert", f"{folder}/ours", f"{folder}/theirs", "--to", "diffusers"]):
+            raise RuntimeError("`guided-diffusion convert --to diffusers` failed; what it said is above")
+        options: Any = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
+        theirs: Any = UNet2DModel.from_pretrained(f"{folder}/theirs", **options)
+    theirs = theirs.to(plan.device).eval().requires_grad_(False)
+    ours = ready(shape, "diffusion", plan.device, dtype).net
+    x, t, y = inputs(shape, shape.batch, plan.device)
+
+    def their_forward() -> Tensor:
+        with torch.inference_mode():
+            return theirs(x.to(theirs.dtype), t, class_labels=y).sample
+
+    ways = {"diffusers UNet2DModel": their_forward, "this package": partial(_inferred, ours, x, t, y)}
+    return compare(f"forward, {shape.name}, {dtype}, batch {shape.batch}", ways, plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is made
+
+
+def formats(plan: Plan) -> tuple[str, ...]:
+    """Number formats worth measuring: bfloat16 alone on a GPU, and on a CPU only where it is faster there."""
+    if plan.on_gpu:
+        return ("bfloat16",)
+    return tuple(PRECISIONS) if plan.best_rate("bfloat16") > plan.best_rate("float32") else ("float32",)
+
+
+def stir(net: nn.Module, seed: int = 0) -> None:
+    """Random weights of usual size everywhere; a fresh network ends in zeros, which would make half of it trivial."""
+    import torch
+
+    device = next(net.parameters()).device
+    source = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            noise = torch.randn(parameter.shape, generator=source, device=device)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))
+
+
+def made(shape: Shape, kind: str, device: str) -> Loaded:
+    """The shape's generator ("diffusion") or its "classifier", with random weights that ask for gradients."""
+    import torch
+
+    import guided_diffusion as gd
+
+    config: Any = gd.RunConfig.from_flags(kind, shape.model if kind == "diffusion" else shape.classifier)
+    with torch.device(device):  # hundreds of millions of numbers are drawn faster where they are needed
+        net: Any = (
+            gd.build_model(config.model, config.diffusion) if kind == "diffusion" else gd.build_classifier(config.model)
+        )
+    if device != "meta":
+        stir(net)
+    return gd.Loaded(net, gd.build_process(config.diffusion, respacing="").to(device), config, "")
+
+
+def ready(shape: Shape, kind: str, device: str, dtype: str = "float32") -> Loaded:
+    """The same as sampling has it: frozen, computing in `dtype`, weights laid out as convolutions read them."""
+    import torch
+
+    from guided_diffusion.sampling.pipeline import make_ready
+
+    found: Any = made(shape, kind, device)
+    found.net.eval().requires_grad_(False).set_compute_dtype(getattr(torch, dtype), store=dtype != "float32")
+    make_ready(found.net)
+    return found
+
+
 def operations(shape: Shape) -> tuple[float, float]:
     """FLOPs of one image through the generator and through its classifier, counted on the meta device: nothing is computed."""
-    size, channels = shape.model.image_size, shape.model.image_channels
-    with torch.device("meta"), torch.no_grad():
-        x, t, y = torch.empty(1, channels, size, size), torch.empty(1), torch.empty(1, dtype=torch.int64)
-        empty: Any = build.build_empty(shape.model, shape.diffusion), build.build_empty(shape.classifier)
-        net, critic = map(Plain, empty)
-        return floor.flops(lambda: net(x, t, y)), floor.flops(lambda: critic(x, t))
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for kind in ("diffusion", "classifier"):
+        net = made(shape, kind, "meta").net
+        x, t, y = (part.to("meta") for part in inputs(shape, 1, "cpu"))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, t, y) if kind == "diffusion" else net(x, t)
+        counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
 
 
-def forward(shape: Shape, *, device: str, rounds: int, dtype: str, rates: Rates) -> list[Ratio]:
-    """One forward pass without gradients, against the plain float32 variant and the floor."""
-    x, t, y = shapes.inputs(shape, shape.batch, device)
+def inputs(shape: Shape, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise [B, 3, H, W], times and labels."""
+    import torch
+
+    size = shape.model["image_size"]
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
+    return x.to(device), torch.linspace(3, 900, batch, device=device), torch.arange(batch, device=device)
+
+
+def _inferred(net: Any, *args: Tensor) -> Tensor:
+    import torch
+
     with torch.inference_mode():
-        net = shapes.generator(shape, device)
-        plain = shapes.plainly(net)
-        net = ready(net, dtype)
-        apart = difference(net(x, t, y), plain(x, t, y))
-        work = floor.Work(floor.flops(lambda: plain(x, t, y)), floor.traffic(lambda: net(x, t, y)))
-        name = f"forward, {shape.name}, {dtype}, batch {shape.batch}"
-        found = compare(
-            name, lambda: net(x, t, y), lambda: plain(x, t, y), against="plain float32", rounds=rounds, device=device
-        )
-    return [noted(found, f"differs {apart:.1e}; {rates.note(work, found.ours_seconds)}")]
+        return net(*args)
 
 
-def noted(ratio: Ratio, note: str) -> Ratio:
-    """The ratio with something said about it."""
-    return replace(ratio, note=note)
+def sampler(
+    shape: Shape,
+    device: str,
+    batch: int,
+    steps: int,
+    dtype: str = "bfloat16",
+    *,
+    compile: bool = False,
+    graphs: bool = False,
+) -> Callable[[], Tensor]:
+    """A call that samples `batch` images with `steps` steps of guided DDIM, the way `sample` does."""
+    import torch
+
+    import guided_diffusion as gd
+    from guided_diffusion.sampling.pipeline import build_sample
+
+    model, critic = (ready(shape, kind, device, dtype) for kind in ("diffusion", "classifier"))
+    process = gd.build_process(model.config.diffusion, respacing=f"ddim{steps}").to(device)
+    options: Any = {"critic": critic, "scale": 1.0, "method": "ddim", "compile": compile, "graphs": graphs}
+    sample = build_sample(model, process, **options)
+    x, _, y = inputs(shape, batch, device)
+    return lambda: sample(x, torch.randn_like, {"y": y})
 
 
-def against_diffusers(shape: Shape, *, device: str, rounds: int) -> list[Ratio]:
-    """One forward pass against diffusers' UNet2DModel with the same weights; nothing where it is not installed."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        return []
-    from guided_diffusion.weights.diffusers import arguments_for_unet2d, to_diffusers
+def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> tuple[Any, Batch]:
+    """A trainer and the batch to train on, which lies in main memory as the loader has it (pinned beside a GPU)."""
+    import torch
 
-    model, net = shape.model, shapes.generator(shape, device)
-    common: dict[str, Any] = {
-        "depth": model.num_res_blocks,
-        "attention_ds": model.attention_downsamplings,
-        "resblock_updown": model.resblock_updown,
-    }
-    state = to_diffusers(
-        net.state_dict(),
-        levels=len(model.multipliers),
-        head_channels=model.num_head_channels,
-        new_order=model.use_new_attention_order,
-        **common,
-    )
-    arguments: dict[str, Any] = arguments_for_unet2d(
-        image_size=model.image_size,
-        in_channels=model.image_channels,
-        out_channels=net.out_channels,
-        model_channels=model.num_channels,
-        multipliers=model.multipliers,
-        attention_head_channels=model.num_head_channels,
-        scale_shift=model.use_scale_shift_norm,
-        num_classes=model.num_classes,
-        **common,
-    )
-    other: Any = UNet2DModel(**arguments)
-    other.load_state_dict(state)
-    other = other.to(device).eval().requires_grad_(False)
-    net = ready(net)
-    x, t, y = shapes.inputs(shape, shape.batch, device)
-    with torch.inference_mode():
-        apart = difference(net(x, t, y), other(x, t, class_labels=y).sample)
-        name = f"forward, {shape.name}, float32, batch {shape.batch}"
-        found = compare(
-            name,
-            lambda: net(x, t, y),
-            lambda: other(x, t, class_labels=y).sample,
-            against="diffusers UNet2DModel",
-            rounds=rounds,
-            device=device,
-        )
-    return [noted(found, f"differs {apart:.1e}")]
+    import guided_diffusion as gd
+    from guided_diffusion import build
+    from guided_diffusion.runtime.world import World
+    from guided_diffusion.sampling.pipeline import compile_network
+    from guided_diffusion.training.losses import diffusion_loss
 
-
-def classifier_gradient(shape: Shape, *, device: str, rounds: int, dtype: str) -> list[Ratio]:
-    """The gradient of log p(label | x) at the input: frozen weights and kept activations against neither."""
-    net = shapes.critic(shape, device)
-    plain = shapes.plainly(net)
-    net = ready(net, dtype)
-    x, t, y = shapes.inputs(shape, shape.batch, device)
-    ours, theirs = guidance.log_prob_gradient(net, y), plain_cond_fn(plain, y, 1.0)
-    apart = difference(ours(x, t), theirs(x, t))
-    name = f"classifier gradient, {shape.name}, {dtype}, batch {shape.batch}"
-    found = compare(
-        name, lambda: ours(x, t), lambda: theirs(x, t), against="plain float32", rounds=rounds, device=device
-    )
-    return [noted(found, f"differs {apart:.1e}")]
-
-
-def short_process(shape: Shape, steps: int, device: str) -> Process:
-    """`steps` evenly spaced steps of the shape's process."""
-    process = build.build_process(shape.diffusion, respacing="")
-    return respace(process, space_timesteps(len(process), f"ddim{steps}")).to(device)
-
-
-def sampling(shape: Shape, *, device: str, rounds: int, dtype: str, steps: int = 25) -> list[Ratio]:
-    """Deterministic DDIM with classifier guidance: network, classifier gradient and the arithmetic between them."""
-    net, critic = shapes.generator(shape, device), shapes.critic(shape, device)
-    plain, plain_critic = shapes.plainly(net), shapes.plainly(critic)
-    net, critic = ready(net, dtype), ready(critic, dtype)
-    process = short_process(shape, steps, device)
-    x, _, y = shapes.inputs(shape, shape.batch, device)
-    loops = PlainLoops(process)
-
-    def ours(k: int = steps) -> Tensor:
-        denoise = make_denoiser(net, process, {"y": y})
-        denoise = guidance.classifier(denoise, process, guidance.log_prob_gradient(critic, y), 1.0)
-        taken = None
-        with torch.inference_mode():
-            for _, step in zip(range(k), samplers.ddim(denoise, x, process)):
-                taken = step.x
-        assert taken is not None
-        return taken
-
-    def theirs() -> Tensor:
-        return loops.ddim(plain, x, {"y": y}, plain_cond_fn(plain_critic, y, 1.0))
-
-    apart = float((ours() - theirs()).abs().max())
-    name = f"guided DDIM-{steps}, {shape.name}, {dtype}, batch {shape.batch}"
-    found = compare(name, ours, theirs, against="plain float32", rounds=rounds, device=device, warmup=0)
-    return [noted(found, f"images differ by {apart:.1e} at most")]
-
-
-def arithmetic(shape: Shape, *, device: str, rounds: int, guided: bool, steps: int = 25) -> list[Ratio]:
-    """What a sampler does between network calls: the network is a constant."""
-    process = short_process(shape, steps, device)
-    x, _, y = shapes.inputs(shape, shape.batch, device)
-    constant, gradient = torch.cat([0.1 * x, 0.1 * x], dim=1), 0.01 * x
-    loops = PlainLoops(process)
-
-    def net(*_: Any, **__: Any) -> Tensor:
-        return constant
-
-    def pull(*_: Any) -> Tensor:
-        return gradient
-
-    def ours() -> Tensor:
-        denoise = make_denoiser(net, process, {"y": y})
-        if guided:
-            denoise = guidance.classifier(denoise, process, pull, 1.0)
-        with torch.inference_mode():
-            return samplers.last(samplers.ddim(denoise, x, process))
-
-    def theirs() -> Tensor:
-        return loops.ddim(net, x, {"y": y}, pull if guided else None)
-
-    apart = float((ours() - theirs()).abs().max())
-    name = f"DDIM-{steps} with a constant network{', guided' if guided else ''}, batch {shape.batch}"
-    found = compare(name, ours, theirs, against="plain", rounds=max(rounds, 9), device=device, inner=5)
-    return [noted(found, f"images differ by {apart:.1e} at most")]
-
-
-def training(shape: Shape, *, device: str, rounds: int, precision: str, rates: Rates) -> list[Ratio]:
-    """A whole update: loss, backward, AdamW, averaged weights, what is logged."""
-    net = shapes.generator(shape, device)
-    plain = shapes.plainly(net)
-    process = build.build_process(shape.diffusion, respacing="").to(device)
-    loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config))
+    model = made(shape, "diffusion", device)
+    if compile:
+        compile_network(model.net)
+    timesteps = build.build_timesteps("uniform", len(model.process))
+    loss = diffusion_loss(model.process, timesteps, **build.loss_options(model.config))
     world = World(device=torch.device(device))
-    trainer = Trainer(net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), precision=precision, world=world)
-    batch = shapes.training_batch(shape, device)
-    other = PlainTrainer(plain.net, plain, process, lr=1e-4, ema_rates=(0.9999,))
-
-    def theirs() -> None:
-        x0, t = plain_batch(batch.images.cpu(), len(process))
-        x0, t = x0.to(device), t.to(device)
-        other.step(x0, t, torch.randn_like(x0), {"y": batch.labels})
-
-    x, t, y = shapes.inputs(shape, shape.train_batch, device)
-    flops = 3 * floor.flops(lambda: _quietly(plain, x, t, y))
-    trainer.step(batch)  # the first one makes the optimizer's moments
-    work = floor.Work(flops, floor.traffic(lambda: trainer.step(batch)))
-    name = f"training step, {shape.name}, {precision}, batch {shape.train_batch}"
-    found = compare(name, lambda: trainer.step(batch), theirs, against="plain float32", rounds=rounds, device=device)
-    return [noted(found, rates.note(work, found.ours_seconds))]
+    trainer = gd.Trainer(model.net, loss, iter([]), ema_rates=(0.9999,), precision=PRECISIONS[dtype], world=world)
+    size, count = shape.model["image_size"], shape.train_batch
+    images, labels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8), torch.arange(count)
+    if device.startswith("cuda"):
+        images, labels = images.pin_memory(), labels.pin_memory()
+    return trainer, Batch(images, labels, torch.arange(count))
 
 
-def less_memory(shape: Shape, *, device: str, rounds: int, precision: str) -> list[Ratio]:
-    """What the ways to train with less memory cost: recomputing norms, recomputing all, a batch in parts."""
-    net = shapes.generator(shape, device)
-    process = build.build_process(shape.diffusion, respacing="").to(device)
-    loss = diffusion_loss(process, build.build_timesteps("uniform", len(process)), **build.loss_options(shape.config))
-    world = World(device=torch.device(device))
-    trainer = Trainer(net, loss, iter([]), lr=1e-4, ema_rates=(0.9999,), precision=precision, world=world)
-    batch = shapes.training_batch(shape, device)
-
-    def step(what: str, parts: int) -> None:
-        recompute(net, what)
-        trainer.microbatch = -(-shape.train_batch // parts)
-        trainer.step(batch)
-
-    ways = {"--checkpoint norms": ("norms", 1), "--checkpoint all": ("all", 1)}
-    parts = [count for count in (2, 4, 8) if count <= shape.train_batch]
-    ways |= {f"--microbatch {-(-shape.train_batch // count)}": ("none", count) for count in parts}
-    name = f"training step, {shape.name}, {precision}, batch {shape.train_batch}"
-    return [
-        compare(
-            f"{name}, {flag}",
-            partial(step, *way),
-            partial(step, "none", 1),
-            against="everything kept",
-            rounds=rounds,
-            device=device,
-        )
-        for flag, way in ways.items()
-    ]
+def set_recompute(net: Any, what: str) -> None:
+    """Recompute nothing ("none"), the "norms" or "all" of each block in the backward pass."""
+    net.set_recompute_norms(what == "norms")
+    for module in net.modules():
+        if hasattr(module, "use_checkpoint"):
+            module.use_checkpoint = what == "all"
 
 
-def recomputing(name: str, net: Any, step: Any, *, rounds: int, device: str, limit: float = float("inf")) -> Ratio:
-    """What `--checkpoint norms` costs: a step with norms recomputed, against one that keeps everything."""
+def tidy() -> None:
+    """Give back what a measurement left in memory."""
+    import torch
 
-    def with_norms(recomputed: bool) -> None:
-        net.set_recompute_norms(recomputed)
-        step()
-
-    try:
-        return compare(
-            f"{name}, norms recomputed",
-            lambda: with_norms(True),
-            lambda: with_norms(False),
-            against="everything kept",
-            rounds=rounds,
-            device=device,
-            limit=limit,
-        )
-    finally:
-        net.set_recompute_norms(False)
-
-
-@torch.inference_mode()
-def _quietly(net: Any, *args: Any) -> None:
-    net(*args)
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from guided_pair import generator, small, training_batch
 from small_networks import classifier, images, times, unet
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks.shapes import generator, small, training_batch
 from guided_diffusion import build
 from guided_diffusion.runtime.world import World
 from guided_diffusion.sampling.pipeline import compile_network

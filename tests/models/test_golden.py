@@ -9,12 +9,11 @@ import pytest
 import torch
 from network_recipe import build, figures, fill, normal
 
-from benchmarks.plain import Plain
 from guided_diffusion.models.layers import timestep_embedding
 
 META, ARRAYS = figures()
 TOLERANCE = 2e-5  # of each array's largest value: float32 sums taken in another order
-WAYS = ["default", "checkpointed", "plain"]
+WAYS = ["default", "checkpointed"]
 
 
 def assert_close(found: Any, expected: Any) -> None:
@@ -24,8 +23,7 @@ def assert_close(found: Any, expected: Any) -> None:
 
 
 def make(kind: str, flags: dict[str, Any], way: str) -> torch.nn.Module:
-    net = fill(build(kind, flags, use_checkpoint=way == "checkpointed"))
-    return Plain(net) if way == "plain" else net
+    return fill(build(kind, flags, use_checkpoint=way == "checkpointed"))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from chains import chain
+from guided_pair import critic, generator, small
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.shapes import critic, generator, small
 from guided_diffusion import build
 from guided_diffusion.config import RunConfig
 from guided_diffusion.diffusion.process import respace, space_timesteps
