@@ -149,12 +149,12 @@ def memory(plan: Plan) -> list[Row]:
     """Peak memory of `sample` for few and for many images: what is kept of them should not grow with their number."""
     import guided_diffusion as gd
 
-    counts = (50, 100) if plan.quick else (1000, 4000)
+    counts = (20, 60) if plan.quick else (500, 2000)
     flags = {
         "image_size": 64,
         "num_channels": 32,
         "num_res_blocks": 1,
-        "channel_mult": "1",
+        "channel_mult": "1,1,1",
         "attention_resolutions": "",
     }
     rows = []
@@ -163,7 +163,7 @@ def memory(plan: Plan) -> list[Row]:
         net = gd.build_model(config.model, config.diffusion)  # type: ignore[arg-type]
         gd.save(gd.Loaded(net, gd.build_process(config.diffusion), config, ""), f"{folder}/model")
         for count in counts:
-            words = f"sample --model_path {folder}/model --out {folder}/{count} --num_samples {count} --batch_size 50"
+            words = f"sample --model_path {folder}/model --out {folder}/{count} --num_samples {count} --batch_size 10"
             words += " --timestep_respacing 2 --use_ddim True --grid 0 --device cpu"
             peak = run_isolated(_SAMPLE, *words.split())["peak"]
             rows.append(Row(f"peak memory of sampling {count} images of 64 px", peak, "MiB"))

@@ -148,7 +148,9 @@ def main() -> None:
     sys.path[0] = order["folder"]  # in the place of this file's own folder
     import guided_diffusion
 
-    assert os.path.realpath(guided_diffusion.__path__[0]).startswith(os.path.realpath(order["folder"]) + os.sep)
+    found = os.path.realpath(guided_diffusion.__path__[0])
+    if not found.startswith(os.path.realpath(order["folder"]) + os.sep):
+        raise ImportError(f"guided_diffusion was found in {found}, not in {order['folder']}")
     side = Side(order)
     run = {"forward": forward, "sampling": sampling, "training": training}[order["work"]](side)
     memory = Memory(side.torch, side.cuda)
