@@ -67,7 +67,7 @@ class Side:
         """Noise, times and labels, the same on each side."""
         torch, size = self.torch, self.order["model"]["image_size"]
         x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
-        return tuple(part.to(self.device) for part in (x, torch.arange(batch) * 100 % 1000, torch.arange(batch)))  # type: ignore[return-value]
+        return tuple(part.to(self.device) for part in (x, torch.arange(batch) * 100 % 1000, torch.arange(batch)))
 
 
 def forward(side: Side) -> Callable[[], Any]:
