@@ -22,17 +22,17 @@ _SHOWN = 5
 _TABLE = "dataset.json"
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "name")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "y", "target")
-# A label beyond is a date or an identifier, and a name for each number up to it would fill the memory.
-_MOST_CLASSES = 1_000_000
-# EDM and StyleGAN write 00000/img00000000.png and give the classes in dataset.json: their folders are no classes.
-_EDM_FILE = re.compile(r"(?:.*/)?\d{5}/img\d{8}\.\w+")
-# Other chunks of numbered files: 001000/001234.png of EDM's generate.py, 01000/01234.png of FFHQ.
+# EDM writes 00000/img00000000.png and 001000/001234.png, FFHQ comes as 01000/01234.png: such folders are no classes.
 _NUMBERED_FILE = re.compile(r"(?:.*/)?(\d{5,})/(?:img)?(\d{5,})\.\w+")
 _LIKE_A_NUMBER = re.compile(r"[+\-\u2212]?\.?\d[\d.,' \xa0]*(?:e[+-]?\d+)?", re.IGNORECASE)
-_WHOLE_NUMBER = re.compile(r"\+?\d{1,18}(?:\.0*)?")
+# A larger number is a date or an identifier, and a name for each class up to it would fill the memory.
+_CLASS_NUMBER = re.compile(r"\+?0*(\d{1,6})(?:\.0*)?")
 _MISSING = ("", *"nan <na> none null n/a #n/a".split())  # how pandas and spreadsheets write that there is no label
 
 Label = int | str
+Entry = tuple[
+    str, str, Any
+]  # a line of a table: where it stands, for errors; the image; anything that should be its label
 
 
 class Labels(NamedTuple):
@@ -44,14 +44,6 @@ class Labels(NamedTuple):
 
 
 NONE = Labels(None, (), "none")
-
-
-class Entry(NamedTuple):
-    """One line of a table as it stands there: where, for error messages; the picture; anything that should be a label."""
-
-    where: str
-    name: str
-    label: Any
 
 
 def tidy(name: str) -> str:
@@ -100,8 +92,6 @@ def detect(names: Sequence[str]) -> Labels:
 
 def _are_chunks(names: Sequence[str]) -> bool:
     """Whether the folders only cut a long row of numbered files into chunks: each is named as the numbers in it begin."""
-    if all(_EDM_FILE.fullmatch(name) for name in names):
-        return True
     found = [_NUMBERED_FILE.fullmatch(name) for name in names]
     return all(match is not None and match[2].startswith(match[1].rstrip("0")) for match in found)
 
@@ -149,39 +139,32 @@ def from_members(
             f"{root}/{found[0]} is {fault}{first(found)}; put one {_TABLE} above all images, or say where labels come "
             "from: --labels TABLE, folders, prefix or none"
         )
-    held: dict[tuple[str, str], list[str]] = {}
+    beside: dict[str, list[str]] = {}
     for member in members:
-        held.setdefault((_key(member), posixpath.splitext(member)[1]), []).append(member)
-    entries = []
+        beside.setdefault(_key(member) + posixpath.splitext(member)[1], []).append(member)
+    entries: list[Entry] = []
     for name in names:
         for ending in (".cls", ".json"):
-            file = _label_file(name, ending, held.get((_key(name), ending), []), root)
-            label = None if file is None else _label(read(members[file]), f"{root}: {file}", ending)
+            own = posixpath.splitext(name)[0] + ending
+            files = [own] if own in members else beside.get(_key(name) + ending, [])
+            if len(files) > 1:
+                raise ValueError(
+                    f"{root}: {name!r} may belong to several files{first(files)}; give it one of its own name"
+                )
+            label = _label(read(members[files[0]]), f"{root}: {files[0]}") if files else None
             if label is not None:
-                entries.append(Entry(f"{file}", name, label))
+                entries.append((files[0], name, label))
                 break
     source = f"{root} (.cls/.json members)"
     return _match(_parse(entries, source), names, source) if entries else None
 
 
-def _label_file(name: str, ending: str, files: Sequence[str], root: str) -> str | None:
-    """The file with the class of an image: that of its own name, else the only one that shares its key."""
-    own = posixpath.splitext(name)[0] + ending
-    if own in files or not files:
-        return own if files else None
-    if len(files) > 1:
-        raise ValueError(f"{root}: {name!r} may belong to {first(files).strip(' ()')}; give it one of its own name")
-    return files[0]
-
-
-def _label(content: bytes, source: str, ending: str) -> Any:
+def _label(content: bytes, source: str) -> Any:
+    """The label in a file beside an image; None if there is none."""
     text = _decode(content, source)
-    if ending == ".cls":
+    if not source.endswith(".json"):
         return text
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON: {error}") from None
+    data = _json(text, source)
     if isinstance(data, dict):
         return next((data[key] for key in ("label", "cls", "class") if key in data), None)
     return None if isinstance(data, str) else data  # a lone text is a caption
@@ -198,13 +181,8 @@ def _key(name: str) -> str:
 
 def _decode(data: bytes, source: str) -> str:
     """The text of a table: UTF-8, or what its byte order mark says. ValueError gives the row that is neither."""
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     data = data.removeprefix(codecs.BOM_UTF8)
-    # UTF-32 first: its mark begins like that of UTF-16.
-    marks = {
-        "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-        "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-    }
-    encoding = next((name for name, begin in marks.items() if data.startswith(begin)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -215,73 +193,51 @@ def _decode(data: bytes, source: str) -> str:
     return text
 
 
-def _parse(entries: Iterable[Entry], source: str) -> dict[str, Label]:
-    """Lines of a table -> {name: label}: all labels whole numbers, or all names. ValueError names the line that is neither.
+def _parse(entries: Sequence[Entry], source: str) -> dict[str, Label]:
+    """Lines of a table -> {name: label}: all labels whole numbers, or all names. ValueError gives the line that is neither.
 
     A number may be written `3`, `"3"` or `3.0`. One bad line never turns numbers into names, which would be numbered anew.
     """
-    entries = list(entries)
-    numeric = any(_is_numeric(entry.label) for entry in entries)
+    numeric = any(_LIKE_A_NUMBER.fullmatch(_text(label)) for _, _, label in entries)
+    kind = "whole number from 0 to 999999, as the others are" if numeric else "class number or name"
     table: dict[str, Label] = {}
     for where, name, found in entries:
-        label = _number(found) if numeric else _name(found)
-        if label is None:
-            allowed = (
-                f"whole number from 0 to {_MOST_CLASSES - 1}, as the others are" if numeric else "class number or name"
-            )
-            several = " (an image has one class, not several)" if _is_several(found) else ""
-            raise ValueError(f"{source}, {where}: the label of {name!r} is {found!r}; it must be a {allowed}{several}")
-        key = tidy(name)
-        if table.setdefault(key, label) != label:
-            raise ValueError(f"{source}, {where}: {key!r} has two labels, {table[key]!r} and {label!r}")
+        text, number = _text(found), _CLASS_NUMBER.fullmatch(_text(found))
+        several = isinstance(found, (list, dict)) or text[:1] + text[-1:] in ("[]", "{}")
+        if (numeric and not number) or several or text.lower() in _MISSING:
+            more = " (an image has one class, not several)" if several else ""
+            raise ValueError(f"{source}, {where}: the label of {name!r} is {found!r}; it must be a {kind}{more}")
+        label = int(number[1]) if number else text
+        if table.setdefault(tidy(name), label) != label:
+            raise ValueError(f"{source}, {where}: {name!r} has two labels, {table[tidy(name)]!r} and {label!r}")
     return table
 
 
-def _is_numeric(label: Any) -> bool:
-    if isinstance(label, str):
-        return _LIKE_A_NUMBER.fullmatch(label.strip()) is not None
-    return isinstance(label, (int, float)) and not isinstance(label, bool)
+def _text(label: Any) -> str:
+    return str(label).strip() if isinstance(label, (str, int, float)) and not isinstance(label, bool) else ""
 
 
-def _number(label: Any) -> int | None:
-    if isinstance(label, str):
-        text = label.strip()
-        value: Any = int(text.split(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None
-    else:
-        value = label if _is_numeric(label) and label == label // 1 else None  # nan and infinity are not
-    return int(value) if value is not None and 0 <= value < _MOST_CLASSES else None
-
-
-def _name(label: Any) -> str | None:
-    text = label.strip() if isinstance(label, str) else ""
-    return None if text.lower() in _MISSING or _is_several(text) else text
-
-
-def _is_several(label: Any) -> bool:
-    return isinstance(label, (list, dict)) or (isinstance(label, str) and label[:1] + label[-1:] in ("[]", "{}"))
+def _json(text: str, source: str, of_pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=of_pairs)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
 
 
 def _json_entries(text: str, source: str) -> list[Entry] | None:
-    # Pairs instead of dicts, which would drop all but the last of two labels of one picture.
-    try:
-        data = json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON: {error}") from None
-    if isinstance(data, _Pairs):
-        inner = next((value for key, value in data if key == "labels" and not isinstance(value, (str, int))), data)
-        if inner is None:
-            return None
-        data = inner
+    # Pairs instead of dicts, which would drop all but the last of two labels of one image.
+    data = _json(text, source, list)
+    for row in data if isinstance(data, list) else ():
+        if isinstance(row, tuple) and row[0] == "labels" and not isinstance(row[1], (str, int)):
+            data = row[1]
+    if data is None:
+        return None
     if not isinstance(data, list) or not all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data):
         raise ValueError(f'{source}: must be {{"labels": [[path, label], ...]}} or {{path: label, ...}}')
     for name, label in data:
         if not isinstance(name, str):
             raise ValueError(f"{source}: entry [{name!r}, {label!r}]: must be a path and a class number or name")
-    return [Entry(f"entry {k}", name, label) for k, (name, label) in enumerate(data, 1)]
-
-
-class _Pairs(list[Any]):
-    """The (key, value) pairs of a JSON object, in order."""
+    return [(f"entry {k}", name, label) for k, (name, label) in enumerate(data, 1)]
 
 
 def _csv_entries(text: str, source: str) -> list[Entry]:
@@ -294,8 +250,8 @@ def _csv_entries(text: str, source: str) -> list[Entry]:
         head = [cell.lower() for cell in rows.pop(0)[1]]
         path_at = next(k for k, cell in enumerate(head) if cell in _PATH_COLUMNS)
         label_at = head.index(next(name for name in _LABEL_COLUMNS if name in head))  # numbers before their names
-    elif any(any(row[2:]) for _, row in rows):
-        line, row = next(each for each in rows if any(each[1][2:]))
+    elif wide := [each for each in rows if any(each[1][2:])]:
+        line, row = wide[0]
         raise ValueError(
             f"{source}, row {line}: {','.join(row)!r} has {len(row)} columns, and no first line says which is which: begin the "
             f"table with their names, path,label and others (allowed: {', '.join(_PATH_COLUMNS)}; {', '.join(_LABEL_COLUMNS)})"
@@ -303,7 +259,7 @@ def _csv_entries(text: str, source: str) -> list[Entry]:
     for line, row in rows:
         if len(row) <= max(path_at, label_at):
             raise ValueError(f"{source}, row {line}: {','.join(row)!r} lacks a path or a label")
-    return [Entry(f"row {line}", row[path_at], row[label_at]) for line, row in rows]
+    return [(f"row {line}", row[path_at], row[label_at]) for line, row in rows]
 
 
 def _csv_rows(text: str) -> list[tuple[int, list[str]]]:
@@ -327,31 +283,22 @@ def _match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Lab
 
     Names in the table are relative to the root, or to a folder below it that leaves each picture its own name.
     """
-    keys: Sequence[str] | None = names
-    while keys is not None and not (len(keys) == len(table) and all(key in table for key in keys)):
-        keys = _without_first_folder(keys)
-    if keys is None:
-        known = set(names)
-        missing = [name for name in table if name not in known]
-        unlabeled = [name for name in names if name not in table]
-        problems = []
-        if missing:
-            problems.append(f"{len(missing)} of its {len(table)} entries name no image{first(missing)}")
-        if unlabeled:
-            problems.append(f"{len(unlabeled)} of {len(names)} images have no label{first(unlabeled)}")
-        raise ValueError(f"{source}: {'; '.join(problems)}; paths are relative to the data folder")
+    keys = list(names)
+    while not (len(keys) == len(table) and all(key in table for key in keys)):
+        keys = [key.partition("/")[2] for key in keys]
+        if not all(keys) or len(set(keys)) < len(keys):
+            known = set(names)
+            missing = [name for name in table if name not in known]
+            unlabeled = [name for name in names if name not in table]
+            problems = {f"{len(missing)} of its {len(table)} entries name no image": missing}
+            problems[f"{len(unlabeled)} of {len(names)} images have no label"] = unlabeled
+            shown = "; ".join(problem + first(which) for problem, which in problems.items() if which)
+            raise ValueError(f"{source}: {shown}; paths are relative to the data folder")
     values = [table[key] for key in keys]
     if all(isinstance(value, str) for value in values):
         return from_names([str(value) for value in values], source)
     numbers = np.array(values, dtype=np.int64)
     return Labels(numbers, tuple(str(k) for k in range(int(numbers.max()) + 1)), source)
-
-
-def _without_first_folder(names: Sequence[str]) -> list[str] | None:
-    if not all("/" in name for name in names):
-        return None
-    shorter = [name.split("/", 1)[1] for name in names]
-    return shorter if len(set(shorter)) == len(shorter) else None
 
 
 def first(items: Iterable[str]) -> str:

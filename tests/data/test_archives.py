@@ -65,7 +65,7 @@ def make_folder(path: Path, members: Sequence[Member]) -> Path:
 
 MAKERS: dict[str, Callable[..., Path]] = {"a.zip": make_zip, "a.tar": make_tar, "a": make_folder}
 CLASSES = [(f"{c}/{k}.png", picture(k)) for k, c in enumerate(("cat", "dog", "cat", "dog"))]
-EDM = [(f"0000{k // 2}/img{k:08d}.png", picture(k)) for k in range(4)]
+EDM = [(f"0000{k // 2}/img0000{k // 2}{k:03d}.png", picture(k)) for k in range(4)]
 TABLE = json.dumps({"labels": [[name, 3 * (k % 2)] for k, (name, _) in enumerate(EDM)]}).encode()
 
 
