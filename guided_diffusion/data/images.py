@@ -38,12 +38,10 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
 
     As in 2021, EXIF rotation is not applied and the first frame of an animation is taken. ValueError names a file that cannot be read.
     """
-    name = os.fspath(path)
     try:
-        data = storage.read_bytes(name)
+        return decode(storage.read_bytes(path), os.fspath(path), channels)
     except OSError as error:
-        raise unreadable(name, error) from error
-    return decode(data, name, channels)
+        raise unreadable(os.fspath(path), error) from error
 
 
 def decode(content: bytes | np.ndarray, name: str, channels: int = 3) -> np.ndarray:
@@ -62,9 +60,7 @@ def opened(content: bytes | np.ndarray, name: str) -> Iterator[PILImage.Image]:
     try:
         with Image.open(io.BytesIO(content)) if isinstance(content, bytes) else from_array(content) as image:
             yield image
-    except (
-        Exception
-    ) as error:  # PIL answers broken bytes with a dozen kinds: SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:  # PIL raises a dozen kinds for broken bytes: SyntaxError, struct.error, zlib.error, ...
         raise unreadable(name, error) from error
 
 
@@ -129,8 +125,7 @@ def random_crop(
     if not 0 < min_frac <= max_frac <= 1:
         raise ValueError(f"min_frac={min_frac}, max_frac={max_frac}: must satisfy 0 < min_frac <= max_frac <= 1")
     height, width = height_width(size)
-    side = min(height, width)
-    drawn = rng.randrange(math.ceil(side / max_frac), math.ceil(side / min_frac) + 1)
+    drawn = rng.randrange(math.ceil(min(height, width) / max_frac), math.ceil(min(height, width) / min_frac) + 1)
     scaled = _cover(image, *_covered((height, width), drawn))
     top = rng.randrange(scaled.shape[0] - height + 1)
     left = rng.randrange(scaled.shape[1] - width + 1)

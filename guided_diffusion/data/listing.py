@@ -27,7 +27,7 @@ class Records:
     labels: np.ndarray | None = None  # int64 [len(paths)], each in 0 .. len(class_names) - 1
     class_names: tuple[str, ...] = ()
     label_source: str = "none"  # "folders", "prefix", "none", or the table they were read from
-    kind: str = "files"  # a key of `sources.FORMATS`
+    kind: str = "files"  # a key of `sources.SOURCES`
     root: str = ""
     preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
     stored_size: tuple[int, int] | None = None  # (height, width) of packed pictures
@@ -87,11 +87,9 @@ def _empty_folders(source: sources.Source) -> tuple[str, ...]:
     """Folders in the root below which there is no image, and links to where there is none; hidden ones are not looked at."""
     held = {name.split("/")[0] for name in source.names}
     others = [name for name in storage.listdir(source.root) if name not in held and not name.startswith(".")]
-    return tuple(name for name in others if _is_folder(storage.join(source.root, name)))
-
-
-def _is_folder(path: str) -> bool:
-    return storage.isdir(path) or (os.path.islink(path) and not os.path.exists(path))
+    whole = {name: storage.join(source.root, name) for name in others}
+    broken = {name for name, path in whole.items() if os.path.islink(path) and not os.path.exists(path)}
+    return tuple(name for name, path in whole.items() if name in broken or storage.isdir(path))
 
 
 def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:

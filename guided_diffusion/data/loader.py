@@ -83,17 +83,8 @@ class _Plan(Sampler[list[tuple[int, Place]]]):
 
 
 _Augment = Callable[[np.ndarray, Place], tuple[np.ndarray, bool | None]]
-
-
-class _Fetched(NamedTuple):
-    """What a worker hands back. An error travels as text: torch would wrap an exception in a page of traceback."""
-
-    images: Tensor | None
-    labels: Tensor | None
-    flips: Tensor | None
-    step: int
-    skipped: list[str]
-    error: str
+# What a worker hands back: a batch, why images were skipped, or the text of an error, which torch would wrap in a traceback.
+_Fetched = tuple[Batch | None, list[str], str]
 
 
 class _Examples(Dataset[Any]):
@@ -102,13 +93,16 @@ class _Examples(Dataset[Any]):
     (Touching a Python string in a forked process copies its page; a list of them slowly multiplies memory by the number of workers.)
     """
 
-    def __init__(self, records: Records, channels: int, augment: _Augment, skip_unreadable: bool) -> None:
+    def __init__(
+        self, records: Records, channels: int, augment: _Augment, positions: Tensor, skip_unreadable: bool
+    ) -> None:
         encoded = [path.encode("utf-8", "surrogateescape") for path in records.paths]
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self._paths = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._labels = records.labels
         self._source = open_source(records.kind, records.root)
-        self._channels, self._augment, self._skip_unreadable = channels, augment, skip_unreadable
+        self._channels, self._augment, self._positions = channels, augment, positions
+        self._skip_unreadable = skip_unreadable
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -122,11 +116,11 @@ class _Examples(Dataset[Any]):
         try:
             found = [self._example(place, skipped) for _, place in wanted]
         except ValueError as error:
-            return _Fetched(None, None, None, wanted[0][0], skipped, str(error))
+            return None, skipped, str(error)
         stacked = torch.from_numpy(np.stack([image for image, _, _ in found]))
         flips = None if found[0][1] is None else torch.tensor([flip for _, flip, _ in found])
         labels = None if self._labels is None else torch.from_numpy(self._labels[[record for _, _, record in found]])
-        return _Fetched(stacked, labels, flips, wanted[0][0], skipped, "")
+        return Batch(stacked, labels, self._positions, wanted[0][0], flips), skipped, ""
 
     def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, bool | None, int]:
         """The picture at a place, or, skipping, of the next record that can be read (in the order of the listing); whether to
@@ -155,8 +149,8 @@ def _augmented(
 class Batches(Iterator[Batch]):
     """The endless iterator of `make_batches`, with what a training log wants to know about it."""
 
-    def __init__(self, loader: DataLoader[Any], positions: Tensor) -> None:
-        self._loader, self._positions = loader, positions
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
         self._fetched: Iterator[_Fetched] | None = None
         self.wait_seconds = 0.0  # time spent inside next(): what the device waits for the data
         self.skipped = 0  # unreadable pictures met, an example counted each time it was replaced
@@ -165,14 +159,13 @@ class Batches(Iterator[Batch]):
         started = time.perf_counter()
         if self._fetched is None:
             self._fetched = iter(self._loader)
-        fetched = next(self._fetched)
+        batch, skipped, error = next(self._fetched)
         self.wait_seconds += time.perf_counter() - started
-        self._count(fetched.skipped)
-        if fetched.error:
+        self._count(skipped)
+        if batch is None:
             self.close()
-            raise ValueError(f"{fetched.error}; remove or repair it, or continue past such files with on_error='skip'")
-        assert fetched.images is not None
-        return Batch(fetched.images, fetched.labels, self._positions, fetched.step, fetched.flips)
+            raise ValueError(f"{error}; remove or repair it, or continue past such files with on_error='skip'")
+        return batch
 
     def _count(self, skipped: list[str]) -> None:
         before, self.skipped = self.skipped, self.skipped + len(skipped)
@@ -221,9 +214,9 @@ def make_batches(
         raise ValueError(f"workers={workers}, start_step={start_step}, start_image={start_image}: must not be negative")
     _check_sizes(records, image_size, batch_size, size, crop)
     images.mode_of(channels)
-    dataset = _Examples(
-        records, channels, functools.partial(_augmented, image_size, crop, flip, seed), on_error == "skip"
-    )
+    augment = functools.partial(_augmented, image_size, crop, flip, seed)
+    positions = torch.arange(rank, batch_size, size)
+    dataset = _Examples(records, channels, augment, positions, on_error == "skip")
     plan = _Plan(len(records), batch_size, rank, size, seed, shuffle, start_step, start)
     extra: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
     loader: DataLoader[Any] = DataLoader(
@@ -236,7 +229,7 @@ def make_batches(
         generator=torch.Generator().manual_seed(0),
         **extra,
     )
-    return Batches(loader, torch.arange(rank, batch_size, size))
+    return Batches(loader)
 
 
 def _unchanged(fetched: Any) -> Any:

@@ -10,11 +10,10 @@ A packed folder holds
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +22,6 @@ from . import images
 from .listing import Records, list_records
 from .sources import open_source
 from .sources.arrays import PACKED_INDEX, read_packed_index
-
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
 
 _LABELS, _NAMES = "labels.npy", "names.txt"
 
@@ -65,7 +61,7 @@ def pack(
 
     def cropped() -> Iterator[np.ndarray]:
         """The images that can be read; which these are goes to `kept`, what is wrong with others to `skipped`."""
-        crop = functools.partial(_crop, image_size=image_size, channels=channels)
+        crop = lambda image: images.center_crop(images.as_array(image, channels), image_size)  # noqa: E731
         for k, found in enumerate(source.each(records.paths, crop, workers, progress)):
             if not isinstance(found, ValueError):
                 kept.append(k)
@@ -101,10 +97,6 @@ def pack(
     return list_records(out)
 
 
-def _crop(image: PILImage.Image, *, image_size: images.Size, channels: int) -> np.ndarray:
-    return images.center_crop(images.as_array(image, channels), image_size)
-
-
 def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
     """Write an array; its entry in the index."""
     path, array = storage.join(folder, name), np.ascontiguousarray(array)
@@ -119,7 +111,7 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], None] | Non
     root = os.fspath(folder)
     index = read_packed_index(root)
     complaints = []
-    for entry in [*index["shards"], *([index["labels"]] if index["labels"] else [])]:
+    for entry in filter(None, [*index["shards"], index["labels"]]):
         path = storage.join(root, entry["file"])
         if not storage.exists(path):
             complaints.append(f"{path}: missing")

@@ -292,7 +292,7 @@ def test_what_workers_are_sent_survives_pickling(noisy):
     dataset = batches._loader.dataset
     wanted = next(iter(batches._loader.batch_sampler))
     copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy.__getitems__(wanted).images, dataset.__getitems__(wanted).images)
+    assert torch.equal(copy.__getitems__(wanted)[0].images, dataset.__getitems__(wanted)[0].images)
 
 
 def test_odd_file_names_reach_the_workers(tmp_path):

@@ -14,7 +14,6 @@ from ...runtime import storage
 from ..labels import first, tidy
 from .source import Read, Source, add_member, file_type, is_hidden
 
-_MAX_SHARDS = 1_000_000
 _MAX_LINKS = 8
 
 
@@ -72,7 +71,7 @@ def _shards(root: str) -> tuple[str, list[str]]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", root)
     if braces:
         begin, end = braces.groups()
-        numbers = range(int(begin), min(int(end), int(begin) + _MAX_SHARDS) + 1)
+        numbers = range(int(begin), int(end) + 1)
         found = [f"{root[: braces.start()]}{n:0{len(begin)}d}{root[braces.end() :]}" for n in numbers]
     else:
         found = sorted(glob.glob(root, recursive=True))
