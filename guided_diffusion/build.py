@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .runtime.streams import TRAIN, key_of
 
-Tell = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks and processes
@@ -132,16 +132,18 @@ def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -
     return respace(process, keep)
 
 
-def choose_precision(precision: str, use_fp16: bool, device: torch.device, tell: Tell = print) -> str:
+def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> str:
     """fp32, bf16 or fp16: `precision` where given, else by `use_fp16`, which the CPU answers with fp32."""
     if precision:
         if precision == "fp16" and device.type == "cpu":
-            tell(
-                "--precision fp16 on the CPU is some 30 times slower than fp32; doing it all the same, as it was asked for"
+            _log.warning(
+                "--precision fp16 on the CPU is some 30 times slower than fp32; done all the same, as it was asked for"
             )
         return precision
     if use_fp16 and device.type == "cpu":
-        tell("--use_fp16 True: computing in fp32, because float16 convolutions are some 30 times slower on the CPU")
+        _log.info(
+            "--use_fp16 True: computing in fp32, because float16 convolutions are some 30 times slower on the CPU"
+        )
         return "fp32"
     return "fp16" if use_fp16 else "fp32"
 

@@ -102,10 +102,6 @@ def outputs(loaded: Loaded) -> torch.Tensor:
         return loaded.net(x, torch.tensor([7.0, 600.0]), **cond)
 
 
-def quiet(*_: object) -> None:
-    return None
-
-
 # A small generator and the classifier that guides it, for commands that sample.
 _SIDES = {"image_size": 8, "num_classes": 4, "diffusion_steps": 100}
 BASE = {**_SIDES, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4",

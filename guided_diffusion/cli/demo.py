@@ -154,7 +154,7 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
 
     rows = []
     with runs.session({"device": device, "debug": False}) as here:
-        critic = load(str(out / "classifier"), kind="classifier", device=here.device, tell=_silent)
+        critic = load(str(out / "classifier"), kind="classifier", device=here.device)
         images, _ = read_images(data_dir, critic, 100)
         real, _ = classifier_features(critic, images, here.device)
         for scale in SCALES:
@@ -172,10 +172,6 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
                 }
             )
     return rows
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def print_table(rows: list[dict[str, float]]) -> None:

@@ -273,7 +273,7 @@ def _as_told(config: RunConfig, net: nn.Module, device_type: str) -> None:
     from ..training.measuring import blocks_of, recompute, set_recomputing
 
     use_fp16 = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    precision = choose_precision(config.train.precision, use_fp16, torch.device(device_type), lambda text: None)
+    precision = choose_precision(config.train.precision, use_fp16, torch.device(device_type))
     net.set_compute_dtype(DTYPES[precision])  # type: ignore[operator]
     if device_type == "cuda" and not fused_norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]

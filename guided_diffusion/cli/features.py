@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import making, runs
+from . import runs
 from .arguments import Parser
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..weights.load import load
 
     with runs.session({"device": args.device, "debug": False}) as here:
-        critic = load(args.classifier_path, kind="classifier", device=here.device, tell=making.teller(here))
+        critic = load(args.classifier_path, kind="classifier", device=here.device)
         if critic.kind != "classifier":
             raise ValueError(f"--classifier_path {critic.path} is a {critic.kind} model, not a classifier")
         images, labels = read_images(args.images, critic, args.batch_size)

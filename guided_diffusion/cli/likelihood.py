@@ -76,7 +76,6 @@ def _run(parsed: arguments.Parsed, config: LikelihoodConfig, world: World) -> in
         device=world.device,
         precision=config.precision,
         weights=config.weights,
-        tell=tell,
     )
     data = DataConfig.from_flags({**parsed.flags, "random_flip": False, "random_crop": False})
     classes = classes_of(model.config.model)

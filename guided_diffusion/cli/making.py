@@ -251,9 +251,7 @@ def _load(path: str, kind: str, parsed: arguments.Parsed, config: SampleConfig, 
     if kind == "classifier":
         precision = config.classifier_precision or precision
     weights = config.weights if kind != "classifier" else ""
-    return load(
-        path, kind=kind, flags=typed, device=world.device, precision=precision, weights=weights, tell=teller(world)
-    )
+    return load(path, kind=kind, flags=typed, device=world.device, precision=precision, weights=weights)
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:

@@ -72,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from ..runtime import storage
     from ..sampling.generate import finished_npz
-    from . import sample, zoo
+    from ..weights.download import fetch
+    from . import sample
 
-    cache = zoo.cache_folder()
-    model = args.model_path or zoo.fetch(target.preset, cache)
+    cache = storage.cache_folder()
+    model = args.model_path or fetch(target.preset, cache)
     flags = [
         *("--model_path", model, "--num_samples", str(args.num_samples), "--batch_size", str(args.batch_size)),
         *("--timestep_respacing", target.recipe.respacing, "--use_ddim", str(target.recipe.use_ddim)),
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("--out", str(out), "--precision", args.precision),
     ]
     if target.recipe.scale:
-        flags += ["--classifier_path", args.classifier_path or zoo.fetch(get(target.preset.classifier), cache)]
+        flags += ["--classifier_path", args.classifier_path or fetch(get(target.preset.classifier), cache)]
     code = sample.main(flags)
     if code:
         return code

@@ -129,7 +129,7 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
     resume = parsed.flags["resume_checkpoint"] or "auto"
     saved = find_save(folder, resume, kind=kind, world=world)
     modern = not script and _has_bfloat16(world)
-    start = _start(saved, folder, parsed, kind, tell=say)
+    start = _start(saved, folder, parsed, kind)
     if saved is not None and start is not None:
         saved = replace(saved, config=_of_start(saved, start), class_names=start.class_names)
     config = _configuration(parsed, kind, saved, modern=modern, tell=say)
@@ -182,11 +182,11 @@ def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script
 
     net = build.build_network(config.model, config.diffusion, seed=config.train.seed)
     if start is not None and start.tensors is not None and saved is None:
-        finetuning.fill(net, start, names, say)
+        finetuning.fill(net, start, names)
     timesteps = build.build_timesteps(config.train.schedule_sampler, len(process))
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     tell: Callable[[str], None] = log.info if world.is_main else _silent
-    precision = build.choose_precision(config.train.precision, half, world.device, tell)
+    precision = build.choose_precision(config.train.precision, half, world.device)
     if kind == "classifier":
         loss = classifier_loss(process, timesteps, noised=getattr(config.train, "noised", True))
     else:
@@ -306,9 +306,7 @@ def _configuration(
     return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})
 
 
-def _start(
-    saved: SavedRun | None, folder: str, parsed: arguments.Parsed, kind: str, *, tell: Callable[[str], None]
-) -> Origin | None:
+def _start(saved: SavedRun | None, folder: str, parsed: arguments.Parsed, kind: str) -> Origin | None:
     """What the file says that a run starts from; None where the run's own save says it, or nothing is given."""
     from ..runtime import storage
     from ..weights import finetuning
@@ -317,7 +315,7 @@ def _start(
         return None
     which = parsed.flags["resume_from"] or parsed.flags["weights"]
     new_classes = parsed.flags["new_classes"]
-    return finetuning.origin(saved, kind, parsed.typed, weights=which, new_classes=new_classes, tell=tell)
+    return finetuning.origin(saved, kind, parsed.typed, weights=which, new_classes=new_classes)
 
 
 def _of_start(saved: SavedRun, start: Origin) -> dict[str, Any]:

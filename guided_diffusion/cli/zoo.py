@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from ..runtime import storage
@@ -32,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "show":
         print(card(preset))
         return 0
+
+    from ..runtime.log import setup_messages
+    from ..weights.download import fetch
+
+    setup_messages()
     print(fetch(preset, args.cache or storage.cache_folder()))
     return 0
 
@@ -70,37 +74,3 @@ def card(preset: Preset) -> str:
         )
         lines.append(f"recipe {how}{guide}{told}{' (' + recipe.note + ')' if recipe.note else ''}")
     return "\n".join(lines)
-
-
-def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
-    """The path of the released file: as it lies in `cache`, else downloaded into it with a progress bar.
-
-    A download is checked twice: its length against the server's word, and its tensors' names and shapes against the released
-    layout (2021 published no checksums; the sha256 of what came is printed, and compared where this package knows it).
-    ConnectionError says which file to place where.
-    """
-    target = os.path.join(cache, preset.file)
-    if not os.path.isfile(target):
-        try:
-            storage.download(preset.url, target, check=lambda path: check(path, preset), timeout_s=timeout)
-        except OSError as error:
-            raise ConnectionError(
-                f"cannot download {preset.url} ({error}). Bring the file from a machine that can, and place it at {target}"
-            ) from None
-    return target
-
-
-def check(path: str, preset: Preset) -> str:
-    """sha256 of a released file; ValueError unless its tensors have the names and shapes of that release."""
-    from ..weights.files import load_weights
-    from ..weights.identify import SIGNATURES, signature
-
-    shapes = {name: tuple(value.shape) for name, value in load_weights(path).items()}
-    names = SIGNATURES.get(signature(shapes), ())
-    if preset.name not in names:
-        raise ValueError(
-            f"{path} does not have the names and shapes of {preset.file}; the download is damaged or another file"
-        )
-    digest = storage.sha256_of(path)
-    print(f"{preset.file}: sha256 {digest}, names and shapes as released")
-    return digest

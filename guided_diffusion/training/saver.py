@@ -204,13 +204,13 @@ def find_save(
 
 
 def _find(directory: str, resume: str, kind: str, tell: Callable[[str], None]) -> SavedRun | None:
-    here = checkpoint.find_latest(directory, tell=tell)
+    here = checkpoint.find_latest(directory)
     if here is None and storage.isdir(directory) and (damaged := checkpoint.steps_of(directory)):
         raise ValueError(
             f"{directory} holds {len(damaged)} saves and none of them is whole (the reasons are above); repair one, give another "
             "--out, or start afresh with --resume_checkpoint none"
         )
-    found = here if here is not None or resume == "auto" else checkpoint.load_run(resume, tell=tell)
+    found = here if here is not None or resume == "auto" else checkpoint.load_run(resume)
     if found is None and resume != "auto":
         raise ValueError(f"cannot resume from {resume}: there is no whole save in it")
     if found is not None and found.kind not in (None, kind):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime import storage
+from .recognise import WRAPPERS
+
+_log = logging.getLogger(__name__)
 
 # Every network of this family has this tensor: what stands before its name in a file stands before all names of that network.
 _ANCHOR = "input_blocks.0.0.weight"
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Words in what stands before the names. The last one that says something decides: in "ema.online_model." the second.
 _AVERAGED = re.compile(r"(?:^|_)ema(?:$|_|\d|model|net)|averag|shadow", re.I)
 _RAW = re.compile(r"(?:^|_)(?:online|raw)(?:$|_)", re.I)
@@ -39,26 +42,23 @@ def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, 
     return read_weights(path, device=device).tensors
 
 
-def read_weights(
-    path: str, *, which: str = "", device: torch.device | str = "cpu", tell: Callable[[str], None] | None = None
-) -> Weights:
+def read_weights(path: str, *, which: str = "", device: torch.device | str = "cpu") -> Weights:
     """The state dict in a `.pt` or `.safetensors` file, local or remote.
 
     Local files are memory-mapped: reading costs no second copy in memory. A file may hold it inside others
     (`{"state_dict": ...}`, a trainer's file with optimizer and counters) or with prefixed names ("module.", "_orig_mod.",
-    "model."): it is found and `tell` hears what was left out. Of averaged and raw weights beside each other the averaged are
+    "model."): it is found, and the log says what was left out. Of averaged and raw weights beside each other the averaged are
     taken, or those that `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
     another kind, or would run code.
     """
-    tell = tell or _silent
     found = _load_safetensors(path) if path.endswith(".safetensors") else load_object(path, device=device)
     flat = dict(_flattened(found))
     prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
     unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
     unread -= {prefix.split(".")[0] for prefix in prefixes}
     if unread and prefixes:
-        tell(f"{path}: {', '.join(sorted(unread))} cannot be read as a network's averaged weights")
-    prefix, taken = _choose(path, prefixes, which, tell) if prefixes else ("", "")
+        _log.info("%s: %s cannot be read as a network's averaged weights", path, ", ".join(sorted(unread)))
+    prefix, taken = _choose(path, prefixes, which) if prefixes else ("", "")
     state = _without(flat, prefix, prefixes) if prefixes else _any_network(path, found)
     for name, value in state.items():
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -66,10 +66,6 @@ def read_weights(
                 f"{path} says that {name} has {value.numel():,} numbers, but holds fewer; it was not made by saving a network"
             )
     return Weights({name: value.to(device) for name, value in state.items()}, taken)
-
-
-def _silent(_: str) -> None:
-    return None
 
 
 def _flattened(found: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -92,7 +88,7 @@ def _role(prefix: str) -> str:
     return "model"
 
 
-def _choose(path: str, prefixes: Sequence[str], which: str, tell: Callable[[str], None]) -> tuple[str, str]:
+def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
     """(what stands before the names of the wanted network, its role where there was a choice)."""
     by_role: dict[str, list[str]] = {}
     for prefix in sorted(prefixes, key=lambda prefix: prefix.count(".")):
@@ -102,7 +98,7 @@ def _choose(path: str, prefixes: Sequence[str], which: str, tell: Callable[[str]
     if role not in by_role:
         other = "model" if role == "ema" else "ema"
         if other == "model" and by_role[other] == [""]:  # a plain file does not say which it holds
-            tell(f"{path} holds one set of weights, so there is nothing to choose for --weights {which}")
+            _log.info("%s holds one set of weights, so there is nothing to choose for --weights %s", path, which)
             return "", ""
         raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only ({names[other]})")
     nearest = [p for p in by_role[role] if p.count(".") == by_role[role][0].count(".")]
@@ -110,14 +106,15 @@ def _choose(path: str, prefixes: Sequence[str], which: str, tell: Callable[[str]
         raise ValueError(f"{path} holds several networks, {names[role]}; save the one you mean in a file of its own")
     if len(by_role) > 1:
         rest = "model" if role == "ema" else "ema"
-        tell(
-            f"{path} holds {_KINDS[role]} ({names[role]}) and {_KINDS[rest]} ({names[rest]}): taking the "
-            f"{_KINDS[role].split()[0]}{'' if which else f'; --weights {rest} takes the others'}"
-        )
+        other = "" if which else f"; --weights {rest} takes the others"
+        _log.info(
+            "%s holds %s (%s) and %s (%s): taking the %s%s",
+            path, _KINDS[role], names[role], _KINDS[rest], names[rest], _KINDS[role].split()[0], other,
+        )  # fmt: skip
     elif role == "ema":
-        tell(f"{path} holds averaged weights only ({names[role]})")
+        _log.info("%s holds averaged weights only (%s)", path, names[role])
     elif nearest[0]:
-        tell(f"{path}: the network's tensors are those below {nearest[0]!r}, which is left out of their names")
+        _log.info("%s: the network's tensors are those below %r, which is left out of their names", path, nearest[0])
     return nearest[0], role if len(by_role) > 1 else ""
 
 
@@ -141,7 +138,7 @@ def _any_network(path: str, found: Any) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         held = f"a mapping with keys {list(found)[:4]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise ValueError(f"{path} holds {held}, not weights by name; was this an optimizer file (opt*.pt)?")
-    return {_WRAPPERS.sub("", str(name)): value for name, value in found.items()}
+    return {WRAPPERS.sub("", str(name)): value for name, value in found.items()}
 
 
 def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:

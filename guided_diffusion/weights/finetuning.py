@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from .files import load_weights_into
 from .load import read
 from .runs import SavedRun, parse_name
 
-Tell = Callable[[str], None]
+_log = logging.getLogger(__name__)
 _SIZES = ("image_size", "image_width", "large_size", "small_size")
 _CLASSES = ("class_cond", "num_classes")
 
@@ -48,7 +49,6 @@ def origin(
     *,
     weights: str = "",
     new_classes: bool = False,
-    tell: Tell = print,
 ) -> Origin:
     """What starting from `saved` means: a save is continued; of any other file, and of a save where `weights` ("ema" or "model")
     says which or `new_classes` asks for other classes, the weights alone are taken, at step 0.
@@ -61,9 +61,9 @@ def origin(
     asked = _asked(kind, typed)
     fixed = {name: value for name, value in asked.items() if name not in (*_SIZES, *_CLASSES)}
     sizes = {name: value for name, value in asked.items() if name in _SIZES}
-    found, held = read(path, kind=kind, flags=fixed, weights=which, sizes=sizes, tell=tell)
+    found, held = read(path, kind=kind, flags=fixed, weights=which, sizes=sizes)
     assert found.config is not None
-    config = _resized(found.config, sizes, path, tell)
+    config = _resized(found.config, sizes, path)
     old = config.model
     config = _with_classes(config, asked, path, new_classes)
     whole = not (plain or weights or new_classes)
@@ -90,7 +90,7 @@ def _asked(kind: str, typed: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in typed.items() if name in own}
 
 
-def _resized(config: RunConfig, sizes: Mapping[str, int], path: str, tell: Tell) -> RunConfig:
+def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfig:
     """The configuration for images of another size: the same levels, with attention at the same ones."""
     model = config.model
     sizes = {name: size for name, size in sizes.items() if name in model.names() and size != getattr(model, name)}
@@ -111,7 +111,8 @@ def _resized(config: RunConfig, sizes: Mapping[str, int], path: str, tell: Tell)
         f"{prefix}channel_mult": ",".join(f"{m:g}" for m in model.multipliers),
         f"{prefix}attention_resolutions": ",".join(str(height // ds) for ds in reached),
     }
-    tell(f"{path}: the file has {told}: the levels stay, with attention at {changed[f'{prefix}attention_resolutions']}")
+    attention = changed[f"{prefix}attention_resolutions"]
+    _log.info("%s: the file has %s: the levels stay, with attention at %s", path, told, attention)
     return replace(config, model=replace(model, **changed).validate())
 
 
@@ -132,7 +133,7 @@ def _with_classes(config: RunConfig, asked: Mapping[str, Any], path: str, new_cl
     return replace(config, model=replace(config.model, **changed).validate())
 
 
-def fill(net: nn.Module, start: Origin, class_names: Sequence[str], tell: Tell = print) -> None:
+def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
     """Give `net`, just built for `start.config`, the weights of the file. Of new classes those that the file has by name keep
     their rows of the label embedding (of a classifier: of its last layer), the others those that `net` has."""
     assert start.tensors is not None
@@ -149,12 +150,12 @@ def fill(net: nn.Module, start: Origin, class_names: Sequence[str], tell: Tell =
                     for row, source in kept:
                         tensors[name][row] = before[source]
         had = classes_of(start.old)
-        tell(
-            f"{start.path} has {had} classes{'' if start.class_names or not had else ' without names'}; {len(kept)} of the "
-            f"{len(class_names)} of this run are among them by name and keep what was learned, the others start anew"
-        )
+        _log.info(
+            "%s has %d classes%s; %d of the %d of this run are among them by name and keep what was learned, the others start anew",
+            start.path, had, "" if start.class_names or not had else " without names", len(kept), len(class_names),
+        )  # fmt: skip
     load_weights_into(net, tensors, start.path)
-    tell(f"starting from the weights of {start.path}, at step 0")
+    _log.info("starting from the weights of %s, at step 0", start.path)
 
 
 def _of_classes(model: Network) -> list[str]:

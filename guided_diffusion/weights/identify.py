@@ -1,22 +1,23 @@
-"""Which configuration a file without one has: its tensors' names and shapes, the released models, and the user's flags.
+"""Which configuration a file without one has: from names and shapes of its tensors, the released models, and the user's flags.
 
-What shapes fix is read off them; what they cannot tell (heads, attention order, schedule) comes from a released model of
-exactly this layout or from the user. It is never guessed in silence.
+What shapes fix is read off them (`recognise`). What they cannot tell (heads, attention order, schedule) comes from a
+released model of exactly this layout or from the user; an assumption is logged.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..config import NETWORKS, DiffusionConfig, Network, RunConfig
-from .recognise import SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys, squeezed_attention  # noqa: F401
+from ..config import DiffusionConfig, Network, RunConfig
+from .recognise import SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys
 from .released import PRESETS, Preset
 
-Tell = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 # sha256 over the sorted "name shape" lines of each released file, first 16 digits. Files that share a layout share the digits.
 SIGNATURES: dict[str, tuple[str, ...]] = {
@@ -34,8 +35,22 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 }
 
 
+KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "classifier": "a classifier"}
+# Flags that may differ from those of training: they change how a network is used, not what its weights mean.
+FREE = {
+    "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
+}  # fmt: skip
+# What no shape can tell about a generator; how the output is read, which is nearly always the default; what sizes there are.
+_OPEN = (
+    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "rescale_timesteps", "diffusion_steps",
+)  # fmt: skip
+_ASSUMED = ("num_heads_upsample", "predict", "predict_xstart", "sigma_small")
+_SIZES = ("image_size", "large_size", "small_size")
+_CLASSIFIER_HEADS = "classifier_num_head_channels"
+
+
 def signature(shapes: Shapes) -> str:
-    """A short name of the set of tensor names and shapes; a renamed key or a changed shape changes it."""
+    """A short name of the set of tensor names and shapes; a renamed tensor or a changed shape changes it."""
     lines = sorted(f"{name} {','.join(map(str, shape))}" for name, shape in normalise_keys(shapes).items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -49,8 +64,14 @@ def released_as(path: str, shapes: Shapes) -> tuple[Preset, bool] | None:
     return PRESETS[stem if stem in names else names[0]], stem in names
 
 
+def require_kind(path: str, found: str, wanted: str | None) -> None:
+    """ValueError, in words, where a file is of another kind than the one needed."""
+    if wanted is not None and found != wanted:
+        raise ValueError(f"{path} is {KINDS[found]}; {KINDS[wanted]} is needed here")
+
+
 def identify(
-    path: str, shapes: Shapes, *, flags: Mapping[str, Any] | None = None, kind: str | None = None, tell: Tell = print
+    path: str, shapes: Shapes, *, flags: Mapping[str, Any] | None = None, kind: str | None = None
 ) -> RunConfig:
     """The configuration of a file that carries none.
 
@@ -61,45 +82,41 @@ def identify(
     flags = dict(flags or {})
     layout = _read_as(inspect_shapes(shapes), flags, kind)
     require_kind(path, layout.kind, kind)
-    release = released_as(path, shapes)
-    preset, named = release if release and release[0].kind == layout.kind else (None, False)
-    known = flags_of(layout, layout.kind, flags)
-    asked = {name: value for name, value in flags.items() if name not in FREE}
+    known = flags_of(layout, flags)
+    preset, named = released_as(path, shapes) or (None, False)
+    if preset is not None and preset.kind != layout.kind:
+        preset, named = None, False
+
+    # A classifier's tensors say nothing of the noise that it was trained on.
+    free = {*FREE, *(DiffusionConfig.names() if layout.kind == "classifier" else ())}
+    asked = {name: value for name, value in flags.items() if name not in free}
+    as_released = _denied(preset.model, preset.diffusion, asked) if preset else {}
+    # Of a file under its released name all is known, of another one what its shapes fix: to deny that is an error.
     if preset is not None and named:
-        # A released file under its own name: what it was trained with is known, also what shapes cannot tell.
-        complaints = contradictions(preset.model, asked)
-        if layout.kind != "classifier":
-            complaints |= contradictions(preset.diffusion, asked)
-        own: Mapping[str, Any] = preset.flags
+        wrong, own = as_released, dict(preset.flags)
     else:
-        complaints = differences(known, asked, layout.kind)
+        found = RunConfig.from_flags(layout.kind, _with_sizes(known, layout.kind))
+        denied = _denied(found.model, found.diffusion, asked)
+        wrong = {name: words for name, words in denied.items() if name in known}
         own = {**known, **(_open_of(preset.flags) if preset else {})}
-    if complaints:
+    if wrong:
         raise ValueError(
-            f"{path} is another network than the flags say: {'; '.join(complaints.values())}. Its own flags are: {flag_line(own)}"
+            f"{path} is another network than the flags say: {'; '.join(wrong.values())}. Its own flags are: {flag_line(own)}"
         )
-    use = {name: value for name, value in flags.items() if name in FREE}
-    if preset is not None and not named:
-        if contradictions(preset.model, asked) or contradictions(preset.diffusion, asked):
-            preset = None  # the layout of a released model, but another training
-        else:
-            tell(
-                f"{path} has the names and shapes of the released {preset.file} and is taken for it, with its heads, "
-                f"attention order and schedule ({flag_line(_open_of(preset.flags))}). If it was trained with others, "
-                f"give them: {', '.join(f'--{name}' for name in _OPEN)}"
-            )
-    if preset is not None:
-        return RunConfig.from_flags(layout.kind, {**preset.flags, **use})
-    return RunConfig.from_flags(layout.kind, {**known, **_settle(path, layout, known, flags, tell), **use})
+    use = {name: value for name, value in flags.items() if name in free}
+    if preset is None or (as_released and not named):  # the layout of a released model, perhaps, but another training
+        return RunConfig.from_flags(layout.kind, {**known, **_settle(path, layout, known, flags), **use})
+    if not named:
+        _log.warning(
+            "%s has the names and shapes of the released %s and is taken for it, with its heads, attention order and schedule "
+            "(%s). If it was trained with others, give them: %s",
+            path, preset.file, flag_line(_open_of(preset.flags)), ", ".join(f"--{name}" for name in _OPEN),
+        )  # fmt: skip
+    return RunConfig.from_flags(layout.kind, {**preset.flags, **use})
 
 
-KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "classifier": "a classifier"}
-
-
-def require_kind(path: str, found: str, wanted: str | None) -> None:
-    """ValueError, in words, where a file is of another kind than the one needed."""
-    if wanted is not None and found != wanted:
-        raise ValueError(f"{path} is {KINDS[found]}; {KINDS[wanted]} is needed here")
+def _denied(model: Network, diffusion: DiffusionConfig, asked: Mapping[str, Any]) -> dict[str, str]:
+    return contradictions(model, asked) | contradictions(diffusion, asked)
 
 
 def _read_as(layout: Layout, flags: Mapping[str, Any], kind: str | None) -> Layout:
@@ -112,48 +129,41 @@ def _read_as(layout: Layout, flags: Mapping[str, Any], kind: str | None) -> Layo
     return layout
 
 
-# Flags that may differ from those of training: they change how a network is used, not what its weights mean.
-FREE = {
-    "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
-}  # fmt: skip
-
-
-# What no shape can tell about a generator; how the output is read, which is nearly always the default; what sizes there are.
-_OPEN = (
-    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "rescale_timesteps", "diffusion_steps",
-)  # fmt: skip
-_ASSUMED = ("num_heads_upsample", "predict", "predict_xstart", "sigma_small")
-_SIZES = ("image_size", "large_size", "small_size")
-
-
 def _open_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: flags[name] for name in _OPEN if name in flags}
 
 
-def flags_of(layout: Layout, kind: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Every flag that the layout fixes, given (or knowing from the multipliers) the image size."""
     known = dict(layout.flags)
-    size_flag = "large_size" if kind == "super_resolution" else "image_size"
+    upsampler, prefix = layout.kind == "super_resolution", "classifier_" if layout.kind == "classifier" else ""
+    size_flag = "large_size" if upsampler else "image_size"
     size: Any = known.get("image_size") or flags.get(size_flag) or SIZE_OF_MULTIPLIERS.get(layout.multipliers)
-    if kind == "super_resolution" and layout.multipliers == (1, 1, 2, 2, 4, 4) and layout.attention_ds == (16, 32):
+    if upsampler and layout.multipliers == (1, 1, 2, 2, 4, 4) and layout.attention_ds == (16, 32):
         size = flags.get(size_flag, 512)  # the released 128 -> 512 upsampler has the levels of a 256 network
-    prefix = "classifier_" if kind == "classifier" else ""
     if size:
         known[size_flag] = size
         known[f"{prefix}attention_resolutions"] = ",".join(str(size // ds) for ds in layout.attention_ds)
-    if kind == "super_resolution" and "small_size" in flags:
+    if upsampler and "small_size" in flags:
         known["small_size"] = flags["small_size"]
     known[f"{prefix}channel_mult"] = ",".join(f"{m:g}" for m in layout.multipliers)
     return known
 
 
+def _with_sizes(known: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """`known` with sizes that its levels allow, where none is known."""
+    prefix = "classifier_" if kind == "classifier" else ""
+    any_size = 2 ** (str(known[f"{prefix}channel_mult"]).count(",") + 3)
+    return {"image_size": any_size, "large_size": any_size, "small_size": 1, **known}
+
+
 def contradictions(values: Network | DiffusionConfig, flags: Mapping[str, Any]) -> dict[str, str]:
     """By flag, in words: what the file has and the typed flags deny. Other spellings of the same network are none."""
-    found = {}
-    for name in values.names():
-        if name in flags and flags[name] != getattr(values, name) and not _same(values, name, flags[name]):
-            found[name] = _in_words(values, name, flags[name])
-    return found
+    return {
+        name: _in_words(values, name, flags[name])
+        for name in values.names()
+        if name in flags and flags[name] != getattr(values, name) and not _same(values, name, flags[name])
+    }
 
 
 def _same(values: Any, name: str, asked: Any) -> bool:
@@ -167,15 +177,11 @@ def _same(values: Any, name: str, asked: Any) -> bool:
     if name == "num_classes":
         return not asked or not getattr(values, "class_cond", True)
     if name in ("predict", "predict_xstart"):
-        return _predicts(name, asked) == values.reading["predicts"]
+        wanted = asked or "eps" if name == "predict" else "x0" if asked else "eps"
+        return bool(wanted == values.reading["predicts"])
     if name == "num_heads_upsample":
         return values.num_head_channels != -1 or {asked, values.num_heads_upsample} == {-1, values.num_heads}
     return name == "num_heads" and values.num_head_channels != -1
-
-
-def _predicts(name: str, asked: Any) -> str:
-    """What a network predicts, as either flag says it."""
-    return asked or "eps" if name == "predict" else "x0" if asked else "eps"
 
 
 def value_of(values: Any, name: str) -> Any:
@@ -186,81 +192,57 @@ def value_of(values: Any, name: str) -> Any:
 def _in_words(values: Any, name: str, asked: Any) -> str:
     has = value_of(values, name)
     if name == "class_cond":
-        told = f"{values.num_classes} classes" if has else "no classes"
-        return f"the file has {told}; you asked for --class_cond {asked}"
+        has = f"{values.num_classes} classes" if has else "no classes"
+        return f"the file has {has}; you asked for --class_cond {asked}"
     if name.endswith("attention_resolutions"):
         return f"the file has attention at {_spaced(has)}; you asked for {_spaced(asked)}"
     if name.endswith("channel_mult"):
-        return f"the file has channel multipliers {_spaced(','.join(f'{m:g}' for m in values.multipliers))}; you asked for {_spaced(asked)}"
+        has = ", ".join(f"{m:g}" for m in values.multipliers)
+        return f"the file has channel multipliers {has}; you asked for {_spaced(asked)}"
     return f"the file has {name} {has}; you asked for {asked}"
-
-
-def differences(known: Mapping[str, Any], flags: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """`contradictions` of what shapes fix, for a file whose heads and schedule are open."""
-    fixed = {name: value for name, value in flags.items() if name in known}
-    sized = {"image_size", "large_size"} & set(known)
-    if not sized:  # without an image size, levels have no pixels to speak of
-        size = 2 ** (str(known["channel_mult"]).count(",") + 3)
-        known = {**known, "image_size": size, "large_size": size, "small_size": 1}
-        fixed.pop("attention_resolutions", None)
-    elif kind == "super_resolution":
-        known = {"small_size": 1, **known}
-    found = contradictions(NETWORKS[kind].from_flags(known), fixed)
-    if kind != "classifier" and fixed.get("learn_sigma", known["learn_sigma"]) != known["learn_sigma"]:
-        found["learn_sigma"] = f"the file has learn_sigma {known['learn_sigma']}; you asked for {fixed['learn_sigma']}"
-    return found
 
 
 def _spaced(text: object) -> str:
     return ", ".join(part.strip() for part in str(text).split(",") if part.strip()) or "none"
 
 
-def _settle(
-    path: str, layout: Layout, known: Mapping[str, Any], flags: Mapping[str, Any], tell: Tell
-) -> dict[str, Any]:
+def _settle(path: str, layout: Layout, known: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Typed values of what shapes leave open; ValueError lists what is missing, with candidates.
 
-    A user who typed any flag that shapes fix has typed a line of 2021, whose untyped flags have the defaults of 2021;
-    `tell` hears which.
+    A user who typed any flag that shapes fix has typed a line of 2021, whose untyped flags have the defaults of 2021; the log
+    says which.
     """
-    settled = {name: flags[name] for name in (*_OPEN, *_ASSUMED, *_SIZES) if name in flags}
-    if layout.kind == "classifier":
-        heads = "classifier_num_head_channels"
-        settled.update({name: flags[name] for name in (heads,) if name in flags})
-        if heads not in flags:
-            tell(
-                f"{path}: taken to have 64 channels per attention head, as every classifier of 2021; --{heads} says otherwise"
-            )
-    whole_line = any(name in layout.flags for name in flags if name not in ("num_classes", "image_channels"))
-    missing = []
+    settled = {name: flags[name] for name in (*_OPEN, *_ASSUMED, *_SIZES, _CLASSIFIER_HEADS) if name in flags}
+    if layout.kind == "classifier" and _CLASSIFIER_HEADS not in flags:
+        _log.warning(
+            "%s: taken to have 64 channels per attention head, as every classifier of 2021; --%s says otherwise",
+            path, _CLASSIFIER_HEADS,
+        )  # fmt: skip
+    missing: dict[tuple[str, ...], str] = {}
     for name, candidates in layout.open.items():
-        flag = "large_size" if name == "image_size" and layout.kind == "super_resolution" else name
-        given = "num_heads" in flags or "num_head_channels" in flags if name == "heads" else flag in flags
-        if not given and flag not in known:
-            options = candidates if name == "heads" else [f"--{flag} {value}" for value in candidates]
-            missing.append(
-                (("num_heads", "num_head_channels") if name == "heads" else (flag,), " | ".join(map(str, options)))
-            )
-    if missing and not whole_line:
-        lines = "\n  ".join(options for _, options in missing)
+        if name == "heads":
+            names: tuple[str, ...] = ("num_heads", "num_head_channels")
+        else:
+            names = ("large_size" if name == "image_size" and layout.kind == "super_resolution" else name,)
+            candidates = tuple(f"--{names[0]} {value}" for value in candidates)
+        if not any(flag in flags or flag in known for flag in names):
+            missing[names] = " | ".join(map(str, candidates))
+    if not missing:
+        return settled
+    if not any(name in layout.flags for name in flags if name not in ("num_classes", "image_channels")):
+        lines = "\n  ".join(missing.values())
         raise ValueError(
             f"{path} carries no configuration, and names and shapes cannot tell everything about it. Known from them: "
             f"{flag_line(known)}\nChoose one of each line (or let `guided-diffusion inspect {path} "
             f"--probe FOLDER_OF_IMAGES` decide by the denoising loss):\n  {lines}"
         )
-    if missing:
-        config = RunConfig.from_flags(layout.kind, {**known, **settled})
-        values = {**config.model.to_dict(), **config.diffusion.to_dict()}
-        assumed = {flag: values[flag] for names, _ in missing for flag in names if flag in values}
-        tell(f"{path}: not typed and in no tensor's shape, so as by default in 2021: {flag_line(assumed)}")
+    config = RunConfig.from_flags(layout.kind, {**known, **settled})
+    values = {**config.model.to_dict(), **config.diffusion.to_dict()}
+    assumed = {flag: values[flag] for names in missing for flag in names if flag in values}
+    _log.warning("%s: not typed and in no tensor's shape, so as by default in 2021: %s", path, flag_line(assumed))
     return settled
 
 
 def flag_line(flags: Mapping[str, Any]) -> str:
     """Flags as they are typed; what is empty or has no meaning on a command line is left out."""
     return " ".join(f"--{name} {value}" for name, value in flags.items() if value not in ("", None))
-
-
-def files_like(preset: Preset) -> Iterable[str]:
-    """Released files that no shape can tell from this one."""
-    return next((names for names in SIGNATURES.values() if preset.name in names), (preset.name,))

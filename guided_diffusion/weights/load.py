@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import build
-from ..config import WEIGHTS, DiffusionConfig, RunConfig, classes_of
+from ..config import WEIGHTS, RunConfig, classes_of
 from ..diffusion.process import Process
 from ..runtime import storage
 from . import identify
 from .files import Weights, load_weights_into, read_metadata, read_weights
+from .recognise import squeezed_attention
 from .runs import find_latest, parse_name, read_run_json, save_run
 
-Tell = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Found:
     """As `Loaded.certain`."""
 
 
-def find(path: str, *, weights: str = "", tell: Tell = print) -> Found:
+def find(path: str, *, weights: str = "") -> Found:
     """The weights that `path` means: a file, or a run folder, whose newest averaged weights (or those of `weights`) are taken."""
     if weights not in WEIGHTS:
         raise ValueError(f"--weights is {weights!r}; it must be one of {', '.join(map(repr, WEIGHTS))}")
@@ -45,7 +47,7 @@ def find(path: str, *, weights: str = "", tell: Tell = print) -> Found:
         raise FileNotFoundError(f"{path!r}: no such file of weights or run folder")
     step = None
     if storage.isdir(path):
-        path, step = _in_folder(path, weights, tell)
+        path, step = _in_folder(path, weights)
     else:
         role = (parse_name(path) or (weights,))[0].partition("_")[0]
         if weights and role in ("ema", "model") and role != weights:
@@ -62,9 +64,9 @@ def find(path: str, *, weights: str = "", tell: Tell = print) -> Found:
     return Found(path, config, names if classes_of(config.model) else (), run["step"], sha256)
 
 
-def _in_folder(folder: str, weights: str, tell: Tell) -> tuple[str, int]:
+def _in_folder(folder: str, weights: str) -> tuple[str, int]:
     """(file of weights, step) of the newest save in a run folder."""
-    saved = find_latest(folder, tell=tell)
+    saved = find_latest(folder)
     if saved is None or saved.model is None:
         raise ValueError(f"{folder} holds no save of a run; give a folder that training wrote, or a .pt file")
     rate = None if weights == "model" else max(saved.ema, key=float, default=None)
@@ -74,9 +76,11 @@ def _in_folder(folder: str, weights: str, tell: Tell) -> tuple[str, int]:
         path, what = saved.model, "weights" if weights else "weights (no average was kept)"
     else:
         path, what = saved.ema[rate], f"averaged weights (EMA {rate})"
-    tell(f"taking the newest {what}: {path}")
+    _log.info("taking the newest %s: %s", what, path)
     if rate is not None and saved.step < 1 / (1 - float(rate)):
-        tell(f"note: after {saved.step} steps an average of rate {rate} still remembers the first, random weights")
+        _log.info(
+            "note: after %d steps an average of rate %s still remembers the first, random weights", saved.step, rate
+        )
     return path, saved.step
 
 
@@ -86,33 +90,16 @@ def _inside(path: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        told = json.loads(text)
-        RunConfig.from_dict(told["kind"], told["config"])
-        return {name: told[name] for name in ("kind", "config", "class_names", "step")}
+        run = json.loads(text)
+        RunConfig.from_dict(run["kind"], run["config"])
+        return {name: run[name] for name in ("kind", "config", "class_names", "step")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} carries a configuration that cannot be read ({error}); convert it again") from error
 
 
-def recognise(
-    path: str,
-    weights: Mapping[str, Tensor],
-    flags: Mapping[str, Any],
-    *,
-    kind: str | None = None,
-    tell: Tell = print,
-) -> RunConfig:
-    """The configuration of a file that carries none, from its tensors and the flags that were typed; of `kind`, if given."""
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    config = identify.identify(path, shapes, flags=flags, kind=kind, tell=tell)
-    if config.kind == "classifier":  # its tensors say nothing of the noise it was trained on
-        told = {name: flags[name] for name in DiffusionConfig.names() if name in flags}
-        config = replace(config, diffusion=replace(config.diffusion, **told))
-    return config
-
-
 def fitted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as our networks keep them: float32, and attention as 1x1 Conv1d where a file has 1x1 Conv2d. Copies nothing else."""
-    squeezed = set(identify.squeezed_attention({name: tuple(value.shape) for name, value in weights.items()}))
+    squeezed = set(squeezed_attention({name: tuple(value.shape) for name, value in weights.items()}))
     return {name: (value.squeeze(-1) if name in squeezed else value).float() for name, value in weights.items()}
 
 
@@ -123,21 +110,20 @@ def read(
     flags: Mapping[str, Any] | None = None,
     weights: str = "",
     sizes: Mapping[str, int] | None = None,
-    tell: Tell = print,
 ) -> tuple[Found, Weights]:
     """(what the weights of `path` are, with their configuration; their tensors, float32). Arguments and errors as `load`.
 
     `sizes`: flags of image sizes that need not be the file's, heeded where nothing else says for what size it is.
     """
-    found, flags = find(path, weights=weights, tell=tell), dict(flags or {})
-    told = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
-    held = read_weights(found.path, which="" if told else weights, tell=tell)
+    found, flags = find(path, weights=weights), dict(flags or {})
+    one = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
+    held = read_weights(found.path, which="" if one else weights)
     tensors = fitted(held.tensors)
     if found.config is None:
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if sizes and identify.released_as(found.path, shapes) is None:
             flags |= sizes
-        config = recognise(found.path, tensors, flags, kind=kind, tell=tell)
+        config = identify.identify(found.path, shapes, flags=flags, kind=kind)
     else:
         identify.require_kind(found.path, found.config.kind, kind)
         config = agree(found.config, flags, found.path)
@@ -196,7 +182,6 @@ def load(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     weights: str = "",
-    tell: Tell = print,
 ) -> Loaded:
     """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
 
@@ -207,18 +192,32 @@ def load(
     averaged are taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
     """
     device = torch.device(device)
-    found, held = read(path, kind=kind, flags=flags, weights=weights, tell=tell)
+    found, held = read(path, kind=kind, flags=flags, weights=weights)
     config = found.config
     assert config is not None
     net = build.build_empty(config.model, config.diffusion)
     load_weights_into(net, held.tensors, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    chosen = build.choose_precision(precision, half, device, tell)
+    chosen = build.choose_precision(precision, half, device)
     net.set_compute_dtype(build.DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
     process = build.build_process(config.diffusion).to(device)
     about = (found.path, found.class_names, found.step, found.sha256, found.certain)
     return Loaded(net, process, config, *about, held.taken)
+
+
+def metadata_of(loaded: Loaded) -> dict[str, Any]:
+    """What a file in another form must carry to be loaded without a flag; `find` reads it."""
+    is_file = not loaded.sha256 and os.path.isfile(loaded.path)
+    return {
+        "format": 1,
+        "kind": loaded.kind,
+        "step": loaded.step or 0,
+        "config": loaded.config.to_dict(),
+        "class_names": list(loaded.class_names),
+        "source": os.path.basename(loaded.path),
+        "source_sha256": storage.sha256_of(loaded.path) if is_file else loaded.sha256,
+    }
 
 
 def save(loaded: Loaded, folder: str) -> str:
@@ -233,21 +232,23 @@ def save(loaded: Loaded, folder: str) -> str:
     )
 
 
-def check_pair(model: Loaded, critic: Loaded) -> None:
+def check_pair(model: Loaded, classifier: Loaded) -> None:
     """ValueError, in words, unless the classifier was trained for what the diffusion model makes."""
-    ours, theirs = model.config, critic.config
+    ours, theirs = model.config, classifier.config
     pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
     pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
     if classes_of(ours.model):
         pairs["number of classes"] = (classes_of(ours.model), classes_of(theirs.model))
-    for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and critic.certain else ():
+    for name in (
+        ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and classifier.certain else ()
+    ):
         pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
     wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
-    if model.class_names and critic.class_names and model.class_names != critic.class_names:
-        longest = zip_longest(model.class_names, critic.class_names, fillvalue="")
+    if model.class_names and classifier.class_names and model.class_names != classifier.class_names:
+        longest = zip_longest(model.class_names, classifier.class_names, fillvalue="")
         number, (first, second) = next((k, pair) for k, pair in enumerate(longest) if pair[0] != pair[1])
         wrong.append(f"class names: class {number} is {first or 'none'!r} and {second or 'none'!r}")
     if wrong:
         raise ValueError(
-            f"{model.path} (diffusion model) and {critic.path} (classifier) do not belong together; they differ in {'; '.join(wrong)}"
+            f"{model.path} (diffusion model) and {classifier.path} (classifier) do not belong together; they differ in {'; '.join(wrong)}"
         )

@@ -1,7 +1,7 @@
-"""What a checkpoint says about its network: key names and shapes -> the 2021 flags, and the flags that no shape can tell.
+"""Names and shapes of tensors -> what they fix of a network, as the flags of 2021, and the flags that no shape can tell.
 
-Pure Python over a mapping `key -> shape`; no tensor is needed, so a file is recognised before its numbers are read. The family covers the
-2021 release, its predecessor (improved-diffusion) and the consistency models, whose attention stores 1x1 Conv2d weights.
+Needs no tensor, so a file is recognised before its numbers are read. The family covers the 2021 release, its predecessor
+(improved-diffusion) and the consistency models, whose attention stores 1x1 Conv2d weights.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ SIZE_OF_MULTIPLIERS: dict[tuple[float, ...], int] = {
     (1, 1, 2, 3, 4): 128,
     (1, 2, 3, 4): 64,
 }
+# What no shape tells of a generator, with the usual values.
+_OPEN: dict[str, tuple[object, ...]] = {
+    "use_new_attention_order": (False, True),
+    "noise_schedule": ("linear", "cosine"),
+    "rescale_timesteps": (False, True),
+    "diffusion_steps": (1000, 4000),
+}
+_USUAL_SIZES = (32, 64, 128, 256, 512)
 
 
 class NotThisFamily(ValueError):
-    """The keys are not those of a UNet or classifier of this family."""
+    """The names are not those of a U-Net or classifier of this family."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,11 @@ class Layout:
     """What shapes determine. Resolutions are relative: attention at `1/2`, `1/4` … of the image size.
 
     kind            "diffusion", "super_resolution" or "classifier"
-    readings        every (kind, image channels, learned variance) that the channels allow, the likeliest first
     flags           2021 flags (and num_classes, image_channels) that the shapes fix
     attention_ds    downsampling factors with attention, as fractions of the image size
     attention_widths  channels of every attention block: head counts must divide them
     open            flags that shapes cannot tell, each with its candidates
+    readings        every (kind, image channels, learned variance) that the channels allow, the likeliest first
     """
 
     kind: str
@@ -46,79 +54,77 @@ class Layout:
     readings: tuple[tuple[str, int, bool], ...] = ()
 
 
+# What DDP and torch.compile put before a name.
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+
 def normalise_keys(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Strip the prefixes that wrappers leave behind (DDP's `module.`, torch.compile's `_orig_mod.`); shapes as tuples."""
-    out = {}
-    for key, shape in shapes.items():
-        while True:
-            bare = re.sub(r"^(module|_orig_mod)\.", "", key)
-            if bare == key:
-                break
-            key = bare
-        out[key] = tuple(shape)
-    return out
+    """Names without the prefixes of wrappers; shapes as tuples."""
+    return {WRAPPERS.sub("", name): tuple(shape) for name, shape in shapes.items()}
 
 
 def squeezed_attention(shapes: Shapes) -> list[str]:
-    """Keys of attention weights stored as 1x1 Conv2d `[O, I, 1, 1]`, which our Conv1d form `[O, I, 1]` reads after a squeeze."""
-    pattern = re.compile(r"\.(qkv|proj_out)\.weight$")
-    return [key for key, shape in shapes.items() if pattern.search(key) and len(shape) == 4 and shape[2:] == (1, 1)]
+    """Names of attention weights stored as 1x1 Conv2d `[O, I, 1, 1]`, which our Conv1d form `[O, I, 1]` reads after a squeeze."""
+    ends = (".qkv.weight", ".proj_out.weight")
+    return [name for name, shape in shapes.items() if name.endswith(ends) and len(shape) == 4 and shape[2:] == (1, 1)]
 
 
 def inspect_shapes(shapes: Shapes) -> Layout:
-    """Read the flags off a state dict's keys and shapes.
+    """Read the flags off a state dict's names and shapes.
 
     Raises NotThisFamily (a ValueError) that names the first thing missing or unexpected.
     """
     shapes = normalise_keys(shapes)
-    _require(shapes, "time_embed.0.weight", 2)
+    width = _require(shapes, "time_embed.0.weight", 2)[1]
     _require(shapes, "input_blocks.0.0.weight", 4)
     _require(shapes, "middle_block.1.qkv.weight")
-    width = shapes["time_embed.0.weight"][1]
-    if any(key.startswith("output_blocks.") for key in shapes):
-        return _generator(shapes, width)
-    return _classifier(shapes, width)
+    generates = any(name.startswith("output_blocks.") for name in shapes)
+    return _generator(shapes, width) if generates else _classifier(shapes, width)
 
 
-def _require(shapes: Shapes, key: str, ndim: int | None = None) -> tuple[int, ...]:
-    if key not in shapes:
-        known = ", ".join(list(shapes)[:3])
+def _require(shapes: Shapes, name: str, ndim: int | None = None) -> tuple[int, ...]:
+    if name not in shapes:
+        first = ", ".join(list(shapes)[:3])
         raise NotThisFamily(
-            f"no tensor named {key!r} in this file (it begins with {known} …): not a network of this family"
+            f"no tensor named {name!r} in this file (it begins with {first} …): not a network of this family"
         )
-    if ndim is not None and len(shapes[key]) != ndim:
+    if ndim not in (None, len(shapes[name])):
         raise NotThisFamily(
-            f"{key!r} has shape {list(shapes[key])}; a network of this family has {ndim} dimensions there"
+            f"{name!r} has shape {list(shapes[name])}; a network of this family has {ndim} dimensions there"
         )
-    return shapes[key]
+    return shapes[name]
 
 
-def _block_count(shapes: Shapes, stem: str) -> int:
-    numbers = {int(m.group(1)) for key in shapes if (m := re.match(rf"{stem}\.(\d+)\.", key))}
-    if numbers != set(range(len(numbers))):
-        missing = min(set(range(max(numbers))) - numbers) if numbers else 0
-        raise NotThisFamily(f"{stem}.{missing} is missing: the file is incomplete or not of this family")
-    return len(numbers)
+def _blocks_with(shapes: Shapes, pattern: str) -> list[int]:
+    """The numbers that `pattern` captures at the start of names, sorted."""
+    return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
+
+
+def _count_blocks(shapes: Shapes, stem: str) -> int:
+    found = _blocks_with(shapes, rf"{stem}\.(\d+)\.")
+    for expected, number in enumerate(found):
+        if number != expected:
+            raise NotThisFamily(f"{stem}.{expected} is missing: the file is incomplete or not of this family")
+    return len(found)
 
 
 def _levels(
     shapes: Shapes, width: int, depth: int, blocks: int
-) -> tuple[tuple[float, ...], tuple[int, ...], list[int]]:
+) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]:
     """Multipliers by level, downsampling factors with attention, and attention widths, from the way down."""
     multipliers, attention, widths = [], [], []
-    for level in range(blocks // (depth + 1)):
-        first = 1 + level * (depth + 1)
-        out_channels = _require(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 4)[0]
-        multiplier = out_channels / width
-        multipliers.append(int(multiplier) if multiplier == int(multiplier) else multiplier)
+    for level, first in enumerate(range(1, blocks, depth + 1)):
+        channels = _require(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 4)[0]
+        multipliers.append(channels // width if channels % width == 0 else channels / width)
         if f"input_blocks.{first}.1.qkv.weight" in shapes:
             attention.append(2**level)
-            widths.append(out_channels)
+            widths.append(channels)
     widths.append(_require(shapes, "middle_block.1.qkv.weight")[1])
-    return tuple(multipliers), tuple(attention), widths
+    return tuple(multipliers), tuple(attention), tuple(widths)
 
 
 def _scale_shift(shapes: Shapes) -> bool:
+    """Whether the time embedding gives a scale and a shift for each channel, or a shift only."""
     embedding = _require(shapes, "input_blocks.1.0.emb_layers.1.weight", 2)[0]
     channels = _require(shapes, "input_blocks.1.0.out_layers.3.weight", 4)[0]
     if embedding not in (channels, 2 * channels):
@@ -126,117 +132,82 @@ def _scale_shift(shapes: Shapes) -> bool:
     return embedding == 2 * channels
 
 
-def _head_candidates(widths: list[int]) -> tuple[object, ...]:
-    """Flag pairs (num_heads, num_head_channels) that divide every attention width; -1 means `use num_heads`."""
-    channels = [c for c in (16, 32, 64, 128) if all(w % c == 0 for w in widths)]
-    heads = [h for h in (1, 2, 4, 8) if all(w % h == 0 for w in widths)]
-    return (*(f"--num_head_channels {c}" for c in channels), *(f"--num_heads {h}" for h in heads))
-
-
 def _generator(shapes: Shapes, width: int) -> Layout:
-    blocks = _block_count(shapes, "input_blocks")
-    if _block_count(shapes, "output_blocks") != blocks:
-        raise NotThisFamily(
-            f"{blocks} input blocks but {_block_count(shapes, 'output_blocks')} output blocks; they come in pairs"
-        )
+    blocks, blocks_up = _count_blocks(shapes, "input_blocks"), _count_blocks(shapes, "output_blocks")
+    if blocks_up != blocks:
+        raise NotThisFamily(f"{blocks} input blocks but {blocks_up} output blocks; they come in pairs")
     # The last block of a level on the way up carries the upsampling: a Conv2d, or a second residual block.
-    ups = sorted(
-        {
-            int(m.group(1))
-            for k in shapes
-            if (m := re.match(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.0)\.weight$", k))
-        }
-    )
+    resblocks = _blocks_with(shapes, r"output_blocks\.(\d+)\.[12]\.in_layers\.0\.weight$")
+    ups = resblocks or _blocks_with(shapes, r"output_blocks\.(\d+)\.[12]\.conv\.weight$")
     depth = ups[0] if ups else blocks - 1
-    if depth < 1 or blocks % (depth + 1) or ups != [k * (depth + 1) - 1 for k in range(1, blocks // (depth + 1))]:
+    if depth < 1 or blocks % (depth + 1) or ups != list(range(depth, blocks - 1, depth + 1)):
         raise NotThisFamily(f"upsampling after output blocks {ups} of {blocks}: not the regular levels of this family")
-    resblock = any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight$", k) for k in shapes)
     multipliers, attention, widths = _levels(shapes, width, depth, blocks)
-    channels_in = shapes["input_blocks.0.0.weight"][1]
-    channels_out = _require(shapes, "out.2.weight", 4)[0]
-
-    readings = []  # (kind, image channels, learn_sigma)
-    for kind, image_channels in (("diffusion", channels_in), ("super_resolution", channels_in // 2)):
-        if kind == "super_resolution" and channels_in % 2:
-            continue
-        readings += [
-            (kind, image_channels, learned)
-            for learned in (True, False)
-            if channels_out == image_channels * (1 + learned)
-        ]
-    if not readings:
-        raise NotThisFamily(
-            f"{channels_in} input and {channels_out} output channels fit neither a generator nor an upsampler"
-        )
-    if channels_in in (2, 6):
-        # Upsamplers of grey and RGB images; images of two or six channels are the rarer reading and stay in `readings`.
-        readings.sort(key=lambda reading: reading[0] != "super_resolution")
+    readings = _readings(shapes["input_blocks.0.0.weight"][1], _require(shapes, "out.2.weight", 4)[0])
     kind, image_channels, learn_sigma = readings[0]
-
     flags: dict[str, object] = {
         "num_channels": width,
         "num_res_blocks": depth,
         "use_scale_shift_norm": _scale_shift(shapes),
-        "resblock_updown": resblock,
+        "resblock_updown": bool(resblocks),
         "learn_sigma": learn_sigma,
         "class_cond": "label_emb.weight" in shapes,
         "image_channels": image_channels,
     }
     if "label_emb.weight" in shapes:
         flags["num_classes"] = shapes["label_emb.weight"][0]
-    open_: dict[str, tuple[object, ...]] = {
-        "heads": _head_candidates(widths),
-        "use_new_attention_order": (False, True),
-        "noise_schedule": ("linear", "cosine"),
-        "rescale_timesteps": (False, True),
-        "diffusion_steps": (1000, 4000),
-    }
+    # Heads: either flag, where it divides every width with attention.
+    heads = [f"--num_head_channels {c}" for c in (16, 32, 64, 128) if all(w % c == 0 for w in widths)]
+    heads += [f"--num_heads {h}" for h in (1, 2, 4, 8) if all(w % h == 0 for w in widths)]
+    open_ = {"heads": tuple(heads), **_OPEN}
     if multipliers not in SIZE_OF_MULTIPLIERS:
-        open_["image_size"] = (32, 64, 128, 256, 512)
+        open_["image_size"] = _USUAL_SIZES
     if kind == "super_resolution":
         open_["small_size"] = (64, 128)
-    return Layout(kind, flags, multipliers, attention, tuple(widths), open_, tuple(readings))
+    return Layout(kind, flags, multipliers, attention, widths, open_, readings)
+
+
+def _readings(channels_in: int, channels_out: int) -> tuple[tuple[str, int, bool], ...]:
+    """`Layout.readings`: the upsampler gets two images, one above the other; a learned variance doubles the output."""
+    kinds = [("diffusion", channels_in)]
+    if channels_in % 2 == 0:
+        kinds.append(("super_resolution", channels_in // 2))
+    if channels_in in (2, 6):  # upsamplers of grey and RGB images; images of two or six channels are rarer
+        kinds.reverse()
+    found = [
+        (kind, channels, learned)
+        for kind, channels in kinds
+        for learned in (True, False)
+        if channels_out == channels * (1 + learned)
+    ]
+    if not found:
+        raise NotThisFamily(
+            f"{channels_in} input and {channels_out} output channels fit neither a generator nor an upsampler"
+        )
+    return tuple(found)
 
 
 def _classifier(shapes: Shapes, width: int) -> Layout:
-    blocks = _block_count(shapes, "input_blocks")
-    # A residual block changes no width when it halves the size, so the depth shows where widths or convolutions do.
-    convolutions = [int(m.group(1)) for k in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight$", k))]
-    if "out.2.positional_embedding" in shapes:
-        pool, classes = "attention", _require(shapes, "out.2.c_proj.weight")[0]
-    elif "out.3.weight" in shapes and len(shapes["out.3.weight"]) == 4:
-        pool, classes = "adaptive", shapes["out.3.weight"][0]
-    elif "out.3.weight" in shapes:
-        pool, classes = "spatial_v2", shapes["out.3.weight"][0]
-    elif "out.2.weight" in shapes:
-        pool, classes = "spatial", shapes["out.2.weight"][0]
-    else:
-        raise NotThisFamily("no output head of this family's four classifier pools in the file")
-    candidates = [
-        depth
-        for depth in range(1, blocks)
-        if blocks % (depth + 1) == 0 and _depth_fits(shapes, depth, blocks, convolutions)
-    ]
-    if not candidates:
+    blocks = _count_blocks(shapes, "input_blocks")
+    pool, classes = _pool(shapes)
+    convolutions = _blocks_with(shapes, r"input_blocks\.(\d+)\.0\.op\.weight$")
+    depths = [depth for depth in range(1, blocks) if _depth_fits(shapes, depth, blocks, convolutions)]
+    if not depths:
         raise NotThisFamily(f"{blocks} input blocks do not form the regular levels of this family")
-    depth = candidates[0]
-    for choice in candidates:  # the 2021 multipliers settle which of several regular readings it is
-        if _levels(shapes, width, choice, blocks)[0] in SIZE_OF_MULTIPLIERS:
-            depth, candidates = choice, [choice]
-            break
-    multipliers, attention, widths = _levels(shapes, width, depth, blocks)
+    # The 2021 multipliers settle which of several regular readings it is.
+    usual = [depth for depth in depths if _levels(shapes, width, depth, blocks)[0] in SIZE_OF_MULTIPLIERS]
+    depths = usual[:1] or depths
+    multipliers, attention, widths = _levels(shapes, width, depths[0], blocks)
     flags: dict[str, object] = {
         "classifier_width": width,
-        "classifier_depth": depth,
+        "classifier_depth": depths[0],
         "classifier_use_scale_shift_norm": _scale_shift(shapes),
         "classifier_resblock_updown": not convolutions,
         "classifier_pool": pool,
         "image_channels": shapes["input_blocks.0.0.weight"][1],
         "num_classes": classes,
     }
-    open_: dict[str, tuple[object, ...]] = {}
-    if len(candidates) > 1:
-        open_["classifier_depth"] = tuple(candidates)
+    open_: dict[str, tuple[object, ...]] = {"classifier_depth": tuple(depths)} if len(depths) > 1 else {}
     if pool == "attention":
         places = shapes["out.2.positional_embedding"][1] - 1
         side = round(places**0.5)
@@ -246,27 +217,42 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
     elif multipliers in SIZE_OF_MULTIPLIERS:
         flags["image_size"] = SIZE_OF_MULTIPLIERS[multipliers]
     else:
-        open_["image_size"] = (32, 64, 128, 256, 512)
-    return Layout("classifier", flags, multipliers, attention, tuple(widths), open_)
+        open_["image_size"] = _USUAL_SIZES
+    return Layout("classifier", flags, multipliers, attention, widths, open_)
+
+
+def _pool(shapes: Shapes) -> tuple[str, int]:
+    """(kind of pool, number of classes), by the output layer."""
+    if "out.2.positional_embedding" in shapes:
+        return "attention", _require(shapes, "out.2.c_proj.weight")[0]
+    if "out.3.weight" in shapes:
+        return "adaptive" if len(shapes["out.3.weight"]) == 4 else "spatial_v2", shapes["out.3.weight"][0]
+    if "out.2.weight" in shapes:
+        return "spatial", shapes["out.2.weight"][0]
+    raise NotThisFamily("no output head of this family's four classifier pools in the file")
 
 
 def _depth_fits(shapes: Shapes, depth: int, blocks: int, convolutions: list[int]) -> bool:
-    downs = [k * (depth + 1) for k in range(1, blocks // (depth + 1))]
+    """Whether the input blocks can be levels of `depth` blocks with a halving between them.
+
+    A halving convolution is seen as such. A residual block that halves looks like one that does not, but it changes no width
+    and has no attention; and all blocks of a level agree in width and in attention.
+    """
+    if blocks % (depth + 1):
+        return False
+    halving = list(range(depth + 1, blocks, depth + 1))
     if convolutions:
-        return convolutions == downs
-    for block in range(1, blocks):
-        stem = f"input_blocks.{block}"
-        if f"{stem}.0.in_layers.2.weight" not in shapes:
-            return False
-        if block in downs:  # a halving block keeps its width and carries no attention
-            wide = shapes[f"{stem}.0.in_layers.2.weight"]
-            if wide[0] != wide[1] or f"{stem}.1.qkv.weight" in shapes:
-                return False
-        else:  # all blocks of a level agree in width and in attention
-            first = 1 + (block - 1) // (depth + 1) * (depth + 1)
-            same = (
-                shapes[f"{stem}.0.out_layers.3.weight"][0] == shapes[f"input_blocks.{first}.0.out_layers.3.weight"][0]
-            )
-            if not same or (f"{stem}.1.qkv.weight" in shapes) != (f"input_blocks.{first}.1.qkv.weight" in shapes):
-                return False
-    return True
+        return convolutions == halving
+
+    def widths(block: int) -> tuple[int, ...]:
+        return shapes[f"input_blocks.{block}.0.in_layers.2.weight"][:2]
+
+    def attends(block: int) -> bool:
+        return f"input_blocks.{block}.1.qkv.weight" in shapes
+
+    if any(f"input_blocks.{block}.0.in_layers.2.weight" not in shapes for block in range(1, blocks)):
+        return False
+    if any(len(set(widths(block))) > 1 or attends(block) for block in halving):
+        return False
+    levels = (range(first, first + depth) for first in range(1, blocks, depth + 1))
+    return all(len({(widths(block)[0], attends(block)) for block in level}) == 1 for level in levels)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
@@ -35,10 +36,9 @@ __all__ = [
     "set_aside", "steps_of",
 ]  # fmt: skip
 
+_log = logging.getLogger(__name__)
 FORMAT = 1
 _NAME = re.compile(r"^(?:(model|opt|run)|ema_([^_/]+)_)(\d+)\.(pt|json)$")
-
-Tell = Callable[[str], None]
 
 
 def model_name(step: int) -> str:
@@ -232,49 +232,45 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
     return None
 
 
-def find_latest(directory: str, *, tell: Tell | None = None) -> SavedRun | None:
-    """The newest save in a folder that is whole, or None. Damaged and interrupted ones are passed over; `tell` hears why.
+def find_latest(directory: str) -> SavedRun | None:
+    """The newest save in a folder that is whole, or None. Damaged and interrupted ones are passed over; the log says why.
 
     Folders written by 2021 code have no JSON; there the newest `model*.pt` that can be read counts.
     """
-    tell = tell or _silent
     if not storage.isdir(directory):
         return None
     complete = sorted(steps_of(directory), reverse=True)
     for step in sorted(steps_of(directory, "model"), reverse=True):
         if complete and step > complete[0]:
-            tell(
-                f"passing over {storage.join(directory, model_name(step))}: its save was interrupted (no {run_name(step)})"
-            )
+            path = storage.join(directory, model_name(step))
+            _log.warning("passing over %s: its save was interrupted (no %s)", path, run_name(step))
     candidates = complete or sorted(steps_of(directory, "model"), reverse=True)
-    opener = _open_complete if complete else _open_2021_readable
-    found = (_open_or_tell(opener, directory, step, tell) for step in candidates)
-    return next((run for run in found if run is not None), None)
+    for step in candidates:
+        try:
+            if complete:
+                return _open_complete(directory, step)
+            load_weights(storage.join(directory, model_name(step)))  # without sizes and hashes all that can be checked
+            return _open_2021(directory, step)
+        except ValueError as error:  # noqa: PERF203 - a loop over few saves
+            _log.warning("passing over the save at step %d: %s", step, error)
+    return None
 
 
-def _open_or_tell(opener: Callable[[str, int], SavedRun], directory: str, step: int, tell: Tell) -> SavedRun | None:
-    try:
-        return opener(directory, step)
-    except ValueError as error:
-        tell(f"passing over the save at step {step}: {error}")
-        return None
-
-
-def load_run(resume: str, *, tell: Tell | None = None) -> SavedRun | None:
+def load_run(resume: str) -> SavedRun | None:
     """The save that `resume` means: a folder (its newest whole save, None if it has none), or any file of a save but its averages.
 
     Averaged weights, and a file that belongs to no save, such as a released checkpoint, give their weights at step 0.
     """
-    tell, resume = tell or _silent, storage.expand(resume)
+    resume = storage.expand(resume)
     if storage.isdir(resume):
-        return find_latest(resume, tell=tell)
+        return find_latest(resume)
     if not storage.exists(resume):
         raise ValueError(
             f"cannot resume from {resume}: it does not exist; give a folder or a file of a save, or 'auto'"
         )
     directory, parsed = os.path.dirname(resume) or ".", parse_name(resume)
     if parsed is not None and parsed[0].startswith("ema_"):
-        tell(f"{resume} holds averaged weights: taking them, at step 0")
+        _log.info("%s holds averaged weights: taking them, at step 0", resume)
         return SavedRun(directory=directory, step=0, model=resume)
     if parsed is not None and storage.exists(storage.join(directory, run_name(parsed[1]))):
         return _open_complete(directory, parsed[1])
@@ -282,7 +278,7 @@ def load_run(resume: str, *, tell: Tell | None = None) -> SavedRun | None:
         return _open_2021(directory, parsed[1])
     if parsed is not None and parsed[0] == "opt":
         raise ValueError(f"cannot resume from {resume}: {model_name(parsed[1])} is not beside it")
-    tell(f"{resume} belongs to no save: taking its weights, at step 0")
+    _log.info("%s belongs to no save: taking its weights, at step 0", resume)
     return SavedRun(directory=directory, step=0, model=resume)
 
 
@@ -321,16 +317,6 @@ def _open_2021(directory: str, step: int) -> SavedRun:
             at_step[parsed[0]] = storage.join(directory, name)
     ema = {role.removeprefix("ema_"): path for role, path in at_step.items() if role.startswith("ema_")}
     return SavedRun(directory=directory, step=step, model=at_step.get("model"), ema=ema, optimizer=at_step.get("opt"))
-
-
-def _open_2021_readable(directory: str, step: int) -> SavedRun:
-    """`_open_2021` of a save whose weights can be read; without sizes and hashes that is all one can check."""
-    load_weights(storage.join(directory, model_name(step)))
-    return _open_2021(directory, step)
-
-
-def _silent(_: str) -> None:
-    return None
 
 
 def _role(name: str) -> str:

@@ -107,7 +107,7 @@ def test_classes_of_a_part_of_the_folders_go_by_name(
 ) -> None:
     """Folders seven and three of ten classes: measured as with their numbers in a table, refused under another name."""
     names = tuple("zero one two three four five six seven eight nine".split())
-    gd.save(replace(gd.load(f"{place}/model", tell=lambda _: None), class_names=names), str(tmp_path / "model"))
+    gd.save(replace(gd.load(f"{place}/model"), class_names=names), str(tmp_path / "model"))
     for number in (3, 7):
         shutil.copytree(place / "digits" / str(number), tmp_path / "digits" / names[number])
     pictures = sorted((tmp_path / "digits").glob("*/*.png"))
@@ -139,7 +139,7 @@ def test_equal_noise_gives_what_the_old_loop_gives(place: Path) -> None:
     from guided_diffusion.diffusion.likelihood import bits_per_dim
     from guided_diffusion.script_util import create_gaussian_diffusion
 
-    model = gd.load(f"{place}/model", tell=lambda _: None)
+    model = gd.load(f"{place}/model")
     old = create_gaussian_diffusion(steps=STEPS, learn_sigma=True, noise_schedule="cosine")
     x0 = to_float(torch.from_numpy(np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1)).astype(np.uint8)))
     y = torch.tensor([1, 2, 3])
@@ -171,7 +171,7 @@ def test_half_precision_stays_close(place: Path, one_by_one: Path, tmp_path: Pat
 
 def test_the_prior_lies_within_what_the_process_allows(place: Path, tmp_path: Path) -> None:
     """No pixel lies outside [-1, 1], and the prior of the process alone is largest there."""
-    model = gd.load(f"{place}/model", tell=lambda _: None)
+    model = gd.load(f"{place}/model")
     found = measure(place, tmp_path, "--num_samples", "3")
     prior = found["breakdown"]["prior"]
     # Of this process alone: the KL between q(x_T | x0) and a standard normal, in bits.

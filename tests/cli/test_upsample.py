@@ -116,7 +116,7 @@ def test_images_do_not_depend_on_the_batch_size(models: Path, small: Path, tmp_p
 def test_ddim_is_honoured(models: Path, small: Path, tmp_path: Path) -> None:
     """DDIM without noise: what comes out is the sampler applied to the first noise, step by step."""
     made = enlarge(models, small, tmp_path, "--use_ddim", "True", "--batch_size", "5")["arr_0"]
-    model = gd.load(str(models / "large"), flags={"timestep_respacing": "4"}, tell=lambda _: None)
+    model = gd.load(str(models / "large"), flags={"timestep_respacing": "4"})
     from guided_diffusion.runtime.streams import SAMPLE, Streams, key_of
 
     noise = Streams(key_of(0, upsample._NOISE_OF_UPSAMPLERS), SAMPLE, ids=range(5)).normal((3, 16, 16))
@@ -375,7 +375,7 @@ def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
     ]
     command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--log_interval", "40", "--labels", "none"]
     assert main([*command, "--out", str(tmp_path), "--progress", "False"]) == 0
-    model = gd.load(str(tmp_path), tell=lambda _: None)
+    model = gd.load(str(tmp_path))
     pixels = [center_crop(read_image(str(path)), 16) for path in sorted(photos.iterdir())]
     x0 = to_float(torch.from_numpy(np.stack(pixels)))
     i = torch.full((len(x0),), 25)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import TWINS, filled, outputs, quiet
+from checkpoint_files import TWINS, filled, outputs
 
 import guided_diffusion as gd
-from guided_diffusion.cli import convert
 from guided_diffusion.cli.main import main
-from guided_diffusion.weights.diffusers import _join_qkv, _split_qkv
+from guided_diffusion.weights.diffusers import flags_of_unet2d, join_qkv, save_diffusers, split_qkv
 
 BASE = {
     "image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "8", "num_res_blocks": 1,
@@ -42,7 +41,7 @@ def test_safetensors_and_back_lose_no_bit(name: str, tmp_path: Path, capsys: pyt
     assert "largest output difference on the same input: 0" in capsys.readouterr().out
     assert main(["convert", str(one), str(plain)]) == 0
     assert "largest output difference on the same input: 0" in capsys.readouterr().out
-    after, back = gd.load(str(one), tell=quiet), torch.load(plain, weights_only=True)
+    after, back = gd.load(str(one)), torch.load(plain, weights_only=True)
     assert after.config == before.config
     assert list(back) == list(before.net.state_dict())
     assert all(torch.equal(value, back[key]) for key, value in before.net.state_dict().items())
@@ -85,7 +84,7 @@ def test_diffusers_computes_the_same_and_back_loses_no_bit(
     assert float((out - expected).abs().max() / expected.abs().max()) < 1e-5
 
     assert main(["convert", str(folder), str(tmp_path / "back.safetensors")]) == 0
-    back = gd.load(str(tmp_path / "back.safetensors"), tell=quiet)
+    back = gd.load(str(tmp_path / "back.safetensors"))
     assert back.config == before.config
     assert all(torch.equal(value, back.net.state_dict()[key]) for key, value in before.net.state_dict().items())
 
@@ -95,10 +94,10 @@ def test_a_folder_that_only_diffusers_wrote(name: str, tmp_path: Path) -> None:
     """Without the note that our converter leaves: flags come from their configuration, the schedule from the command."""
     pytest.importorskip("diffusers")
     before = filled("diffusion", {**BASE, **CASES[name], "noise_schedule": "linear"})
-    convert.save_diffusers(before, str(tmp_path / "theirs"))
+    save_diffusers(before, str(tmp_path / "theirs"))
     (tmp_path / "theirs" / "guided_diffusion.json").unlink()
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "back.safetensors")]) == 0
-    back = gd.load(str(tmp_path / "back.safetensors"), tell=quiet)
+    back = gd.load(str(tmp_path / "back.safetensors"))
     # Queries, keys and values are kept apart there; here they come back in the legacy order.
     assert torch.allclose(outputs(back), outputs(before), atol=1e-5)
     assert torch.equal(back.process.alpha_bar, before.process.alpha_bar)
@@ -138,17 +137,17 @@ def test_what_ours_cannot_express_is_refused_in_words(change: dict[str, Any], wo
         "attention_head_dim": 8, "downsample_type": "conv", "upsample_type": "conv",
     }  # fmt: skip
     config = dict(diffusers.UNet2DModel(**arguments).config)
-    assert convert.flags_of_unet2d({**config, "flip_sin_to_cos": True}, "linear")["num_head_channels"] == 8
+    assert flags_of_unet2d({**config, "flip_sin_to_cos": True}, "linear")["num_head_channels"] == 8
     with pytest.raises(ValueError, match=words):
-        convert.flags_of_unet2d({**config, "flip_sin_to_cos": True, **change}, "linear")
+        flags_of_unet2d({**config, "flip_sin_to_cos": True, **change}, "linear")
 
 
 @pytest.mark.parametrize("new_order", [False, True])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_packing_of_queries_keys_values(new_order: bool, heads: int) -> None:
     packed = torch.arange(24 * 5.0).reshape(24, 5)
-    q, k, v = _split_qkv(packed, heads, new_order)
-    assert torch.equal(_join_qkv((q, k, v), heads, new_order), packed)
+    q, k, v = split_qkv(packed, heads, new_order)
+    assert torch.equal(join_qkv((q, k, v), heads, new_order), packed)
     if not new_order and heads == 2:  # the first head's four queries, keys, values come first
         assert torch.equal(q, torch.cat([packed[0:4], packed[12:16]])) and torch.equal(k[:4], packed[4:8])
 

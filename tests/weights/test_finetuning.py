@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import BASE, CRITIC, filled, meta_shapes, outputs, quiet
+from checkpoint_files import BASE, CRITIC, filled, meta_shapes, outputs
 from PIL import Image
 
 import guided_diffusion as gd
 from guided_diffusion import build
-from guided_diffusion.cli import convert, train
+from guided_diffusion.cli import train
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import classes_of
-from guided_diffusion.weights import identify
+from guided_diffusion.weights import convert, identify
 from guided_diffusion.weights.load import check_pair
 from guided_diffusion.weights.runs import load_weights, save_run
 
@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         about = {"config": loaded.config.to_dict(), "kind": kind, "class_names": names}
         save_run(str(root / name), step=5, model=state, ema=ema, **about)  # type: ignore[arg-type]
         convert.save_file(
-            gd.load(str(root / name / "model000005.pt"), tell=quiet), str(root / f"{name}.safetensors"), "safetensors"
+            gd.load(str(root / name / "model000005.pt")), str(root / f"{name}.safetensors"), "safetensors"
         )
     return root
 
@@ -80,7 +80,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: str, data: str, out: Pa
 def test_a_file_that_knows_itself_needs_no_flag(kind: str, place: Path, tmp_path: Path) -> None:
     data = pictures(tmp_path / "data")
     after = run(KINDS[kind][0], data, tmp_path / "out", "--resume_checkpoint", str(place / f"{kind}.safetensors"))
-    before = gd.load(str(place / f"{kind}.safetensors"), tell=quiet)
+    before = gd.load(str(place / f"{kind}.safetensors"))
     config = told(after)["config"]
     assert (config["model"], config["diffusion"]) == tuple(before.config.to_dict()[n] for n in ("model", "diffusion"))
     assert tuple(told(after)["class_names"]) == before.class_names
@@ -151,7 +151,7 @@ def test_classes_are_given_and_taken_away(place: Path, tmp_path: Path, capsys: p
     assert "the file has no classes" in error and "--new_classes True" in error
     after = run("train", data, tmp_path / "cond", "--resume_checkpoint", source, "--new_classes", "True")
     assert told(after)["class_names"] == list(CLASSES)
-    before, now = gd.load(source, tell=quiet).net.state_dict(), load_weights(str(after))
+    before, now = gd.load(source).net.state_dict(), load_weights(str(after))
     assert set(now) - set(before) == {"label_emb.weight"} and now["label_emb.weight"].shape[0] == 4
     words = [
         "--resume_checkpoint",
@@ -171,7 +171,7 @@ def test_another_image_size_keeps_the_levels(place: Path, tmp_path: Path, capsys
     after = run("train", data, tmp_path / "out", *words)
     model = told(after)["config"]["model"]
     assert (model["image_size"], model["attention_resolutions"], model["channel_mult"]) == (16, "8", "1,2")
-    before = gd.load(str(place / "diffusion.safetensors"), tell=quiet).net.state_dict()
+    before = gd.load(str(place / "diffusion.safetensors")).net.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in load_weights(str(after)).items())
     words = [
         "--resume_checkpoint",
@@ -281,8 +281,8 @@ def test_the_scripts_of_2021_start_the_same_way(
     source = ["--resume_checkpoint", str(place / "diffusion.safetensors")]
     words = [*fixed, *source, "--sample_interval", "-1", "--out", str(tmp_path / "out")]
     assert train.image_train([*words, "--image_size", "8", "--num_channels", "32"]) == 0
-    before = gd.load(str(place / "diffusion.safetensors"), tell=quiet)
-    assert torch.equal(outputs(gd.load(str(tmp_path / "out"), tell=quiet)), outputs(before))
+    before = gd.load(str(place / "diffusion.safetensors"))
+    assert torch.equal(outputs(gd.load(str(tmp_path / "out"))), outputs(before))
     assert train.image_train([*words, "--out", str(tmp_path / "no"), "--noise_schedule", "cosine"]) == 2
     assert "noise_schedule linear; you asked for cosine" in capsys.readouterr().err
 
@@ -339,5 +339,5 @@ def test_a_generator_without_classes_stores_no_names(place: Path, tmp_path: Path
         path.rename(data / "one" / f"dog{k % 2}_{k}.png")
     after = run("train", str(data), tmp_path / "out", "--resume_checkpoint", str(place / "unconditional.safetensors"))
     assert told(after)["class_names"] == []
-    again = gd.load(str(tmp_path / "out"), tell=quiet)
-    check_pair(again, gd.load(str(place / "classifier"), tell=quiet))
+    again = gd.load(str(tmp_path / "out"))
+    check_pair(again, gd.load(str(place / "classifier")))

@@ -59,7 +59,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server with a small twin in the place of the released file, whose layout is entered as the released one."""
     (tmp_path / "www").mkdir()
     torch.save(filled(*TWINS[NAME]).net.state_dict(), tmp_path / "www" / f"{NAME}.pt")
-    monkeypatch.setattr(identify, "SIGNATURES", {identify.signature(meta_shapes(*TWINS[NAME])): (NAME,)})
+    monkeypatch.setitem(identify.SIGNATURES, identify.signature(meta_shapes(*TWINS[NAME])), (NAME,))
     found = Server(tmp_path / "www")
     monkeypatch.setattr(presets, "BASE_URL", found.url)
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))

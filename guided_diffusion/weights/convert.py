@@ -1,0 +1,94 @@
+"""Weights in another form: safetensors, a plain .pt file, or diffusers' layout, with the largest output difference measured."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import RunConfig
+from ..runtime import storage
+from ..runtime.streams import EVALUATE, Streams
+from .diffusers import load_diffusers, save_diffusers
+from .identify import flag_line
+from .load import Loaded, load, metadata_of
+
+_log = logging.getLogger(__name__)
+FORMS = ("safetensors", "pt", "diffusers")
+
+
+def form_of(target: str, form: str = "") -> str:
+    """`form`, one of FORMS; where it is empty, by the target's name."""
+    form = form or os.path.splitext(target)[1].removeprefix(".")
+    if form not in FORMS:
+        raise ValueError(f"cannot tell the form of {target!r}; end it in .safetensors or .pt, or say --to diffusers")
+    return form
+
+
+def convert(source: str, target: str, form: str = "", *, noise_schedule: str = "linear", weights: str = "") -> float:
+    """Write the weights of `source` as `target` and return how far its outputs are from those of the source, relatively.
+
+    source          a .pt or .safetensors file, a run folder, or a folder that diffusers wrote
+    form            as `form_of`; "diffusers" writes a folder
+    noise_schedule  of a diffusers folder, which does not carry it
+    weights         "ema" or "model" where the source holds both
+    """
+    form = form_of(target, form)
+    if _is_diffusers(source):
+        loaded, original = load_diffusers(source, noise_schedule)
+    else:
+        loaded = load(source, weights=weights)
+        original = loaded.net
+    if form == "diffusers":
+        converted = save_diffusers(loaded, target)
+    else:
+        save_file(loaded, target, form)
+        converted = load(target, flags=_flags(loaded.config)).net
+    return largest_difference(original, converted, loaded.config)
+
+
+def _is_diffusers(source: str) -> bool:
+    config = os.path.join(source, "config.json")
+    return os.path.isfile(config) and b"UNet2DModel" in storage.read_bytes(config)
+
+
+def _flags(config: RunConfig) -> dict[str, Any]:
+    return {**config.model.to_dict(), **config.diffusion.to_dict()}
+
+
+def save_file(loaded: Loaded, target: str, form: str) -> None:
+    """Write one file: safetensors with its configuration inside, or a plain state dict as in 2021, whose flags are logged."""
+    state = {name: value.detach().cpu().contiguous() for name, value in loaded.net.state_dict().items()}
+    if form == "safetensors":
+        try:
+            from safetensors.torch import save
+        except ImportError:
+            raise ValueError(
+                "writing safetensors needs its package: pip install 'guided-diffusion[safetensors]'"
+            ) from None
+        metadata = {"guided_diffusion": storage.to_json(metadata_of(loaded), indent=None)}
+        storage.write_bytes_atomic(target, save(state, metadata=metadata))
+        return
+    with storage.atomic_write(target) as file:
+        torch.save(state, file)
+    flags = flag_line(_flags(loaded.config))
+    _log.info("note: a plain state dict as in 2021 carries no configuration; to load %s, type %s", target, flags)
+
+
+def largest_difference(first: nn.Module, second: nn.Module, config: RunConfig) -> float:
+    """max |difference| / max |output| of two networks on the same noise, steps and classes, float32 on the CPU."""
+    model = config.model
+    x = Streams(0, EVALUATE, ids=range(2)).normal((model.image_channels, *model.size))
+    time = torch.tensor([10.0, 700.0])
+    cond: dict[str, Any] = {}
+    if getattr(model, "class_cond", False):
+        cond["y"] = torch.tensor([0, max(0, model.num_classes - 1)])
+    if config.kind == "super_resolution":
+        every = model.sample_size // model.small_size  # type: ignore[union-attr]
+        cond["low_res"] = x[:, :, ::every, ::every].contiguous()
+    with torch.no_grad():
+        a, b = first.cpu()(x, time, **cond).float(), second.cpu()(x, time, **cond).float()
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))

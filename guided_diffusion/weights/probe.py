@@ -1,0 +1,129 @@
+"""What tensors cannot tell, decided by trying: the reading of a file under which the network denoises best. And what a network costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from .. import build
+from ..config import ModelConfig, RunConfig
+from ..runtime.streams import EVALUATE, Streams
+from .files import load_weights_into
+from .identify import flag_line, flags_of
+from .recognise import Layout, Shapes, inspect_shapes
+
+LEVELS = (0.99, 0.9, 0.6, 0.3, 0.05)  # alpha-bar: the part of the signal in the variance of a noised image
+
+
+class Trial(NamedTuple):
+    """One reading of the file, and its denoising error: mean squared error of the noise, relative to its variance 1."""
+
+    loss: float
+    flags: dict[str, object]
+
+
+def known_of(path: str, shapes: Shapes, image_size: int = 0) -> dict[str, Any]:
+    """The flags that a generator's shapes fix, with the image size: that of its multipliers, where none is given."""
+    layout = inspect_shapes(shapes)
+    if layout.kind != "diffusion":
+        raise ValueError(f"--probe compares denoising losses of a diffusion model; {path} is a {layout.kind} network")
+    known = flags_of(layout, {"image_size": image_size} if image_size else {})
+    if "image_size" not in known:
+        raise ValueError("the channel multipliers belong to no standard image size; give --image_size")
+    return known
+
+
+def probe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], x0: Tensor) -> list[Trial]:
+    """Every reading of heads, attention order, schedule and time scale, best first.
+
+    tensors  of the file, as our networks keep them (`load.fitted`)
+    known    as `known_of`
+    x0       images like those of the network's training, float32 [N, C, H, W] in [-1, 1], on the device to compute on
+
+    Under a wrong reading the network estimates the noise worse. All readings get the same noised images, at five levels of
+    noise, each with the step at which its schedule has that level.
+    """
+    noise = Streams(0, EVALUATE, ids=range(len(x0)), device=x0.device).normal(x0.shape[1:])
+    layout, trials = inspect_shapes({name: tuple(value.shape) for name, value in tensors.items()}), []
+    for flags in tqdm(list(readings(layout)), desc="probe", unit="reading"):
+        config = RunConfig.from_flags("diffusion", {**known, **flags})
+        assert isinstance(config.model, ModelConfig)
+        net = build.build_empty(config.model, config.diffusion)
+        load_weights_into(net, tensors, "the file", assign=True)
+        net = net.to(x0.device).eval().requires_grad_(False)
+        process = build.build_process(config.diffusion)
+        cond = {"y": torch.zeros(len(x0), dtype=torch.int64, device=x0.device)} if config.model.class_cond else {}
+        errors = []
+        for level in LEVELS:
+            i = int((process.alpha_bar - level).abs().argmin())
+            time = process.time[i].expand(len(x0)).to(x0.device)
+            with torch.no_grad():
+                out = net(level**0.5 * x0 + (1 - level) ** 0.5 * noise, time, **cond)
+            errors.append((out[:, : x0.shape[1]].float() - noise).square().mean())
+        trials.append(Trial(float(torch.stack(errors).mean()), flags))
+    return sorted(trials, key=lambda trial: trial.loss)
+
+
+def readings(layout: Layout) -> Iterator[dict[str, object]]:
+    """Candidates that differ in what they compute; two ways of saying the same heads count once."""
+    heads: dict[tuple[int, ...], dict[str, object]] = {}
+    for text in layout.open["heads"]:
+        name, value = str(text).removeprefix("--").split()
+        number = int(value)
+        counts = tuple(w // number if name == "num_head_channels" else number for w in layout.attention_widths)
+        heads.setdefault(counts, {name: number})
+    for counts, flags in heads.items():
+        # With one head everywhere both orders are the same.
+        orders = (False, True) if max(counts) > 1 else (False,)
+        for order, schedule, scaled, steps in product(orders, ("linear", "cosine"), (False, True), (1000, 4000)):
+            if scaled and steps == 1000:
+                continue  # a thousand steps scaled to a thousand are themselves
+            yield {
+                **flags,
+                "use_new_attention_order": order,
+                "noise_schedule": schedule,
+                "diffusion_steps": steps,
+                "rescale_timesteps": scaled,
+            }
+
+
+# Readings whose errors differ by less than this part cannot be told apart by a few images.
+_NEAR = 0.01
+
+
+def verdict(trials: Sequence[Trial]) -> str:
+    """The five best readings, and in which flags all that are about as good as the best agree."""
+    lines = [f"  {trial.loss:.4f}  {flag_line(trial.flags)}" for trial in trials[:5]]
+    near = [trial.flags for trial in trials if trial.loss <= trials[0].loss * (1 + _NEAR)]
+    names = dict.fromkeys(name for flags in near for name in flags)
+    agreed = {name: near[0][name] for name in names if all(f.get(name) == near[0].get(name) for f in near)}
+    lines.append(f"settled: {flag_line(agreed) or 'nothing'}")
+    open_ = [f"--{name}" for name in names if name not in agreed]
+    if open_:
+        lines.append(
+            f"not told apart by these images: {', '.join(open_)} ({len(near)} readings within {_NEAR:.0%}); "
+            "use more images, or compare samples"
+        )
+    return "\n".join(["denoising error (1 = no idea at all) by reading:", *lines])
+
+
+def forward_flops(config: RunConfig) -> tuple[int, nn.Module]:
+    """Floating-point operations of one forward pass of one image, counted without computing; and the network on the meta device."""
+    model = config.model
+    net = build.build_empty(model, config.diffusion)
+    shape = (1, model.image_channels)
+    cond: dict[str, Tensor] = {}
+    if getattr(model, "class_cond", False):
+        cond["y"] = torch.zeros(1, dtype=torch.int64, device="meta")
+    if config.kind == "super_resolution":
+        small = model.small_size  # type: ignore[union-attr]
+        cond["low_res"] = torch.empty(*shape, small, small, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.empty(*shape, *model.size, device="meta"), torch.zeros(1, device="meta"), **cond)
+    return counter.get_total_flops(), net
