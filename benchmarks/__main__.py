@@ -19,6 +19,7 @@ PER_SHAPE = {
     "training": networks.training,
     "forward": networks.forward,
     "compiled": networks.compiled,
+    "compiled-training": networks.compiled_training,
     "diffusers": networks.diffusers,
 }
 ONCE = {
@@ -31,7 +32,7 @@ ONCE = {
     "processes": files.processes,
 }
 ON_CPU = ("forward", "diffusers", "sampling", "training", "features", "distances", "loader")
-ON_GPU = ("sampling", "training", "forward", "compiled", "features")
+ON_GPU = ("sampling", "training", "forward", "features", "compiled", "compiled-training")
 Task = tuple[str, Callable[[], list[Row]]]
 
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU")
+    if torch.device(args.device).index:
+        torch.cuda.set_device(args.device)
     threads = torch.get_num_threads()
     if not on_gpu:
         torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from . import networks
 from .shapes import released
@@ -102,8 +103,6 @@ def loading(plan: Plan) -> list[Row]:
 
 def saving(plan: Plan) -> list[Row]:
     """Six steps with and without a save among them: written in the background, or waited for. Wall time."""
-    import torch
-
     from guided_diffusion.training.saver import Checkpoints
 
     steps = 6
@@ -115,17 +114,18 @@ def saving(plan: Plan) -> list[Row]:
             trainer.checkpoints = Checkpoints(f"{folder}/{name}", background="background" in name, keep_last=1)
             stalls[name] = []
 
-            def once(name: str = name, trainer: object = trainer, batch: networks.Batch = batch) -> float:
-                torch.cuda.synchronize() if plan.on_gpu else None
+            # Its defaults are this round's: the function outlives the loop.
+            def once(name: str = name, trainer: Any = trainer, batch: networks.Batch = batch) -> float:
+                plan.wait()
                 begin = time.perf_counter()
                 if name != "no save":
-                    trainer.save()  # type: ignore[attr-defined]
+                    trainer.save()
                 stalls[name].append(time.perf_counter() - begin)
                 for _ in range(steps):
-                    trainer.step(batch)  # type: ignore[attr-defined]
-                torch.cuda.synchronize() if plan.on_gpu else None
+                    trainer.step(batch)
+                plan.wait()
                 took = time.perf_counter() - begin
-                trainer.checkpoints.wait()  # type: ignore[attr-defined]
+                trainer.checkpoints.wait()
                 return took / steps
 
             once()

@@ -60,6 +60,13 @@ class Plan:
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
+    def wait(self) -> None:
+        """Let the GPU, if there is one, finish what it was given."""
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+
     def best_rate(self, dtype: str) -> float:
         """FLOP/s of this machine in a number format, the higher of the measured two; infinity where none was measured."""
         return 1e9 * max((value for name, value in self.rates.items() if dtype in name), default=float("inf"))
@@ -76,10 +83,10 @@ def clocked(call: Callable[[], object], device: str = "cpu") -> Callable[[], flo
     def on_gpu() -> float:
         import torch
 
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         return time.perf_counter() - begin
 
     return on_gpu if device.startswith("cuda") else on_cpu
@@ -134,6 +141,7 @@ def compare(
     for name, call in ways.items():
         begin = time.perf_counter()
         found[name] = call()
+        plan.wait()
         first[name] = time.perf_counter() - begin
         notes[name] = []
     base = next(iter(found.values()))
