@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,13 @@ Writer = Callable[..., Path]
 @pytest.fixture(scope="session")
 def photographs() -> list[np.ndarray]:
     """Two photographs, uint8 [427, 640, 3], and a scan of a digit, uint8 [8, 8, 3]."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    digit = (datasets.load_digits().images[7] * 15.9).astype(np.uint8)
-    return [*datasets.load_sample_images().images, np.repeat(digit[..., None], 3, axis=2)]
+    found = importlib.util.find_spec("sklearn")  # its files are enough; to import it takes seconds
+    if found is None or not found.origin:
+        pytest.skip("needs scikit-learn's sample images")
+    folder = Path(found.origin).parent / "datasets"
+    photographs = [np.asarray(Image.open(folder / "images" / name)) for name in ("china.jpg", "flower.jpg")]
+    digit = np.loadtxt(folder / "data" / "digits.csv.gz", delimiter=",", max_rows=8)[7, :64].reshape(8, 8)
+    return [*photographs, np.repeat((digit * 15.9).astype(np.uint8)[..., None], 3, axis=2)]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def halve_then_bicubic(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize(tuple(round(length * factor) for length in picture.size), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("size", [8, 32, 64, 100, 256, 427, 500])
+@pytest.mark.parametrize("size", [8, 64, 100, 427, 500])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("portrait", [False, True])
 def test_center_crop_is_the_2021_crop_on_real_photographs(photographs, size, which, portrait):
@@ -42,7 +42,7 @@ def test_a_picture_twice_the_size_is_averaged_by_fours(photographs):
     assert np.abs(images.center_crop(photograph, 200) - averages).max() <= 1
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("size", [8, 33, 64])
 def test_random_crop_is_the_2021_crop_with_its_draws(photographs, seed, size):
     draws = random.Random(seed)
@@ -54,7 +54,7 @@ def test_random_crop_is_the_2021_crop_with_its_draws(photographs, seed, size):
     np.testing.assert_array_equal(images.random_crop(photographs[0], size, random.Random(seed)), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),
@@ -161,7 +161,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
         images.random_crop(np.zeros((4, 4, 3), np.uint8), 2, random.Random(0), 0.9, 0.8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP"]))
 def test_broken_bytes_are_a_value_error_or_a_picture(data, kind):
     buffer = io.BytesIO()
@@ -175,19 +175,12 @@ def test_broken_bytes_are_a_value_error_or_a_picture(data, kind):
     except ValueError as error:
         assert "broken" in str(error)
     else:
-        assert picture.dtype == np.uint8
-        assert picture.ndim == 3
+        assert picture.dtype == np.uint8 and picture.ndim == 3
 
 
 def test_preprocessing_has_a_name_that_tells_settings_apart():
-    names = {
-        images.preprocessing_id(64),
-        images.preprocessing_id(32),
-        images.preprocessing_id((64, 32)),
-        images.preprocessing_id(64, channels=1),
-        images.preprocessing_id(64, crop="random"),
-    }
-    assert len(names) == 5
+    each = [{"size": 64}, {"size": 32}, {"size": (64, 32)}, {"size": 64, "channels": 1}, {"size": 64, "crop": "random"}]
+    assert len({images.preprocessing_id(**one) for one in each}) == 5
     assert images.preprocessing_id(64) == images.preprocessing_id((64, 64))
 
 

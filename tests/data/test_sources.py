@@ -1,163 +1,273 @@
-"""Archives and packed folders read like the folder they were made from."""
+"""Which images are found in a folder, a zip, tars or an lmdb, and in which order: those of what it would be once unpacked."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import json
 import os
 import pickle
 import sys
 import tarfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_archives import CLASSES, MAKERS, grey_levels, make_folder, make_tar, make_zip, picture, pixels
+from PIL import Image
 
-from guided_diffusion.data import images, packed
+from guided_diffusion.data import packed
 from guided_diffusion.data.listing import Records, list_records
 from guided_diffusion.data.loader import make_batches
-from guided_diffusion.data.sources import open_source
+from guided_diffusion.data.sources import image_files, open_source
 from guided_diffusion.runtime import storage
 
-NAMES = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/10.png", "dog/2.png")
+NAMES = (
+    "b.png",
+    "a_1.JPG",
+    "a.b/x_2.jpeg",
+    "a/z.gif",
+    "a/B/q_9_1.png",
+    "a-c/y.png",
+    "Z.png",
+    "a b.png",
+    "ä_3.png",
+    "a0.png",
+)
 
 
-def pixels(records: Records, channels: int = 3) -> list[np.ndarray]:
-    reader = open_source(records.kind, records.root)
-    return [reader.read(path, channels) for path in records.paths]
+def walk_like_2021(folder: str) -> list[str]:
+    """The order of the 2021 release, from its description: the sorted names of a folder, folders opened where they stand."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.lower().rsplit(".", 1)[-1] in ("jpg", "jpeg", "png", "gif") and "." in name:
+            found.append(path)
+        elif os.path.isdir(path):
+            found += walk_like_2021(path)
+    return found
 
 
-def assert_same_pictures(left: Records, right: Records) -> None:
-    for a, b in zip(pixels(left), pixels(right), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def zipped(root: Path, target: Path, table: object = "absent") -> Path:
-    with zipfile.ZipFile(target, "w") as archive:
-        for name in reversed(NAMES):
-            archive.write(root / name, name)
-        archive.writestr("readme.txt", "no picture")
-        if table != "absent":
-            archive.writestr("dataset.json", json.dumps({"labels": table}))
-    return target
-
-
-def tarred(root: Path, target: Path, names: tuple[str, ...], label: str = "cls") -> Path:
-    with tarfile.open(target, "w") as archive:
-        for name in names:
-            archive.add(root / name, name.replace("/", "-"))
-            text = name.split("/")[0].encode() if label == "cls" else json.dumps({"label": ord(name[0])}).encode()
-            info = tarfile.TarInfo(name.replace("/", "-").split(".")[0] + f".{label}")
-            info.size = len(text)
-            archive.addfile(info, io.BytesIO(text))
-    return target
-
-
-def test_zip_with_its_table(write_pictures, tmp_path):
+def test_order_and_classes_from_prefixes_are_those_of_2021(write_pictures):
     root = write_pictures(*NAMES)
-    records = list_records(zipped(root, tmp_path / "a.zip", [[name, k] for k, name in enumerate(NAMES)]))
-    assert records.kind == "zip"
-    assert records.paths == NAMES
-    assert records.labels.tolist() == [0, 1, 2, 3, 4]
-    assert records.label_source.endswith("a.zip/dataset.json")
-    assert_same_pictures(records, list_records(root))
+    for name in ("notes.txt", "png"):
+        (root / name).write_text("no image")
+    (root / "empty").mkdir()
+    expected = walk_like_2021(str(root))
+    assert image_files(str(root)) == image_files(f"{root}/") == expected
+    records = list_records(root, labels="prefix")
+    assert list(records.paths) == expected
+    prefixes = [os.path.basename(path).split("_")[0] for path in expected]
+    assert list(records.class_names) == sorted(set(prefixes)) and records.labels.dtype == np.int64
+    assert [records.class_names[k] for k in records.labels] == prefixes
 
 
-def test_zip_without_or_with_an_empty_table(write_pictures, tmp_path):
-    root = write_pictures(*NAMES)
-    assert list_records(zipped(root, tmp_path / "a.zip")).class_names == ("cat", "dog")
-    assert list_records(zipped(root, tmp_path / "b.zip", None)).labels is None
-    with pytest.raises(ValueError, match="4 of 5 images have no label"):
-        list_records(zipped(root, tmp_path / "c.zip", [["cat/1.png", 0]]))
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("top", ["", "./", "/", "top/"])
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_names_are_those_of_the_unpacked_folder(kind, top, slash, tmp_path):
+    found = list_records(MAKERS[kind](tmp_path / kind, [((top + n).replace("/", slash), b) for n, b in CLASSES]))
+    assert [name.rsplit("/")[-1] for name in found.class_names] == ["cat", "dog"]
+    assert found.labels.tolist() == ([0, 1, 0, 1] if kind == "a.tar" else [0, 0, 1, 1])
+    assert found.label_source == "folders"
 
 
-@pytest.mark.parametrize(("label", "expected"), [("cls", [0, 0, 1, 1, 1]), ("json", [99, 99, 100, 100, 100])])
-def test_tars_with_labels_beside_the_pictures(write_pictures, tmp_path, label, expected):
-    root = write_pictures(*NAMES)
-    (tmp_path / "shards").mkdir()
-    tarred(root, tmp_path / "shards" / "00.tar", NAMES[:3], label)
-    tarred(root, tmp_path / "shards" / "01.tar", NAMES[3:], label)
-    records = list_records(tmp_path / "shards")
-    assert records.kind == "tar"
-    assert records.labels.tolist() == expected
-    assert_same_pictures(records, list_records(root))
-    single = list_records(tmp_path / "shards" / "01.tar")
-    np.testing.assert_array_equal(pixels(single)[0], pixels(records)[3])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_file_managers_leave_is_no_image_and_no_label(kind, tmp_path):
+    clutter = [
+        ("._x.png", b"\0\5"), ("cat/._0.png", b"\0\5"), ("__MACOSX/cat/._0.png", b"\0"), ("__MACOSX/1.png", b"\0"), (".DS_Store", b""),
+        ("cat/Thumbs.db", b""), (".git/x/1.png", b""), ("cat/._0.cls", b"\0\5\xaa"), ("._dataset.json", b"\xaa"), ("desktop.ini", b""),
+    ]  # fmt: skip
+    found = list_records(MAKERS[kind](tmp_path / kind, [*clutter, *CLASSES]))
+    assert len(found) == 4 and found.class_names == ("cat", "dog") and found.left_out == ""
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar"])
-def test_a_broken_archive_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(b"nonsense" * 200)
-    with pytest.raises(ValueError, match=rf"{name}': not a readable"):
-        list_records(tmp_path / name)
-    (tmp_path / "a.rar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is a file; must be a folder, or end with \.zip or \.tar"):
-        list_records(tmp_path / "a.rar")
+@pytest.mark.parametrize("store", ["a.tar", "b.TAR", "data.mdb", "packed.json"])
+def test_an_archive_never_hides_images_beside_it(store, tmp_path):
+    root = make_folder(tmp_path / "d", [*CLASSES, (store, b"")])
+    with pytest.raises(ValueError, match=rf"holds 4 images \(first: 'cat/0.png'.* and beside them '{store}'"):
+        list_records(root)
+    for other in {"a.tar", "data.mdb", "packed.json"} - {"a.tar" if "tar" in store.lower() else store}:
+        two = make_folder(tmp_path / f"with {other}", [(name, b"") for name in (store, other)])
+        with pytest.raises(ValueError, match=rf"holds '({store}|{other})' and beside them '({store}|{other})'"):
+            list_records(two)
 
 
-def test_a_broken_picture_in_an_archive_is_named(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("x/broken.png", b"nonsense")
+def test_archives_that_are_not_opened_are_counted(tmp_path):
+    others = [("b.zip", b""), ("cat/c.tar", b""), ("d.tar.gz", b""), ("notes", b"")]
+    root = make_folder(tmp_path / "d", [*CLASSES, *others, ("x.tar/9.png", picture(9))])  # x.tar is a folder
+    found = list_records(root)
+    assert len(found) == 5 and "x.tar" in found.class_names
+    assert found.left_out == "4 files were left out: .zip 1, .tar 1, .tar.gz 1, without an ending 1"
+    only = make_folder(tmp_path / "e", [("x/0.tar", b"")])
+    with pytest.raises(ValueError, match=r"no images found; .*1 file was left out: \.tar 1"):
+        list_records(only)
+    with pytest.raises(ValueError, match=r"nested\.zip': no images found.*\.zip 1.*archives in archives"):
+        list_records(make_zip(tmp_path / "nested.zip", [("inner.zip", b"")]))
+
+
+def test_every_format_is_read_or_counted(tmp_path):
+    endings = {"png": "PNG", "JPG": "JPEG", "jfif": "JPEG", "jpe": "JPEG", "tif": "TIFF", "TIFF": "TIFF"}
+    endings |= {"ppm": "PPM", "gif": "GIF", "bmp": "BMP", "tga": "TGA"}
+    for ending, form in endings.items():
+        Image.fromarray(np.full((4, 5, 3), 40, np.uint8)).save(tmp_path / f"x.{ending}", form)
+    for name in ("a.psd", "b.PSD", "c.heic", "labels.csv"):
+        (tmp_path / name).write_bytes(b"")
+    assert grey_levels(tmp_path) == [2] * len(endings)
+    assert list_records(tmp_path).left_out == "4 files were left out: .psd 2, .heic 1, .csv 1"
+    assert len(image_files(str(tmp_path), ("jpg", "jpeg", "png", "gif"))) == 3  # the four of 2021 stay four
+
+
+def test_shards_by_pattern(tmp_path):
+    for k in range(3):
+        make_tar(tmp_path / f"n{k:02d}.tar", [(f"./{k}_{i}.png", picture(2 * k + i)) for i in range(2)])
+    for pattern in ("", "n{00..02}.tar", "n*.tar", "**/n0[0-2].tar"):
+        assert grey_levels(f"{tmp_path}/{pattern}") == list(range(6))
+    assert grey_levels(tmp_path / "n01.tar") == [2, 3]
+    for pattern, words in (("n{01..04}.tar", r"2 of 4 shards are missing .*n03\.tar"), ("m*.tar", "no such file")):
+        with pytest.raises(ValueError, match=words):
+            list_records(tmp_path / pattern)
+
+
+def test_links_in_a_tar_stand_for_what_they_lead_to(tmp_path):
+    symbolic = tarfile.SYMTYPE
+    links = [
+        ("b/0.png", "a/0.png", tarfile.LNKTYPE), ("c", "a", symbolic), ("d/1.png", "../b/0.png", symbolic), ("a/up", "..", symbolic),
+        ("a/self", "../a", symbolic), ("e.png", "/etc/passwd", symbolic), ("f.png", "g.png", symbolic), ("g.png", "f.png", symbolic),
+    ]  # fmt: skip
+    path = make_tar(tmp_path / "a.tar", [("a/0.png", picture(3)), ("a/1.png", picture(4))], links)
+    assert sorted(grey_levels(path)) == [3, 3, 3, 3, 4, 4]
+    left_out = list_records(path).left_out
+    assert left_out.startswith("5 files were") and all(f"link '{n}'" in left_out for n in ("a/up", "a/self", "e.png"))
+
+
+def test_damaged_archives_are_named(tmp_path):
+    whole = make_tar(tmp_path / "whole.tar", CLASSES).read_bytes()
+    locked = bytearray(make_zip(tmp_path / "locked.zip", [("a.png", picture(1))]).read_bytes())
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    files = {
+        "joined.tar": whole + whole,
+        "cut.tar": whole[:1400],
+        "short.tar": whole[:600],
+        "locked.zip": bytes(locked),
+    }
+    files |= {"bad.zip": b"nonsense" * 200, "bad.tar": b"nonsense" * 200, "a.rar": b""}
+    make_folder(tmp_path, list(files.items()))
+    make_zip(tmp_path / "twice.zip", [("a.png", picture(1)), ("./a.png", picture(2))])
+    make_tar(tmp_path / "twice.tar", [("a.png", picture(1)), ("a.png", picture(2))])
+    for name, words in {
+        "joined.tar": "joined by cat", "cut.tar": "cut off", "short.tar": "unexpected end of data", "twice.zip": "'a.png' twice",
+        "twice.tar": "'a.png' twice", "locked.zip": "'a.png' is encrypted", "bad.zip": "not a readable", "bad.tar": "not a readable",
+        "a.rar": r"is a file; must be a folder, or end with \.zip or \.tar", "gone.zip": "no such folder or file",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{name}'.*({words})"):
+            list_records(tmp_path / name)
     with pytest.raises(ValueError, match=r"a\.zip: x/broken\.png': not an image"):
-        pixels(list_records(tmp_path / "a.zip"))
+        pixels(list_records(make_zip(tmp_path / "a.zip", [("x/broken.png", b"nonsense")])))
+    with pytest.raises(ValueError, match="kind='rar': must be one of files, zip, tar, lmdb, packed"):
+        open_source("rar", "")
 
 
-def test_lmdb_without_the_package_names_the_remedy(tmp_path, monkeypatch):
-    (tmp_path / "data.mdb").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ImportError, match="pip install lmdb"):
-        list_records(tmp_path)
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    store = make_folder(tmp_path / "store", CLASSES)
+    root = make_folder(tmp_path / "d", [("owl/5.png", picture(5))])
+    (root / "cat").symlink_to(store / "cat")
+    (root / "hound").symlink_to(store / "dog")
+    (root / "dog").symlink_to(store / "dog")  # two links to one folder are two folders
+    (root / "owl" / "round").symlink_to(root)
+    (root / "owl" / "up").symlink_to(tmp_path)  # a folder above the root
+    (store / "cat" / "back").symlink_to(store)
+    found = list_records(root)
+    assert found.class_names == ("cat", "dog", "hound", "owl") and np.bincount(found.labels).tolist() == [2, 2, 2, 1]
+    for one, other in ((root / "owl", root / "cat"), (store / "dog", root / "hound")):
+        (one / "a").symlink_to(other)
+    assert len(list_records(root)) > 7  # folders that lead to each other
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lmdb") is None, reason="needs lmdb")
-def test_lsun_lmdb(write_pictures, tmp_path):
-    import lmdb
-
-    root = write_pictures(*NAMES)
-    with (
-        lmdb.open(str(tmp_path / "lsun"), map_size=1 << 22) as environment,
-        environment.begin(write=True) as transaction,
-    ):
-        for name in NAMES:
-            transaction.put(name.encode(), (root / name).read_bytes())
-    records = list_records(tmp_path / "lsun")
-    assert records.kind == "lmdb"
-    assert_same_pictures(records, list_records(root))
-    with ThreadPoolExecutor(4) as pool:
-        reader = open_source(records.kind, records.root)
-        assert all(picture.ndim == 3 for picture in pool.map(reader.read, records.paths * 4))
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    root = make_folder(tmp_path / "d", CLASSES)
+    (root / "owl").symlink_to(tmp_path / "gone")
+    (root / "cat" / "9.png").symlink_to(tmp_path / "gone.png")
+    found = list_records(root)
+    assert found.left_out == "1 file was left out: broken link 'owl' 1" and found.empty_folders == ("owl",)
+    with pytest.raises(ValueError, match="'owl'"):
+        found.require_labels()
+    with pytest.raises(ValueError, match=r"9\.png': No such file"):
+        pixels(found)
 
 
-@pytest.mark.parametrize("make", ["zip", "tar", "packed"])
-def test_a_reader_goes_to_workers_and_threads(write_pictures, tmp_path, make):
-    root = write_pictures(*NAMES)
-    if make == "zip":
-        records = list_records(zipped(root, tmp_path / "a.zip"))
-    elif make == "tar":
-        records = list_records(tarred(root, tmp_path / "a.tar", NAMES))
+@pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="needs file names that are not UTF-8")
+def test_names_that_are_not_utf8_are_shown_escaped(tmp_path, monkeypatch):
+    from guided_diffusion.cli.main import main
+
+    for name in (b"caf\xe9/1.png", b"caf\xe9/\xff.png", b"th\xe8/3.png"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"no image" if b"\xff" in name else picture(1))
+    found = list_records(tmp_path)
+    assert len(found.digest()) == 64
+    assert [os.fsencode(name) for name in found.class_names] == [b"caf\xe9", b"th\xe8"]
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["data", "check", str(tmp_path), "--quiet"]) == 1
+    stdout.flush()
+    printed = stdout.buffer.getvalue().decode()
+    assert "3 images" in printed and r"caf\udce9" in printed and r"\udcff.png" in printed
+
+
+def test_mistakes_say_what_to_do(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for root, words in {
+        "": "unspecified data directory", f"{tmp_path}/gone": "no such folder or file", f"{tmp_path}/empty": r"looked for \.jpg",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            list_records(root)
+
+
+def test_taking_some_records_keeps_class_numbers(write_pictures):
+    records = list_records(write_pictures("a/1.png", "b/1.png", "b/2.png"))
+    assert records.take(slice(1, None)).labels.tolist() == [1, 1]
+    assert records.take([2, 0]).paths == (records.paths[2], records.paths[0])
+    assert records.take([2, 0]).labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="1 labels for 2 images"):
+        Records(("a", "b"), np.array([0]))
+
+
+def lmdb_of(path, members):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(path), map_size=1 << 22) as environment, environment.begin(write=True) as transaction:
+        for name, content in members:
+            transaction.put(name.encode(), content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a", "lmdb", "packed"])
+def test_every_source_gives_the_same_images_to_threads_and_workers(write_pictures, tmp_path, kind):
+    names = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/10.png", "dog/2.png")
+    folder = list_records(write_pictures(*names))
+    members = [(name, (tmp_path / "pictures" / name).read_bytes()) for name in names]
+    if kind == "packed":
+        records = packed.pack(folder, tmp_path / kind, (12, 14))
+        folder = list_records(make_folder(tmp_path / "crops", [(n, picture(0)) for n in names]))
+        for path, crop in zip(folder.paths, pixels(records)):
+            Image.fromarray(crop).save(path)
     else:
-        records = packed.pack(list_records(root), tmp_path / "out", 8)
-    reader = open_source(records.kind, records.root)
-    before = [reader.read(path) for path in records.paths]
-    copy = pickle.loads(pickle.dumps(reader))
-    with ThreadPoolExecutor(4) as pool:
-        for picture, expected in zip(pool.map(copy.read, records.paths * 20), before * 20):
-            np.testing.assert_array_equal(picture, expected)
+        records = list_records((MAKERS | {"lmdb": lmdb_of})[kind](tmp_path / kind, members))
     options = {"image_size": 8, "batch_size": 4, "seed": 1}
-    here, there = make_batches(records, **options), make_batches(records, workers=2, **options)
-    for a, b in islice(zip(here, there), 4):
+    here, there = make_batches(folder, **options), make_batches(records, workers=2, **options)
+    for a, b in islice(zip(here, there), 3):
         assert torch.equal(a.images, b.images)
+    source, expected = open_source(records.kind, records.root), pixels(folder)
+    copy = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(4) as pool:
+        for image, one in zip(pool.map(copy.read, records.paths * 20), expected * 20, strict=True):
+            np.testing.assert_array_equal(image, one)
 
 
-def test_threads_do_not_move_each_others_file(write_pictures, tmp_path, monkeypatch):
-    root = write_pictures(*NAMES)
-    records = list_records(tarred(root, tmp_path / "a.tar", NAMES))
+def test_threads_do_not_move_each_others_file(tmp_path, monkeypatch):
+    records = list_records(make_tar(tmp_path / "a.tar", CLASSES))
     real = storage.open_file
 
     class Slow:
@@ -171,100 +281,23 @@ def test_threads_do_not_move_each_others_file(write_pictures, tmp_path, monkeypa
             self.file.seek(offset)
             time.sleep(0.002)
 
-    expected = pixels(records)
     monkeypatch.setattr(storage, "open_file", Slow)
-    reader = open_source(records.kind, records.root)
+    source = open_source(records.kind, records.root)
     with ThreadPoolExecutor(4) as pool:
-        for picture, other in zip(pool.map(reader.read, records.paths * 8), expected * 8):
-            np.testing.assert_array_equal(picture, other)
+        levels = [int(image[0, 0, 0]) // 20 for image in pool.map(source.read, records.paths * 8)]
+    assert levels == [0, 1, 2, 3] * 8
 
 
-@pytest.mark.parametrize("size", [8, (6, 10)])
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_packed_rows_are_what_the_loader_makes(write_pictures, tmp_path, size, channels):
-    source = list_records(write_pictures(*NAMES))
-    done = packed.pack(source, tmp_path / "out", size, channels=channels, shard_bytes=8 * 8 * channels * 2)
-    assert done.kind == "packed"
-    assert done.preprocessing == images.preprocessing_id(size, channels)
-    assert done.labels.tolist() == source.labels.tolist()
-    assert done.class_names == source.class_names
-    assert done.label_source == "folders"
-    assert len(list((tmp_path / "out").glob("images-*.npy"))) == 3
-    options = {"image_size": size, "batch_size": 4, "channels": channels, "seed": 4}
-    for a, b in islice(zip(make_batches(source, **options), make_batches(done, **options)), 4):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
+def test_lmdb_without_the_package_names_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "data.mdb").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ImportError, match="pip install lmdb"):
+        list_records(tmp_path)
 
 
-def test_packed_files_are_plain_numpy(write_pictures, tmp_path):
-    source = list_records(write_pictures(*NAMES))
-    packed.pack(source, tmp_path / "out", 8)
-    mapped = np.load(tmp_path / "out" / "images-00000.npy", mmap_mode="r")
-    assert isinstance(mapped, np.memmap)
-    assert mapped.shape == (5, 8, 8, 3)
-    assert mapped.dtype == np.uint8
-    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 0, 1, 1, 1]
-    assert (tmp_path / "out" / "names.txt").read_text().splitlines() == list(source.paths)
-    assert packed.verify(tmp_path / "out") == []
-    shard = tmp_path / "out" / "images-00000.npy"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
-    (tmp_path / "out" / "labels.npy").unlink()
-    assert [os.path.basename(text.split(":")[0]) for text in packed.verify(tmp_path / "out")] == [
-        "images-00000.npy",
-        "labels.npy",
-    ]
-
-
-def test_packed_labels_may_be_replaced_or_dropped(write_pictures, tmp_path):
-    done = packed.pack(list_records(write_pictures(*NAMES)), tmp_path / "out", 8)
-    assert list_records(done.root, labels="none").labels is None
-    (tmp_path / "t.csv").write_text("".join(f"{k},{k}\n" for k in range(5)))
-    assert list_records(done.root, labels=str(tmp_path / "t.csv")).labels.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_packed_pictures_are_not_blown_up_silently(write_pictures, tmp_path):
-    done = packed.pack(list_records(write_pictures(*NAMES)), tmp_path / "out", 8)
-    options = {"batch_size": 2}
-    next(make_batches(done, image_size=4, **options))
-    next(make_batches(done, image_size=6, crop="random", **options))
-    with pytest.raises(
-        ValueError, match=r"packed at 8x8, but crop='center' at 9x9 needs at least 9x9; pack the source"
-    ):
-        make_batches(done, image_size=9, **options)
-    with pytest.raises(ValueError, match=r"crop='random' at 8x8 needs at least 10x10"):
-        make_batches(done, image_size=8, crop="random", **options)
-
-
-def test_packing_refuses_or_leaves_out_what_it_cannot_read(write_pictures, tmp_path):
-    root = write_pictures(*NAMES)
-    (root / "cat/2.png").write_bytes(b"")
-    records = list_records(root)
-    with pytest.raises(ValueError, match=r"cat/2\.png'.*on_error='skip'"):
-        packed.pack(records, tmp_path / "one", 8)
-    assert not (tmp_path / "one" / "packed.json").exists()
-    seen: list[int] = []
-    done = packed.pack(records, tmp_path / "two", 8, on_error="skip", progress=seen.append)
-    assert sum(seen) == 5
-    assert done.labels.tolist() == [0, 1, 1, 1]
-    assert ["cat/2.png" in reason for reason in packed.list_skipped(tmp_path / "two")] == [True]
-
-
-def test_packing_mistakes(write_pictures, tmp_path):
-    records = list_records(write_pictures("a.png"))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("")
-    with pytest.raises(ValueError, match="is not empty; give a new folder"):
-        packed.pack(records, tmp_path / "full", 8)
-    with pytest.raises(ValueError, match="on_error='ignore'"):
-        packed.pack(records, tmp_path / "new", 8, on_error="ignore")
-    with pytest.raises(ValueError, match="workers=0"):
-        packed.pack(records, tmp_path / "new", 8, workers=0)
-    Path(records.paths[0]).write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 1 images"):
-        packed.pack(records, tmp_path / "new", 8, on_error="skip")
-    (tmp_path / "later").mkdir()
-    (tmp_path / "later" / "packed.json").write_text('{"format": 2}')
-    with pytest.raises(ValueError, match="format 2; this version reads format 1"):
-        list_records(tmp_path / "later")
-    with pytest.raises(ValueError, match="kind='rar': must be one of files, zip, tar, lmdb, packed"):
-        open_source("rar", "")
+@pytest.mark.parametrize("content", [b"", b"MDB of something else", bytes(8192)])
+def test_an_lmdb_that_is_something_else_is_named(tmp_path, content):
+    pytest.importorskip("lmdb")
+    (tmp_path / "data.mdb").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data.mdb: not a readable lmdb|no images found"):
+        list_records(str(tmp_path))
