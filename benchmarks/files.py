@@ -115,7 +115,7 @@ def saving(plan: Plan) -> list[Row]:
             stalls[name] = []
 
             # Its defaults are this round's: the function outlives the loop.
-            def once(name: str = name, trainer: Any = trainer, batch: networks.Batch = batch) -> float:
+            def once(name: str = name, trainer: Any = trainer, batch: object = batch) -> float:
                 plan.wait()
                 begin = time.perf_counter()
                 if name != "no save":

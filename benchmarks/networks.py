@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .shapes import Shape
 from .timing import Plan, Row, compare
@@ -23,15 +23,6 @@ FEW = 4
 """Images of a small request, as the README of 2021 sampled them."""
 STEPS = 25
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-class Batch(NamedTuple):
-    """A training batch as the loader gives it."""
-
-    images: Tensor  # uint8 [B, H, W, C]
-    labels: Tensor
-    positions: Tensor
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured
@@ -70,8 +61,9 @@ def training(shape: Shape, plan: Plan) -> list[Row]:
     rows = []
     for dtype in formats(plan):
         trainer, batch = updates(shape, plan.device, dtype)
+        from guided_diffusion.training.memory import set_recompute
 
-        def step(recomputed: str, microbatch: int, trainer: Any = trainer, batch: Batch = batch) -> None:
+        def step(recomputed: str, microbatch: int, trainer: Any = trainer, batch: Any = batch) -> None:
             set_recompute(trainer.net, recomputed)
             trainer.microbatch = microbatch
             trainer.step(batch)
@@ -246,12 +238,13 @@ def sampler(
     return lambda: sample(x, torch.randn_like, {"y": y})
 
 
-def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> tuple[Any, Batch]:
+def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> tuple[Any, Any]:
     """A trainer and the batch to train on, which lies in main memory as the loader has it (pinned beside a GPU)."""
     import torch
 
     import guided_diffusion as gd
     from guided_diffusion import build
+    from guided_diffusion.data.loader import Batch
     from guided_diffusion.runtime.world import World
     from guided_diffusion.sampling.pipeline import compile_network
     from guided_diffusion.training.losses import diffusion_loss
@@ -267,15 +260,7 @@ def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> 
     images, labels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8), torch.arange(count)
     if device.startswith("cuda"):
         images, labels = images.pin_memory(), labels.pin_memory()
-    return trainer, Batch(images, labels, torch.arange(count))
-
-
-def set_recompute(net: Any, what: str) -> None:
-    """Recompute nothing ("none"), the "norms" or "all" of each block in the backward pass."""
-    net.set_recompute_norms(what == "norms")
-    for module in net.modules():
-        if hasattr(module, "use_checkpoint"):
-            module.use_checkpoint = what == "all"
+    return trainer, Batch(images, labels, torch.arange(count), 0)
 
 
 def tidy() -> None:

@@ -167,7 +167,6 @@ def loss_options(config: RunConfig) -> dict[str, Any]:
         "loss": config.diffusion.loss,
         "min_snr_gamma": config.train.min_snr_gamma,
         "class_cond": config.model.class_cond,
-        "small_size": getattr(config.model, "small_size", 0),
         **config.diffusion.reading,
     }
 
@@ -199,6 +198,7 @@ def build_batches(
         channels=model.image_channels,
         workers=data.workers,
         on_error=data.on_error,
+        low_res_size=getattr(model, "small_size", 0),
     )
 
 

@@ -83,6 +83,9 @@ def test_process_follows_the_flags() -> None:
         build.build_process(DiffusionConfig(noise_schedule="sigmoid"))
 
 
+CPU = torch.device("cpu")
+
+
 def batch(count: int = 6, channels: int = 3) -> Batch:
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (count, 8, 8, channels), dtype=np.uint8))
@@ -96,8 +99,8 @@ def batch(count: int = 6, channels: int = 3) -> Batch:
 def test_generator_loss_is_per_example_and_independent_of_the_microbatch(flags: dict[str, Any]) -> None:
     model = loaded(class_cond=True, num_classes=4, **flags)
     loss = diffusion_loss(model.process, build.build_timesteps("uniform", 1000), **build.loss_options(model.config))
-    whole = loss(model.net, batch(), Streams(0, ids=range(6)))
-    half = loss(model.net, Batch(*(t[3:] for t in batch()[:3]), 0), Streams(0, ids=range(3, 6)))
+    whole = loss(model.net, batch().to_device(CPU), Streams(0, ids=range(6)))
+    half = loss(model.net, Batch(*(t[3:] for t in batch()[:3]), 0).to_device(CPU), Streams(0, ids=range(3, 6)))
     assert whole.loss.shape == (6,) and whole.num_steps == 1000
     torch.testing.assert_close(whole.loss[3:], half.loss, rtol=1e-4, atol=1e-5)
     assert torch.equal(whole.i[3:], half.i)
@@ -114,7 +117,7 @@ def test_super_resolution_loss_sees_the_small_image() -> None:
 
     process = build.build_process(config.diffusion)
     diffusion_loss(process, build.build_timesteps("uniform", 1000), **build.loss_options(config))(
-        net, batch(), Streams(0, ids=range(6))
+        net, batch()._replace(low_res_size=4).to_device(CPU), Streams(0, ids=range(6))
     )
     expected = batch().images.float().reshape(6, 4, 2, 4, 2, 3).mean(dim=(2, 4)).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(seen["low_res"], expected, rtol=0, atol=1e-5)
@@ -135,7 +138,7 @@ def test_classifier_loss_has_the_columns_of_2021_and_right_accuracies() -> None:
         return out
 
     found = classifier_loss(process, build.build_timesteps("uniform", 1000), prefix="val")(
-        net, batch(), Streams(0, ids=range(6))
+        net, batch().to_device(CPU), Streams(0, ids=range(6))
     )
     assert set(found.terms) == {"val_loss", "val_acc@1", "val_acc@5"}
     assert found.terms["val_acc@1"].tolist() == [1, 0, 0, 0, 1, 0]
@@ -149,7 +152,7 @@ def test_classifier_without_noise_sees_the_image_at_time_zero() -> None:
         return torch.zeros(6, 4)
 
     classifier_loss(build.build_process(DiffusionConfig()), build.build_timesteps("uniform", 1000), noised=False)(
-        net, batch(), Streams(0, ids=range(6))
+        net, batch().to_device(CPU), Streams(0, ids=range(6))
     )
 
 

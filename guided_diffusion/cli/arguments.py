@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
+from ..config.fields import RENAMED
 from .flag_dicts import str2bool
 
 
@@ -59,7 +60,8 @@ def parse(
         else:
             options = {"type": type(default), "metavar": type(default).__name__}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
-    arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv))
+    renamed = {f"--{old}": f"--{now}" for old, now in RENAMED.items() if now in known}
+    arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv, renamed))
     if unknown:
         raise UsageError(_unknown(unknown[0], known))
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
@@ -133,12 +135,13 @@ def _table(
     return known
 
 
-def _underscored(argv: Sequence[str]) -> list[str]:
-    """--save-interval=5 -> --save_interval=5; values stay as they are."""
+def _underscored(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """--save-interval=5 -> --save_interval=5, and `renamed` flags by their present name; values stay as they are."""
     fixed = []
     for word in argv:
         name, equals, value = word.partition("=")
-        fixed.append(("--" + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value)
+        name = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+        fixed.append(renamed.get(name, name) + equals + value)
     return fixed
 
 

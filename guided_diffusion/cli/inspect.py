@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """What a file of weights is, line by line."""
     from ..runtime.doctor import format_bytes
+    from ..training.memory import kept_bytes
     from ..weights import identify, load, probe
     from ..weights.files import read_weights
-    from .doctor import activation_bytes
+    from .doctor import forward_of
 
     found = load.find(args.path, weights=args.weights)
     tensors = read_weights(found.path, which=args.weights).tensors
@@ -69,7 +70,9 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     yield f"process     {identify.flag_line(config.diffusion.to_dict())}"
     flops, net = probe.forward_flops(config)
     yield f"arithmetic  {flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)"
-    _, per_image = activation_bytes(replace(config, train=replace(config.train, precision="fp32")), net, "cpu")
+    plain = replace(config, train=replace(config.train, precision="fp32"))
+    forward = forward_of(plain, net, "all" if getattr(plain.model, "use_checkpoint", False) else "none", device)
+    _, per_image = kept_bytes(forward, net.parameters())
     stored = 4 * sum(p.numel() for p in net.parameters())
     yield (
         f"memory      {format_bytes(stored)} of float32 weights; training adds about {format_bytes(per_image)} of "

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import WEIGHTS, RunConfig, changed, flatten, laid_over
-from . import arguments, runs, watching
+from ..config import WEIGHTS, RunConfig, classes_of, flatten
+from . import arguments, runs
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.listing import Records
+    from ..data.loader import Batches
     from ..runtime.log import Log
+    from ..runtime.signals import Stop
     from ..runtime.world import World
+    from ..training.trainer import Callback, Trainer
     from ..weights.finetuning import Origin
     from ..weights.runs import SavedRun
 
@@ -33,13 +42,16 @@ EXTRA: dict[str, tuple[Any, str]] = {
     "weights": ("", "as --resume_from"),
 }
 _NO_FILE = ("", "auto", "none")  # values of --resume_checkpoint that are no path
-# What may differ between two starts of one command: how far it goes, on how many processes.
-_NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size")
+_GRID = 16  # images in the pictures drawn while training
+_MEASURED = 2000  # images at most in the table of accuracy by noise level
 _DESCRIPTIONS = {
     "diffusion": "Train a diffusion model on a folder of images.",
     "super_resolution": "Train a diffusion model that enlarges images.",
     "classifier": "Train a classifier of noised images, for guidance.",
 }
+
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,250 +117,76 @@ def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = F
     # A signal that comes while the processes meet must not be lost.
     with (
         signals.Stop(signals.TRAINING_SIGNALS) as stop,
-        runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as here,
+        runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as world,
     ):
-        stop.quiet = not here.is_main
-        return _run(parsed, kind, here, stop, script=script)
+        stop.quiet = not world.is_main
+        folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
+        plan = _plan(parsed, kind, world, folder, script=script)
+        return _train(plan, parsed, world, stop, chosen)
 
 
-def _run(parsed: arguments.Parsed, kind: str, world: World, stop: Any, *, script: bool = False) -> int:
-    from .. import build
+class _Plan(NamedTuple):
+    """What is to be trained, on what, and from where."""
+
+    folder: str
+    config: RunConfig
+    records: Records
+    held_out: Records | None  # for validation, of classifiers only
+    names: tuple[str, ...]  # of the classes; () without labels
+    resume: str  # --resume_checkpoint, or auto
+    saved: SavedRun | None  # the save to continue
+    start: Origin | None  # the file to begin with
+
+    @property
+    def batch_size(self) -> int:
+        """Of all processes together."""
+        return self.config.train.global_batch_size
+
+
+def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool) -> _Plan:
+    import torch
+
     from ..data.classes import some
     from ..runtime.devices import require_compiler
-    from ..runtime.log import Log, mute_unheard
-    from ..sampling.pipeline import compile_network
-    from ..training.fitting import fit_checkpointing, fitting_microbatch
-    from ..training.losses import classifier_loss, diffusion_loss
-    from ..training.measuring import recompute
-    from ..training.saver import Checkpoints, find_save
-    from ..training.trainer import Trainer
-    from ..weights import finetuning
+    from ..training.checks import check_same_everywhere
+    from ..training.saver import find_save
+    from ..weights.continuing import already_begun, configuration, started_from
 
-    say: Callable[[str], None] = print if world.is_main else _silent
-    folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
     resume = parsed.flags["resume_checkpoint"] or "auto"
-    saved = find_save(folder, resume, kind=kind, world=world)
-    modern = not script and _has_bfloat16(world)
-    start = _start(saved, folder, parsed, kind)
-    if saved is not None and start is not None:
-        saved = replace(saved, config=_of_start(saved, start), class_names=start.class_names)
-    config = _configuration(parsed, kind, saved, modern=modern, tell=say)
+    saved, start = started_from(
+        find_save(folder, resume, kind=kind, world=world), folder, kind, parsed.flags, parsed.typed
+    )
+    modern = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    config = configuration(kind, parsed.flags, parsed.typed, saved, modern=modern and not script)
     if config.train.compile:
         require_compiler(world.device)
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
-    records, held_out = _records(config, saved, start, tell=say)
+    records, held_out = _records(config, saved, start)
     config = _with_classes(config, records)
+    names = records.class_names if records.labels is not None else ()
     if start is not None and start.tensors is not None:
         saved = None
-    begun = _already_begun(folder, config, world) if resume == "none" else None
-    if begun is not None and "global_batch_size" not in parsed.typed:
-        whole = flatten(begun.config or {}).get("global_batch_size", 0)
-        config = replace(config, train=replace(config.train, global_batch_size=whole))
-    batch_size = config.train.global_batch_size or config.train.batch_size * world.size
-    if batch_size % world.size:
-        raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
-    # Stored, so that the run goes on with the same batches on another number of processes.
-    config = replace(config, train=replace(config.train, global_batch_size=batch_size))
-    _same_everywhere(world, config, records)
-
-    process = build.build_process(config.diffusion).to(world.device)
-    names = records.class_names if records.labels is not None else ()
-    checkpoints = Checkpoints(
-        folder,
-        kind=kind,
-        config=config.to_dict(),
-        class_names=names,
-        started_from="" if resume == "auto" else resume,
-        keep_last=config.train.keep_last,
-        keep_every=config.train.keep_every,
-        world=world,
-    )
-    if resume == "none":
-        saved = begun
-        if saved is not None and names and saved.class_names != names:
+    if resume == "none" and (saved := already_begun(folder, config, world)) is not None:
+        if "global_batch_size" not in parsed.typed:
+            whole = flatten(saved.config or {}).get("global_batch_size", 0)
+            config = replace(config, train=replace(config.train, global_batch_size=whole))
+        if names and saved.class_names != names:
             raise ValueError(
                 f"the run in {folder} has the classes {some(saved.class_names)}, {records.root} has {some(names)}; leave out "
                 "--resume_checkpoint none to go on with those of the run, or give another --out"
             )
-        if saved is None:
-            checkpoints.set_aside()
-    checkpoints.continue_from(saved)
-    writers = ["stdout", "csv", "json", *(["tensorboard"] if parsed.flags["tensorboard"] else [])]
-    log = Log(folder, world=world, writers=writers, continuing=saved is not None)
-    if world.is_main:
-        _announce(log, config, records, folder, chosen, batch_size, world)
-        runs.write_config(folder, parsed, dict(config.to_dict()))
-
-    net = build.build_network(config.model, config.diffusion, seed=config.train.seed)
-    if start is not None and start.tensors is not None and saved is None:
-        finetuning.fill(net, start, names)
-    timesteps = build.build_timesteps(config.train.schedule_sampler, len(process))
-    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    tell: Callable[[str], None] = log.info if world.is_main else _silent
-    precision = build.choose_precision(config.train.precision, half, world.device)
-    if kind == "classifier":
-        loss = classifier_loss(process, timesteps, noised=getattr(config.train, "noised", True))
-    else:
-        loss = diffusion_loss(process, timesteps, **build.loss_options(config))
-
-    def batches(start: int) -> Any:
-        return build.build_batches(
-            records,
-            config.data,
-            config.model,
-            batch_size=batch_size,
-            rank=world.rank,
-            size=world.size,
-            seed=config.train.seed,
-            start_step=start,
-            start_image=trainer.samples_seen if start else None,
-        )
-
-    batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
-    trainer = Trainer(
-        net,
-        loss,
-        batches,
-        precision=precision,
-        batch_size=batch_size,
-        feedback=timesteps if kind != "classifier" else None,
-        hooks=watching.hooks(config, process, held_out, batch_size, names, folder, log),
-        world=world,
-        log=log,
-        checkpoints=checkpoints,
-        stop=stop,
-        progress=parsed.flags["progress"] and _terminal(),
-        **build.trainer_options(config.train),
-    )
-    if world.is_main:
-        log.info(f"{sum(p.numel() for p in net.parameters()):,} parameters, computing in {precision} on {world.device}")
-    if saved is not None:
-        trainer.restore(saved)
-    recompute(net, config.train.checkpoint)
-    if config.train.checkpoint == "auto":  # before the network is compiled: it is tried several ways
-        with contextlib.closing(batches(trainer.steps_done)) as trial:
-            limit, shrink = config.train.memory_limit_gb, config.train.microbatch == 0
-            norms = not config.train.compile  # a compiler chooses for itself what to keep between norms
-            tell(fit_checkpointing(trainer, next(iter(trial)), limit_gb=limit, shrink=shrink, norms=norms))
-    if config.train.microbatch == 0 and config.train.checkpoint != "auto" and world.device.type == "cuda":
-        with contextlib.closing(batches(trainer.steps_done)) as trial:
-            trainer.microbatch = fitting_microbatch(trainer, next(iter(trial)))
-        tell(f"--microbatch auto: {trainer.microbatch} images per forward and backward pass fit")
-    if config.train.static_graph and world.size > 1 and 0 < trainer.microbatch < batch_size // world.size:
-        raise ValueError(
-            f"--static_graph True asks for one pass per step, but {batch_size // world.size} images on each process go in passes "
-            f"of {trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --checkpoint auto)"
-        )
-    if config.train.compile:
-        compile_network(net)
-    try:
-        outcome = trainer.run(config.train.last_step)
-        if outcome == "finished" and held_out is not None and world.is_main:
-            watching.accuracy_by_noise(trainer, config, process, held_out, folder, log)
-    finally:
-        failure = checkpoints.close()
-        log.close()
-    if failure is not None:
-        raise failure
-    if outcome == "stopped":
-        mute_unheard()
-        if world.is_main:
-            print(
-                f"stopped on request after {trainer.steps_done} steps, all saved in {folder}; the same command goes on"
-            )
-        return int(stop.exit_code)
-    return 0
+    # Stored, so that the run goes on with the same batches on another number of processes.
+    batch_size = config.train.global_batch_size or config.train.batch_size * world.size
+    if batch_size % world.size:
+        raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
+    config = replace(config, train=replace(config.train, global_batch_size=batch_size))
+    check_same_everywhere(world, records, config.to_dict())
+    return _Plan(folder, config, records, held_out, names, resume, saved, start)
 
 
-def _silent(_: str) -> None:
-    return None
-
-
-def _terminal() -> bool:
-    import sys
-
-    return sys.stderr.isatty()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step
-
-
-def _has_bfloat16(world: World) -> bool:
-    import torch
-
-    return world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _configuration(
-    parsed: arguments.Parsed, kind: str, saved: SavedRun | None, *, modern: bool, tell: Callable[[str], None]
-) -> RunConfig:
-    """Flags, completed by what the save that is continued was trained with; typed ones that contradict it are refused.
-
-    A new run that is `modern` computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of the result: a
-    later start goes on from the run's own saves.
-    """
-    from ..weights.identify import FREE
-    from ..weights.load import agree
-
-    chosen = any(name in parsed.typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
-    begun = saved is not None and bool(saved.config and saved.config["train"])
-    flags = {**parsed.flags, **({"precision": "bf16"} if modern and not chosen and not begun else {})}
-    if saved is not None and saved.config:
-        agree(RunConfig.from_dict(kind, saved.config), parsed.typed, saved.directory)
-        stored = flatten(saved.config)
-        # What the weights are is agreed upon, and stays as it is spelled there.
-        fixed = {name for section in ("model", "diffusion") for name in saved.config[section]} - FREE
-        flags = {**flags, **{name: stored[name] for name in fixed}, **laid_over(stored, parsed.typed)}
-        for sentence in changed(stored, parsed.typed, flags):
-            tell(sentence)
-    return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})
-
-
-def _start(saved: SavedRun | None, folder: str, parsed: arguments.Parsed, kind: str) -> Origin | None:
-    """What the file says that a run starts from; None where the run's own save says it, or nothing is given."""
-    from ..runtime import storage
-    from ..weights import finetuning
-
-    if saved is None or (saved.config and storage.same_folder(saved.directory, folder)):
-        return None
-    which = parsed.flags["resume_from"] or parsed.flags["weights"]
-    new_classes = parsed.flags["new_classes"]
-    return finetuning.origin(saved, kind, parsed.typed, weights=which, new_classes=new_classes)
-
-
-def _of_start(saved: SavedRun, start: Origin) -> dict[str, Any]:
-    """The configuration to go on with: how another run was trained holds only where all of its save is continued."""
-    whole = saved.config or {} if start.tensors is None else {}
-    return {"data": {}, "train": {}, **whole, **{name: start.config.to_dict()[name] for name in ("model", "diffusion")}}
-
-
-def _same_everywhere(world: World, config: RunConfig, records: Records) -> None:
-    """ValueError, on all processes, where one of them sees other images or another configuration than the first."""
-    if world.size == 1:
-        return
-    rows = world.all_gather_object(
-        (records.digest(), f"{len(records)} images in {records.root}", config.to_dict()), "do all see the same data?"
-    )
-    for rank, (digest, told, settings) in enumerate(rows):
-        if digest != rows[0][0]:
-            raise ValueError(
-                f"the processes see different data: rank 0 has {rows[0][1]}, rank {rank} {told}, and names, order or labels differ; "
-                "give all of them the same folder, on storage that every machine sees, or complete the copies"
-            )
-        if settings != rows[0][2]:
-            raise ValueError(
-                f"rank {rank} has another configuration than rank 0; start all with the same flags, and put --out on storage "
-                "that every machine sees"
-            )
-
-
-def _records(
-    config: RunConfig, saved: SavedRun | None, start: Origin | None, *, tell: Callable[[str], None]
-) -> tuple[Records, Records | None]:
+def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
     """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
-    from ..config import classes_of
     from ..data.classes import renumber
     from ..data.listing import list_records, split_records
 
@@ -362,7 +200,7 @@ def _records(
         as_2021 = start is not None and start.as_2021
         records, note = renumber(records, saved.class_names, count, whose, as_2021=as_2021, remedy=remedy)
         if note:
-            tell(note)
+            _log.info(note)
     if config.kind != "classifier":
         return records, None
     if config.data.val_data_dir:
@@ -385,43 +223,243 @@ def _with_classes(config: RunConfig, records: Records) -> RunConfig:
     return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
 
 
-def _already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | None:
-    """The save to go on from although --resume_checkpoint is none: such a run's, of these very settings. That is the command of
-    before, started again by a scheduler: it would make the same saves once more."""
-    from ..weights.runs import find_latest
+def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chosen: str) -> int:
+    from ..runtime.log import Log, mute_unheard, setup_messages
+    from ..training.saver import Checkpoints
 
-    saved = None
-    if world.is_main and (found := find_latest(folder)) is not None and found.started_from == "none":
-        before, now = ({**flatten(c), **dict.fromkeys(_NOT_COMPARED)} for c in (found.config or {}, config.to_dict()))
-        # The precision that was chosen for a device is no setting: the next start may find another device.
-        apart = {
-            name for name in now if name in before and before[name] != now[name] and (name != "precision" or now[name])
-        }
-        saved = None if apart else found
-        if apart:
-            print(
-                f"--resume_checkpoint none begins anew in {folder}: {', '.join(sorted(apart))} differ from the run there"
-            )
-    saved = world.broadcast_object(saved, name="was the run begun already?")
-    if saved is not None and world.is_main:
-        print(
-            f"--resume_checkpoint none has begun the run in {folder} before, with these settings: it goes on. To begin once more, give "
-            "another --out"
-        )
-    return saved
-
-
-def _announce(
-    log: Log, config: RunConfig, records: Records, folder: str, chosen: str, batch_size: int, world: World
-) -> None:
-    log.info(runs.show(dict(config.to_dict())))
-    log.info(f"run folder: {folder} ({chosen})")
-    labelled = (
-        f"{len(records.class_names)} classes from {records.label_source}" if records.labels is not None else "no labels"
+    config, folder, saved = plan.config, plan.folder, plan.saved
+    checkpoints = Checkpoints(
+        folder,
+        kind=config.kind,
+        config=config.to_dict(),
+        class_names=plan.names,
+        started_from="" if plan.resume == "auto" else plan.resume,
+        keep_last=config.train.keep_last,
+        keep_every=config.train.keep_every,
+        world=world,
     )
-    log.info(f"{len(records):,} images in {config.data.data_dir}, {labelled}")
+    if plan.resume == "none" and saved is None:
+        checkpoints.set_aside()
+    checkpoints.continue_from(saved)
+    writers = ["stdout", "csv", "json", *(["tensorboard"] if parsed.flags["tensorboard"] else [])]
+    log = Log(folder, world=world, writers=writers, continuing=saved is not None)
+    setup_messages(world, log)
+    if world.is_main:
+        _announce(plan, chosen, world)
+        runs.write_config(folder, parsed, dict(config.to_dict()))
+    trainer = _trainer(
+        plan,
+        world,
+        checkpoints=checkpoints,
+        log=log,
+        stop=stop,
+        progress=parsed.flags["progress"] and sys.stderr.isatty(),
+    )
+    try:
+        outcome = trainer.run(config.train.last_step)
+        if outcome == "finished" and plan.held_out is not None and world.is_main:
+            _write_accuracy(trainer, plan)
+    finally:
+        failure = checkpoints.close()
+        log.close()
+    if failure is not None:
+        raise failure
+    if outcome == "stopped":
+        mute_unheard()
+        _log.info(
+            f"stopped on request after {trainer.steps_done} steps, all saved in {folder}; the same command goes on"
+        )
+        return int(stop.exit_code)
+    return 0
+
+
+def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
+    """The trainer at its first step: weights filled, memory fitted, network compiled."""
+    from .. import build
+    from ..sampling.pipeline import compile_network
+    from ..training.losses import classifier_loss, diffusion_loss
+    from ..training.memory import fit, set_recompute
+    from ..training.trainer import Trainer
+    from ..weights import finetuning
+
+    config, start = plan.config, plan.start
+    train = config.train
+    net = build.build_network(config.model, config.diffusion, seed=train.seed)
+    if start is not None and start.tensors is not None and plan.saved is None:
+        finetuning.fill(net, start, plan.names)
+    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
+    precision = build.choose_precision(train.precision, half, world.device)
+    process = build.build_process(config.diffusion).to(world.device)
+    timesteps = build.build_timesteps(train.schedule_sampler, len(process))
+    if config.kind == "classifier":
+        loss = classifier_loss(process, timesteps, noised=getattr(train, "noised", True))
+    else:
+        loss = diffusion_loss(process, timesteps, **build.loss_options(config))
+
+    def batches(step: int) -> Batches:
+        return build.build_batches(
+            plan.records,
+            config.data,
+            config.model,
+            batch_size=plan.batch_size,
+            rank=world.rank,
+            size=world.size,
+            seed=train.seed,
+            start_step=step,
+            start_image=trainer.samples_seen if step else None,
+        )
+
+    batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
+    trainer = Trainer(
+        net,
+        loss,
+        batches,
+        precision=precision,
+        batch_size=plan.batch_size,
+        schedule_sampler=timesteps if config.kind != "classifier" else None,
+        callbacks=_callbacks(plan, process, world, options["log"]),
+        world=world,
+        **options,
+        **build.trainer_options(train),
+    )
+    _log.info(f"{sum(p.numel() for p in net.parameters()):,} parameters, computing in {precision} on {world.device}")
+    if plan.saved is not None:
+        trainer.restore(plan.saved)
+    auto, shrink = train.recompute == "auto", train.microbatch == 0
+    if train.recompute and not auto:
+        set_recompute(net, train.recompute)
+    if auto or (shrink and world.device.type == "cuda"):
+        with contextlib.closing(batches(trainer.steps_done)) as trial:
+            # A compiler chooses for itself what to keep between norms.
+            fit(
+                trainer,
+                next(trial),
+                recompute=auto,
+                shrink=shrink,
+                norms=not train.compile,
+                limit_gb=train.memory_limit_gb,
+            )
+    own = plan.batch_size // world.size
+    if train.static_graph and world.size > 1 and 0 < trainer.microbatch < own:
+        raise ValueError(
+            f"--static_graph True asks for one pass per step, but {own} images on each process go in passes of "
+            f"{trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --recompute auto)"
+        )
+    if train.compile:
+        compile_network(net)
+    return trainer
+
+
+def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callback]:
+    """What to call every n steps."""
+    from ..training.callbacks import SampleGrid, Validation
+    from ..training.losses import classifier_loss
+
+    config, found = plan.config, []
+    train = config.train
+    if plan.held_out is not None:
+        from .. import build
+
+        timesteps = build.build_timesteps("uniform", len(process))
+        loss = classifier_loss(process, timesteps, noised=getattr(train, "noised", True), prefix="val")
+        every, count = getattr(train, "eval_interval", 5), len(plan.held_out) // world.size * world.size
+        size = max(world.size, min(plan.batch_size, count))
+
+        def batches(first: int) -> Iterator[Any]:
+            assert plan.held_out is not None
+            return _held_out_batches(plan, plan.held_out, size, rank=world.rank, size=world.size, start_step=first)
+
+        found.append((every, Validation(loss, batches, every=every, seed=train.seed, log=log)))
+    if train.sample_interval >= 0 and config.kind == "diffusion":
+        found.append((train.sample_interval or train.save_interval, SampleGrid(_drawing(plan, world), plan.folder)))
+    return found
+
+
+def _held_out_batches(plan: _Plan, records: Records, batch_size: int, **options: Any) -> Batches:
+    """Images for validation: as they are, read in this process."""
+    from .. import build
+
+    data = replace(plan.config.data, random_crop=False, random_flip=False, workers=0)
+    return build.build_batches(
+        records, data, plan.config.model, batch_size=batch_size, seed=plan.config.train.seed, **options
+    )
+
+
+def _drawing(plan: _Plan, world: World) -> Callable[[nn.Module, str], None]:
+    """(network, path) -> a picture of its samples from fixed noise, by DDIM, one class after the other."""
+    import torch
+
+    from .. import build
+    from ..data.images import to_uint8
+    from ..diffusion.process import space_timesteps
+    from ..runtime.streams import SAMPLE, Streams
+    from ..sampling import writers
+    from ..sampling.pipeline import build_sample
+    from ..weights.load import Loaded
+
+    config, model, respacing = plan.config, plan.config.model, plan.config.train.sample_steps
+    try:
+        space_timesteps(config.diffusion.diffusion_steps, respacing)
+    except ValueError:  # the process has fewer steps than that asks for
+        respacing = ""
+    process = build.build_process(config.diffusion, respacing=respacing).to(world.device)
+    cond, captions = {}, None
+    if getattr(model, "class_cond", False):
+        labels = torch.arange(_GRID) * max(1, model.num_classes // _GRID) % model.num_classes
+        cond = {"y": labels.to(world.device)}
+        captions = [plan.names[int(k)] if int(k) < len(plan.names) else str(int(k)) for k in labels]
+
+    def draw(net: nn.Module, path: str) -> None:
+        streams = Streams(config.train.seed, SAMPLE, ids=range(_GRID), device=world.device)
+        sample = build_sample(Loaded(net, process, config, ""), process, method="ddim")
+        images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
+        writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)
+
+    return draw
+
+
+def _write_accuracy(trainer: Trainer, plan: _Plan) -> None:
+    """`accuracy_by_noise.json`: the classifier's accuracy on held-out images by noise level."""
+    from .. import build
+    from ..runtime import storage
+    from ..training.callbacks import accuracy_by_noise
+    from ..training.losses import classifier_loss
+
+    assert plan.held_out is not None
+    process = build.build_process(plan.config.diffusion).to(trainer.device)
+    count = min(len(plan.held_out), _MEASURED)
+    size = min(count, 64)
+    batches = _held_out_batches(plan, plan.held_out.take(range(count)), size)
+    table = accuracy_by_noise(
+        trainer.net,
+        lambda timesteps: classifier_loss(process, timesteps),
+        islice(batches, math.ceil(count / size)),
+        len(process),
+        seed=plan.config.train.seed,
+        device=trainer.device,
+    )
+    storage.write_json_atomic(storage.join(plan.folder, "accuracy_by_noise.json"), table)
+
+
+def _with_classes(config: RunConfig, records: Records) -> RunConfig:
+    """The number of classes, from the data where it was not given."""
+    if config.kind != "classifier" and not getattr(config.model, "class_cond", False):
+        return config
+    found = len(records.class_names)
+    if config.model.num_classes and found > config.model.num_classes:
+        raise ValueError(f"--num_classes is {config.model.num_classes}, but {records.root} has {found} classes")
+    return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
+
+
+def _announce(plan: _Plan, chosen: str, world: World) -> None:
+    records = plan.records
+    _log.info(runs.show(dict(plan.config.to_dict())))
+    _log.info(f"run folder: {plan.folder} ({chosen})")
+    of = "no labels" if records.labels is None else f"{len(records.class_names)} classes from {records.label_source}"
+    _log.info(f"{len(records):,} images in {plan.config.data.data_dir}, {of}")
     if records.left_out:
-        log.warn(records.left_out)
-    log.info(f"global batch size {batch_size}: {batch_size // world.size} on each of {world.size} processes")
-    if not config.train.last_step:
-        log.info("no end is set: training goes on until it is stopped; --max_steps sets one")
+        _log.warning(records.left_out)
+    each = plan.batch_size // world.size
+    _log.info(f"global batch size {plan.batch_size}: {each} on each of {world.size} processes")
+    if not plan.config.train.last_step:
+        _log.info("no end is set: training goes on until it is stopped; --max_steps sets one")

@@ -9,6 +9,8 @@ from dataclasses import field, fields
 from typing import Any, TypeVar
 
 Numbers = tuple[float, ...]
+RENAMED = {"checkpoint": "recompute"}
+"""Flags by the names they had in earlier versions: still read, on the command line and in saved configurations."""
 C = TypeVar("C", bound="Section")
 
 
@@ -82,6 +84,7 @@ class Section:
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """The inverse of `to_dict`; a key that is no field is refused (a newer version's file, or a slip)."""
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
         unknown = sorted(set(values) - set(cls.names()))
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(cls.names())}")
@@ -100,7 +103,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat.update(value if isinstance(value, Mapping) else {name: value})
-    return flat
+    return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
 def difference(file: Mapping[str, Any], asked: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:

@@ -86,14 +86,14 @@ class TrainConfig(Section):
         low=-1,
         auto=0,
     )
-    checkpoint: str = flag(
+    recompute: str = flag(
         "",
         "what is computed again in the backward pass instead of being kept: empty = by --use_checkpoint; norms = norms and "
-        "SiLUs of blocks, next to no work; all = whole blocks; auto = as little as memory allows",
+        "SiLUs of blocks, next to no work; all = whole blocks; auto = the first of none, norms and all that fits into memory",
         choices=("", "none", "norms", "all", "auto"),
     )
     memory_limit_gb: float = flag(
-        0.0, "GB (2^30 bytes) for --checkpoint auto: of a GPU, or of this whole process; 0 = what is free", low=0.0
+        0.0, "GB (2^30 bytes) for --recompute auto: of a GPU, or of this whole process; 0 = what is free", low=0.0
     )
     ema_rate: str = flag("0.9999", "rates of the averaged weights, separated by commas")
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
@@ -137,9 +137,9 @@ class TrainConfig(Section):
 
     def _check(self) -> None:
         _ = self.ema_rates
-        if self.memory_limit_gb and self.checkpoint != "auto":
+        if self.memory_limit_gb and self.recompute != "auto":
             raise ValueError(
-                f"--memory_limit_gb {self.memory_limit_gb:g} is kept by --checkpoint auto only, and --checkpoint is {self.checkpoint!r}; "
+                f"--memory_limit_gb {self.memory_limit_gb:g} is kept by --recompute auto only, and --recompute is {self.recompute!r}; "
                 "give both, or --memory_limit_gb 0"
             )
 
@@ -217,14 +217,14 @@ class RunConfig:
                 f"--min_snr_gamma {self.train.min_snr_gamma:g} weighs the mean squared error, which --use_kl True does not have; "
                 "give one of the two"
             )
-        if self.train.checkpoint == "norms" and self.train.compile:
+        if self.train.recompute == "norms" and self.train.compile:
             raise ValueError(
-                "--checkpoint 'norms' has no effect with --compile True: a compiler chooses for itself what to compute again; "
-                "leave one of the two out, or give --checkpoint auto or all"
+                "--recompute 'norms' has no effect with --compile True: a compiler chooses for itself what to compute again; "
+                "leave one of the two out, or give --recompute auto or all"
             )
-        if self.train.checkpoint in ("none", "norms") and getattr(self.model, "use_checkpoint", False):
+        if self.train.recompute in ("none", "norms") and getattr(self.model, "use_checkpoint", False):
             raise ValueError(
-                f"--checkpoint {self.train.checkpoint!r} lets no block recompute as a whole, --use_checkpoint True all of them; "
+                f"--recompute {self.train.recompute!r} lets no block recompute as a whole, --use_checkpoint True all of them; "
                 "give one of the two"
             )
         return self
@@ -259,9 +259,9 @@ _REPLACES = {
     "classifier_use_fp16": ("precision",),
     "lr_anneal_steps": ("max_steps",),
     "iterations": ("max_steps",),
-    "use_checkpoint": ("checkpoint", "memory_limit_gb"),
-    "classifier_use_checkpoint": ("checkpoint", "memory_limit_gb"),
-    "checkpoint": ("use_checkpoint", "classifier_use_checkpoint", "memory_limit_gb"),
+    "use_checkpoint": ("recompute", "memory_limit_gb"),
+    "classifier_use_checkpoint": ("recompute", "memory_limit_gb"),
+    "recompute": ("use_checkpoint", "classifier_use_checkpoint", "memory_limit_gb"),
     "batch_size": ("global_batch_size",),
     "val_fraction": ("val_data_dir",),
     "num_heads": ("num_head_channels",),

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..runtime import signals, streams
 from . import images
+from .images import Size
 from .listing import Records
 from .sources import open_source
 
@@ -36,7 +37,27 @@ class Batch(NamedTuple):
     labels: Tensor | None  # int64 [B]
     positions: Tensor  # int64 [B], the place of each example in the global batch
     step: int
-    flips: Tensor | None = None  # bool [B]: which examples are to be mirrored, for `images.to_float` on the device
+    flips: Tensor | None = None  # bool [B]: which examples are to be mirrored, as `to_device` does
+    low_res_size: Size = 0  # of the smaller images that an upsampler is given too; 0 = none
+
+    def to_device(self, device: torch.device) -> FinishedBatch:
+        """The batch as a loss takes it, on `device`. `positions` stay in main memory: they address generators there."""
+        there = [None if t is None else t.to(device, non_blocking=True) for t in (self.images, self.labels, self.flips)]
+        pixels, labels, flips = there
+        assert pixels is not None
+        x = images.to_float(pixels, flips)
+        low_res = images.low_res(x, self.low_res_size) if self.low_res_size else None
+        return FinishedBatch(x, labels, self.positions, self.step, low_res)
+
+
+class FinishedBatch(NamedTuple):
+    """A batch on a device: cropped, mirrored and scaled."""
+
+    images: Tensor  # float32 [B, C, H, W] in [-1, 1]
+    labels: Tensor | None  # int64 [B]
+    positions: Tensor  # int64 [B], in main memory
+    step: int
+    low_res: Tensor | None = None  # float32 [B, C, h, w]: the images shrunk
 
 
 class Place(NamedTuple):
@@ -149,8 +170,8 @@ def _augmented(
 class Batches(Iterator[Batch]):
     """The endless iterator of `make_batches`, with what a training log wants to know about it."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+    def __init__(self, loader: DataLoader[Any], low_res_size: Size = 0) -> None:
+        self._loader, self._low_res_size = loader, low_res_size
         self._fetched: Iterator[_Fetched] | None = None
         self.wait_seconds = 0.0  # time spent inside next(): what the device waits for the data
         self.skipped = 0  # unreadable pictures met, an example counted each time it was replaced
@@ -165,7 +186,7 @@ class Batches(Iterator[Batch]):
         if batch is None:
             self.close()
             raise ValueError(f"{error}; remove or repair it, or continue past such files with on_error='skip'")
-        return batch
+        return batch._replace(low_res_size=self._low_res_size)
 
     def _count(self, skipped: list[str]) -> None:
         before, self.skipped = self.skipped, self.skipped + len(skipped)
@@ -194,15 +215,16 @@ def make_batches(
     workers: int = 0,
     on_error: str = "raise",
     shuffle: bool = True,
+    low_res_size: Size = 0,
 ) -> Batches:
     """Endless batches of process `rank` of `size`: positions rank, rank + size, ... of each global batch of `batch_size`.
 
     `start_image`: the place in the endless walk of the first image of `start_step`, None = `start_step * batch_size`; it matters to a
     run that goes on with another batch size. `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: half of the
-    examples are to be mirrored; `.flips` says which, and `images.to_float` does it on the device. `workers`: processes that decode;
+    examples are to be mirrored; `.flips` says which, and `Batch.to_device` does it. `workers`: processes that decode;
     0 decodes in this one. `on_error`: "raise" a ValueError that names an unreadable file, or "skip": take the next record in its
     place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes.
-    Pinned memory where CUDA is.
+    `low_res_size`: an upsampler's batches also hold their images shrunk to it. Pinned memory where CUDA is.
     """
     start = start_step * batch_size if start_image is None else start_image
     for name, value, allowed in (("crop", crop, ("center", "random")), ("on_error", on_error, ("raise", "skip"))):
@@ -229,7 +251,7 @@ def make_batches(
         generator=torch.Generator().manual_seed(0),
         **extra,
     )
-    return Batches(loader)
+    return Batches(loader, low_res_size)
 
 
 def _unchanged(fetched: Any) -> Any:

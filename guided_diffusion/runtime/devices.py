@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -91,6 +92,30 @@ def describe(device: torch.device) -> dict[str, str]:
         "memory": f"{memory / 2**30:.1f} GiB" if memory else "?",
         "identity": identity,
     }
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free on a GPU, or of this host's memory (0: unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if found := _line_of("/proc/meminfo", "MemAvailable:"):
+        return found
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes of a GPU that tensors of this process take; on the CPU what the whole process holds (0: unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _line_of("/proc/self/status", "VmRSS:")
+
+
+def _line_of(path: str, name: str) -> int:
+    """The bytes that a line of one of Linux's reports gives in KiB; 0 where there is none."""
+    if not Path(path).exists():
+        return 0
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[:1] == [name]), 0)
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -119,18 +119,12 @@ def check_disk(folder: str, one_save: int, num_saves: int | None) -> Finding:
     return Finding(OK, "disk", f"{text}; kept: {num_saves}")
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes free on a GPU, or of this host's memory (0: unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0
+def planned_saves(last_step: int, save_interval: int, keep_last: int, keep_every: int) -> int | None:
+    """How many checkpoints lie in the folder of a run in the end; None: no end in sight."""
+    saves = last_step // save_interval + 1 if last_step else None
+    if not keep_last:
+        return saves
+    return min(saves or keep_last, keep_last) + (last_step // keep_every if keep_every else 0)
 
 
 def report(findings: Iterable[Finding]) -> str:

@@ -29,17 +29,3 @@ def largest_that_fits(attempt: Attempt, limit: int) -> int:
     while found < limit and fits(attempt, size):
         found, size = size, min(2 * size, limit)
     return found
-
-
-def halved_until_it_fits(attempt: Attempt, size: int) -> int:
-    """`size`, or the first of size/2, size/4, ... (rounded up) for which `attempt` fits; 0 if not even 1 does."""
-    while not fits(attempt, size):
-        if size == 1:
-            return 0
-        size = half(size)
-    return size
-
-
-def half(size: int) -> int:
-    """The next smaller size that is tried: half of it, rounded up."""
-    return -(-size // 2)

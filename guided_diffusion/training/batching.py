@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 POSITIONS = "positions"
+_MUCH_WAITING = 0.2  # share of the time
+_log = logging.getLogger(__name__)
 
 
 def _items(batch: Any) -> dict[str, Any]:
@@ -47,7 +50,12 @@ def split(batch: Any, size: int) -> Iterator[Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`. `positions` stay in main memory: they address generators there."""
+    """The batch on `device`: by its own method `to_device`, which may finish it there (flips, float images), else tensor by tensor.
+
+    `positions` stay in main memory: they address generators there.
+    """
+    if hasattr(batch, "to_device"):
+        return batch.to_device(device)
 
     def move(name: str, value: Any) -> Any:
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != POSITIONS else value
@@ -61,6 +69,47 @@ def positions(batch: Any, rank: int, size: int) -> Tensor:
     if found is None:
         return torch.arange(length(batch)) * size + rank
     return found.cpu()
+
+
+class Feed:
+    """The batches of a loop: an iterable, or a function of the first step that returns one, made when the first batch is wanted."""
+
+    def __init__(self, batches: Iterable[Any] | Callable[[int], Iterable[Any]]) -> None:
+        self._make = batches if callable(batches) else None
+        self._source: Any = None if callable(batches) else batches
+        self._iterator: Iterator[Any] | None = None
+
+    @property
+    def unreadable(self) -> float:
+        """How many images could not be read so far, where the source counts them."""
+        return getattr(self._source, "skipped", 0)
+
+    def next(self, step: int, clock: Clock) -> Any:
+        """The batch of a step, None at the end of the data; ValueError if the data stands at another step."""
+        if self._iterator is None:
+            if self._make is not None:
+                self._source = self._make(step)
+            self._iterator = iter(self._source)
+        with clock.waiting(self._source):
+            batch = next(self._iterator, None)
+        expected = getattr(batch, "step", None)
+        if expected is not None and int(expected) != step:
+            raise ValueError(
+                f"the data stands at step {int(expected)}, training at {step}: "
+                "start the batches at the restored step, or pass a function of the first step"
+            )
+        return batch
+
+    def restart(self) -> None:
+        """Begin anew with the next batch."""
+        self._iterator = None
+
+    def close(self) -> None:
+        """End the processes that read images, where this feed has made them: the next batch makes them anew."""
+        if self._make is not None:
+            self._iterator = None
+            if hasattr(self._source, "close"):
+                self._source.close()
 
 
 class Clock:
@@ -97,7 +146,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:
-        """Time spent in the body (hooks, copying for a save) is not training time. Steps under way are awaited first."""
+        """Time spent in the body (callbacks, copying for a save) is not training time. Steps under way are awaited first."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -117,13 +166,18 @@ class Clock:
         self._rate = figures["images_per_second"]
         return figures
 
-    def hint_due(self, much: bool) -> bool:
-        """Whether to give advice: once in a run, at the third interval in a row with `much` waiting (the first ones start workers)."""
-        self._waits_in_a_row = self._waits_in_a_row + 1 if much else 0
-        if self._hinted or self._waits_in_a_row < 3:
-            return False
-        self._hinted = True
-        return True
+    def hint(self, share: float) -> None:
+        """Say what helps against waiting for data: once in a run, at the third interval in a row with much of it.
+
+        The first intervals start workers.
+        """
+        self._waits_in_a_row = self._waits_in_a_row + 1 if share > _MUCH_WAITING else 0
+        if self._waits_in_a_row >= 3 and not self._hinted:
+            self._hinted = True
+            _log.info(
+                f"hint: {share:.0%} of the time is spent waiting for images. More --workers, or `guided-diffusion data pack` "
+                "(decode and crop once, map into memory), would make training faster"
+            )
 
     def show(self, loss: float | None) -> None:
         """Refresh the figures beside the bar."""

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, one full copy per rate."""
+"""Exponential moving averages (EMA) of the weights, one full copy per decay."""
 
 from __future__ import annotations
 
@@ -19,65 +19,65 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
         torch._foreach_lerp_(targets, sources, 1.0 - rate)
 
 
-class Averages:
+class EMA:
     """Averaged copies of a network's parameters; buffers, which are not learned, are copied as they are.
 
-    `rates` are the shares kept per update, e.g. 0.9999; an average remembers about `1 / (1 - rate)` updates. Each copy
+    `decays` are the shares kept per update, e.g. 0.9999; an average remembers about `1 / (1 - decay)` updates. Each copy
     costs one float32 model of memory on every process; or, divided, one over all processes of `world`: each keeps the averages
     of its share of the parameters, and they are put together on the main process to be saved or looked at.
     """
 
-    def __init__(self, net: nn.Module, rates: Sequence[float], *, world: World | None = None) -> None:
-        for rate in rates:
-            if not 0.0 <= rate < 1.0:
-                raise ValueError(f"the EMA rate {rate} is not in [0, 1); usual ones are 0.999 to 0.99995")
-        if len(set(rates)) != len(rates):
-            raise ValueError(f"an EMA rate is given twice: {list(rates)}")
+    def __init__(self, net: nn.Module, decays: Sequence[float], *, world: World | None = None) -> None:
+        for decay in decays:
+            if not 0.0 <= decay < 1.0:
+                raise ValueError(f"the EMA decay {decay} is not in [0, 1); usual ones are 0.999 to 0.99995")
+        if len(set(decays)) != len(decays):
+            raise ValueError(f"an EMA decay is given twice: {list(decays)}")
         self._net = net
         self._world = World() if world is None else world
         self._params = [(name, p) for name, p in net.named_parameters()]
         self._owners = _shares([p.numel() for _, p in self._params], self._world.size)
         self._mine = [k for k, owner in enumerate(self._owners) if owner == self._world.rank]
-        self.copies: dict[str, list[Tensor]] = {str(rate): [] for rate in rates}
-        """This process's averages by rate: of all parameters in order, or of its share of them."""
+        self.copies: dict[str, list[Tensor]] = {str(decay): [] for decay in decays}
+        """This process's averages by decay: of all parameters in order, or of its share of them."""
         self.reset()
 
     @property
-    def rates(self) -> tuple[str, ...]:
-        """The rates as written in file names: `("0.9999",)`."""
+    def decays(self) -> tuple[str, ...]:
+        """The decays as written in file names: `("0.9999",)`."""
         return tuple(self.copies)
 
     def reset(self) -> None:
         """Let every average start again from the present weights."""
-        for rate in self.copies:
-            self.copies[rate] = [self._params[k][1].detach().clone() for k in self._mine]
+        for decay in self.copies:
+            self.copies[decay] = [self._params[k][1].detach().clone() for k in self._mine]
 
     def update(self) -> None:
         """One step of every average. Called once per training step, also when the weights did not move."""
         sources = [self._params[k][1].detach() for k in self._mine]
-        for rate, targets in self.copies.items():
-            update_ema(targets, sources, float(rate))
+        for decay, targets in self.copies.items():
+            update_ema(targets, sources, float(decay))
 
-    def state_dict_of(self, rate: str) -> dict[str, Tensor]:
+    def state_dict_of(self, decay: str) -> dict[str, Tensor]:
         """The averaged network as a state dict in the network's own key order; tensors are not copied.
 
         Of divided averages: put together in main memory, and only on the main process (the others get an empty dict). All call it.
         """
-        whole = self.copies[rate] if self._world.size == 1 else self._gathered(rate)
+        whole = self.copies[decay] if self._world.size == 1 else self._gathered(decay)
         if whole is None:
             return {}
         averaged = {name: copy for (name, _), copy in zip(self._params, whole)}
         return {key: averaged.get(key, value) for key, value in self._net.state_dict().items()}
 
-    def load_state_dict_of(self, rate: str, state: Mapping[str, Tensor]) -> None:
-        """Fill the average of `rate` from a network state dict."""
+    def load_state_dict_of(self, decay: str, state: Mapping[str, Tensor]) -> None:
+        """Fill the average of `decay` from a network state dict."""
         missing = [name for name, _ in self._params if name not in state]
         if missing:
             raise ValueError(
-                f"the averaged weights of rate {rate} lack {len(missing)} tensors, the first is {missing[0]!r}"
+                f"the averaged weights of decay {decay} lack {len(missing)} tensors, the first is {missing[0]!r}"
             )
         with torch.no_grad():
-            for (name, _), copy in zip([self._params[k] for k in self._mine], self.copies[rate]):
+            for (name, _), copy in zip([self._params[k] for k in self._mine], self.copies[decay]):
                 if copy.shape != state[name].shape:
                     raise ValueError(
                         f"averaged weight {name!r} has shape {tuple(state[name].shape)}, the network {tuple(copy.shape)}"
@@ -85,30 +85,30 @@ class Averages:
                 copy.copy_(state[name])
 
     @contextlib.contextmanager
-    def swapped_in(self, rate: str) -> Iterator[nn.Module]:
+    def swapped_in(self, decay: str) -> Iterator[nn.Module]:
         """The network with its averaged weights inside the `with` block, e.g. to draw samples; exchanged without copying.
 
         Of divided averages only the main process gets the averaged network, and all must call it.
         """
-        if rate not in self.copies:
-            raise ValueError(f"there is no average of rate {rate!r}; kept ones are {list(self.copies)}")
-        copies = self.copies[rate]
+        if decay not in self.copies:
+            raise ValueError(f"there is no average of decay {decay!r}; kept ones are {list(self.copies)}")
+        copies = self.copies[decay]
         if self._world.size > 1:
-            copies = [c.to(p.device) for c, (_, p) in zip(self._gathered(rate) or [], self._params)]
+            copies = [c.to(p.device) for c, (_, p) in zip(self._gathered(decay) or [], self._params)]
         self._exchange(copies)
         try:
             yield self._net
         finally:
             self._exchange(copies)
 
-    def _gathered(self, rate: str) -> list[Tensor] | None:
+    def _gathered(self, decay: str) -> list[Tensor] | None:
         """All averages in main memory on the main process, None elsewhere; one message after the other, so little memory is used."""
-        own = dict(zip(self._mine, self.copies[rate]))
+        own = dict(zip(self._mine, self.copies[decay]))
         whole = []
         for k, (_, p) in enumerate(self._params):
             copy = own[k] if k in own else torch.empty_like(p)
             if self._owners[k] != 0:
-                self._world.broadcast_([copy], src=self._owners[k], name=f"averages of rate {rate}")
+                self._world.broadcast_([copy], src=self._owners[k], name=f"averages of decay {decay}")
             if self._world.is_main:
                 whole.append(copy.cpu())
         return whole if self._world.is_main else None

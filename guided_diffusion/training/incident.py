@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime import storage
-from ..runtime.streams import TRAIN, Streams
-from . import batching
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .losses import Losses
+from .saver import Checkpoints
 
 
 class TrainingDiverged(RuntimeError):
@@ -55,33 +52,35 @@ def write_incident(directory: str, *, step: int, rank: int, batch: Any, report: 
     return folder
 
 
-def diverged(trainer: Trainer, batch: Any, in_a_row: int) -> TrainingDiverged:
-    """The error that ends a run after `in_a_row` bad steps, once the evidence about the last of them is written.
+def raise_diverged(
+    what: str,
+    *,
+    saves: Checkpoints | None,
+    net: nn.Module,
+    losses_again: Callable[[], Losses],
+    step: int,
+    batch: Any,
+    precision: dict[str, Any],
+) -> NoReturn:
+    """End a run with the evidence on disk, beside its saves: all processes call it, each writes its own report.
 
-    The forward pass of the last batch's first microbatch is repeated, with the same noise, and every layer is watched.
+    `losses_again` repeats a forward pass of the last step, in which every layer of `net` is watched.
     """
-    last_good = None
-    if trainer.checkpoints is not None:
-        trainer.checkpoints.wait()  # the good save may be the one that is being written
-        last_good = trainer.world.broadcast_object(trainer.checkpoints.last_good, name="naming the last good save")
-    what = f"{in_a_row} steps in a row, up to step {trainer.steps_done}, had losses or gradients that are not finite"
+    if saves is None:
+        raise TrainingDiverged(f"{what}. There is no good save yet")
+    saves.wait()  # the good save may be the one that is being written
+    last_good = saves.world.broadcast_object(saves.last_good, name="naming the last good save")
     good = f"The last good save is {last_good}" if last_good else "There is no good save yet"
-    if trainer.checkpoints is None:
-        return TrainingDiverged(f"{what}. {good}")
-    step, world = trainer.steps_done - 1, trainer.world
-    part = next(batching.split(batch, trainer.microbatch))
-    ids = batching.positions(batch, world.rank, world.size)[: batching.length(part)]
-    streams = Streams(trainer.seed, TRAIN, step, ids=ids, device=trainer.device)
     losses: dict[str, list[float]] = {}
 
     def forward() -> None:
-        found = trainer.loss_fn(trainer.net, batching.to_device(part, trainer.device), streams)
+        found = losses_again()
         losses.update({name: value.float().tolist() for name, value in found.terms.items()}, loss=found.loss.tolist())
 
-    layers = largest_activations(trainer.net, forward)
-    report = {"last_good": last_good, "losses": losses, "precision": trainer.precision.state_dict(), "layers": layers}
+    layers = largest_activations(net, forward)
+    report = {"last_good": last_good, "losses": losses, "precision": precision, "layers": layers}
     try:
-        folder = write_incident(trainer.checkpoints.directory, step=step, rank=world.rank, batch=batch, report=report)
+        folder = write_incident(saves.directory, step=step, rank=saves.world.rank, batch=batch, report=report)
     except OSError as error:
-        return TrainingDiverged(f"{what}. The evidence could not be written: {error}. {good}")
-    return TrainingDiverged(f"{what}. Batch and largest activations by layer are in {folder}. {good}")
+        raise TrainingDiverged(f"{what}. The evidence could not be written: {error}. {good}") from None
+    raise TrainingDiverged(f"{what}. Batch and largest activations by layer are in {folder}. {good}")

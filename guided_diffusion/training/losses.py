@@ -1,22 +1,19 @@
-"""What a training objective hands to the trainer, and the running means that the log shows."""
+"""What a training objective hands to the trainer, and the objectives of denoisers and classifiers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.images import low_res, to_float
 from ..diffusion.denoiser import Predicts, Variance
 from ..diffusion.objectives import Loss, training_losses
 from ..diffusion.process import Process, add_noise
 from ..diffusion.timesteps import Timesteps
 from ..runtime.streams import Streams
-
-QUARTILES = 4
 
 
 class Losses(NamedTuple):
@@ -34,67 +31,7 @@ class Losses(NamedTuple):
 
 
 LossFn = Callable[[Any, Any, Streams], Losses]
-
-
-class Feedback(Protocol):
-    """Something that learns from the losses which steps to train on, and that is part of a checkpoint."""
-
-    def update(self, i: Tensor, losses: Tensor) -> None:
-        """Take in the whole global batch in order of position: steps and raw losses, both `[B_global]`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`'s result."""
-
-
-class LossMeans:
-    """Sums of every term, in total and by quartile of time, kept on the device until a log line reads them.
-
-    Quartile `q` holds the examples with `floor(4 i / num_steps) = q`, the 2021 columns `loss_q0` (little noise) to
-    `loss_q3` (almost only noise). Non-finite values belong to skipped steps and are left out.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
-        self._sums: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def add(self, losses: Losses) -> None:
-        """Take in one microbatch; nothing leaves the device."""
-        for name, values in losses.terms.items():
-            values = values.detach().to(torch.float32).reshape(-1)
-            finite = torch.isfinite(values)
-            row = torch.stack([torch.where(finite, values, 0.0), finite.to(torch.float32)])
-            sums = self._sums.get(name)
-            if sums is None:
-                sums = self._sums[name] = torch.zeros(2, QUARTILES + 1, device=self._device)
-            if losses.i is None:
-                sums[:, QUARTILES] += row.sum(dim=1)
-            else:
-                quartile = (losses.i * QUARTILES / losses.num_steps).long().clamp(0, QUARTILES - 1)
-                sums.index_add_(1, quartile, row)
-
-    def tensor(self) -> Tensor:
-        """All sums as one tensor `[terms, 2, 5]`, so that one collective and one copy to the host are enough."""
-        if not self._sums:
-            return torch.zeros(0, 2, QUARTILES + 1, device=self._device)
-        return torch.stack(list(self._sums.values()))
-
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """Means by column name from `tensor()`'s result on the host; quartiles without an example have no column."""
-        out: dict[str, float] = {}
-        for name, (total, count) in zip(self._sums, sums.tolist()):
-            if sum(count) > 0:
-                out[name] = sum(total) / sum(count)
-            out.update({f"{name}_q{q}": total[q] / count[q] for q in range(QUARTILES) if count[q] > 0})
-        return out
-
-    def clear(self) -> None:
-        """Start the next interval."""
-        for sums in self._sums.values():
-            sums.zero_()
+"""`loss_fn(net, batch, streams)`: per-example losses of a batch on the device, its images finished (`data.loader.Batch.to_device`)."""
 
 
 def diffusion_loss(
@@ -106,21 +43,20 @@ def diffusion_loss(
     loss: Loss = "mse",
     min_snr_gamma: float = 0.0,
     class_cond: bool = False,
-    small_size: int = 0,
 ) -> LossFn:
     """The loss of a denoising network on a batch; `process` on the training device.
 
-    `small_size`: the side of the smaller image that an upsampler is given too; 0 = none.
+    The network is given `batch.labels` if `class_cond`, and `batch.low_res` where there is one.
     """
     weight: dict[str, Any] = {"weight": "min_snr", "min_snr_gamma": min_snr_gamma} if min_snr_gamma else {}
 
     def of_batch(net: Any, batch: Any, streams: Streams) -> Losses:
-        x0 = to_float(batch.images, getattr(batch, "flips", None))
+        x0 = batch.images
         i, importance = timesteps.draw(streams.uniform().to(x0.device))
         noise = streams.normal(x0.shape[1:])
         cond: dict[str, Tensor] = {"y": batch.labels} if class_cond else {}
-        if small_size:
-            cond["low_res"] = low_res(x0, small_size)
+        if getattr(batch, "low_res", None) is not None:
+            cond["low_res"] = batch.low_res
         terms = training_losses(
             net, process, x0, i, noise, cond, loss=loss, predicts=predicts, variance=variance, **weight
         )
@@ -134,7 +70,7 @@ def classifier_loss(process: Process, timesteps: Timesteps, *, noised: bool = Tr
     """Cross entropy of a classifier on noised images, with accuracies, under the column names of 2021."""
 
     def loss(net: Any, batch: Any, streams: Streams) -> Losses:
-        x = to_float(batch.images, getattr(batch, "flips", None))
+        x = batch.images
         i, _ = timesteps.draw(streams.uniform().to(x.device))
         if noised:
             x = add_noise(process, x, i, streams.normal(x.shape[1:]))

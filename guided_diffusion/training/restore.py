@@ -1,69 +1,53 @@
-"""Bringing a trainer to the state of a save, and saying exactly which parts came from it."""
+"""Weights, averages and moments from a save on disk, and a line about each: where it came from, or that it was not there."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from torch import nn
+from torch.optim import Optimizer
 
+from ..runtime.world import World
 from ..weights.files import load_object, load_weights, load_weights_into
 from ..weights.runs import SavedRun
-from . import optimizer
-from .parallel import unwrapped
-from .saver import SaveError
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .ema import EMA
+from .optimizer import load_state
 
 
-def failure_elsewhere() -> SaveError:
-    """What the other processes raise when the main one could not save."""
-    return SaveError("the main process could not write a save; its message says why")
+def load_tensors(
+    saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter], *, world: World
+) -> list[str]:
+    """Fill `net`, `ema` and `optimizer` from `saved`; returns what came from where. An average that it lacks starts from the weights.
 
-
-def restore(trainer: Trainer, saved: SavedRun) -> list[str]:
-    """Fill `trainer` from `saved`; every process reads the files itself, and all fail together if one cannot."""
+    Every process of `world` reads the files itself, and all fail together if one cannot.
+    """
     problem: ValueError | OSError | None = None
     lines: list[str] = []
     try:
-        lines = _restore(trainer, saved, unwrapped(trainer.net))
+        lines = _load(saved, net, ema, optimizer, params)
     except (ValueError, OSError) as error:
         problem = error
-    if trainer.world.any_true(problem is not None, name="could all processes read the save?"):
+    if world.any_true(problem is not None, name="could all processes read the save?"):
         raise problem or ValueError(
             f"another process cannot read {saved.directory}; put it on storage that all machines see, or see its message"
         )
     return lines
 
 
-def _restore(trainer: Trainer, saved: SavedRun, net: nn.Module) -> list[str]:
+def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[str]:
     if saved.model is None:
         raise ValueError(f"the save at step {saved.step} in {saved.directory} has no file of weights")
     load_weights_into(net, load_weights(saved.model), saved.model)
     lines = [f"resuming from {saved.directory} at step {saved.step}", f"weights: {saved.model}"]
-
-    # Rates an older save does not have start from its weights.
-    trainer.ema.reset()
-    for rate in trainer.ema.rates:
-        if rate in saved.ema:
-            trainer.ema.load_state_dict_of(rate, load_weights(saved.ema[rate]))
-            lines.append(f"average {rate}: {saved.ema[rate]}")
+    ema.reset()
+    for decay in ema.decays:
+        if decay in saved.ema:
+            ema.load_state_dict_of(decay, load_weights(saved.ema[decay]))
+            lines.append(f"EMA {decay}: {saved.ema[decay]}")
         else:
-            lines.append(f"average {rate}: not saved, starts from the weights")
-    lines += [f"average {rate}: saved, but not kept by this run" for rate in saved.ema if rate not in trainer.ema.rates]
-
+            lines.append(f"EMA {decay}: not saved, starts from the weights")
+    lines += [f"EMA {decay}: saved, but not kept by this run" for decay in saved.ema if decay not in ema.decays]
     if saved.optimizer is not None:
-        optimizer.load_state(trainer.optimizer, load_object(saved.optimizer), trainer.params)
+        load_state(optimizer, load_object(saved.optimizer), params)
         lines.append(f"optimizer: {saved.optimizer}")
-    if saved.state:
-        if saved.state.get("seed") != trainer.seed:
-            lines.append(f"note: the save was made with seed {saved.state.get('seed')}, this run has {trainer.seed}")
-        trainer.load_counters(saved.state)
-        lines.append(f"counters: {trainer.samples_seen} images seen; loss scale and step sampler as saved")
-    else:
-        start = {"precision": trainer.precision.state_dict(), "step": saved.step}
-        trainer.load_counters({**start, "samples": saved.step * (trainer.batch_size or 0)})
-    lacks = saved.lacks()
-    if lacks:
-        lines.append(f"not restored, because the save lacks them: {'; '.join(lacks)}")
     return lines

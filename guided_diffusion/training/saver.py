@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..weights import runs as checkpoint
 from ..weights.runs import SavedRun
 
 ON_ERROR = ("warn", "stop")
+_log = logging.getLogger(__name__)
 
 
 class SaveError(RuntimeError):
@@ -48,7 +50,6 @@ class Checkpoints:
         on_error: str = "warn",
         background: bool = True,
         world: World | None = None,
-        tell: Callable[[str], None] = print,
     ) -> None:
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error is {on_error!r}; it can be {' or '.join(map(repr, ON_ERROR))}")
@@ -62,31 +63,31 @@ class Checkpoints:
         self._about["started_from"] = started_from
         self._keep_last, self._keep_every = keep_last, keep_every
         self.on_error = on_error
-        self._background, self._tell = background, tell
-        self._world = World() if world is None else world
+        self._background = background
+        self.world = World() if world is None else world
         self._thread: threading.Thread | None = None
         self._errors: list[tuple[int, Exception]] = []
         self._lock: Any = None
         refused = ""
-        if self._world.is_main:
+        if self.world.is_main:
             try:
                 self._lock = storage.lock_folder(directory)
                 storage.remove_unfinished(directory)  # nobody else writes here now
             except (ValueError, OSError) as error:
                 refused = str(error)
-        refused = self._world.broadcast_object(refused, name="opening the run folder")
+        refused = self.world.broadcast_object(refused, name="opening the run folder")
         if refused:
             raise ValueError(refused)
 
     def find(self, resume: str) -> SavedRun | None:
         """`find_save` in this folder, for a run that goes on with `continue_from`."""
-        saved = find_save(self.directory, resume, kind=self._about["kind"], world=self._world, tell=self._tell)
+        saved = find_save(self.directory, resume, kind=self._about["kind"], world=self.world)
         self.continue_from(saved)
         return saved
 
     def continue_from(self, saved: SavedRun | None) -> None:
         """Learn from the save that is continued which one was the last good one, and how the run began."""
-        if not self._world.is_main or saved is None or saved.state is None:
+        if not self.world.is_main or saved is None or saved.state is None:
             return
         here = storage.same_folder(saved.directory, self.directory)
         if here:
@@ -98,8 +99,8 @@ class Checkpoints:
 
     def set_aside(self) -> None:
         """Make room for a run that starts afresh: the saves of an earlier one move into a folder within this one."""
-        if self._world.is_main and (aside := checkpoint.set_aside(self.directory)) is not None:
-            self._tell(f"starting afresh: the saves that were in {self.directory} are in {aside} now")
+        if self.world.is_main and (aside := checkpoint.set_aside(self.directory)) is not None:
+            _log.info(f"starting afresh: the saves that were in {self.directory} are in {aside} now")
 
     def save(
         self,
@@ -111,7 +112,7 @@ class Checkpoints:
         state: Mapping[str, Any],
     ) -> None:
         """Copy everything now, write it soon. Waits for the previous save if that is still being written."""
-        if not self._world.is_main:
+        if not self.world.is_main:
             return
         self.wait()
         copied = _on_host({"model": model, "ema": ema, "optimizer": optimizer, "state": state})
@@ -137,20 +138,33 @@ class Checkpoints:
         good = self.last_good or "none yet"
         return SaveError(f"the save at step {step} could not be written: {error}. The last good save is {good}", step)
 
-    def failed(self) -> SaveError | None:
-        """The failure to stop for, if there was one. One that only deserves a warning is told here."""
-        failure = self.failure()
-        if failure is not None and self.on_error == "warn":
-            self._tell(f"warning: {failure}. Training goes on")
-            return None
-        return failure
+    def raise_failure(self, last_step: int | None = None) -> bool:
+        """Raise a failed save where it was to end the run, or was that of the run's last step; else it is a warning.
+
+        A collective; returns whether there was one. With `last_step` it waits for the save that is being written.
+        """
+        if last_step is not None:
+            self.wait()
+        failure = self.failure()  # only ever on the main process
+        fatal = failure is not None and (self.on_error == "stop" or failure.step == last_step)
+        flags = torch.tensor([failure is not None, fatal], dtype=torch.float32, device=self.world.device)
+        failed, fatal = (self.world.all_reduce_sum_(flags, name="did a save fail?") > 0).tolist()
+        if fatal:
+            raise failure or SaveError("the main process could not write a save; its message says why")
+        if failure is not None:
+            _log.warning(f"{failure}. Training goes on")
+        return failed
 
     def close(self) -> SaveError | None:
-        """Finish writing and let other jobs use the folder; returns what `failed` returns."""
+        """Finish writing and let other jobs use the folder; returns a failure to stop for. One that is only a warning is logged."""
         self.wait()
         if self._lock is not None:
             self._lock.release()
-        return self.failed()
+        failure = self.failure()
+        if failure is not None and self.on_error == "warn":
+            _log.warning(f"{failure}. Training goes on")
+            return None
+        return failure
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -166,7 +180,7 @@ class Checkpoints:
             if not parts["state"].get("bad_in_a_row"):
                 self.last_good, self._good_step = path, step
             self._remove_old(step)
-        except Exception as error:  # brought back to the loop by failed()
+        except Exception as error:  # brought back to the loop by raise_failure()
             self._errors.append((step, error))
 
     def _remove_old(self, newest: int) -> None:
@@ -180,9 +194,7 @@ class Checkpoints:
                 checkpoint.remove_run(self.directory, step)
 
 
-def find_save(
-    directory: str, resume: str, *, kind: str, world: World | None = None, tell: Callable[[str], None] = print
-) -> SavedRun | None:
+def find_save(directory: str, resume: str, *, kind: str, world: World | None = None) -> SavedRun | None:
     """The save that a start of the run in `directory` continues, agreed by all processes; None for step 0.
 
     It is the newest whole save in `directory`, whatever the run was started from. Where there is none: the file or folder
@@ -194,7 +206,7 @@ def find_save(
     problem = ""
     if world.is_main and resume not in ("", "none"):
         try:
-            found = _find(directory, resume, kind, tell)
+            found = _find(directory, resume, kind)
         except ValueError as error:
             problem = str(error)
     found, problem = world.broadcast_object((found, problem), name="choosing the save to resume from")
@@ -203,7 +215,7 @@ def find_save(
     return found
 
 
-def _find(directory: str, resume: str, kind: str, tell: Callable[[str], None]) -> SavedRun | None:
+def _find(directory: str, resume: str, kind: str) -> SavedRun | None:
     here = checkpoint.find_latest(directory)
     if here is None and storage.isdir(directory) and (damaged := checkpoint.steps_of(directory)):
         raise ValueError(
@@ -219,7 +231,7 @@ def _find(directory: str, resume: str, kind: str, tell: Callable[[str], None]) -
             f"this one is {kind!r}; give another {'--out' if found is here else '--resume_checkpoint'}"
         )
     if here is not None and resume != "auto" and not _means(resume, here):
-        tell(
+        _log.info(
             f"{directory} has saves of its own, up to step {here.step}: going on from there and not from {resume}, as the "
             "run's newest save always comes first. To start from that file again, give another --out"
         )

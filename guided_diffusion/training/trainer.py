@@ -11,7 +11,8 @@ Between log lines nothing waits for the device: losses, norms and the decision t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,22 +20,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..diffusion.timesteps import Timesteps
 from ..runtime.log import Log
 from ..runtime.signals import Agreement, Stop
 from ..runtime.streams import TRAIN, Streams, key_of
 from ..runtime.world import World
+from ..weights.files import load_weights_into
 from ..weights.runs import SavedRun
-from . import batching, incident, logline, optimizer, restore
-from .ema import Averages
-from .losses import Feedback, Losses, LossMeans
+from . import batching, incident, optimizer
+from .ema import EMA
+from .interval import Interval
+from .losses import Losses, LossFn
 from .lr import learning_rate, stop_step
 from .optimizer import total_norm
 from .parallel import distributed, repacks, unwrapped
 from .precision import Precision
+from .restore import load_tensors
 from .saver import Checkpoints
 
-LossFn = Callable[[Any, Any, Streams], Losses]
-Hook = tuple[int, Callable[["Trainer"], None]]
+Callback = tuple[int, Callable[["Trainer"], None]]
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -62,8 +67,8 @@ class Trainer:
         max_grad_norm: float = 0.0,
         max_bad_steps: int = 10,
         seed: int = 0,
-        feedback: Feedback | None = None,
-        hooks: Sequence[Hook] = (),
+        schedule_sampler: Timesteps | None = None,
+        callbacks: Sequence[Callback] = (),
         world: World | None = None,
         ddp_options: Mapping[str, Any] | None = None,
         log: Log | None = None,
@@ -83,7 +88,8 @@ class Trainer:
         `batch_size` counts the GLOBAL batch (None: what comes, times the number of processes). `microbatch`: examples per
         forward pass on one process, 0 = all; the result does not depend on it. `max_grad_norm`: clip to this total
         gradient norm, 0 = off. `max_bad_steps`: end the run after so many non-finite steps in a row, 0 = never (on a GPU
-        it is noticed at the next log line). `hooks`: `(n, f)` calls `f(trainer)` on every process after each n-th step.
+        it is noticed at the next log line). `callbacks`: `(n, f)` calls `f(trainer)` on every process after each n-th step.
+        `schedule_sampler`: learns from the losses of each step, and is part of a save.
         `stop`: asked between steps whether to save and leave (on all processes or none). `make_optimizer` replaces AdamW.
         `shard_optimizer` divides the optimizer's state among the processes, `shard_ema` the averages; results do not change.
         """
@@ -104,36 +110,28 @@ class Trainer:
             self.optimizer = optimizer.make_adamw(
                 self.params, lr=lr, weight_decay=weight_decay, betas=betas, shard=shard
             )
-        self.ema = Averages(unwrapped(net), ema_rates, world=self.world if shard_ema else None)
+        self.ema = EMA(unwrapped(net), ema_rates, world=self.world if shard_ema else None)
         self.lr, self.lr_anneal_steps, self.lr_warmup_steps = lr, lr_anneal_steps, lr_warmup_steps
         self.batch_size, self.microbatch = batch_size, microbatch
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
-        self.seed = seed
-        self.feedback = feedback
-        # A sampler without a state has nothing to learn, and gathering its losses would cost a wait per step.
-        self._feedback_learns = feedback is not None and bool(feedback.state_dict())
-        self.hooks = list(hooks)
+        self.seed, self.schedule_sampler = seed, schedule_sampler
+        # One without a state has nothing to learn, and gathering its losses would cost a wait per step.
+        self._sampler_learns = schedule_sampler is not None and bool(schedule_sampler.state_dict())
+        self.callbacks = list(callbacks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
         self.stop, self._agreement = stop, Agreement(self.world, stop)
 
-        self.steps_done = 0
-        self.samples_seen = 0
-
-        self._make_batches = batches if callable(batches) else None
-        self.source: Any = None if callable(batches) else batches
-        self._iterator: Iterator[Any] | None = None
+        self.steps_done = self.samples_seen = 0
+        self._feed = batching.Feed(batches)
         self._batch: Any = None
         self._saved_at: int | None = None
         self._unsettled = repacks(self.model, self.world.size)
-        self.means = LossMeans(self.device)
-        # Per interval: steps, sum of gradient norms, skipped steps. Per run: skipped steps, bad ones in a row.
-        self.interval = torch.zeros(3, device=self.device)
+        self._interval = Interval(self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # One step
+    # ---- One step
 
     def step(self, batch: Any) -> dict[str, Tensor]:
         """One update from this process's share of a global batch. Returns scalars on the device, none of them read:
@@ -164,14 +162,13 @@ class Trainer:
         seen: list[Losses] = []
         for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
             losses = self.forward_backward(part, ids, global_size, last=k == len(parts) - 1)
-            self.means.add(losses)
+            self._interval.add(losses)
             seen.append(losses)
         loss = torch.cat([losses.loss.detach() for losses in seen]).float().mean()
         grad_norm, bad = self._update(loss)
         self.ema.update()
-        self._tell_feedback(positions, seen)
-
-        self.interval += torch.stack([torch.ones_like(grad_norm), torch.where(bad, 0.0, grad_norm), bad.float()])
+        self._update_schedule_sampler(positions, seen)
+        self._interval.count_step(grad_norm, bad)
         self.steps_done += 1
         self.samples_seen += global_size
         return {"loss": loss, "grad_norm": grad_norm, "skipped": bad}
@@ -184,16 +181,21 @@ class Trainer:
 
     def forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
         """Add the gradients of one microbatch to those there; with the `last`, processes exchange them."""
-        streams = Streams(self.seed, TRAIN, self.steps_done, ids=ids, device=self.device)
         # Gradients travel once per step, with the last microbatch.
         quiet = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
-            losses = self.loss_fn(self.model, batching.to_device(part, self.device), streams)
+            losses = self.losses_of(self.model, part, ids)
             # DistributedDataParallel divides by the number of processes; what remains is the mean over the global batch.
             share = losses.loss.float().sum() * (self.world.size / global_size)
             with self.world.operation("sum of the gradients") if self.world.size > 1 else contextlib.nullcontext():
                 self.precision.scale(share).backward()
         return Losses(losses.loss.detach(), losses.terms or {"loss": losses.loss}, *losses[2:])
+
+    def losses_of(self, net: nn.Module, part: Any, ids: Tensor, step: int | None = None) -> Losses:
+        """The losses of `net` on some examples, with the random numbers of a step (None: the next one)."""
+        step = self.steps_done if step is None else step
+        streams = Streams(self.seed, TRAIN, step, ids=ids, device=self.device)
+        return self.loss_fn(net, batching.to_device(part, self.device), streams)
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the gradients unless they or the loss are not finite; (gradient norm, whether skipped) on the device."""
@@ -216,37 +218,32 @@ class Trainer:
         self._bad_in_a_row = torch.where(alarming, self._bad_in_a_row + 1, torch.where(bad, self._bad_in_a_row, 0))
         return grad_norm, bad
 
-    def _tell_feedback(self, positions: Tensor, seen: Sequence[Losses]) -> None:
-        """Hand the whole global batch to the step sampler, in order of position, so that all processes learn the same."""
+    def _update_schedule_sampler(self, positions: Tensor, seen: Sequence[Losses]) -> None:
+        """Hand the losses of the whole global batch to the schedule sampler, in order of position, so that all processes learn the same."""
         steps = [losses.i for losses in seen if losses.i is not None]
-        if self.feedback is None or not self._feedback_learns or not steps:
-            return
-        i = torch.cat(steps).float()
-        raw = torch.cat([(losses.loss if losses.raw is None else losses.raw).detach().float() for losses in seen])
-        table = torch.stack([positions.to(self.device, torch.float32), i, raw], dim=1)
-        table = self.world.all_gather_cat(table, name="losses for the step sampler")
-        table = table[table[:, 0].argsort(stable=True)]
-        table = table[torch.isfinite(table[:, 2])]
-        if len(table):
-            self.feedback.update(table[:, 1].to(steps[0].dtype), table[:, 2])
+        if self.schedule_sampler is not None and self._sampler_learns and steps:
+            raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in seen]
+            table = torch.stack([positions.to(self.device), torch.cat(steps), torch.cat(raw).float()], dim=1)
+            table = self.world.all_gather_cat(table, name="losses for the schedule sampler")
+            table = table[table[:, 0].argsort(stable=True)]
+            table = table[torch.isfinite(table[:, 2])]
+            if len(table):
+                self.schedule_sampler.update(table[:, 1].to(steps[0].dtype), table[:, 2])
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Many steps
+    # ---- Many steps
 
     def run(self, until: int = 0) -> Literal["finished", "stopped"]:
         """Train up to `until` updates in all, or to `lr_anneal_steps` if that comes first; 0 for both: without end.
 
-        Logs, saves and calls hooks on the way, saves at the end. Returns "stopped" if `stop` asked to leave early, after
+        Logs, saves and calls callbacks on the way, saves at the end. Returns "stopped" if `stop` asked to leave early, after
         saving. Raises `TrainingDiverged` after too many bad steps and `SaveError` if saving failed and that was to end
         the run.
         """
         target = stop_step(until, self.lr_anneal_steps)
         if target is None:
-            self.say(
-                "training without end: neither a maximum of steps nor lr_anneal_steps is set; interrupt it when done"
-            )
+            _log.info("training without end: neither a last step nor lr_anneal_steps is set; interrupt it when done")
         elif self.steps_done >= target:
-            self.say(f"nothing to do: {self.steps_done} steps are done, {target} were asked for")
+            _log.info(f"nothing to do: {self.steps_done} steps are done, {target} were asked for")
         clock = batching.Clock(self.world.is_main and self.progress, self.steps_done, target)
         outcome: Literal["finished", "stopped"] = "finished"
         try:
@@ -254,22 +251,20 @@ class Trainer:
                 if self._should_leave():
                     outcome = "stopped"
                     break
-                batch = self._next_batch(clock)
+                batch = self._feed.next(self.steps_done, clock)
                 if batch is None:
-                    self.say("the data ended")
+                    _log.info("the data ended")
                     break
                 self.world.at_step(self.steps_done)
                 self.step(batch)
                 clock.count(batching.length(batch) * self.world.size)
                 self._after_step(clock)
-            if self.checkpoints is not None:
-                if self._saved_at != self.steps_done:
-                    self.save()
-                self.checkpoints.wait()
+            if self.checkpoints is not None and self._saved_at != self.steps_done:
+                self.save()
             self._raise_save_failure(last=True)
         finally:
             clock.close()
-            self._close_batches()
+            self._feed.close()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
         return outcome
@@ -278,39 +273,33 @@ class Trainer:
         log_line = self.log_every > 0 and self.steps_done % self.log_every == 0
         if self.max_bad_steps and (log_line or self.device.type == "cpu"):
             self._check_health()
-        # Before the log line, so that what hooks find out stands in the row of its step.
-        due = [hook for every, hook in self.hooks if every > 0 and self.steps_done % every == 0]
+        # Before the log line, so that what callbacks find out stands in the row of its step.
+        due = [call for every, call in self.callbacks if every > 0 and self.steps_done % every == 0]
         if due:
             with clock.paused(self.device):
-                for hook in due:
-                    hook(self)
+                for call in due:
+                    call(self)
         if log_line:
-            logline.write(self, clock)
+            self._write_row(clock)
         if self.checkpoints is not None and self.save_every > 0 and self.steps_done % self.save_every == 0:
             with clock.paused(self.device):
                 self.save()
 
-    def _next_batch(self, clock: batching.Clock) -> Any:
-        if self._iterator is None:
-            if self._make_batches is not None:
-                self.source = self._make_batches(self.steps_done)
-            self._iterator = iter(self.source)
-        with clock.waiting(self.source):
-            batch = next(self._iterator, None)
-        expected = getattr(batch, "step", None)
-        if expected is not None and int(expected) != self.steps_done:
-            raise ValueError(
-                f"the data stands at step {int(expected)}, training at {self.steps_done}: "
-                "start the batches at the restored step, or pass a function of the first step"
-            )
-        return batch
-
-    def _close_batches(self) -> None:
-        """End the processes that read images, where this trainer has made them: the next run makes them anew."""
-        if self._make_batches is not None:
-            self._iterator = None
-            if hasattr(self.source, "close"):
-                self.source.close()
+    def _write_row(self, clock: batching.Clock) -> None:
+        """One row of the log: everything since the last one. All processes take part, the main one writes."""
+        row = self._interval.read(self.world, self._feed.unreadable)
+        with torch.no_grad():
+            row["param_norm"] = total_norm([p.detach() for p in self.params]).item()
+        if self.precision.scales:
+            row["lg_loss_scale"] = self.precision.lg_loss_scale.item()
+        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        row.update(clock.read())
+        clock.show(row.get("loss"))
+        if self.log is not None:
+            for name, value in {"step": self.steps_done, "samples": self.samples_seen, **row}.items():
+                self.log.put(name, value)
+            self.log.dump(self.steps_done)
+        clock.hint(row["data_wait_share"])
 
     def _should_leave(self) -> bool:
         """Whether to stop early, the same answer on all processes."""
@@ -322,34 +311,30 @@ class Trainer:
         return self._agreement.stop(self.steps_done)
 
     def _raise_save_failure(self, *, last: bool = False) -> None:
-        """A failed save ends the run where it was told so, or where no other one follows; else it is a warning, and saved again."""
-        if self.checkpoints is None:
-            return
-        failure = self.checkpoints.failure()  # only ever on the main process
-        fatal = failure is not None and (
-            self.checkpoints.on_error == "stop" or (last and failure.step == self.steps_done)
-        )
-        told = torch.tensor([failure is not None, fatal], dtype=torch.float32, device=self.device)
-        failed, fatal = (self.world.all_reduce_sum_(told, name="did a save fail?") > 0).tolist()
-        if failed:
-            self._saved_at = None
-        if fatal:
-            raise failure or restore.failure_elsewhere()
-        if failed:
-            self.say(f"warning: {failure}. Training goes on")
+        if self.checkpoints is not None:
+            saved_at, self._saved_at = self._saved_at, None  # a save that failed is made again
+            if not self.checkpoints.raise_failure(self.steps_done if last else None):
+                self._saved_at = saved_at
 
     def _check_health(self) -> None:
         """Read the count of bad steps in a row; too many end the run, with the evidence on disk."""
         in_a_row = int(self._bad_in_a_row.item())
-        if in_a_row >= self.max_bad_steps:
-            raise incident.diverged(self, self._batch, in_a_row)
+        if in_a_row < self.max_bad_steps:
+            return
+        step, rank = self.steps_done - 1, self.world.rank
+        part = next(batching.split(self._batch, self.microbatch))
+        ids = batching.positions(self._batch, rank, self.world.size)[: batching.length(part)]
+        incident.raise_diverged(
+            f"{in_a_row} steps in a row, up to step {self.steps_done}, had losses or gradients that are not finite",
+            saves=self.checkpoints,
+            net=self.net,
+            losses_again=lambda: self.losses_of(self.net, part, ids, step),
+            step=step,
+            batch=self._batch,
+            precision=self.precision.state_dict(),
+        )
 
-    def say(self, text: str) -> None:
-        if self.world.is_main:
-            self.log.info(text) if self.log is not None else print(text)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # State
+    # ---- State
 
     def save(self) -> None:
         """Save now, all processes together; writing goes on in the background."""
@@ -362,13 +347,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs, by name. Tensors are the live ones. On several processes call it on all."""
-        net = unwrapped(self.net)
         return {
-            "net": net.state_dict(),
-            "ema": {rate: self.ema.state_dict_of(rate) for rate in self.ema.rates},
+            "net": unwrapped(self.net).state_dict(),
+            "ema": {decay: self.ema.state_dict_of(decay) for decay in self.ema.decays},
             "optimizer": optimizer.full_state_dict(self.optimizer, self.world.is_main),
             "precision": self.precision.state_dict(),
-            "feedback": None if self.feedback is None else self.feedback.state_dict(),
+            "feedback": None if self.schedule_sampler is None else self.schedule_sampler.state_dict(),
             "step": self.steps_done,
             "samples": self.samples_seen,
             "skipped": int(self._skipped.item()),
@@ -378,26 +362,39 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s result."""
-        restore.load_weights_into(unwrapped(self.net), state["net"])
-        for rate in self.ema.rates:
-            self.ema.load_state_dict_of(rate, state["ema"][rate])
+        load_weights_into(unwrapped(self.net), state["net"])
+        for decay in self.ema.decays:
+            self.ema.load_state_dict_of(decay, state["ema"][decay])
         optimizer.load_state(self.optimizer, state["optimizer"], self.params)
-        self.load_counters(state)
+        self._load_counters(state)
 
-    def load_counters(self, state: Mapping[str, Any]) -> None:
+    def _load_counters(self, state: Mapping[str, Any]) -> None:
         """The part of `load_state_dict` that is not weights or moments."""
         self.precision.load_state_dict(state["precision"])
-        if self.feedback is not None and state.get("feedback") is not None:
-            self.feedback.load_state_dict(state["feedback"])
+        if self.schedule_sampler is not None and state.get("feedback") is not None:
+            self.schedule_sampler.load_state_dict(state["feedback"])
         self.steps_done, self.samples_seen = int(state["step"]), int(state["samples"])
         self._skipped.fill_(int(state.get("skipped", 0)))
         self._bad_in_a_row.fill_(int(state.get("bad_in_a_row", 0)))
-        self._iterator = None
+        self._feed.restart()
 
     def restore(self, saved: SavedRun) -> list[str]:
-        """Continue from a save on disk, on all processes; returns, and says, what was restored and what was not."""
-        lines = restore.restore(self, saved)
+        """Continue from a save on disk; returns, and logs, what was restored and what was not.
+
+        Every process reads the files itself, and all fail together if one cannot.
+        """
+        lines = load_tensors(saved, unwrapped(self.net), self.ema, self.optimizer, self.params, world=self.world)
+        if saved.state:
+            if saved.state.get("seed") != self.seed:
+                lines.append(f"note: the save was made with seed {saved.state.get('seed')}, this run has {self.seed}")
+            self._load_counters(saved.state)
+            lines.append(f"counters: {self.samples_seen} images seen; loss scale and schedule sampler as saved")
+        else:
+            start = {"precision": self.precision.state_dict(), "step": saved.step}
+            self._load_counters({**start, "samples": saved.step * (self.batch_size or 0)})
+        if lacks := saved.lacks():
+            lines.append(f"not restored, because the save lacks them: {'; '.join(lacks)}")
         self._saved_at = self.steps_done
         for line in lines:
-            self.say(line)
+            _log.info(line)
         return lines

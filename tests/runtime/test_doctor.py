@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from guided_diffusion.build import build_network
-from guided_diffusion.cli.doctor import activation_bytes, main
+from guided_diffusion.cli.doctor import forward_of, main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.models import fused_norm, resizing
-from guided_diffusion.runtime import doctor
+from guided_diffusion.runtime import devices, doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
+from guided_diffusion.training.memory import kept_bytes
 
 TINY = [
     "--device",
@@ -147,10 +148,14 @@ def config_of(**flags):
 
 
 def counted(**flags):
+    return counted_on("cpu", **flags)
+
+
+def counted_on(device, recompute="none", **flags):
     config = config_of(**flags)
     with torch.device("meta"):
         net = build_network(config.model, config.diffusion)
-    return activation_bytes(config, net, "cpu")
+    return kept_bytes(forward_of(config, net, recompute, torch.device(device)), net.parameters())
 
 
 def test_counted_memory_is_what_autograd_keeps(monkeypatch):
@@ -177,45 +182,41 @@ def test_counted_memory_is_what_autograd_keeps(monkeypatch):
 
 
 def test_a_gpu_without_triton_keeps_more_unless_norms_are_recomputed(monkeypatch):
-    def on_a_gpu(triton, checkpoint):
+    def on_a_gpu(triton, recompute):
         monkeypatch.setattr(fused_norm, "available", lambda: triton)
-        config = config_of(checkpoint=checkpoint)
-        with torch.device("meta"):
-            net = build_network(config.model, config.diffusion)
-        return activation_bytes(config, net, "cuda")[1]
+        return counted_on("cuda", recompute)[1]
 
     assert on_a_gpu(True, "none") == counted()[1] < 0.8 * on_a_gpu(False, "none")
     assert on_a_gpu(True, "norms") == pytest.approx(on_a_gpu(False, "norms"), rel=0.02)
 
 
-def test_counted_memory_follows_resolution_precision_and_checkpointing():
+def test_counted_memory_follows_resolution_precision_and_recomputing():
     small = counted()[1]
     large = counted(image_size=32, attention_resolutions="16")[1]
     assert 3.5 < large / small < 4.5  # pixels, not pixels squared: attention keeps no T x T matrix
     assert counted(precision="bf16")[1] < 0.65 * small
-    assert counted(use_checkpoint=True)[1] < 0.4 * small
-    assert counted(checkpoint="all") == counted(use_checkpoint=True)
-    assert counted(use_checkpoint=True)[1] < counted(checkpoint="norms")[1] < 0.7 * small
+    assert counted(recompute="all")[1] < 0.4 * small
+    assert counted(recompute="all")[1] < counted(recompute="norms")[1] < 0.7 * small
 
 
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        ("--batch_size 10", FAIL, "--checkpoint norms or --microbatch 8 would fit"),
-        ("--batch_size 8 --checkpoint norms", OK, ""),
-        ("--batch_size 16 --checkpoint auto", WARN, "--checkpoint auto will make it fit"),
-        ("--batch_size 160 --checkpoint auto", WARN, "--microbatch auto will make it fit, 20 images at a time"),
-        ("--batch_size 160 --checkpoint auto --microbatch -1", FAIL, "--microbatch"),
+        ("--batch_size 10", FAIL, "--recompute norms or --microbatch 8 would fit"),
+        ("--batch_size 8 --recompute norms", OK, ""),
+        ("--batch_size 16 --recompute auto", WARN, "--recompute auto will make it fit"),
+        ("--batch_size 160 --recompute auto", WARN, "--microbatch auto will make it fit, 20 images at a time"),
+        ("--batch_size 160 --recompute auto --microbatch -1", FAIL, "--microbatch"),
         ("--batch_size 160 --microbatch -1 --precision bf16", FAIL, "--microbatch"),
-        ("--batch_size 17 --checkpoint auto --compile True", WARN, "--checkpoint auto will make it fit"),
-        ("--batch_size 4 --checkpoint auto --memory_limit_gb 0.01", FAIL, "Not even one image fits"),
+        ("--batch_size 17 --recompute auto --compile True", WARN, "--recompute auto will make it fit"),
+        ("--batch_size 4 --recompute auto --memory_limit_gb 0.01", FAIL, "Not even one image fits"),
     ],
 )
 def test_what_makes_a_batch_fit_is_named(monkeypatch, capsys, flags, status, words):
     fixed, each = counted()
     config = config_of()
     state = 20 * sum(p.numel() for p in build_network(config.model, config.diffusion, seed=0).parameters())
-    monkeypatch.setattr(doctor, "available_memory", lambda device: state + fixed + 8.5 * each)
+    monkeypatch.setattr(devices, "available_memory", lambda device: state + fixed + 8.5 * each)
     code = main([*TINY, *flags.split()])
     line = lines_of(capsys.readouterr().out)["memory"]
     assert line.startswith(status) and words in line and code == (status == FAIL), line

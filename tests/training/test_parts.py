@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from guided_diffusion.runtime.world import World
 from guided_diffusion.training import optimizer
-from guided_diffusion.training.ema import Averages, update_ema
-from guided_diffusion.training.losses import Losses, LossMeans
+from guided_diffusion.training.ema import EMA, update_ema
+from guided_diffusion.training.interval import Interval
+from guided_diffusion.training.losses import Losses
 from guided_diffusion.training.lr import learning_rate, stop_step
 from guided_diffusion.training.precision import Precision
 
@@ -45,7 +47,7 @@ def test_averages_of_moving_weights():
     """After weights w_1..w_n the average is rate^n w_0 + (1 - rate) sum rate^(n-k) w_k."""
     net = nn.Linear(1, 1, bias=False)
     rates = (0.5, 0.9)
-    ema = Averages(net, rates)
+    ema = EMA(net, rates)
     values = [net.weight.item(), 2.0, -1.0, 5.0]
     for value in values[1:]:
         nn.init.constant_(net.weight, value)
@@ -58,7 +60,7 @@ def test_averages_of_moving_weights():
 
 def test_averages_copy_buffers_keep_order_and_swap():
     net = toy_net()
-    ema = Averages(net, (0.99,))
+    ema = EMA(net, (0.99,))
     net.calls += 7
     with torch.no_grad():
         net.first.weight += 1
@@ -77,7 +79,7 @@ def test_averages_copy_buffers_keep_order_and_swap():
 @pytest.mark.parametrize("rates", [(1.0,), (-0.1,), (0.9, 0.9)])
 def test_averages_refuse_bad_rates(rates):
     with pytest.raises(ValueError, match="EMA"):
-        Averages(nn.Linear(1, 1), rates)
+        EMA(nn.Linear(1, 1), rates)
 
 
 def test_loss_scale_grows_halves_and_has_a_floor():
@@ -153,19 +155,23 @@ def test_optimizer_settings_stay_as_configured():
     assert torch.equal(new.state[params[0]]["exp_avg"], old.state[params[0]]["exp_avg"])
 
 
-def test_loss_means_by_quartile():
-    means = LossMeans()
+def test_an_interval_has_means_by_quartile_and_of_the_steps_that_counted():
+    interval, world = Interval(), World()
     i = torch.tensor([0, 24, 25, 99, 60])
     values = torch.tensor([1.0, 3.0, 5.0, 7.0, math.nan])
-    means.add(Losses(values, {"loss": values}, i, 100))
-    means.add(Losses(values[:1], {"loss": values[:1] * 8}, i[:1], 100))
-    assert means.means(means.tensor()) == {
+    interval.add(Losses(values, {"loss": values}, i, 100))
+    interval.add(Losses(values[:1], {"loss": values[:1] * 8}, i[:1], 100))
+    for norm in (1.0, 3.0, math.inf):
+        interval.count_step(torch.tensor(norm), torch.tensor(norm == math.inf))
+    assert interval.read(world, unreadable=2) == {
         "loss": pytest.approx(24 / 5),
         "loss_q0": pytest.approx(4.0),
         "loss_q1": 5.0,
         "loss_q3": 7.0,
+        "grad_norm": 2.0,
+        "skipped_steps": 1.0,
+        "unreadable_images": 2.0,
     }
-    means.clear()
-    assert means.means(means.tensor()) == {}
-    means.add(Losses(values, {"acc": values}))
-    assert means.means(means.tensor()) == {"acc": 4.0}
+    assert interval.read(world) == {}
+    interval.add(Losses(values, {"acc": values}))
+    assert interval.read(world) == {"acc": 4.0}

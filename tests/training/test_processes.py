@@ -57,8 +57,8 @@ def test_kill_and_continue_on_one_process(tmp_path):
     kill_after(start(1, tmp_path, "endless"), tmp_path / "killed" / "run000006.json")
 
     def trainer(folder):
-        checkpoints = Checkpoints(str(tmp_path / folder), tell=lambda _: None)
-        return make(toy_net(dropout=0.5), checkpoints=checkpoints, feedback=Counter())
+        checkpoints = Checkpoints(str(tmp_path / folder))
+        return make(toy_net(dropout=0.5), checkpoints=checkpoints, schedule_sampler=Counter())
 
     whole, continued = trainer("whole"), trainer("killed")
     saved = continued.checkpoints.find("auto")
@@ -83,19 +83,19 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "options"), [("plain", {}), ("micro", {"microbatch": 3})])
 def test_two_processes_compute_what_one_does(two_processes, name, options):
-    weights, heard = torch.load(two_processes / f"{name}.pt")
-    alone = make(feedback=Counter(), **options)
+    weights, seen = torch.load(two_processes / f"{name}.pt")
+    alone = make(schedule_sampler=Counter(), **options)
     alone.run(4)
     for a, b in zip(weights_of(alone), weights):
         torch.testing.assert_close(a, b)
-    for (i, losses), (i2, losses2) in zip(alone.feedback.heard, heard):
+    for (i, losses), (i2, losses2) in zip(alone.schedule_sampler.seen, seen):
         assert torch.equal(i, i2)
         torch.testing.assert_close(losses, losses2)
 
 
 def test_a_run_of_two_processes_continues_on_one(two_processes, tmp_path):
     """`sharded` was saved by two processes at steps 4 and 6, without dropout."""
-    alone = make(feedback=Counter(), checkpoints=Checkpoints(str(tmp_path)))
+    alone = make(schedule_sampler=Counter(), checkpoints=Checkpoints(str(tmp_path)))
     alone.restore(alone.checkpoints.find(str(two_processes / "sharded" / "run000004.json")))
     alone.run(6)
     theirs = torch.load(two_processes / "sharded" / "model000006.pt")

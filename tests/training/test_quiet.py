@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.models.unet import UNetModel
 from guided_diffusion.runtime.world import World
-from guided_diffusion.training.measuring import recompute
+from guided_diffusion.training.memory import set_recompute
 
-from .test_measuring import batch_of, trainer_of
+from .test_memory import batch_of, trainer_of
 from .toys import batches, make, toy_net
 
 
@@ -49,7 +49,7 @@ def test_a_step_does_not_wait_for_the_gpu(precision, net):
         trainer, data = make(microbatch=3, **options), batches()
     else:  # a real network, with what it recomputes
         model = UNetModel(16, 3, 32, 3, 1, (2,), 0.1, channel_mult=(1, 2), num_head_channels=16)
-        recompute(model, net)
+        set_recompute(model, net)
         trainer, data = trainer_of(model, 8, microbatch=3, **options), itertools.repeat(batch_of(8))
     for _ in range(2):
         trainer.step(next(data))

@@ -7,7 +7,9 @@ from .toys import Counter, assert_same_state, batches, make, toy_net
 
 def fresh(directory, **options):
     net = toy_net(dropout=0.5)
-    return make(net, feedback=Counter(), lr_anneal_steps=100, checkpoints=Checkpoints(str(directory)), **options)
+    return make(
+        net, schedule_sampler=Counter(), lr_anneal_steps=100, checkpoints=Checkpoints(str(directory)), **options
+    )
 
 
 def run_twice(tmp_path, **options):

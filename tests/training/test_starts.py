@@ -147,8 +147,8 @@ def test_a_limit_given_now_wins_over_a_stored_one(command, first, second, last, 
     [
         ("--precision bf16", "--use_fp16 True", "computing in fp32, because float16"),
         ("--use_fp16 True", "--precision bf16", "computing in bf16 on cpu"),
-        ("--use_checkpoint True", "--checkpoint norms", "checkpoint = 'norms'"),
-        ("--ema_rate 0.9", "--ema_rate 0.99", "average 0.9: saved, but not kept by this run"),
+        ("--use_checkpoint True", "--recompute norms", "recompute = 'norms'"),
+        ("--ema_rate 0.9", "--ema_rate 0.99", "EMA 0.9: saved, but not kept by this run"),
         ("--batch_size 4", "--batch_size 8", "global batch size 8"),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_flag_given_now_wins_over_a_stored_one_that_decides_in_its_place(
     [
         ("--lr_anneal_steps 1", "--max_steps 2", "--lr_anneal_steps was 1 before and is 2 now"),
         ("--max_steps 1", "--lr_anneal_steps 2", "--max_steps was 1 before and is 0 now"),
-        ("--max_steps 1 --checkpoint norms", "--use_checkpoint True", "--checkpoint was 'norms' before and is '' now"),
+        ("--max_steps 1 --checkpoint norms", "--use_checkpoint True", "--recompute was 'norms' before and is '' now"),
         ("--max_steps 1 --batch_size 4", "--max_steps 2 --batch_size 8", ""),
     ],
 )
@@ -186,7 +186,7 @@ def test_what_a_given_flag_decides_of_a_file_is_told(first, second, said, photos
         ({"lr_anneal_steps": 9}, {"max_steps": 10}, {"lr_anneal_steps": 10, "max_steps": 10}),
         ({"lr_anneal_steps": 2, "max_steps": 2}, {"lr_anneal_steps": 4}, {"lr_anneal_steps": 4}),
         ({"precision": "bf16"}, {"use_fp16": False}, {"use_fp16": False}),
-        ({"checkpoint": "auto", "memory_limit_gb": 4.0}, {"use_checkpoint": True}, {"use_checkpoint": True}),
+        ({"recompute": "auto", "memory_limit_gb": 4.0}, {"use_checkpoint": True}, {"use_checkpoint": True}),
         ({"sampler": "heun"}, {"use_ddim": True}, {"use_ddim": True}),
         ({"num_head_channels": 64}, {"num_heads": 4}, {"num_heads": 4}),
         ({"predict": "v"}, {"predict_xstart": False}, {"predict_xstart": False}),

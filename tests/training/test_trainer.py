@@ -92,19 +92,19 @@ def test_the_caller_states_the_wrong_batch_size():
         make(batch_size=7).run(1)
 
 
-def test_where_it_stops(capsys):
+def test_where_it_stops(caplog):
+    caplog.set_level("INFO", "guided_diffusion")
     trainer = make(lr_anneal_steps=5)
     assert trainer.run() == "finished" and trainer.steps_done == 5
     trainer.run(5)
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in caplog.text
     trainer = make(lr_anneal_steps=5)
     trainer.run(3)
     assert trainer.steps_done == 3
     three = [batch for batch, _ in zip(batches(), range(3))]
     trainer = make(batches=three)
     trainer.run()
-    said = capsys.readouterr().out
-    assert "without end" in said and "the data ended" in said and trainer.steps_done == 3
+    assert "without end" in caplog.text and "the data ended" in caplog.text and trainer.steps_done == 3
 
 
 def test_log_has_the_columns_of_2021(tmp_path):
@@ -133,10 +133,10 @@ def test_log_has_the_columns_of_2021(tmp_path):
     )
 
 
-def test_hooks_and_progress_bar(capsys):
+def test_callbacks_and_progress_bar(capsys):
     seen = []
     trainer = make(
-        hooks=[(2, lambda t: seen.append(t.steps_done)), (3, lambda t: t.net.eval())], progress=True, log_every=1
+        callbacks=[(2, lambda t: seen.append(t.steps_done)), (3, lambda t: t.net.eval())], progress=True, log_every=1
     )
     trainer.run(5)
     assert seen == [2, 4]
@@ -145,7 +145,7 @@ def test_hooks_and_progress_bar(capsys):
 
 def test_a_request_to_stop_saves_and_leaves(tmp_path):
     stop = Stop()
-    trainer = make(checkpoints=Checkpoints(str(tmp_path)), stop=stop, hooks=[(3, lambda _: stop.request("test"))])
+    trainer = make(checkpoints=Checkpoints(str(tmp_path)), stop=stop, callbacks=[(3, lambda _: stop.request("test"))])
     assert trainer.run(10) == "stopped"
     assert find_latest(str(tmp_path)).step == 3
 
@@ -268,13 +268,13 @@ def failing_after(monkeypatch, allowed, error):
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left"), PermissionError(13, "denied"), FileNotFoundError(2, "gone")]
 )
-def test_failed_saves_warn_or_stop(tmp_path, monkeypatch, capsys, error):
+def test_failed_saves_warn_or_stop(tmp_path, monkeypatch, caplog, error):
     failing_after(monkeypatch, 1, error)
     trainer = make(checkpoints=Checkpoints(str(tmp_path / "w")), save_every=2)
     with pytest.raises(SaveError, match="step 6 could not be written.*run000002.json"):  # no other one would follow
         trainer.run(6)
     assert trainer.steps_done == 6
-    assert "step 4 could not be written" in capsys.readouterr().out
+    assert "step 4 could not be written" in caplog.text
     monkeypatch.undo()
     trainer.run(6)  # there is room again
     assert trainer.checkpoints.last_good.endswith("run000006.json")
@@ -342,7 +342,7 @@ def test_evidence_that_cannot_be_written_does_not_hide_the_reason(tmp_path, monk
         trainer.run(2)
 
 
-def test_feedback_without_a_state_is_left_alone():
+def test_a_schedule_sampler_without_a_state_is_left_alone():
     class Uniform:
         def update(self, i, losses):
             raise AssertionError("there is nothing to learn")
@@ -353,4 +353,4 @@ def test_feedback_without_a_state_is_left_alone():
         def load_state_dict(self, state):
             pass
 
-    make(feedback=Uniform()).run(2)
+    make(schedule_sampler=Uniform()).run(2)

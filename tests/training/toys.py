@@ -42,15 +42,15 @@ class ToyNet(nn.Module):
 
 
 class Counter:
-    """A step sampler that remembers everything it hears."""
+    """A schedule sampler that remembers everything it is given."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(T, dtype=torch.float64)
-        self.heard: list[tuple[Tensor, Tensor]] = []
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def update(self, i: Tensor, losses: Tensor) -> None:
         self.sums.index_add_(0, i, losses.double())
-        self.heard.append((i.clone(), losses.clone()))
+        self.seen.append((i.clone(), losses.clone()))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"sums": self.sums}

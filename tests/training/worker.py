@@ -22,14 +22,16 @@ def trainer_of(folder, world, *, dropout=0.0, **options):
     def data(start):
         return batches(start, rank=world.rank, world=world.size)
 
-    checkpoints = None if folder is None else Checkpoints(str(folder), world=world, tell=lambda _: None)
-    options = {"batches": data, "world": world, "checkpoints": checkpoints, "feedback": Counter(), **options}
+    checkpoints = None if folder is None else Checkpoints(str(folder), world=world)
+    options = {"batches": data, "world": world, "checkpoints": checkpoints, "schedule_sampler": Counter(), **options}
     return make(toy_net(dropout), **options)
 
 
 def endless(folder, world):
     """Saves every 3 steps, slowly, until somebody kills us."""
-    trainer = trainer_of(folder / "killed", world, dropout=0.5, save_every=3, hooks=[(1, lambda _: time.sleep(0.1))])
+    trainer = trainer_of(
+        folder / "killed", world, dropout=0.5, save_every=3, callbacks=[(1, lambda _: time.sleep(0.1))]
+    )
     trainer.run(10_000)
 
 
@@ -49,7 +51,7 @@ def proofs(folder, world):
         trainer = trainer_of(None, world, **options)
         trainer.run(4)
         if world.is_main:
-            torch.save([weights_of(trainer), trainer.feedback.heard], folder / f"{name}.pt")
+            torch.save([weights_of(trainer), trainer.schedule_sampler.seen], folder / f"{name}.pt")
     plain = weights_of(trainer_of_steps(world, 4))
 
     # A divided optimizer computes and saves the same.
@@ -73,7 +75,7 @@ def proofs(folder, world):
     resumed = trainer_of(folder / "divided2", world, shard_ema=True)
     resumed.restore(resumed.checkpoints.find(str(folder / "divided")))
     held = 0
-    for rate in owners[0].ema.rates:
+    for rate in owners[0].ema.decays:
         undivided, divided, loaded = (trainer.ema.state_dict_of(rate) for trainer in (*owners, resumed))
         if world.is_main:
             assert all(torch.equal(undivided[k], divided[k]) and torch.equal(divided[k], loaded[k]) for k in undivided)
@@ -101,30 +103,20 @@ def proofs(folder, world):
         raise AssertionError("not refused")
 
 
-def checkpointing(folder, world):
+def fitting(folder, world):
     """Only the second process is short of memory; both choose alike, and train as without."""
-    from guided_diffusion.runtime import memory
-    from guided_diffusion.training import fitting
-    from guided_diffusion.training.measuring import blocks_of, measured, set_recomputing_norms
-    from training.test_measuring import batch_of, trainer_of, unet
+    from guided_diffusion.training import memory
+    from training.test_memory import GIB, batch_of, recomputed_by, trainer_of, unet
 
     whole = batch_of(8)
     mine = whole._replace(images=whole.images[world.rank :: 2], positions=whole.positions[world.rank :: 2])
     options = {"world": world, "ddp_options": {"static_graph": True}}
     trainer, other = trainer_of(unet(), 8, **options), trainer_of(unet(), 8, **options)
-    moments = 2 * sum(p.nbytes for p in trainer.params)
-    names = list(blocks_of(trainer.net))
-    memory.used = lambda device: 0
-    memory.restart_peak = lambda device: False  # nothing is said about bytes besides tensors
-    memory.give_back_at_once = lambda device: None
-    fitting._try = lambda trainer, batch, count: 0
-    set_recomputing_norms(trainer.net, True)
-    needs = measured(trainer, mine)
-    limit = moments + (needs.peak(4) + needs.peak(4, names)) / 2
-    told = fitting.fit_checkpointing(trainer, mine, limit_gb=[10**12, limit][world.rank] / fitting.GB)
-    chosen = [name for name, block in blocks_of(trainer.net).items() if block.use_checkpoint]
-    (folder / f"chosen{world.rank}.json").write_text(json.dumps(chosen))
-    assert f"the norms of all blocks and {len(chosen)} of {len(names)} blocks as a whole recompute" in told, told
+    memory.used_memory = lambda device: 0
+    memory.set_recompute(trainer.net, "norms")
+    limit = 1.02 * memory._counted(trainer, mine, 4) / GIB
+    memory.fit(trainer, mine, recompute=True, shrink=True, limit_gb=[1000.0, limit][world.rank])
+    (folder / f"chosen{world.rank}.json").write_text(json.dumps([recomputed_by(trainer.net), trainer.microbatch]))
     for _ in range(3):
         for each in (trainer, other):
             each.step(mine)
@@ -139,4 +131,4 @@ def trainer_of_steps(world, steps):
 
 if __name__ == "__main__":
     with worlds.session("cpu", announce=None, timeout_s=60) as here:
-        {"endless": endless, "proofs": proofs, "checkpointing": checkpointing}[sys.argv[2]](Path(sys.argv[1]), here)
+        {"endless": endless, "proofs": proofs, "fitting": fitting}[sys.argv[2]](Path(sys.argv[1]), here)

@@ -1,0 +1,201 @@
+"""What would become of a training run, asked before it starts: data, memory, speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..data.listing import Records
+from ..data.loader import Batches
+from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
+from ..runtime.world import World
+from .memory import set_recompute
+
+
+class Plan(NamedTuple):
+    """A forward and backward pass of training: images at a time, and what is recomputed ("none", "norms", "all", "auto")."""
+
+    images: int
+    recompute: str
+
+
+def check_data(list_them: Callable[[], Records], needs_labels: bool) -> tuple[Finding, Records | None]:
+    """List the images, and complain about labels that are missing."""
+    start = time.perf_counter()
+    try:
+        records = list_them()
+        if needs_labels:
+            records.require_labels()
+    except (ValueError, OSError, ImportError) as error:
+        return Finding(FAIL, "data", str(error)), None
+    text = f"{len(records)} images in {records.root}, listed in {time.perf_counter() - start:.1f} s; "
+    text += f"labels: {records.label_source}"
+    text += f", {len(records.class_names)} classes" if records.class_names else ""
+    return Finding(OK, "data", text), records
+
+
+def check_batches(make: Callable[[], Batches], records: Records, batch_size: int, processes: int) -> Finding:
+    """Read two batches of one of the processes; `batch_size` counts those of all."""
+    seconds = []
+    try:
+        start = time.perf_counter()
+        batches = make()
+        try:
+            for _ in range(2):
+                own = len(next(batches).images)
+                seconds.append(time.perf_counter() - start)
+                start = time.perf_counter()
+        finally:
+            batches.close()
+    except (ValueError, OSError) as error:
+        return Finding(FAIL, "batch", str(error))
+    text = f"{batch_size} images per step over {processes} processes, {len(records) / batch_size:.1f} steps per epoch; "
+    text += f"read at {own / min(seconds):.0f} images/s here"
+    if len(records) < 2 * batch_size:
+        return Finding(WARN, "batch", text + ": fewer than two steps per epoch")
+    return Finding(OK, "batch", text)
+
+
+def state_bytes(
+    parameters: int, *, averages: int, processes: int, shard_optimizer: bool = False, shard_ema: bool = False
+) -> int:
+    """float32 weights, gradients and two moments of Adam; a copy per EMA; the buckets that gradients travel in."""
+    moments = 8 / (processes if shard_optimizer else 1)
+    copies = 4 * averages / (processes if shard_ema else 1)
+    return int(parameters * (8 + moments + copies + (4 if processes > 1 else 0)))
+
+
+def check_memory(
+    wanted: Plan,
+    activations: Callable[[str], tuple[int, int]],
+    *,
+    state: int,
+    free: int,
+    shrink: bool,
+    compile: bool = False,
+    precision: str = "fp32",
+) -> tuple[Finding, Plan]:
+    """Compare the memory of a step with what is free (0: unknown), and name what makes it fit; returns the passes as they will be.
+
+    `activations`: (fixed bytes, bytes per image) by what is recomputed. `shrink`: training takes parts of the batch by itself.
+    """
+    images, told = wanted
+
+    def room(recompute: str) -> int:
+        """How many images at a time there is room for."""
+        fixed, each = activations(recompute)
+        return max(0, int((free - state - fixed) // max(each, 1)))
+
+    fixed, each = activations(told)
+    need = state + fixed + images * each
+    text = (
+        f"about {format_bytes(need)} to train {images} images at a time: {format_bytes(state)} weights, gradients, Adam, EMA + "
+        f"{format_bytes(fixed + images * each)} activations ({format_bytes(each)} per image); {format_bytes(free)} free"
+    )
+    if not free or need <= free:
+        return Finding(WARN if free and need > 0.85 * free else OK, "memory", text), wanted
+
+    ways = ("all",) if compile else ("norms", "all")  # a compiled network chooses for itself in between
+    enough = [way for way in ways if room(way) >= images]
+    if told == "auto" and enough:
+        return Finding(WARN, "memory", f"{text}. --recompute auto will make it fit"), Plan(images, enough[0])
+    final = "all" if told == "auto" else told
+    if shrink and room(final):
+        while images > room(final):
+            images = -(-images // 2)
+        finding = Finding(WARN, "memory", f"{text}. --microbatch auto will make it fit, {images} images at a time")
+        return finding, Plan(images, final)
+
+    remedies = [f"--recompute {way}" for way in enough if told != "auto"][:1]
+    if room(final):
+        remedies.append(f"--microbatch {room(final)}")
+    if not remedies and room("all"):
+        remedies.append(f"--recompute all --microbatch {room('all')}")
+    if remedies:
+        return Finding(FAIL, "memory", f"{text}. {' or '.join(remedies)} would fit"), wanted
+    smaller = "fewer channels" if precision == "bf16" else "--precision bf16, or fewer channels"
+    return Finding(FAIL, "memory", f"{text}. Not even one image fits: {smaller}"), wanted
+
+
+def check_speed(
+    net: nn.Module, forward: Callable[[], Any], plan: Plan, device: torch.device, *, last_step: int, own_batch: int
+) -> Finding:
+    """Time three steps of forward, backward and AdamW after one of warm-up; talk between processes is left out.
+
+    `forward` runs `net` on `plan.images` images; a run takes `last_step` steps (0: no end) of `own_batch` images on this process.
+    """
+    steps = 3
+    try:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
+        for step in range(steps + 1):
+            if step == 1:
+                _wait_for(device)
+                start = time.perf_counter()
+            optimizer.zero_grad()
+            forward().float().square().mean().backward()
+            optimizer.step()
+        _wait_for(device)
+    except RuntimeError as error:  # out of memory, most of all
+        return Finding(FAIL, "speed", f"{plan.images} images at a time: {str(error).splitlines()[0]}")
+    rate = plan.images * steps / (time.perf_counter() - start)
+    text = f"{rate:.3g} images/s on this process"
+    if device.type == "cuda":
+        text += f", {format_bytes(torch.cuda.max_memory_allocated(device))} at most in use"
+    if last_step:
+        text += f"; {last_step} steps of {own_batch} images take {last_step * own_batch / rate / 86400:.3g} days"
+    return Finding(OK, "speed", text)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_same_everywhere(world: World, records: Records, settings: Any) -> None:
+    """ValueError, on all processes, where one of them sees other images or other settings (picklable) than the first."""
+    if world.size == 1:
+        return
+    mine = (records.digest(), f"{len(records)} images in {records.root}", settings)
+    rows = world.all_gather_object(mine, "do all see the same data?")
+    for rank, (digest, found, of_rank) in enumerate(rows):
+        if digest != rows[0][0]:
+            raise ValueError(
+                f"the processes see different data: rank 0 has {rows[0][1]}, rank {rank} {found}, and names, order or labels "
+                "differ; give all of them the same folder, on storage that every machine sees, or complete the copies"
+            )
+        if of_rank != rows[0][2]:
+            raise ValueError(
+                f"rank {rank} has another configuration than rank 0; start all with the same flags, and put --out on storage "
+                "that every machine sees"
+            )
+
+
+def noise_forward(
+    net: nn.Module,
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    classes: bool = False,
+    low_res_size: int = 0,
+) -> Callable[[int], torch.Tensor]:
+    """n -> the answer of `net` to n images of noise of `shape` [C, H, W], computed in `dtype`; it recomputes what `Plan` says."""
+    net.set_compute_dtype(dtype)  # type: ignore[operator]
+    set_recompute(net, "none" if recompute == "auto" else recompute)
+    on = torch.device("meta") if next(net.parameters()).is_meta else device
+
+    def forward(count: int) -> torch.Tensor:
+        x = torch.randn(count, *shape, device=on).contiguous(memory_format=torch.channels_last)
+        cond = {}
+        if classes:
+            cond["y"] = torch.zeros(count, dtype=torch.int64, device=on)
+        if low_res_size:
+            cond["low_res"] = torch.randn(count, shape[0], low_res_size, low_res_size, device=on)
+        return net(x, torch.zeros(count, device=on), **cond)
+
+    return forward

@@ -1,0 +1,210 @@
+"""Memory of a training step: what is computed again in the backward pass, what is kept for it, and what fits into the device."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..runtime.devices import available_memory, used_memory
+from . import batching
+from .parallel import unwrapped
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+_GIB = 2**30
+_SHARE_OF_FREE = 0.9  # of main memory that a step may count on; the rest is for what is not counted
+_CHOSEN = {"none": "nothing is recomputed", "norms": "norms are recomputed", "all": "whole blocks are recomputed"}
+_log = logging.getLogger(__name__)
+
+
+def can_recompute(net: nn.Module) -> tuple[str, ...]:
+    """What `set_recompute` can ask of a network, the cheapest in time first."""
+    inner = unwrapped(net)
+    blocks = any(hasattr(module, "use_checkpoint") for module in inner.modules())
+    return ("none", *["norms"] * hasattr(inner, "set_recompute_norms"), *["all"] * blocks)
+
+
+def set_recompute(net: nn.Module, what: str) -> None:
+    """Let a network compute again in backward: "none", "norms" (norms and what follows them) or "all" (whole blocks).
+
+    Blocks are modules with an attribute `use_checkpoint`; norms need a method `set_recompute_norms`. ValueError where the
+    network cannot.
+    """
+    inner: Any = unwrapped(net)
+    if what not in can_recompute(net):
+        raise ValueError(f"--recompute {what}: {type(inner).__name__} can do {' or '.join(can_recompute(net))} only")
+    for module in inner.modules():
+        if hasattr(module, "use_checkpoint"):
+            module.use_checkpoint = what == "all"
+    if hasattr(inner, "set_recompute_norms"):
+        inner.set_recompute_norms(what == "norms")
+
+
+def fit(
+    trainer: Trainer, batch: Any, *, recompute: bool, shrink: bool, norms: bool = True, limit_gb: float = 0.0
+) -> None:
+    """Choose what a step on `batch` recomputes, and its microbatch, by trying: the first that fits into memory stays.
+
+    With `recompute` the network keeps everything, then computes its norms again (if `norms`), then whole blocks. Where that is
+    not enough, with `shrink`, the images go through by halves, quarters ... of the batch. A trial on a GPU is a real forward and
+    backward pass, with room for the optimizer's moments; main memory, which ends a process that takes too much of it, is counted.
+    All processes try and choose the same; weights and gradients stay as they are. `limit_gb`: GiB that this process may use, on a
+    GPU from now on; 0 = what is free. Call it before the network is compiled. ValueError where nothing fits.
+    """
+    net, device = trainer.net, trainer.device
+    if limit_gb and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / whole), device)
+    ways = [way for way in can_recompute(net) if norms or way != "norms"] if recompute else [""]
+    size = min(trainer.microbatch or batching.length(batch), batching.length(batch))
+    attempts = [(way, size) for way in ways]
+    while shrink and size > 1:
+        size = -(-size // 2)
+        attempts.append((ways[-1], size))
+    for way, size in attempts:
+        if way:
+            set_recompute(net, way)
+        if trainer.world.any_true(not _fits(trainer, batch, size, limit_gb), name="does a step fit into memory?"):
+            continue
+        if size < batching.length(batch):
+            trainer.microbatch = size
+        passes = f"{size} images per forward and backward pass"
+        if way:
+            _log.info(f"--recompute auto: {_CHOSEN[way]}" + f"; {passes}" * (size < batching.length(batch)))
+        else:
+            _log.info(f"--microbatch auto: {passes} fit")
+        return
+    remedies = ["--memory_limit_gb 0 or more"] * bool(limit_gb) + ["--recompute all"] * (not recompute)
+    remedies += ["--microbatch auto"] * (not shrink) + ["--precision bf16", "fewer --num_channels"]
+    raise ValueError(
+        f"not even {size} image{'s' * (size > 1)} at a time {'fit' if size > 1 else 'fits'} into this device's memory"
+        f"{f' of --memory_limit_gb {limit_gb:g}' if limit_gb else ''}; give {', or '.join(remedies)}"
+    )
+
+
+def _fits(trainer: Trainer, batch: Any, count: int, limit_gb: float) -> bool:
+    """Whether a step with `count` examples at a time fits into the device's memory, on this process."""
+    trainer.net.train()
+    try:
+        if trainer.device.type == "cpu":
+            return _counted(trainer, batch, count) <= _limit(trainer, limit_gb)
+        _try(trainer, batch, count)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _try(trainer: Trainer, batch: Any, count: int) -> None:
+    """What the largest moment of a step needs: the pass of a second microbatch, with gradients and moments in memory.
+
+    Gradients are taken without `backward`, so that no wrapper for several processes waits for the others.
+    """
+    room = torch.empty(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
+    gradients = []
+    for part, ids in itertools.islice(_parts(trainer, batch, count), 2):
+        loss = trainer.precision.scale(trainer.losses_of(trainer.net, part, ids).loss.float().sum())
+        gradients.append(torch.autograd.grad(loss, trainer.params, allow_unused=True))
+    del room, gradients
+
+
+def _counted(trainer: Trainer, batch: Any, count: int) -> int:
+    """Bytes that this process will hold with `count` examples at a time: what it holds now, and what a step adds, in main memory."""
+
+    def forward(examples: int) -> None:
+        part, ids = next(_parts(trainer, batch, examples))
+        trainer.losses_of(trainer.net, part, ids)
+
+    now = used_memory(trainer.device)
+    fixed, each = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)))
+    weights = sum(p.nbytes for p in trainer.params)
+    copies = 0  # a save is written from copies of weights, moments and averages
+    if trainer.checkpoints is not None:
+        copies = 3 * weights + sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
+    return now + fixed + count * each + weights + _moment_bytes(trainer) + copies
+
+
+def _limit(trainer: Trainer, limit_gb: float) -> float:
+    device, sharers = trainer.device, max(1, trainer.world.local_size)
+    return limit_gb * _GIB or used_memory(device) + _SHARE_OF_FREE * available_memory(device) / sharers
+
+
+def _parts(trainer: Trainer, batch: Any, count: int) -> Any:
+    """(examples, their positions) of each microbatch of `count`."""
+    ids = batching.positions(batch, trainer.world.rank, trainer.world.size)
+    return zip(batching.split(batch, count), ids.split(count))
+
+
+def _moment_bytes(trainer: Trainer) -> int:
+    """Bytes of the optimizer's moments, where it has not made them yet: two numbers per weight."""
+    inner: Any = getattr(trainer.optimizer, "optim", trainer.optimizer)
+    sharers = trainer.world.size if inner is not trainer.optimizer else 1
+    return 0 if inner.state else -(-2 * sum(p.nbytes for p in trainer.params) // sharers)
+
+
+def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most: int = 3) -> tuple[int, int]:
+    """(bytes that do not grow with the batch, bytes per example) kept from the forward pass for the backward pass.
+
+    `forward(n)` runs it on n examples, of any device, the meta device too; `weights` are not counted, nor are workspaces of
+    kernels and what allocators round up. `most`: how many examples there are, 3 are enough; one alone is a special case to kernels.
+    """
+    own = {weight.untyped_storage()._cdata for weight in weights}
+
+    def kept(examples: int) -> int:
+        sizes: dict[int, int] = {}
+        alive = []  # the addresses of storages are unique among living ones only
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own and storage._cdata not in sizes:
+                sizes[storage._cdata] = storage.nbytes()
+                alive.append(storage)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AsOnADevice():
+            forward(examples)
+        return sum(sizes.values())
+
+    fewer = min(2, max(1, most - 1))
+    first = kept(fewer)
+    each = kept(fewer + 1) - first if most > 1 else first
+    return max(0, first - fewer * each), each
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what fused kernels of attention keep: no matrix of tokens by tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        out = torch.empty_like(q)
+        log_sum_exp = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("only counted, never run backwards")
+
+
+class _AsOnADevice(TorchFunctionMode):
+    """Lets the meta device keep what others do: torch would take the plain formula of attention there, and forget layouts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if on_meta and func is torch.nn.functional.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        answer = func(*args, **(kwargs or {}))
+        if on_meta and func is torch.conv2d:
+            return answer.contiguous(memory_format=torch.channels_last)
+        return answer
