@@ -71,7 +71,9 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     flops, net = probe.forward_flops(config)
     yield f"arithmetic  {flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)"
     plain = replace(config, train=replace(config.train, precision="fp32"))
-    forward = forward_of(plain, net, "all" if getattr(plain.model, "use_checkpoint", False) else "none", device)
+    forward = forward_of(
+        plain, net, "all" if getattr(plain.model, "use_checkpoint", False) else "none", next(net.parameters()).device
+    )
     _, per_image = kept_bytes(forward, net.parameters())
     stored = 4 * sum(p.numel() for p in net.parameters())
     yield (

@@ -355,8 +355,8 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
     from ..training.callbacks import SampleGrid, Validation
     from ..training.losses import classifier_loss
 
-    config, found = plan.config, []
-    train = config.train
+    config, train = plan.config, plan.config.train
+    found: list[Callback] = []
     if plan.held_out is not None:
         from .. import build
 
@@ -439,16 +439,6 @@ def _write_accuracy(trainer: Trainer, plan: _Plan) -> None:
         device=trainer.device,
     )
     storage.write_json_atomic(storage.join(plan.folder, "accuracy_by_noise.json"), table)
-
-
-def _with_classes(config: RunConfig, records: Records) -> RunConfig:
-    """The number of classes, from the data where it was not given."""
-    if config.kind != "classifier" and not getattr(config.model, "class_cond", False):
-        return config
-    found = len(records.class_names)
-    if config.model.num_classes and found > config.model.num_classes:
-        raise ValueError(f"--num_classes is {config.model.num_classes}, but {records.root} has {found} classes")
-    return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
 
 
 def _announce(plan: _Plan, chosen: str, world: World) -> None:
