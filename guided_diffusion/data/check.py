@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from . import images, packed
 from .listing import Records
 from .sources import open_source
+from .sources.source import Progress
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -27,7 +28,7 @@ class Findings(NamedTuple):
     unreadable: list[str]
 
 
-def check(records: Records, *, workers: int = 4, progress: Callable[[int], None] | None = None) -> Findings:
+def check(records: Records, *, workers: int = 4, progress: Progress = None) -> Findings:
     """Decode every image as training would, by `workers` threads; of packed data, compare checksums instead.
 
     `progress(n)` is called when n more images are done.

@@ -1,6 +1,6 @@
-"""Pictures: files to uint8 arrays, the crop of the 2021 release pixel for pixel, and uint8 <-> float.
+"""Images: files to uint8 arrays, the crop of the 2021 release pixel for pixel, and uint8 <-> float.
 
-Shapes: `H W C` for one picture (numpy, uint8, 0..255), `N H W C` / `N C H W` for batches (torch). A size is a side in pixels or
+Shapes: `H W C` for one image (numpy, uint8, 0..255), `N H W C` / `N C H W` for batches (torch). A size is a side in pixels or
 (height, width).
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 # 2021 truncates (x + 1) * 127.5, but float32 puts 63 of the 256 values a hair below the integer they came from (1 would return as 0).
-# Anything above the rounding error, 2**-18, and far below 1 repairs that; it moves one pixel in 30 000 of a continuous picture.
+# Anything above the rounding error, 2**-18, and far below 1 repairs that; it moves one pixel in 30 000 of a continuous image.
 _TRUNCATION_SLACK = 2.0**-15
 
 Size = int | tuple[int, int]
@@ -65,7 +65,7 @@ def opened(content: bytes | np.ndarray, name: str) -> Iterator[PILImage.Image]:
 
 
 def unreadable(name: str, error: BaseException) -> ValueError:
-    """The error for a picture that cannot be read; `name` says which."""
+    """The error for an image that cannot be read; `name` says which."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that PIL knows"
@@ -97,7 +97,7 @@ def mode_of(channels: int) -> str:
 
 
 def from_array(array: np.ndarray) -> PILImage.Image:
-    """The PIL picture of uint8 `[H, W]` or `[H, W, C]`, C in 1..4."""
+    """The PIL image of uint8 `[H, W]` or `[H, W, C]`, C in 1..4."""
     from PIL import Image
 
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
@@ -118,7 +118,7 @@ def center_crop(image: np.ndarray | PILImage.Image, size: Size) -> np.ndarray:
 def random_crop(
     image: np.ndarray | PILImage.Image, size: Size, rng: random.Random, min_frac: float = 0.8, max_frac: float = 1.0
 ) -> np.ndarray:
-    """A random `size` window of the picture scaled so that the window is `min_frac` to `max_frac` of its shorter side.
+    """A random `size` window of the image scaled so that the window is `min_frac` to `max_frac` of its shorter side.
 
     The draws are those of the 2021 release in its order (scale, top, left), so one `random.Random` state gives the same pixels.
     """
@@ -133,7 +133,7 @@ def random_crop(
 
 
 def largest_cover(size: Size, min_frac: float = 0.8) -> tuple[int, int]:
-    """The (height, width) that `random_crop` may scale a picture to at most, before it cuts a window out."""
+    """The (height, width) that `random_crop` may scale an image to at most, before it cuts a window out."""
     height, width = height_width(size)
     return _covered((height, width), math.ceil(min(height, width) / min_frac))
 
@@ -143,20 +143,19 @@ def _covered(size: tuple[int, int], side: int) -> tuple[int, int]:
     return -(-size[0] * side // min(size)), -(-size[1] * side // min(size))
 
 
-def _cover(picture: np.ndarray | PILImage.Image, height: int, width: int) -> np.ndarray:
-    """Scale a picture, aspect kept, to the smallest size that covers `height x width`."""
+def _cover(image: np.ndarray | PILImage.Image, height: int, width: int) -> np.ndarray:
+    """Scale an image, aspect kept, to the smallest size that covers `height x width`."""
     from PIL.Image import Resampling
 
-    if isinstance(picture, np.ndarray) and picture.shape[:2] == (height, width):
-        return picture  # as packed pictures are: resizing to the same size changes nothing
-    image = from_array(picture) if isinstance(picture, np.ndarray) else picture
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), resample=Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Resampling.BICUBIC)
-    scaled = np.asarray(image)
-    keep_channel_axis = isinstance(picture, np.ndarray) and picture.ndim == 3
-    return scaled.reshape(*scaled.shape[:2], -1) if keep_channel_axis else scaled
+    if isinstance(image, np.ndarray) and image.shape[:2] == (height, width):
+        return image  # as packed images are: resizing to the same size changes nothing
+    scaled = from_array(image) if isinstance(image, np.ndarray) else image
+    while scaled.width >= 2 * width and scaled.height >= 2 * height:
+        scaled = scaled.resize((scaled.width // 2, scaled.height // 2), resample=Resampling.BOX)
+    scale = max(width / scaled.width, height / scaled.height)
+    scaled = scaled.resize((round(scaled.width * scale), round(scaled.height * scale)), resample=Resampling.BICUBIC)
+    array, has_channel_axis = np.asarray(scaled), isinstance(image, np.ndarray) and image.ndim == 3
+    return array.reshape(*array.shape[:2], -1) if has_channel_axis else array
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -168,7 +167,7 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 def preprocessing_id(size: Size, channels: int = 3, crop: str = "center") -> str:
-    """A name for what happens to a picture before training: equal names mean equal pixels. Put it beside packed data and scores."""
+    """A name for what happens to an image before training: equal names mean equal pixels. Put it beside packed data and scores."""
     height, width = height_width(size)
     return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{mode_of(channels)}/v1"
 

@@ -1,4 +1,4 @@
-"""Which class a picture belongs to: from its folder, its name, or a table.
+"""Which class an image belongs to: from its folder, its name, or a table.
 
 Everything works on names relative to the root, `/` between parts, and returns `Labels`.
 """
@@ -64,7 +64,7 @@ def by_prefix(names: Sequence[str]) -> Labels:
 
 
 def by_folder(names: Sequence[str]) -> Labels:
-    """The folder, relative to the root. ValueError if a picture lies in the root itself."""
+    """The folder, relative to the root. ValueError if an image lies in the root itself."""
     loose = [name for name in names if "/" not in name]
     if loose:
         raise ValueError(
@@ -75,7 +75,7 @@ def by_folder(names: Sequence[str]) -> Labels:
 
 
 def detect(names: Sequence[str]) -> Labels:
-    """Folders where every picture lies in one of at least two; else prefixes where they look like classes; else none."""
+    """Folders where every image lies in one of at least two; else prefixes where they look like classes; else none."""
     if _are_chunks(names):
         return NONE
     if all("/" in name for name in names):
@@ -99,7 +99,7 @@ def _are_chunks(names: Sequence[str]) -> bool:
 def from_file(path: str, names: Sequence[str]) -> Labels:
     """Read a `.csv` (path,label; header optional) or `.json` (`{"labels": [[path, label], ...]}` or `{path: label}`) table.
 
-    ValueError if the table and the pictures do not match one to one.
+    ValueError if the table and the images do not match one to one.
     """
     try:
         data = storage.read_bytes(path)
@@ -279,9 +279,9 @@ def _has_header(row: Sequence[str]) -> bool:
 
 
 def _match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labels:
-    """Put a table beside the pictures. Class numbers stay as they are; names are numbered in sorted order.
+    """Put a table beside the images. Class numbers stay as they are; names are numbered in sorted order.
 
-    Names in the table are relative to the root, or to a folder below it that leaves each picture its own name.
+    Names in the table are relative to the root, or to a folder below it that leaves each image its own name.
     """
     keys = list(names)
     while not (len(keys) == len(table) and all(key in table for key in keys)):

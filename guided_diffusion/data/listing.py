@@ -1,6 +1,6 @@
-"""A path -> records: which pictures there are, in a fixed order, and the class of each.
+"""A path -> records: which images there are, in a fixed order, and the class of each.
 
-The order is that of the 2021 release (the names of each folder sorted, a folder's pictures where its name stands), so class numbers
+The order is that of the 2021 release (the names of each folder sorted, a folder's images where its name stands), so class numbers
 made from file-name prefixes agree with checkpoints trained then.
 """
 
@@ -21,7 +21,7 @@ from . import sources
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Pictures in a fixed order. For `kind` "files" a path opens as it is; in an archive it is an address `sources.open_source` reads."""
+    """Images in a fixed order. For `kind` "files" a path opens as it is; in an archive it is an address `sources.open_source` reads."""
 
     paths: tuple[str, ...]
     labels: np.ndarray | None = None  # int64 [len(paths)], each in 0 .. len(class_names) - 1
@@ -29,9 +29,9 @@ class Records:
     label_source: str = "none"  # "folders", "prefix", "none", or the table they were read from
     kind: str = "files"  # a key of `sources.SOURCES`
     root: str = ""
-    preprocessing: str = ""  # what was done to the pictures already; see images.preprocessing_id
-    stored_size: tuple[int, int] | None = None  # (height, width) of packed pictures
-    empty_folders: tuple[str, ...] = ()  # beside the class folders, but without a picture
+    preprocessing: str = ""  # what was done to the images already; see images.preprocessing_id
+    stored_size: tuple[int, int] | None = None  # (height, width) of packed images
+    empty_folders: tuple[str, ...] = ()  # beside the class folders, but without an image
     left_out: str = ""  # a sentence about the files that are not read
 
     def __post_init__(self) -> None:
@@ -70,11 +70,11 @@ class Records:
 
 
 def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Records:
-    """List the pictures below `root`: a folder, packed data, a zip, WebDataset tars (one, a pattern or a folder), or an LSUN lmdb.
+    """List the images below `root`: a folder, packed data, a zip, WebDataset tars (one, a pattern or a folder), or an LSUN lmdb.
 
     `labels`: "folders" (sub-folder names), "prefix" (text before the first `_` of a file name), "none", the path of a csv or json
     table, or "auto": the source's own labels (dataset.json, packed labels), else folders, else prefixes, else none. What was taken is
-    in `label_source`; nothing else is read. ValueError if there are no pictures.
+    in `label_source`; nothing else is read. ValueError if there are no images.
     """
     source = sources.list_source(storage.expand(root))
     found = source.labels(labels)

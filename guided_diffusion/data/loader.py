@@ -1,6 +1,6 @@
 """Records -> endless batches, whose content is a function of (seed, step, place in the batch) and of nothing else.
 
-Not of the number of processes, the number of workers, or where the run was interrupted: the picture at step `s`, position `p` of the
+Not of the number of processes, the number of workers, or where the run was interrupted: the image at step `s`, position `p` of the
 global batch is number `g = s * batch_size + p` of an endless walk; epoch `g // len(records)` visits every record once, in the order
 `order(seed, epoch)`. Crop and flip draw from a generator addressed by (seed, epoch, record). To resume, start at another step.
 """
@@ -27,7 +27,7 @@ from .images import Size
 from .listing import Records
 from .sources import open_source
 
-_MAX_REPLACEMENTS = 100  # unreadable pictures in a row before "skip" gives up: then the data is broken, not a file
+_MAX_REPLACEMENTS = 100  # unreadable images in a row before "skip" gives up: then the data is broken, not a file
 
 
 class Batch(NamedTuple):
@@ -144,7 +144,7 @@ class _Examples(Dataset[Any]):
         return Batch(stacked, labels, self._positions, wanted[0][0], flips), skipped, ""
 
     def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, bool | None, int]:
-        """The picture at a place, or, skipping, of the next record that can be read (in the order of the listing); whether to
+        """The image at a place, or, skipping, of the next record that can be read (in the order of the listing); whether to
         mirror it; and which record it is."""
         record = place.record
         for _ in range(min(_MAX_REPLACEMENTS, len(self))):
@@ -174,7 +174,7 @@ class Batches(Iterator[Batch]):
         self._loader, self._low_res_size = loader, low_res_size
         self._fetched: Iterator[_Fetched] | None = None
         self.wait_seconds = 0.0  # time spent inside next(): what the device waits for the data
-        self.skipped = 0  # unreadable pictures met, an example counted each time it was replaced
+        self.skipped = 0  # unreadable images met, an example counted each time it was replaced
 
     def __next__(self) -> Batch:
         started = time.perf_counter()

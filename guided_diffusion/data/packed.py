@@ -1,17 +1,17 @@
-"""Pictures cropped once and kept as plain uint8 arrays that loaders map into memory: no decoding while training.
+"""Images cropped once and kept as plain uint8 arrays that loaders map into memory: no decoding while training.
 
 A packed folder holds
 
 * `images-00000.npy`, ... uint8 `[n, H, W, C]`, readable by `numpy.load(..., mmap_mode="r")`;
 * `labels.npy`, int64 `[N]`, if the source had labels;
 * `names.txt`, the source of each row, one per line;
-* `packed.json`, written last: counts, SHA-256 of every file, class names, and `preprocessing`, which names how the pictures were cropped.
+* `packed.json`, written last: counts, SHA-256 of every file, class names, and `preprocessing`, which names how the images were cropped.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,6 +22,7 @@ from . import images
 from .listing import Records, list_records
 from .sources import open_source
 from .sources.arrays import PACKED_INDEX, read_packed_index
+from .sources.source import Progress
 
 _LABELS, _NAMES = "labels.npy", "names.txt"
 
@@ -35,12 +36,12 @@ def pack(
     workers: int = 4,
     shard_bytes: int = 1 << 28,
     on_error: str = "raise",
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> Records:
     """Write `records`, center-cropped to `image_size`, to the new folder `out_dir`, and list what was written.
 
     The rows are bit for bit what a loader makes of the source with `crop="center"`. `workers` threads decode; `on_error="skip"` leaves
-    unreadable pictures out (`list_skipped` names them). `progress(n)` is called when n more pictures are done. An interrupted pack
+    unreadable images out (`list_skipped` names them). `progress(n)` is called when n more images are done. An interrupted pack
     leaves no `packed.json`; remove the folder and start again.
     """
     if on_error not in ("raise", "skip"):
@@ -106,7 +107,7 @@ def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
     return {"file": name, "sha256": storage.sha256_of(path)}
 
 
-def verify(folder: str | os.PathLike[str], progress: Callable[[int], None] | None = None) -> list[str]:
+def verify(folder: str | os.PathLike[str], progress: Progress = None) -> list[str]:
     """Compare every array file of a packed folder with its checksum; the complaints, empty if all is well."""
     root = os.fspath(folder)
     index = read_packed_index(root)
@@ -123,5 +124,5 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], None] | Non
 
 
 def list_skipped(folder: str | os.PathLike[str]) -> list[str]:
-    """The pictures `pack` left out, with reasons."""
+    """The images `pack` left out, with reasons."""
     return list(read_packed_index(os.fspath(folder))["skipped"])

@@ -20,7 +20,7 @@ from PIL import Image
 from guided_diffusion.data import packed
 from guided_diffusion.data.listing import Records, list_records
 from guided_diffusion.data.loader import make_batches
-from guided_diffusion.data.sources import image_files, open_source
+from guided_diffusion.data.sources import SOURCES, Source, image_files, open_source
 from guided_diffusion.runtime import storage
 
 NAMES = (
@@ -153,18 +153,21 @@ def test_damaged_archives_are_named(tmp_path):
         "locked.zip": bytes(locked),
     }
     files |= {"bad.zip": b"nonsense" * 200, "bad.tar": b"nonsense" * 200, "a.rar": b""}
-    make_folder(tmp_path, list(files.items()))
+    make_folder(tmp_path, [*files.items(), ("empty/.hidden", b"")])
     make_zip(tmp_path / "twice.zip", [("a.png", picture(1)), ("./a.png", picture(2))])
     make_tar(tmp_path / "twice.tar", [("a.png", picture(1)), ("a.png", picture(2))])
     for name, words in {
         "joined.tar": "joined by cat", "cut.tar": "cut off", "short.tar": "unexpected end of data", "twice.zip": "'a.png' twice",
         "twice.tar": "'a.png' twice", "locked.zip": "'a.png' is encrypted", "bad.zip": "not a readable", "bad.tar": "not a readable",
         "a.rar": r"is a file; must be a folder, or end with \.zip or \.tar", "gone.zip": "no such folder or file",
+        "gone": "no such folder or file", "empty": r"looked for \.jpg",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name}'.*({words})"):
             list_records(tmp_path / name)
     with pytest.raises(ValueError, match=r"a\.zip: x/broken\.png': not an image"):
         pixels(list_records(make_zip(tmp_path / "a.zip", [("x/broken.png", b"nonsense")])))
+    with pytest.raises(ValueError, match="unspecified data directory"):
+        list_records("")
     with pytest.raises(ValueError, match="kind='rar': must be one of files, zip, tar, lmdb, packed"):
         open_source("rar", "")
 
@@ -215,15 +218,6 @@ def test_names_that_are_not_utf8_are_shown_escaped(tmp_path, monkeypatch):
     stdout.flush()
     printed = stdout.buffer.getvalue().decode()
     assert "3 images" in printed and r"caf\udce9" in printed and r"\udcff.png" in printed
-
-
-def test_mistakes_say_what_to_do(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for root, words in {
-        "": "unspecified data directory", f"{tmp_path}/gone": "no such folder or file", f"{tmp_path}/empty": r"looked for \.jpg",
-    }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            list_records(root)
 
 
 def test_taking_some_records_keeps_class_numbers(write_pictures):
@@ -286,6 +280,36 @@ def test_threads_do_not_move_each_others_file(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         levels = [int(image[0, 0, 0]) // 20 for image in pool.map(source.read, records.paths * 8)]
     assert levels == [0, 1, 2, 3] * 8
+
+
+class Npz(Source):
+    """A new kind of source, as a user adds it: the images of an npz, uint8 `[N, H, W, C]`; the address of one is its number."""
+
+    kind, ending, all_images, threads_share = "npz", ".npz", True, True
+
+    def members(self, files, others):
+        return {f"{k:08d}": str(k) for k in range(len(np.load(self.root)["arr_0"]))}
+
+    def open(self):
+        images = np.load(self.root)["arr_0"]
+        return lambda address: images[int(address)]
+
+
+def test_a_new_kind_of_source_is_one_class_and_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "npz", Npz)
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    records = list_records(tmp_path / "a.npz")
+    assert (records.kind, records.labels) == ("npz", None)
+    np.testing.assert_array_equal(pixels(records), images)
+    np.testing.assert_array_equal(pixels(packed.pack(records, tmp_path / "packed", 8)), images)
+    batch = next(make_batches(records, image_size=8, batch_size=6, workers=1, shuffle=False))
+    np.testing.assert_array_equal(batch.images, images)
+    (tmp_path / "t.csv").write_text("".join(f"{k:08d},{k}\n" for k in range(6)))
+    assert list_records(tmp_path / "a.npz", labels=str(tmp_path / "t.csv")).labels.tolist() == list(range(6))
+    (tmp_path / "a.rar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"end with \.zip or \.tar or \.npz"):
+        list_records(tmp_path / "a.rar")
 
 
 def test_lmdb_without_the_package_names_the_remedy(tmp_path, monkeypatch):

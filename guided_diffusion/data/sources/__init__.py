@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 
@@ -56,13 +57,12 @@ def _kind_of_file(root: str) -> type[Source]:
     exists = storage.exists(root)
     if not exists and not any(mark in root for mark in _PATTERN):
         raise ValueError(f"{root!r}: no such folder or file")
-    head = b""
-    if exists:
-        with storage.open_file(root, "rb") as file:
-            head = file.read(16)
-    for kind in SOURCES.values():
-        if (kind.ending and root.lower().endswith(kind.ending)) or (kind.begins and head.startswith(kind.begins)):
-            return kind
+    with storage.open_file(root, "rb") if exists else io.BytesIO() as file:
+        head = file.read(16)
+    found = [kind for kind in SOURCES.values() if kind.ending and root.lower().endswith(kind.ending)]
+    found += [kind for kind in SOURCES.values() if kind.begins and head.startswith(kind.begins)]
+    if found:
+        return found[0]
     endings = " or ".join(kind.ending for kind in SOURCES.values() if kind.ending)
     raise ValueError(f"{root!r}: is a file; must be a folder, or end with {endings}")
 

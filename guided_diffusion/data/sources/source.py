@@ -29,6 +29,7 @@ _SHOWN = 8
 _WINDOW = 32  # images per thread that may be done before their turn
 T = TypeVar("T")
 Read = Callable[[str], bytes | np.ndarray]
+Progress = Callable[[int], None] | None  # is called with how many more images are done
 
 
 class Source:
@@ -131,11 +132,7 @@ class Source:
         return content.tobytes() if isinstance(content, np.ndarray) else content
 
     def each(
-        self,
-        paths: Sequence[str],
-        use: Callable[[PILImage.Image], T],
-        workers: int,
-        progress: Callable[[int], None] | None,
+        self, paths: Sequence[str], use: Callable[[PILImage.Image], T], workers: int, progress: Progress
     ) -> Iterator[T | ValueError]:
         """What `use` makes of each image, in order, by `workers` threads; the error in place of one that cannot be read.
 
