@@ -432,9 +432,9 @@ def test_odd_pictures_have_the_pixels_that_training_sees(images, tmp_path):
 def test_classes_are_those_of_training(images, tmp_path):
     for k in range(4):
         (tmp_path / "edm" / f"0000{k // 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[k]).save(tmp_path / "edm" / f"0000{k // 2}" / f"img{k:08d}.png")
+        Image.fromarray(images[k]).save(tmp_path / "edm" / f"0000{k // 2}" / f"img0000{k // 2}{k:03d}.png")
     assert open_images(tmp_path / "edm").labels() is None
-    names = [f"0000{k // 2}/img{k:08d}.png" for k in range(4)]
+    names = [f"0000{k // 2}/img0000{k // 2}{k:03d}.png" for k in range(4)]
     table = tmp_path / "edm" / "dataset.json"
     table.write_text(json.dumps({"labels": [[name, k % 2] for k, name in enumerate(names)]}))
     assert open_images(tmp_path / "edm").labels().tolist() == [0, 1, 0, 1]
