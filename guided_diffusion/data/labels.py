@@ -129,6 +129,8 @@ def from_members(
     root: str, members: Mapping[str, str], names: Sequence[str], read: Callable[[str], bytes]
 ) -> Labels | None:
     """The labels in what `label_files` found (name -> the address that `read` reads); None if there are none."""
+    if not members:
+        return None
     found = sorted(filter(_is_table, members), key=len)
     whole = [table for table in found if all(name.startswith(table.removesuffix(_TABLE)) for name in names)]
     if len(found) == len(whole) == 1:
@@ -171,7 +173,7 @@ def _label(content: bytes, source: str) -> Any:
 
 
 def _is_table(name: str) -> bool:
-    return posixpath.basename(name) == _TABLE
+    return name.endswith(_TABLE) and posixpath.basename(name) == _TABLE
 
 
 def _key(name: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 
 from ...runtime import storage
 from ..labels import first
@@ -41,10 +41,9 @@ def list_source(root: str) -> Source:
 
 
 def _kind_of_folder(root: str, files: Mapping[str, str]) -> type[Source]:
-    found: dict[type[Source], str] = {}
-    for kind in SOURCES.values():
-        marked = [name for name in files if "/" not in name and fnmatch(name.lower(), kind.marker)]
-        found |= {kind: repr(marked[0])} if marked else {}
+    top = {name.lower(): name for name in files if "/" not in name}
+    marked = {kind: fnmatch.filter(top, kind.marker) for kind in SOURCES.values() if kind.marker}
+    found = {kind: repr(top[names[0]]) for kind, names in marked.items() if names}
     held = [name for name in files if is_image(name)]
     shown = ([f"{len(held)} images{first(held)}"] if held else []) + list(found.values())
     if len(shown) > 1:
@@ -55,14 +54,14 @@ def _kind_of_folder(root: str, files: Mapping[str, str]) -> type[Source]:
 
 def _kind_of_file(root: str) -> type[Source]:
     exists = storage.exists(root)
-    if not exists and not any(mark in root for mark in _PATTERN):
-        raise ValueError(f"{root!r}: no such folder or file")
     with storage.open_file(root, "rb") if exists else io.BytesIO() as file:
         head = file.read(16)
     found = [kind for kind in SOURCES.values() if kind.ending and root.lower().endswith(kind.ending)]
     found += [kind for kind in SOURCES.values() if kind.begins and head.startswith(kind.begins)]
-    if found:
+    if found and (exists or any(mark in root for mark in _PATTERN)):
         return found[0]
+    if not exists:
+        raise ValueError(f"{root!r}: no such folder or file")
     endings = " or ".join(kind.ending for kind in SOURCES.values() if kind.ending)
     raise ValueError(f"{root!r}: is a file; must be a folder, or end with {endings}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 import re
 import threading
 from collections import Counter
@@ -177,7 +176,7 @@ def walk(root: str) -> Iterator[tuple[str, str]]:
 
 def is_image(name: str, extensions: Sequence[str] = EXTENSIONS) -> bool:
     """Whether a file is named like an image; extensions without the dot, in any case."""
-    return "." in name and posixpath.basename(name).rpartition(".")[2].lower() in extensions
+    return "." in name and name.rpartition(".")[2].lower() in extensions
 
 
 def is_hidden(name: str) -> bool:
