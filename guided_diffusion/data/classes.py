@@ -28,12 +28,12 @@ def number_of(word: str, names: Sequence[str], count: int) -> int | None:
 def renumber(
     records: Records, names: Sequence[str], count: int, whose: str, *, as_2021: bool = False, remedy: str = ""
 ) -> tuple[Records, str]:
-    """(records with the class numbers of a network of `count` classes, called `names`; what was done, in words).
+    """(records with the class numbers of a network, what was done in words), for a network of `count` classes called `names`.
 
-    The network knows its classes by name: those of the records are looked up, some may be absent, a strange one is a
-    ValueError. Numbers in a table are numbers of classes. Without `names` (files of 2021) there are only numbers: folders
-    called by numbers are these, and as many classes as the network has are its classes in sorted order. `as_2021`: a run of
-    2021 goes on, whose classes are prefixes of file names in sorted order.
+    The network knows its classes by name: those of the records are looked up; some may be absent, an unknown one is a ValueError
+    that calls the network `whose` and ends with `remedy`. Numbers in a table are class numbers. A network without `names` (files of
+    2021) knows numbers only: folders called by numbers are these, and as many classes as the network has are its classes in sorted
+    order. `as_2021`: a run of 2021 goes on, whose classes are prefixes of file names in sorted order.
     """
     if records.labels is None:
         return records, ""
@@ -41,16 +41,15 @@ def renumber(
     own, prefix = records.class_names, records.label_source == "prefix"
     words = {k: own[k] if k < len(own) else str(k) for k in used}
     # A table of numbers calls each class by its number; folders and prefixes are names, even if they look like numbers.
-    by_number = not (prefix or records.label_source == "folders") and own == tuple(map(str, range(len(own)))) or not own
+    are_names = prefix or records.label_source == "folders"
+    by_number = not own or (not are_names and own == tuple(map(str, range(len(own)))))
     as_many = len(own) == count or (prefix and as_2021 and len(own) < count)
     in_order = not names and not by_number and as_many and (prefix or not all(map(_is_number, words.values())))
     found: dict[int, int | None]
     if in_order:
-        found, note = (
-            {k: k for k in used},
-            f"{whose} has no class names: the {len(own)} classes of {records.root} are its classes in ",
-        )
-        note += f"sorted order, {some(own)}"
+        found = {k: k for k in used}
+        order = f"the {len(own)} classes of {records.root} are its classes in sorted order, {some(own)}"
+        note = f"{whose} has no class names: {order}"
     elif names and not by_number:
         found = {k: names.index(word) if word in names else None for k, word in words.items()}
         moved = any(k != found[k] for k in used)
@@ -58,21 +57,22 @@ def renumber(
     else:
         found = {k: number_of(word, names, count) for k, word in words.items()}
         note = "" if names and all(word in names for word in words.values()) else f"labels are class numbers of {whose}"
-    strange = [words[k] for k in used if found[k] is None]
-    if strange or len(set(found.values())) < len(used):
+    # Two classes that would become one ("7" and "07") are refused like unknown ones.
+    unknown = [words[k] for k in used if found[k] is None]
+    if unknown or len(set(found.values())) < len(used):
         has = f"has the classes {some(names)}" if names else f"has {count} classes without names"
         table = "give a table of path and class" + (" name" if names else f" number, 0 to {count - 1}")
         raise ValueError(
-            f"{records.root} has the classes {some(strange or list(words.values()))}, which {whose} does not know: it {has}; "
+            f"{records.root} has the classes {some(unknown or list(words.values()))}, which {whose} does not know: it {has}; "
             f"rename them, or {table} (--labels FILE.csv){remedy}"
         )
     absent = sorted(set(names) - {names[k] for k in found.values() if k is not None and k < len(names)})
     if absent:
         note += f"{'; ' if note else ''}no images of {len(absent)} of its classes: {some(absent)}"
-    table_of = np.zeros(max(used, default=0) + 1, dtype=np.int64)
-    table_of[used] = [found[k] for k in used]
+    new_number = np.zeros(max(used, default=0) + 1, dtype=np.int64)
+    new_number[used] = [found[k] for k in used]
     called = tuple(names) or (own if in_order else tuple(map(str, range(count))))
-    return replace(records, labels=table_of[records.labels], class_names=called, empty_folders=()), note
+    return replace(records, labels=new_number[records.labels], class_names=called, empty_folders=()), note
 
 
 def some(names: Sequence[str]) -> str:

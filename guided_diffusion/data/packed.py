@@ -24,8 +24,6 @@ from .sources import open_source
 from .sources.arrays import PACKED_INDEX, read_packed_index
 from .sources.source import Progress
 
-_LABELS, _NAMES = "labels.npy", "names.txt"
-
 
 def pack(
     records: Records,
@@ -80,8 +78,8 @@ def pack(
         raise ValueError(f"none of the {len(records)} images of {records.root!r} can be read; the first: {skipped[0]}")
 
     names = "".join(f"{source.describe(records.paths[k])}\n" for k in kept)
-    storage.write_bytes_atomic(storage.join(out, _NAMES), names.encode("utf-8", "surrogateescape"))
-    labels = None if records.labels is None else _save(out, _LABELS, records.labels[kept])
+    storage.write_bytes_atomic(storage.join(out, "names.txt"), names.encode("utf-8", "surrogateescape"))
+    labels = None if records.labels is None else _save(out, "labels.npy", records.labels[kept])
     index = {
         "format": 1,
         "count": len(kept),

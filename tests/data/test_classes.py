@@ -45,7 +45,7 @@ def test_classes_go_by_name(found: Records, names: tuple[str, ...], expected: li
 
 
 @pytest.mark.parametrize(
-    ("found", "names", "strange"),
+    ("found", "names", "unknown"),
     [
         (records("0 1 00new"), ("0", "1", "2"), "00new"),  # renamed
         (records("ant bee cat"), ("ant", "cat"), "bee"),  # added
@@ -55,8 +55,8 @@ def test_classes_go_by_name(found: Records, names: tuple[str, ...], expected: li
         (numbered([3]), ("cat", "dog"), "3"),
     ],
 )
-def test_a_strange_class_is_refused_by_name(found: Records, names: tuple[str, ...], strange: str) -> None:
-    with pytest.raises(ValueError, match=rf"DATA has the classes {strange} \(\d\), which NET does not know"):
+def test_an_unknown_class_is_refused_by_name(found: Records, names: tuple[str, ...], unknown: str) -> None:
+    with pytest.raises(ValueError, match=rf"DATA has the classes {unknown} \(\d\), which NET does not know"):
         renumber(found, names, len(names), "NET")
 
 
@@ -92,7 +92,7 @@ def test_a_run_of_2021_goes_on_with_its_prefixes() -> None:
         renumber(records("dog cat", "prefix"), (), 1000, "NET")
 
 
-def test_absent_classes_are_told_and_no_labels_stay_none() -> None:
+def test_absent_classes_are_noted_and_no_labels_stay_none() -> None:
     _, note = renumber(records("0 2"), ("0", "1", "2"), 3, "NET")
     assert "no images of 1 of its classes: 1" in note
     plain = Records(("a", "b"))
