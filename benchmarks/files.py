@@ -160,7 +160,7 @@ def memory(plan: Plan) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = gd.RunConfig.from_flags("diffusion", flags)
-        net = gd.build_model(config.model, config.diffusion)  # type: ignore[arg-type]
+        net = gd.build_model(config.model, config.diffusion)
         gd.save(gd.Loaded(net, gd.build_process(config.diffusion), config, ""), f"{folder}/model")
         for count in counts:
             words = f"sample --model_path {folder}/model --out {folder}/{count} --num_samples {count} --batch_size 10"

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .build import build_classifier as build_classifier
     from .build import build_model as build_model
     from .build import build_process as build_process
-    from .build import build_super_res as build_super_res
     from .config import ClassifierConfig as ClassifierConfig
     from .config import DataConfig as DataConfig
     from .config import DiffusionConfig as DiffusionConfig
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from .config import SampleConfig as SampleConfig
     from .config import SuperResConfig as SuperResConfig
     from .config import TrainConfig as TrainConfig
+    from .data.sources import SOURCES as SOURCES
     from .diffusion import guidance as guidance
     from .diffusion.denoiser import Denoised as Denoised
     from .diffusion.denoiser import make_denoiser as make_denoiser
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .diffusion.samplers import dpm_solver as dpm_solver
     from .diffusion.samplers import heun as heun
     from .diffusion.samplers import last as last
+    from .diffusion.schedules import SCHEDULES as SCHEDULES
+    from .diffusion.weighting import WEIGHTS as WEIGHTS
+    from .models.architectures import ARCHITECTURES as ARCHITECTURES
     from .sampling.generate import generate as generate
     from .training.trainer import Trainer as Trainer
     from .weights import released
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 
 # module -> the names it gives to the package; "" stands for the module itself
 _API = {
-    "build": ("build_classifier", "build_model", "build_process", "build_super_res"),
+    "build": ("build_classifier", "build_model", "build_process"),
     "config": (
         "ClassifierConfig", "DataConfig", "DiffusionConfig", "ModelConfig", "RunConfig", "SampleConfig", "SuperResConfig",
         "TrainConfig",
@@ -52,6 +55,10 @@ _API = {
     "diffusion.denoiser": ("Denoised", "make_denoiser"),
     "diffusion.process": ("Process", "make_process", "space_timesteps"),
     "diffusion.samplers": ("ancestral", "ddim", "dpm_solver", "heun", "last"),
+    "data.sources": ("SOURCES",),
+    "diffusion.schedules": ("SCHEDULES",),
+    "diffusion.weighting": ("WEIGHTS",),
+    "models.architectures": ("ARCHITECTURES",),
     "sampling.generate": ("generate",),
     "training.trainer": ("Trainer",),
     "weights.load": ("Loaded", "load", "save"),

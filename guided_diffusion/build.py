@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from .config import (
+    UNET,
     ClassifierConfig,
     DataConfig,
     DiffusionConfig,
@@ -23,25 +23,24 @@ from .config import (
 from .data.listing import Records
 from .data.loader import Batches, make_batches
 from .diffusion.process import Process, make_process, rescale_time, respace, space_timesteps
-from .diffusion.schedules import SCHEDULES, named_betas
+from .diffusion.schedules import named_betas
 from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
+from .diffusion.weighting import min_snr, named_weight
+from .models.architectures import make_network
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
+from .models.unfilled import without_weights
 from .runtime.streams import TRAIN, key_of
-
-_log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks and processes
 
 
 def network_options(model: Network, diffusion: DiffusionConfig | None = None) -> dict[str, Any]:
-    """The arguments of a config's network."""
+    """The arguments of a config's U-Net."""
     if isinstance(model, ClassifierConfig):
         return {
-            "image_size": model.image_size,
-            "in_channels": model.image_channels,
+            **_shape_of(model, diffusion),
             "model_channels": model.classifier_width,
-            "out_channels": classes_of(model),
             "num_res_blocks": model.classifier_depth,
             "attention_resolutions": model.attention_downsamplings,
             "channel_mult": model.multipliers,
@@ -52,10 +51,8 @@ def network_options(model: Network, diffusion: DiffusionConfig | None = None) ->
             "pool": model.classifier_pool,
         }
     return {
-        "image_size": model.sample_size,
-        "in_channels": model.image_channels,
+        **_shape_of(model, diffusion),
         "model_channels": model.num_channels,
-        "out_channels": model.image_channels * (2 if (diffusion or DiffusionConfig()).learn_sigma else 1),
         "num_res_blocks": model.num_res_blocks,
         "attention_resolutions": model.attention_downsamplings,
         "dropout": model.dropout,
@@ -72,54 +69,50 @@ def network_options(model: Network, diffusion: DiffusionConfig | None = None) ->
     }
 
 
-def build_model(model: ModelConfig | SuperResConfig, diffusion: DiffusionConfig | None = None) -> UNetModel:
-    """The denoising network, on the CPU, float32; a SuperResModel for a SuperResConfig."""
-    network = SuperResModel if isinstance(model, SuperResConfig) else UNetModel
-    return network(**network_options(model, diffusion))
+def _shape_of(model: Network, diffusion: DiffusionConfig | None) -> dict[str, Any]:
+    """What goes in and out: of a classifier logits, of other networks an image and perhaps its variance."""
+    learned = 2 if (diffusion or DiffusionConfig()).learn_sigma else 1
+    channels = classes_of(model) if isinstance(model, ClassifierConfig) else model.image_channels * learned
+    return {"image_size": model.sample_size, "in_channels": model.image_channels, "out_channels": channels}
 
 
-def build_super_res(model: SuperResConfig, diffusion: DiffusionConfig | None = None) -> UNetModel:
-    """The denoising network that also sees a smaller image."""
-    return build_model(model, diffusion)
+def build_model(model: Network, diffusion: DiffusionConfig | None = None) -> Any:
+    """The network of a config, on the CPU, float32: of `--architecture`, else the U-Net of its role."""
+    if model.architecture == UNET:
+        network = {"super_resolution": SuperResModel, "classifier": EncoderUNetModel}.get(model.kind, UNetModel)
+        return network(**network_options(model, diffusion))
+    shape: dict[str, Any] = {**_shape_of(model, diffusion), "num_classes": None}
+    if model.size[0] != model.size[1]:
+        shape["image_size"] = model.size
+    if not isinstance(model, ClassifierConfig):
+        shape["num_classes"] = classes_of(model) or None
+    return make_network(model.architecture, model.options, prefix=model.prefix, **shape)
 
 
-def build_classifier(model: ClassifierConfig) -> EncoderUNetModel:
+def build_classifier(model: ClassifierConfig) -> Any:
     """The classifier of noised images, on the CPU, float32."""
-    return EncoderUNetModel(**network_options(model))
+    return build_model(model)
 
 
 def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, seed: int | None = None) -> nn.Module:
-    """The network of any config; with `seed` its first weights are a function of it, and the global generator stays as it is."""
+    """As `build_model`; with `seed` the first weights are a function of it, and the global generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(key_of(seed, TRAIN))
-        return build_classifier(model) if isinstance(model, ClassifierConfig) else build_model(model, diffusion)
+        net: nn.Module = build_model(model, diffusion)
+        return net
 
 
 def build_empty(model: Network, diffusion: DiffusionConfig | None = None) -> nn.Module:
-    """The network of any config on the meta device, without weights: to be given those of a file (`assign=True`)."""
-    with torch.device("meta"), _Unfilled():
+    """The network of a config, to be given the weights of a file (`assign=True`): a U-Net without weights, on the meta device."""
+    if model.architecture != UNET:  # it may compute tables that no file holds
         return build_network(model, diffusion)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with first weights.
-
-    On the meta device filling does nothing, slowly: its normal_ imports the whole compiler, which takes a second or two.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.zero_, Tensor.fill_) or getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+    with without_weights():
+        return build_network(model, diffusion)
 
 
 def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -> Process:
     """The noise process, on the CPU; `respacing` replaces the config's own ("" = every step)."""
-    if diffusion.noise_schedule not in SCHEDULES:
-        known = ", ".join(sorted(SCHEDULES))
-        raise ValueError(f"--noise_schedule is {diffusion.noise_schedule!r}; it must be one of {known}")
     process = make_process(named_betas(diffusion.noise_schedule, diffusion.diffusion_steps))
     if diffusion.rescale_timesteps:
         process = rescale_time(process)
@@ -130,25 +123,6 @@ def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -
             f"--timestep_respacing is {sections!r}, which keeps step {keep[0]} alone; give at least 2 steps, as in '25' or 'ddim25'"
         )
     return respace(process, keep)
-
-
-def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> str:
-    """fp32, bf16 or fp16: `precision` where given, else by `use_fp16`, which the CPU answers with fp32."""
-    if precision:
-        if precision == "fp16" and device.type == "cpu":
-            _log.warning(
-                "--precision fp16 on the CPU is some 30 times slower than fp32; done all the same, as it was asked for"
-            )
-        return precision
-    if use_fp16 and device.type == "cpu":
-        _log.info(
-            "--use_fp16 True: computing in fp32, because float16 convolutions are some 30 times slower on the CPU"
-        )
-        return "fp32"
-    return "fp16" if use_fp16 else "fp32"
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,9 +137,12 @@ def build_timesteps(name: str, num_steps: int) -> Timesteps:
 def loss_options(config: RunConfig) -> dict[str, Any]:
     """The keyword arguments of `training.losses.diffusion_loss`."""
     assert isinstance(config.model, (ModelConfig, SuperResConfig))
+    train = config.train
     return {
         "loss": config.diffusion.loss,
-        "min_snr_gamma": config.train.min_snr_gamma,
+        "weight": partial(min_snr, gamma=train.min_snr_gamma)
+        if train.min_snr_gamma
+        else named_weight(train.loss_weight),
         "class_cond": config.model.class_cond,
         **config.diffusion.reading,
     }

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     "load save ModelConfig ClassifierConfig SuperResConfig DiffusionConfig DataConfig TrainConfig SampleConfig presets "
     "build_model build_classifier build_process Process make_process respace space_timesteps Denoised make_denoiser guidance "
-    "ancestral ddim heun dpm_solver last Trainer generate"
+    "ancestral ddim heun dpm_solver last Trainer generate ARCHITECTURES SCHEDULES SOURCES WEIGHTS"
 ).split()
 
 

@@ -21,6 +21,7 @@ from guided_diffusion.config import (
 )
 from guided_diffusion.data.listing import Records, split_records
 from guided_diffusion.data.loader import Batch
+from guided_diffusion.runtime.devices import choose_precision
 from guided_diffusion.runtime.streams import Streams
 from guided_diffusion.sampling.pipeline import build_sample
 from guided_diffusion.training.losses import classifier_loss, diffusion_loss
@@ -66,7 +67,7 @@ def test_image_channels_reach_both_ends(channels: int) -> None:
     net = build.build_model(ModelConfig(**SMALL, image_channels=channels), DiffusionConfig(learn_sigma=True))
     assert net(torch.zeros(1, channels, 8, 8), torch.zeros(1)).shape == (1, 2 * channels, 8, 8)
     small = {**SMALL, "large_size": 8, "small_size": 4, "image_channels": channels}
-    up = build.build_super_res(SuperResConfig.from_flags(small))
+    up = build.build_model(SuperResConfig.from_flags(small))
     x = torch.zeros(1, channels, 8, 8)
     assert up(x, torch.zeros(1), low_res=torch.zeros(1, channels, 4, 4)).shape == x.shape
 
@@ -79,7 +80,7 @@ def test_process_follows_the_flags() -> None:
     for alone in ("1", "0,1", "1,0"):
         with pytest.raises(ValueError, match=f"--timestep_respacing is '{alone}', which keeps step .* alone"):
             build.build_process(DiffusionConfig(timestep_respacing=alone))
-    with pytest.raises(ValueError, match="--noise_schedule is 'sigmoid'; it must be one of cosine, linear"):
+    with pytest.raises(ValueError, match="--noise_schedule is 'sigmoid'; it must be one of linear, cosine"):
         build.build_process(DiffusionConfig(noise_schedule="sigmoid"))
 
 
@@ -253,10 +254,10 @@ def test_held_out_records_are_a_fixed_part() -> None:
 def test_precision_follows_flags_and_device(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "guided_diffusion")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert build.choose_precision("", False, gpu) == "fp32"
-    assert build.choose_precision("", True, gpu) == "fp16"
-    assert build.choose_precision("bf16", True, gpu) == "bf16"
-    assert build.choose_precision("", True, cpu) == "fp32" and "30 times slower" in caplog.text
+    assert choose_precision("", False, gpu) == "fp32"
+    assert choose_precision("", True, gpu) == "fp16"
+    assert choose_precision("bf16", True, gpu) == "bf16"
+    assert choose_precision("", True, cpu) == "fp32" and "30 times slower" in caplog.text
 
 
 def test_classifier_config_reaches_the_network() -> None:

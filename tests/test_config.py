@@ -114,10 +114,6 @@ def test_reading_and_loss_follow_the_flags() -> None:
     assert c.DiffusionConfig(rescale_learned_sigmas=True).loss == "rescaled_mse"
 
 
-def test_difference_speaks() -> None:
-    assert c.difference({"a": 1, "b": 2}, {"a": 1, "b": 3, "d": 4}) == ["b is 2 in the file, 3 asked"]
-
-
 def test_the_end_of_training() -> None:
     assert c.TrainConfig().last_step == 0
     assert c.TrainConfig(lr_anneal_steps=5).last_step == 5

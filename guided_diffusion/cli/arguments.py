@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
 from ..config.fields import RENAMED
+from .extensions import ImportProgram, names_of
 from .flag_dicts import str2bool
 
 
@@ -27,7 +28,11 @@ class Parsed(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of ending the process."""
+    """argparse that raises instead of ending the process; every command has --import."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.add_argument("--import", action=ImportProgram)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
@@ -50,7 +55,10 @@ def parse(
     known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
     parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", metavar="FILE", help="JSON file with values for the flags below")
-    for name, (default, help, choices, auto) in known.items():
+    helps = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)
+    for name, (default, help, choices, auto, table) in known.items():
+        if table and helps:
+            choices = names_of(table)
         told = f"{help}" + (f" [{', '.join(str(c) or 'empty' for c in choices)}]" if choices else "")
         told = (told + f" (default {default!r})").replace("%", "%%")
         if isinstance(default, bool):  # a bare --flag says True
@@ -119,7 +127,8 @@ class _Entry(NamedTuple):
     default: Any
     help: str
     choices: tuple[Any, ...] | None = None
-    auto: int | str | None = None  # as in config.fields.flag
+    auto: int | str | None = None  # as in config.fields.flag, like the next
+    table: str = ""
 
 
 def _table(
@@ -129,7 +138,7 @@ def _table(
     for config in configs:
         for f in fields(config):
             if f.name not in known:
-                told = {key: f.metadata.get(key) for key in ("choices", "auto")}
+                told: dict[str, Any] = {key: f.metadata.get(key) for key in ("choices", "auto", "table")}
                 known[f.name] = _Entry(defaults.get(f.name, f.default), f.metadata.get("help", ""), **told)
     known.update({name: _Entry(defaults.get(name, default), help) for name, (default, help) in extra.items()})
     return known

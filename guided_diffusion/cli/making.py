@@ -259,7 +259,7 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
 
     # The file itself is read: what stands beside it may tell of what it was before.
     recorded = loaded.sha256 if storage.is_remote(loaded.path) else ""
-    precision = str(loaded.net.dtype).removeprefix("torch.")
+    precision = str(getattr(loaded.net, "dtype", "torch.float32")).removeprefix("torch.")
     identity = {"sha256": recorded or storage.sha256_of(loaded.path), "step": loaded.step, "precision": precision}
     return {**identity, **({"weights": loaded.weights} if loaded.weights else {})}
 

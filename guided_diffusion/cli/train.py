@@ -276,6 +276,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chos
 def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
     """The trainer at its first step: weights filled, memory fitted, network compiled."""
     from .. import build
+    from ..runtime.devices import choose_precision
     from ..sampling.pipeline import compile_network
     from ..training.losses import classifier_loss, diffusion_loss
     from ..training.memory import fit, set_recompute
@@ -288,7 +289,7 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
     if start is not None and start.tensors is not None and plan.saved is None:
         finetuning.fill(net, start, plan.names)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    precision = build.choose_precision(train.precision, half, world.device)
+    precision = choose_precision(train.precision, half, world.device)
     process = build.build_process(config.diffusion).to(world.device)
     timesteps = build.build_timesteps(train.schedule_sampler, len(process))
     if config.kind == "classifier":

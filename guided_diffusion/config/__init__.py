@@ -6,11 +6,11 @@ numbers.
 """
 
 from .fields import Section as Section
-from .fields import difference as difference
 from .fields import flag as flag
 from .fields import flatten as flatten
 from .fields import numbers as numbers
 from .networks import NETWORKS as NETWORKS
+from .networks import UNET as UNET
 from .networks import ClassifierConfig as ClassifierConfig
 from .networks import ModelConfig as ModelConfig
 from .networks import Network as Network

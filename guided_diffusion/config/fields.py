@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -22,10 +23,15 @@ def flag(
     low: float | None = None,
     high: float | None = None,
     auto: int | str | None = None,
+    table: str = "",
 ) -> Any:
-    """A field and its flag. `auto`: the number that the word auto stands for on a command line, or why there is no such word."""
-    told = {"help": help, "choices": choices, "low": low, "high": high, "auto": auto}
-    return field(default=default, metadata=told)
+    """A field and its flag.
+
+    auto   the number that the word auto stands for on a command line, or why there is no such word
+    table  MODULE:NAME of the dict whose keys are the choices, where programs may add some: checked when it is used
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "auto": auto, "table": table}
+    return field(default=default, metadata=metadata)
 
 
 def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
@@ -38,6 +44,26 @@ def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
     except ValueError:
         raise ValueError(f"--{flag} is {text!r}; it must be numbers separated by commas, such as 32,16,8") from None
     return tuple(int(value) if value == int(value) else value for value in found)
+
+
+def options(text: str, flag: str) -> dict[str, Any]:
+    """ "depth=6,width=384,norm=layer" -> {"depth": 6, "width": 384, "norm": "layer"}. ValueError names the flag."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--{flag} is {text!r}; it must be names with values, such as depth=6,width=384")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 class Section:
@@ -104,9 +130,3 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat.update(value if isinstance(value, Mapping) else {name: value})
     return {RENAMED.get(name, name): value for name, value in flat.items()}
-
-
-def difference(file: Mapping[str, Any], asked: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    """In words, where two sets of flags contradict: "attention_resolutions is '32,16,8' in the file, '16,8' asked"."""
-    shared = [name for name in (names or file) if name in file and name in asked and file[name] != asked[name]]
-    return [f"{name} is {file[name]!r} in the file, {asked[name]!r} asked" for name in shared]

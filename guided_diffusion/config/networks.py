@@ -1,11 +1,17 @@
-"""The three kinds of network."""
+"""The three roles of a network (diffusion, super-resolution, classifier), and its architecture apart from them.
+
+`--architecture` says what computes: "unet", whose flags stand here, or a name of `build.ARCHITECTURES` with its own
+`--arch_options`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from .fields import Numbers, Section, flag, numbers
+from .fields import Numbers, Section, flag, numbers, options
+
+UNET = "unet"
 
 # Channel multipliers where the user gives none. 64 and above are the paper's.
 _MULTIPLIERS = {
@@ -32,58 +38,76 @@ def default_multipliers(image_size: int, *, super_resolution: bool = False) -> N
     return table[max(known)]
 
 
-@dataclass(frozen=True)
-class _DenoiserConfig(Section):
-    """What the two kinds of denoising network share."""
+def _downsamplings(text: str, image_size: int, flag: str) -> tuple[int, ...]:
+    found = numbers(text, flag)
+    if any(resolution < 1 or resolution != int(resolution) for resolution in found):
+        raise ValueError(f"--{flag} is {text!r}; it must be whole numbers of pixels, at least 1")
+    return tuple(image_size // int(resolution) for resolution in found)
 
-    num_channels: int = flag(128, "channels of the first level", low=1)
-    num_res_blocks: int = flag(2, "residual blocks per level", low=1)
-    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", low=1)
-    num_heads_upsample: int = flag(-1, "attention heads on the way up; -1 = as on the way down", low=-1)
-    num_head_channels: int = flag(-1, "channels per attention head; -1 = use --num_heads", low=-1)
-    attention_resolutions: str = flag("16,8", "resolutions in pixels at which attention works")
-    channel_mult: str = flag("", "channel multiplier of each level, such as 1,2,3,4; empty = by image size")
-    dropout: float = flag(0.0, "probability of dropping a feature while training", low=0.0, high=1.0)
-    class_cond: bool = flag(False, "whether the network is told the class")
-    use_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    use_scale_shift_norm: bool = flag(True, "the time embedding scales and shifts the normalised features (AdaGN)")
-    resblock_updown: bool = flag(False, "residual blocks change the resolution")
-    use_fp16: bool = flag(False, "compute in float16 on a GPU; --precision says more")
-    use_new_attention_order: bool = flag(False, "queries, keys, values are split before the heads are")
-    num_classes: int = flag(0, "number of classes; 0 = counted in the data", low=0)
-    image_channels: int = flag(3, "1 = grey, 3 = colour", low=1)
 
-    def _check(self) -> None:
-        _check_network(self.size, self.multipliers, "channel_mult")
-        _ = self.attention_downsamplings
+class _Role(Section):
+    """What the three roles share. A subclass has the flags of its U-Net, `architecture` and `arch_options`, and a size."""
+
+    prefix: ClassVar[str] = ""
+    """Of the names of its flags."""
+    unet_flags: ClassVar[tuple[str, ...]]
+    architecture: Any
+    arch_options: Any
+    sample_size: Any
+    """Height of the images in pixels, by which levels and attention are chosen."""
+    size: Any
+    """Height and width of the images in pixels."""
 
     @property
-    def sample_size(self) -> int:
-        """Height of what the network makes in pixels, by which levels and attention are chosen."""
-        raise NotImplementedError
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what the network makes, in pixels."""
-        return self.sample_size, self.sample_size
+    def options(self) -> dict[str, Any]:
+        """Arguments of an architecture that is not the U-Net, besides those that every network gets."""
+        return options(self.arch_options, f"{self.prefix}arch_options")
 
     @property
     def multipliers(self) -> Numbers:
         """Channel multiplier of each level."""
-        return numbers(self.channel_mult, "channel_mult") or default_multipliers(self.sample_size)
+        name, upsampler = f"{self.prefix}channel_mult", isinstance(self, SuperResConfig)
+        return numbers(getattr(self, name), name) or default_multipliers(self.sample_size, super_resolution=upsampler)
 
     @property
     def attention_downsamplings(self) -> tuple[int, ...]:
         """The levels with attention, as factors by which the image is smaller there."""
-        return _downsamplings(self.attention_resolutions, self.sample_size, "attention_resolutions")
+        name = f"{self.prefix}attention_resolutions"
+        return _downsamplings(getattr(self, name), self.sample_size, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ever for a U-Net: files from before there were other architectures have no word for it."""
+        own = () if self.architecture != UNET else (f"{self.prefix}architecture", f"{self.prefix}arch_options")
+        return {name: value for name, value in super().to_dict().items() if name not in own}
+
+    def _check(self) -> None:
+        if self.architecture != UNET:
+            given = {name: getattr(self, name) for name in self.unet_flags}
+            odd = [f"--{name} {value}" for name, value in given.items() if value != getattr(type(self), name)]
+            if odd:
+                raise ValueError(
+                    f"--{self.prefix}architecture is {self.architecture!r}, but {', '.join(odd)} is for the U-Net; "
+                    f"leave it out, or give --{self.prefix}arch_options"
+                )
+            _ = self.options
+            return
+        if self.options:
+            raise ValueError(
+                f"--{self.prefix}arch_options is {self.arch_options!r}, but the U-Net has flags of its own; --help lists them"
+            )
+        _ = self.attention_downsamplings
+        multipliers, halvings = self.multipliers, len(self.multipliers) - 1
+        if any(value <= 0 for value in multipliers):
+            raise ValueError(f"--{self.prefix}channel_mult gives {multipliers}; every multiplier must be larger than 0")
+        if any(length % 2**halvings for length in self.size):
+            raise ValueError(
+                f"image size {self.size[0]}x{self.size[1]} cannot be halved {halvings} times, as the {len(multipliers)} levels of "
+                f"--{self.prefix}channel_mult {','.join(map(str, multipliers))} need; give fewer levels or another size"
+            )
 
 
 @dataclass(frozen=True)
-class ModelConfig(_DenoiserConfig):
-    """The denoising network of one image size."""
-
-    kind: ClassVar[str] = "diffusion"
-
+class _ImageSize(Section):
     image_size: int = flag(64, "height and width of the images in pixels", low=1)
     image_width: int = flag(0, "width in pixels, where it is not --image_size; 0 = square", low=0)
 
@@ -97,8 +121,49 @@ class ModelConfig(_DenoiserConfig):
 
 
 @dataclass(frozen=True)
+class _UNetFlags(Section):
+    """The U-Net that denoises."""
+
+    num_channels: int = flag(128, "channels of the first level", low=1)
+    num_res_blocks: int = flag(2, "residual blocks per level", low=1)
+    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", low=1)
+    num_heads_upsample: int = flag(-1, "attention heads on the way up; -1 = as on the way down", low=-1)
+    num_head_channels: int = flag(-1, "channels per attention head; -1 = use --num_heads", low=-1)
+    attention_resolutions: str = flag("16,8", "resolutions in pixels at which attention works")
+    channel_mult: str = flag("", "channel multiplier of each level, such as 1,2,3,4; empty = by image size")
+    dropout: float = flag(0.0, "probability of dropping a feature while training", low=0.0, high=1.0)
+    use_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    use_scale_shift_norm: bool = flag(True, "the time embedding scales and shifts the normalised features (AdaGN)")
+    resblock_updown: bool = flag(False, "residual blocks change the resolution")
+    use_new_attention_order: bool = flag(False, "queries, keys, values are split before the heads are")
+
+
+@dataclass(frozen=True)
+class _DenoiserConfig(_UNetFlags, _Role):
+    """What the two roles of denoising network share."""
+
+    unet_flags: ClassVar[tuple[str, ...]] = _UNetFlags.names()
+
+    class_cond: bool = flag(False, "whether the network is conditioned on the class")
+    use_fp16: bool = flag(False, "compute in float16 on a GPU; --precision says more")
+    num_classes: int = flag(0, "number of classes; 0 = counted in the data", low=0)
+    image_channels: int = flag(3, "1 = grey, 3 = colour", low=1)
+    architecture: str = flag(
+        UNET, "what computes: unet, or a network of yours", table="models.architectures:ARCHITECTURES"
+    )
+    arch_options: str = flag("", "arguments of a network of yours, such as depth=6,width=384")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_ImageSize, _DenoiserConfig):
+    """The denoising network of one image size."""
+
+    kind: ClassVar[str] = "diffusion"
+
+
+@dataclass(frozen=True)
 class SuperResConfig(_DenoiserConfig):
-    """The denoising network that is shown a smaller version of the image it makes."""
+    """The denoising network that is given a smaller version of the image it makes."""
 
     kind: ClassVar[str] = "super_resolution"
 
@@ -115,20 +180,14 @@ class SuperResConfig(_DenoiserConfig):
         return self.large_size
 
     @property
-    def multipliers(self) -> Numbers:
-        given = numbers(self.channel_mult, "channel_mult")
-        return given or default_multipliers(self.large_size, super_resolution=True)
+    def size(self) -> tuple[int, int]:
+        return self.large_size, self.large_size
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(Section):
-    """The network that names the class of a noisy image, for guidance."""
+class _ClassifierUNetFlags(Section):
+    """The half U-Net that classifies."""
 
-    kind: ClassVar[str] = "classifier"
-
-    image_size: int = flag(64, "height and width of the images in pixels", low=1)
-    image_width: int = flag(0, "width in pixels, where it is not --image_size; 0 = square", low=0)
-    classifier_use_fp16: bool = flag(False, "compute in float16 on a GPU; --precision says more")
     classifier_width: int = flag(128, "channels of the first level", low=1)
     classifier_depth: int = flag(2, "residual blocks per level", low=1)
     classifier_attention_resolutions: str = flag("32,16,8", "resolutions in pixels at which attention works")
@@ -139,55 +198,37 @@ class ClassifierConfig(Section):
     )
     classifier_num_head_channels: int = flag(64, "channels per attention head", low=1)
     classifier_channel_mult: str = flag("", "channel multiplier of each level; empty = by image size")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(_ImageSize, _ClassifierUNetFlags, _Role):
+    """The network that names the class of a noisy image, for guidance."""
+
+    kind: ClassVar[str] = "classifier"
+    prefix: ClassVar[str] = "classifier_"
+    unet_flags: ClassVar[tuple[str, ...]] = _ClassifierUNetFlags.names()
+
+    classifier_use_fp16: bool = flag(False, "compute in float16 on a GPU; --precision says more")
+    classifier_architecture: str = flag(UNET, "as --architecture, of the classifier")
+    classifier_arch_options: str = flag("", "as --arch_options, of the classifier")
     num_classes: int = flag(0, "number of classes; 0 = counted in the data", low=0)
     image_channels: int = flag(3, "1 = grey, 3 = colour", low=1)
 
+    @property
+    def architecture(self) -> str:
+        return self.classifier_architecture
+
+    @property
+    def arch_options(self) -> str:
+        return self.classifier_arch_options
+
     def _check(self) -> None:
-        _check_network(self.size, self.multipliers, "classifier_channel_mult")
-        _ = self.attention_downsamplings
-        if self.classifier_pool == "attention" and self.size[0] != self.size[1]:
+        super()._check()
+        if self.architecture == UNET and self.classifier_pool == "attention" and self.size[0] != self.size[1]:
             raise ValueError(
                 f"--classifier_pool is 'attention', which needs square images; these are {self.size[0]}x{self.size[1]}. "
                 "Take adaptive, spatial or spatial_v2"
             )
-
-    @property
-    def sample_size(self) -> int:
-        """Height of the images in pixels, by which levels and attention are chosen."""
-        return self.image_size
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.image_size, self.image_width or self.image_size
-
-    @property
-    def multipliers(self) -> Numbers:
-        given = numbers(self.classifier_channel_mult, "classifier_channel_mult")
-        return given or default_multipliers(self.image_size)
-
-    @property
-    def attention_downsamplings(self) -> tuple[int, ...]:
-        return _downsamplings(
-            self.classifier_attention_resolutions, self.image_size, "classifier_attention_resolutions"
-        )
-
-
-def _downsamplings(text: str, image_size: int, flag: str) -> tuple[int, ...]:
-    found = numbers(text, flag)
-    if any(resolution < 1 or resolution != int(resolution) for resolution in found):
-        raise ValueError(f"--{flag} is {text!r}; it must be whole numbers of pixels, at least 1")
-    return tuple(image_size // int(resolution) for resolution in found)
-
-
-def _check_network(size: tuple[int, int], multipliers: Numbers, flag: str) -> None:
-    if any(value <= 0 for value in multipliers):
-        raise ValueError(f"--{flag} gives {multipliers}; every multiplier must be larger than 0")
-    if any(length % 2 ** (len(multipliers) - 1) for length in size):
-        raise ValueError(
-            f"image size {size[0]}x{size[1]} cannot be halved {len(multipliers) - 1} times, as the {len(multipliers)} levels of "
-            f"--{flag} {','.join(map(str, multipliers))} need; give fewer levels or another size"
-        )
 
 
 NETWORKS: dict[str, type[ModelConfig] | type[SuperResConfig] | type[ClassifierConfig]] = {

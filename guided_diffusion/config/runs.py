@@ -21,7 +21,7 @@ class DiffusionConfig(Section):
 
     learn_sigma: bool = flag(False, "the network also says the variance of each step")
     diffusion_steps: int = flag(1000, "number of steps from data to noise", low=1)
-    noise_schedule: str = flag("linear", "how noise grows with the step: linear, cosine")
+    noise_schedule: str = flag("linear", "how noise grows with the step", table="diffusion.schedules:SCHEDULES")
     timestep_respacing: str = flag("", "sample in fewer steps: 250, or 90,60,60,20,20 by fifths, or ddim25")
     use_kl: bool = flag(False, "train on the variational bound")
     predict_xstart: bool = flag(False, "the network predicts the clean image, not the noise")
@@ -121,7 +121,10 @@ class TrainConfig(Section):
         0, "steps between two pictures of samples; 0 = with every checkpoint, -1 = never", low=-1
     )
     sample_steps: str = flag("ddim25", "respacing of the sampler for those pictures")
-    min_snr_gamma: float = flag(0.0, "weigh the loss by min(SNR, gamma); 0 = not", low=0.0)
+    loss_weight: str = flag(
+        "", "weight of the squared error by noise level; empty = none", table="diffusion.weighting:WEIGHTS"
+    )
+    min_snr_gamma: float = flag(0.0, "as --loss_weight min_snr, with this gamma; 0 = not", low=0.0)
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
@@ -212,11 +215,16 @@ class RunConfig:
 
     def _agreed(self) -> RunConfig:
         """Rules between sections."""
-        if self.diffusion.use_kl and self.train.min_snr_gamma:
+        train = self.train
+        weight = (
+            f"--min_snr_gamma {train.min_snr_gamma:g}" if train.min_snr_gamma else f"--loss_weight {train.loss_weight}"
+        )
+        if self.diffusion.use_kl and (train.loss_weight or train.min_snr_gamma):
             raise ValueError(
-                f"--min_snr_gamma {self.train.min_snr_gamma:g} weighs the mean squared error, which --use_kl True does not have; "
-                "give one of the two"
+                f"{weight} weighs the mean squared error, which --use_kl True does not have; give one of the two"
             )
+        if train.min_snr_gamma and train.loss_weight not in ("", "min_snr"):
+            raise ValueError(f"{weight} is for --loss_weight min_snr, not {train.loss_weight}; give one of the two")
         if self.train.recompute == "norms" and self.train.compile:
             raise ValueError(
                 "--recompute 'norms' has no effect with --compile True: a compiler chooses for itself what to compute again; "

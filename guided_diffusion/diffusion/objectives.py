@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_spread, x0_from_output
@@ -14,9 +13,8 @@ from .likelihood import bound_between
 from .process import Process, Tables, add_noise, posterior_mean, v_from_x0
 
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
-Weight = Literal["none", "min_snr"]
+Weight = Callable[[Process, Tensor, Predicts], Tensor]
 LOSSES: tuple[Loss, ...] = ("mse", "rescaled_mse", "kl", "rescaled_kl")
-WEIGHTS: tuple[Weight, ...] = ("none", "min_snr")
 
 
 def training_losses(
@@ -30,16 +28,15 @@ def training_losses(
     predicts: Predicts = "eps",
     variance: Variance = "learned_range",
     loss: Loss = "mse",
-    weight: Weight = "none",
-    min_snr_gamma: float = 5.0,
+    weight: Weight | None = None,
 ) -> dict[str, Tensor]:
     """Losses at steps `i` int64 `[B]` of clean data `x0` `[B, ...]`: "loss" `[B]` and its parts "mse", "vb" `[B]` where there are any.
 
     "mse": squared error, plus the bound's term in bits if the variance is learned ("rescaled_mse": that term times T/1000), which
     trains the variance alone (arXiv 2102.09672, section 3.1). "kl": the bound's term in bits ("rescaled_kl": times T, an estimate of
-    the whole bound). `weight` multiplies the squared error; "mse" is reported without it.
+    the whole bound). `weight`, such as an entry of `weighting.WEIGHTS`, multiplies the squared error; "mse" is reported without it.
     """
-    check_objective(predicts, variance, loss, weight, min_snr_gamma)
+    check_objective(predicts, variance, loss, weight)
     x = add_noise(process, x0, i, noise)
     prediction, raw = split_variance(net(x, process.time_at(i), **(cond or {})), x, variance)
     if loss in ("kl", "rescaled_kl"):
@@ -48,8 +45,8 @@ def training_losses(
 
     mse = squared_error(mse_target(process, x0, x, i, noise, predicts), prediction)
     terms = {"mse": mse, "loss": mse}
-    if weight == "min_snr":
-        terms["loss"] = mse * min_snr_weight(process.at("log_snr", i, i).exp(), predicts, min_snr_gamma)
+    if weight is not None:
+        terms["loss"] = mse * weight(process, i, predicts)
     if raw is not None:
         vb = variational_term(process, prediction.detach(), raw, x0, x, i, predicts, variance)
         terms["vb"] = vb * bound_scale(loss, len(process))
@@ -57,19 +54,15 @@ def training_losses(
     return terms
 
 
-def check_objective(predicts: str, variance: str, loss: str, weight: str = "none", min_snr_gamma: float = 5.0) -> None:
+def check_objective(predicts: str, variance: str, loss: str, weight: Weight | None = None) -> None:
     """ValueError unless the combination is one that `training_losses` knows."""
     check_reading(predicts, variance)
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} is not one of {', '.join(LOSSES)}")
-    if weight not in WEIGHTS:
-        raise ValueError(f"weight={weight!r} is not one of {', '.join(WEIGHTS)}")
-    if weight == "min_snr" and (loss not in ("mse", "rescaled_mse") or predicts == "previous_x"):
+    if weight is not None and (loss not in ("mse", "rescaled_mse") or predicts == "previous_x"):
         raise ValueError(
-            f"weight='min_snr' needs a mean squared error of eps, x0 or v, not loss={loss!r}, predicts={predicts!r}"
+            f"a weight needs a mean squared error of eps, x0 or v, not loss={loss!r}, predicts={predicts!r}"
         )
-    if weight == "min_snr" and not min_snr_gamma > 0:
-        raise ValueError(f"min_snr_gamma={min_snr_gamma} must be positive; 5 is usual")
 
 
 def mse_target(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, noise: Tensor, predicts: Predicts) -> Tensor:
@@ -103,9 +96,3 @@ def variational_term(
 def bound_scale(loss: Loss, num_steps: int) -> float:
     """What a bound term is multiplied by: T for "rescaled_kl"; T/1000 for "rescaled_mse", so that it never outweighs the mse."""
     return {"rescaled_kl": float(num_steps), "rescaled_mse": num_steps / 1000}.get(loss, 1.0)
-
-
-def min_snr_weight(snr: Tensor, predicts: Predicts, gamma: float) -> Tensor:
-    """min(SNR, gamma) on the error of x0, carried over to what is predicted (Hang et al. 2023, arXiv 2303.09556)."""
-    capped = torch.clamp(snr, max=gamma)
-    return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[predicts]

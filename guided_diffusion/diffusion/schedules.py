@@ -34,15 +34,14 @@ def cosine_betas(num_steps: int) -> np.ndarray:
     return betas_for_alpha_bar(num_steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
+# Name -> function of the number of steps. A program adds its own before it trains or loads.
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def named_betas(name: str, num_steps: int) -> np.ndarray:
     """The schedule of that name over `num_steps` steps, float64 `[num_steps]`."""
     if name not in SCHEDULES:
-        raise ValueError(
-            f"unknown noise schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}. Other betas: make_process(betas)"
-        )
+        raise ValueError(f"--noise_schedule is {name!r}; it must be one of {', '.join(SCHEDULES)}")
     if num_steps < 1:
         raise ValueError(f"a schedule needs at least one step, not {num_steps}")
     return SCHEDULES[name](num_steps)

@@ -1,7 +1,8 @@
-"""Which device is this process's, and is it the only one there."""
+"""Which device is this process's, is it the only one there, and in which arithmetic networks compute on it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+
+_log = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AgreedError(ValueError):
@@ -27,6 +32,29 @@ def require_compiler(device: torch.device) -> None:
         raise ValueError(
             f"--compile True needs a C++ compiler, and there is no {name!r}; install {usual} (Debian: apt-get install "
             "g++), name another in the environment variable CXX, or leave --compile out"
+        )
+
+
+def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> str:
+    """fp32, bf16 or fp16: `precision` where given, else by `use_fp16`, which the CPU answers with fp32."""
+    slow = "float16 convolutions are some 30 times slower on the CPU"
+    if precision == "fp16" and device.type == "cpu":
+        _log.warning("--precision fp16, as asked for, although %s", slow)
+    if precision:
+        return precision
+    if use_fp16 and device.type == "cpu":
+        _log.info("--use_fp16 True: computing in fp32, because %s", slow)
+    return "fp16" if use_fp16 and device.type != "cpu" else "fp32"
+
+
+def compute_in(net: nn.Module, precision: str, *, store: bool = False) -> None:
+    """Let a network compute in fp32, bf16 or fp16; with `store` it may keep its weights so. ValueError where it can only do fp32."""
+    choose = getattr(net, "set_compute_dtype", None)
+    if choose is not None:
+        choose(DTYPES[precision], **({"store": True} if store else {}))
+    elif precision != "fp32":
+        raise ValueError(
+            f"{type(net).__name__} cannot compute in {precision}, as it has no set_compute_dtype(dtype, store); give --precision fp32"
         )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.listing import Records
 from ..data.loader import Batches
+from ..runtime.devices import compute_in
 from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
 from ..runtime.world import World
 from .memory import set_recompute
@@ -177,15 +178,15 @@ def check_same_everywhere(world: World, records: Records, settings: Any) -> None
 def noise_forward(
     net: nn.Module,
     *,
-    dtype: torch.dtype,
+    precision: str,
     recompute: str,
     shape: tuple[int, int, int],
     device: torch.device,
     classes: bool = False,
     low_res_size: int = 0,
 ) -> Callable[[int], torch.Tensor]:
-    """n -> the answer of `net` to n images of noise of `shape` [C, H, W], computed in `dtype`; it recomputes what `Plan` says."""
-    net.set_compute_dtype(dtype)  # type: ignore[operator]
+    """n -> the answer of `net` to n images of noise of `shape` [C, H, W], computed in `precision`; it recomputes what `Plan` says."""
+    compute_in(net, precision)
     set_recompute(net, "none" if recompute == "auto" else recompute)
     on = torch.device("meta") if next(net.parameters()).is_meta else device
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.denoiser import Predicts, Variance
-from ..diffusion.objectives import Loss, training_losses
+from ..diffusion.objectives import Loss, Weight, training_losses
 from ..diffusion.process import Process, add_noise
 from ..diffusion.timesteps import Timesteps
 from ..runtime.streams import Streams
@@ -41,14 +41,13 @@ def diffusion_loss(
     predicts: Predicts,
     variance: Variance,
     loss: Loss = "mse",
-    min_snr_gamma: float = 0.0,
+    weight: Weight | None = None,
     class_cond: bool = False,
 ) -> LossFn:
     """The loss of a denoising network on a batch; `process` on the training device.
 
     The network is given `batch.labels` if `class_cond`, and `batch.low_res` where there is one.
     """
-    weight: dict[str, Any] = {"weight": "min_snr", "min_snr_gamma": min_snr_gamma} if min_snr_gamma else {}
 
     def of_batch(net: Any, batch: Any, streams: Streams) -> Losses:
         x0 = batch.images
@@ -58,7 +57,7 @@ def diffusion_loss(
         if getattr(batch, "low_res", None) is not None:
             cond["low_res"] = batch.low_res
         terms = training_losses(
-            net, process, x0, i, noise, cond, loss=loss, predicts=predicts, variance=variance, **weight
+            net, process, x0, i, noise, cond, loss=loss, predicts=predicts, variance=variance, weight=weight
         )
         weighted = {name: value * importance for name, value in terms.items()}
         return Losses(weighted["loss"], weighted, i, len(process), terms["loss"].detach())

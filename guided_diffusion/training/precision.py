@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.devices import DTYPES, compute_in
+
 INITIAL_LOG_LOSS_SCALE = 20.0
 """log2 of the first float16 loss scale, as in 2021."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
@@ -52,13 +52,7 @@ class Precision:
 
     def prepare(self, net: nn.Module) -> None:
         """Tell the network its format. Networks without `set_compute_dtype` can only train in fp32."""
-        choose = getattr(net, "set_compute_dtype", None)
-        if choose is not None:
-            choose(self.dtype)
-        elif self.name != "fp32":
-            raise ValueError(
-                f"{type(net).__name__} cannot compute in {self.name}: it has no set_compute_dtype; use fp32"
-            )
+        compute_in(net, self.name)
 
     def scale(self, loss: Tensor) -> Tensor:
         """`loss * 2^lg_loss_scale`: keeps small float16 gradients from vanishing."""

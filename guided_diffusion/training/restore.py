@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..runtime.world import World
-from ..weights.files import load_object, load_weights, load_weights_into
+from ..weights.files import load_object, load_weights, load_weights_into, read_own_weights
 from ..weights.runs import SavedRun
 from .ema import EMA
 from .optimizer import load_state
@@ -37,12 +37,13 @@ def load_tensors(
 def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[str]:
     if saved.model is None:
         raise ValueError(f"the save at step {saved.step} in {saved.directory} has no file of weights")
-    load_weights_into(net, load_weights(saved.model), saved.model)
+    read = read_own_weights if saved.config else load_weights
+    load_weights_into(net, read(saved.model), saved.model)
     lines = [f"resuming from {saved.directory} at step {saved.step}", f"weights: {saved.model}"]
     ema.reset()
     for decay in ema.decays:
         if decay in saved.ema:
-            ema.load_state_dict_of(decay, load_weights(saved.ema[decay]))
+            ema.load_state_dict_of(decay, read(saved.ema[decay]))
             lines.append(f"EMA {decay}: {saved.ema[decay]}")
         else:
             lines.append(f"EMA {decay}: not saved, starts from the weights")

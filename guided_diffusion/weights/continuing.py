@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import RunConfig, changed, flatten, laid_over
+from ..config import UNET, RunConfig, changed, flatten, laid_over
 from ..runtime import storage
 from ..runtime.world import World
 from .finetuning import Origin, origin
@@ -42,12 +42,14 @@ def configuration(
 ) -> RunConfig:
     """Flags, completed by what the save that is continued was trained with; `typed` ones that contradict it are refused.
 
-    A new run that is `modern` computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of
+    A new run of a U-Net that is `modern` computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of
     the result: a later start goes on from the run's own saves.
     """
     chosen = any(name in typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
     begun = saved is not None and bool(saved.config and saved.config["train"])
-    flags = {**flags, **({"precision": "bf16"} if modern and not chosen and not begun else {})}
+    of_network = {**flags, **flatten(saved.config or {} if saved else {})}
+    unet = {of_network.get(f"{prefix}architecture", UNET) for prefix in ("", "classifier_")} == {UNET}
+    flags = {**flags, **({"precision": "bf16"} if modern and unet and not chosen and not begun else {})}
     if saved is not None and saved.config:
         agree(RunConfig.from_dict(kind, saved.config), typed, saved.directory)
         stored = flatten(saved.config)

@@ -38,8 +38,15 @@ class Weights(NamedTuple):
 
 
 def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of `read_weights`, chosen without a word."""
+    """The tensors of `read_weights`."""
     return read_weights(path, device=device).tensors
+
+
+def read_own_weights(path: str) -> dict[str, Tensor]:
+    """The state dict in a file that this package wrote, of any architecture, under the names that it has. Errors as `read_weights`."""
+    found = _read(path)
+    _any_network(path, found)
+    return _whole(path, dict(found))
 
 
 def read_weights(path: str, *, which: str = "", device: torch.device | str = "cpu") -> Weights:
@@ -51,7 +58,7 @@ def read_weights(path: str, *, which: str = "", device: torch.device | str = "cp
     taken, or those that `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
     another kind, or would run code.
     """
-    found = _load_safetensors(path) if path.endswith(".safetensors") else load_object(path, device=device)
+    found = _read(path, device)
     flat = dict(_flattened(found))
     prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
     unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
@@ -60,12 +67,21 @@ def read_weights(path: str, *, which: str = "", device: torch.device | str = "cp
         _log.info("%s: %s cannot be read as a network's averaged weights", path, ", ".join(sorted(unread)))
     prefix, taken = _choose(path, prefixes, which) if prefixes else ("", "")
     state = _without(flat, prefix, prefixes) if prefixes else _any_network(path, found)
+    return Weights({name: value.to(device) for name, value in _whole(path, state).items()}, taken)
+
+
+def _read(path: str, device: torch.device | str = "cpu") -> Any:
+    return _load_safetensors(path) if path.endswith(".safetensors") else load_object(path, device=device)
+
+
+def _whole(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`; ValueError where a tensor claims more numbers than the file holds."""
     for name, value in state.items():
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(
                 f"{path} says that {name} has {value.numel():,} numbers, but holds fewer; it was not made by saving a network"
             )
-    return Weights({name: value.to(device) for name, value in state.items()}, taken)
+    return state
 
 
 def _flattened(found: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:

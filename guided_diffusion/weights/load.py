@@ -17,8 +17,9 @@ from .. import build
 from ..config import WEIGHTS, RunConfig, classes_of
 from ..diffusion.process import Process
 from ..runtime import storage
+from ..runtime.devices import choose_precision, compute_in
 from . import identify
-from .files import Weights, load_weights_into, read_metadata, read_weights
+from .files import Weights, load_weights_into, read_metadata, read_own_weights, read_weights
 from .recognise import squeezed_attention
 from .runs import find_latest, parse_name, read_run_json, save_run
 
@@ -116,10 +117,10 @@ def read(
     `sizes`: flags of image sizes that need not be the file's, heeded where nothing else says for what size it is.
     """
     found, flags = find(path, weights=weights), dict(flags or {})
-    one = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
-    held = read_weights(found.path, which="" if one else weights)
-    tensors = fitted(held.tensors)
     if found.config is None:
+        one = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
+        held = read_weights(found.path, which="" if one else weights)
+        tensors = fitted(held.tensors)
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if sizes and identify.released_as(found.path, shapes) is None:
             flags |= sizes
@@ -127,6 +128,8 @@ def read(
     else:
         identify.require_kind(found.path, found.config.kind, kind)
         config = agree(found.config, flags, found.path)
+        held = Weights(read_own_weights(found.path))
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in held.tensors.items()}
     certain = found.config is not None or config.kind != "classifier"
     names = found.class_names if classes_of(config.model) else ()
     return replace(found, config=config, class_names=names, certain=certain), Weights(tensors, held.taken)
@@ -199,8 +202,8 @@ def load(
     load_weights_into(net, held.tensors, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    chosen = build.choose_precision(precision, half, device)
-    net.set_compute_dtype(build.DTYPES[chosen], store=chosen != "fp32")  # type: ignore[operator]
+    chosen = choose_precision(precision, half, device)
+    compute_in(net, chosen, store=chosen != "fp32")
     process = build.build_process(config.diffusion).to(device)
     about = (found.path, found.class_names, found.step, found.sha256, found.certain)
     return Loaded(net, process, config, *about, held.taken)

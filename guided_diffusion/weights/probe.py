@@ -114,16 +114,16 @@ def verdict(trials: Sequence[Trial]) -> str:
 
 
 def forward_flops(config: RunConfig) -> tuple[int, nn.Module]:
-    """Floating-point operations of one forward pass of one image, counted without computing; and the network on the meta device."""
+    """Floating-point operations of one forward pass of one image; and the network, if it is a U-Net without computing, on the meta device."""
     model = config.model
     net = build.build_empty(model, config.diffusion)
-    shape = (1, model.image_channels)
+    shape, device = (1, model.image_channels), next(net.parameters()).device
     cond: dict[str, Tensor] = {}
     if getattr(model, "class_cond", False):
-        cond["y"] = torch.zeros(1, dtype=torch.int64, device="meta")
+        cond["y"] = torch.zeros(1, dtype=torch.int64, device=device)
     if config.kind == "super_resolution":
         small = model.small_size  # type: ignore[union-attr]
-        cond["low_res"] = torch.empty(*shape, small, small, device="meta")
+        cond["low_res"] = torch.empty(*shape, small, small, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.empty(*shape, *model.size, device="meta"), torch.zeros(1, device="meta"), **cond)
+        net(torch.empty(*shape, *model.size, device=device), torch.zeros(1, device=device), **cond)
     return counter.get_total_flops(), net

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gaussian_data import exact_process, normal
 from guided_diffusion.diffusion import process as p
 from guided_diffusion.diffusion.denoiser import PREDICTS, VARIANCES, make_denoiser
 from guided_diffusion.diffusion.objectives import LOSSES, training_losses
+from guided_diffusion.diffusion.weighting import WEIGHTS
 
 PROCESS = exact_process(keep="10")
 I = torch.tensor([0, 4, 9])  # noqa: E741
@@ -103,7 +105,7 @@ def test_min_snr_weighs_every_prediction_alike(gamma: float) -> None:
     snr = PROCESS.alpha_bar[I] / (1 - PROCESS.alpha_bar[I])
     expected = snr.clamp(max=gamma) * ((0.4 * x.tanh() - X0) ** 2).mean(dim=(1, 2, 3))
     for predicts in ("eps", "x0", "v"):
-        options = {"predicts": predicts, "variance": "fixed_small", "weight": "min_snr", "min_snr_gamma": gamma}
+        options = {"predicts": predicts, "variance": "fixed_small", "weight": partial(WEIGHTS["min_snr"], gamma=gamma)}
         terms = training_losses(reader_of(predicts), PROCESS, X0, I, NOISE, **options)
         torch.testing.assert_close(terms["loss"], expected)
         plain = training_losses(reader_of(predicts), PROCESS, X0, I, NOISE, predicts=predicts, variance="fixed_small")
@@ -127,10 +129,8 @@ def test_conditions_reach_the_network() -> None:
         ({"loss": "l1"}, "loss='l1' is not one of mse"),
         ({"predicts": "noise"}, "predicts='noise' is not one of eps"),
         ({"variance": "none"}, "variance='none' is not one of"),
-        ({"weight": "p2"}, "weight='p2'"),
-        ({"weight": "min_snr", "loss": "kl"}, "loss='kl'"),
-        ({"weight": "min_snr", "predicts": "previous_x"}, "previous_x"),
-        ({"weight": "min_snr", "min_snr_gamma": -1.0}, "min_snr_gamma=-1.0"),
+        ({"weight": WEIGHTS["min_snr"], "loss": "kl"}, "loss='kl'"),
+        ({"weight": WEIGHTS["min_snr"], "predicts": "previous_x"}, "previous_x"),
         ({"variance": "fixed_small"}, "4 channels for an input of 2.*should return 2.*learn_sigma"),
     ],
 )

@@ -33,7 +33,7 @@ def test_betas_follow_their_alpha_bar() -> None:
 
 
 def test_schedule_errors_name_value_and_remedy() -> None:
-    with pytest.raises(ValueError, match="'wavy'.*cosine, linear"):
+    with pytest.raises(ValueError, match="'wavy'.*linear, cosine"):
         named_betas("wavy", 10)
     with pytest.raises(ValueError, match="20-step.*at least 21"):
         named_betas("linear", 20)
