@@ -114,7 +114,7 @@ def verdict(trials: Sequence[Trial]) -> str:
 
 
 def forward_flops(config: RunConfig) -> tuple[int, nn.Module]:
-    """Floating-point operations of one forward pass of one image; and the network, if it is a U-Net without computing, on the meta device."""
+    """(floating-point operations of one forward pass of one image, the network); a U-Net is on the meta device and computes nothing."""
     model = config.model
     net = build.build_empty(model, config.diffusion)
     shape, device = (1, model.image_channels), next(net.parameters()).device
