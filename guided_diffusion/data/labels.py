@@ -132,15 +132,14 @@ def from_members(
     if not members:
         return None
     found = sorted(filter(_is_table, members), key=len)
-    whole = [table for table in found if all(name.startswith(table.removesuffix(_TABLE)) for name in names)]
-    if len(found) == len(whole) == 1:
+    if len(found) == 1 and all(name.startswith(found[0].removesuffix(_TABLE)) for name in names):
         return _from_bytes(read(members[found[0]]), f"{root}/{found[0]}", names)
     if found:
-        fault = "one of several tables of labels" if whole else "a table of labels for some of the images only"
-        raise ValueError(
-            f"{root}/{found[0]} is {fault}{first(found)}; put one {_TABLE} above all images, or say where labels come "
-            "from: --labels TABLE, folders, prefix or none"
+        fault = "one of several tables of labels" if len(found) > 1 else "a table of labels for some of the images only"
+        remedy = (
+            f"put one {_TABLE} above all images, or say where labels come from: --labels TABLE, folders, prefix or none"
         )
+        raise ValueError(f"{root}/{found[0]} is {fault}{first(found)}; {remedy}")
     beside: dict[str, list[str]] = {}
     for member in members:
         beside.setdefault(_key(member) + posixpath.splitext(member)[1], []).append(member)
