@@ -107,13 +107,13 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
 
 def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.device) -> Callable[[int], Any]:
     """`net` on n images of noise, in the precision that the configuration says, recomputing what `recompute` says."""
-    from ..models import fused_norm
+    from ..models.kernels import norm
     from ..runtime.devices import choose_precision
     from ..training.checks import noise_forward
 
     model = config.model
     half = getattr(model, "use_fp16", False) or getattr(model, "classifier_use_fp16", False)
-    if device.type == "cuda" and hasattr(net, "set_fused_norm") and not fused_norm.available():
+    if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]
     return noise_forward(
         net,

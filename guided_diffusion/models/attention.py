@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu import AttentionByHeads, attention_gradients
-from .layers import recorded, transformed
+from .kernels.layout import recorded, transformed
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,9 +33,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if transformed(q, k, v):
         return plain_attention(q, k, v)
-    by_heads = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape == v.shape
-    if by_heads and not recorded():
-        return AttentionByHeads.apply(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
     if out.requires_grad and not recorded():
         out = _TwiceDifferentiable.apply(out, q, k, v)
@@ -59,7 +55,10 @@ class _TwiceDifferentiable(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return g, None, None, None  # an ordinary backward pass: the kernel's own is the faster
         q, k, v = ctx.saved_tensors
-        return None, *attention_gradients(q, k, v, g)
+        wanted = ctx.needs_input_grad[1:]
+        asked = [tensor for tensor, asked_for in zip((q, k, v), wanted) if asked_for]
+        found = iter(torch.autograd.grad(plain_attention(q, k, v), asked, g, create_graph=True))
+        return None, *(next(found) if asked_for else None for asked_for in wanted)
 
 
 def _attend(qkv: Tensor, heads: int, dim: int) -> Tensor:
@@ -74,38 +73,35 @@ def _attend(qkv: Tensor, heads: int, dim: int) -> Tensor:
     return out.contiguous() if qkv.is_contiguous() else out
 
 
-class QKVAttentionLegacy(nn.Module):
+class _QKV(nn.Module):
+    """Attention among the q, k, v that lie among the channels in one of two orders."""
+
+    _dim_of_qkv: int  # which dimension tells q, k and v apart once the channels are split up: [N, T, ., ., D]
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
+        return _attend(qkv, self.n_heads, self._dim_of_qkv)
+
+    @staticmethod
+    def count_flops(model: Any, _x: Any, y: Any) -> None:
+        """Counter for the `thop` package."""
+        count_flops_attn(model, _x, y)
+
+
+class QKVAttentionLegacy(_QKV):
     """Attention where each head's q, k, v are neighbours among the channels: H x (q, k, v) x D."""
 
-    def __init__(self, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
-        return _attend(qkv, self.n_heads, 3)
-
-    @staticmethod
-    def count_flops(model: Any, _x: Any, y: Any) -> None:
-        """Counter for the `thop` package."""
-        count_flops_attn(model, _x, y)
+    _dim_of_qkv = 3
 
 
-class QKVAttention(nn.Module):
+class QKVAttention(_QKV):
     """Attention where all q precede all k precede all v among the channels: (q, k, v) x H x D."""
 
-    def __init__(self, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
-        return _attend(qkv, self.n_heads, 2)
-
-    @staticmethod
-    def count_flops(model: Any, _x: Any, y: Any) -> None:
-        """Counter for the `thop` package."""
-        count_flops_attn(model, _x, y)
+    _dim_of_qkv = 2
 
 
 def count_flops_attn(model: Any, _x: Any, y: Any) -> None:

@@ -13,55 +13,19 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import cpu
+from .kernels import norm as norm_kernels
+from .kernels.layout import CHANNELS_LAST, channels_last, is_channels_last, plain_layout, recorded, transformed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORM_GROUPS = 32  # of all released networks; the number is not stored with the weights, so it cannot change
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of tensor dimensions
-
-
-def transformed(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation or a `torch.func` transform is at work: fused kernels cannot follow those."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
-
-
-def recorded() -> bool:
-    """Whether operations are recorded to run later, for other sizes too: by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory, where such a layout exists (images, volumes): no copy if it has it."""
-    layout = _CHANNELS_LAST.get(x.dim())
-    if layout is None or transformed(x):  # derivatives in forward mode, and vmap, know only the plain layout
-        return x.contiguous()
-    if x.shape[1] == 1:  # torch calls one channel contiguous in both layouts, and goes on by strides
-        return x.clone(memory_format=layout)
-    return x.contiguous(memory_format=layout)
-
-
-def plain_layout(x: Tensor) -> Tensor:
-    """`x` in ordinary contiguous memory, no copy if it is. So is its gradient, whatever the layouts in between."""
-    return x.flatten().view(x.shape)  # backward is the same the other way round
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of `x` are innermost in memory, as `channels_last` lays them."""
-    layout = _CHANNELS_LAST.get(x.dim())
-    return layout is not None and not transformed(x) and x.is_contiguous(memory_format=layout) and x.stride(1) == 1
 
 
 def _weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in `dtype`. A cast writes channels_last, which convolutions of channels_last images want anyway."""
     if weight.dtype == dtype:
         return weight
-    layout = _CHANNELS_LAST.get(weight.dim(), torch.preserve_format)
+    layout = CHANNELS_LAST.get(weight.dim(), torch.preserve_format)
     return weight.to(dtype, memory_format=layout)
 
 
@@ -84,13 +48,6 @@ def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
     return conv.kernel_size == ones and conv.stride == ones and conv.padding == zeros and conv.groups == 1
 
 
-def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x [..., C], by the faster way where one is known."""
-    if not recorded() and cpu.mixes_as_convolution(x, weight) and not transformed(x, weight):
-        return cpu.mix_channels(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
 class Conv1d(_CastAtUse, nn.Conv1d):
     """Convolution over [N, C, T]. With a kernel of one it is a matrix product on channels-innermost memory.
 
@@ -101,7 +58,7 @@ class Conv1d(_CastAtUse, nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_as(x)
         if _is_matrix_product(self) and x.dim() == 3 and x.stride(1) == 1:
-            return mix_channels(x.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
+            return F.linear(x.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
         return self._conv_forward(x, weight, bias)
 
 
@@ -111,7 +68,7 @@ class Conv2d(_CastAtUse, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_as(x)
         if _is_matrix_product(self) and is_channels_last(x):
-            return mix_channels(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return _laid_as(x, self._conv_forward(x, weight, bias))
 
 
@@ -138,32 +95,39 @@ class SiLU(nn.SiLU):
     """x * sigmoid(x): torch's own, under the name it had here before torch had one."""
 
 
-def fits_cpu_norm(x: Tensor, *more: Tensor) -> bool:
-    """Whether `cpu.GroupNorm` takes x, with the other tensors as its parameters. Shapes without numbers (meta) stand for a CPU's."""
-    if x.device.type not in ("cpu", "meta") or recorded():
-        return False
-    return x.numel() > 0 and is_channels_last(x) and not transformed(x, *more)
-
-
 class GroupNorm32(nn.GroupNorm):
     """Group norm in the dtype and memory layout of its input; statistics are accumulated in float32."""
 
+    fused: bool = True  # see Network.set_fused_norm
+
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        if fits_cpu_norm(x, weight, bias):
-            return cpu.GroupNorm.apply(x, weight, bias, None, None, self.num_groups, self.eps, False)
-        channels_were_last = is_channels_last(x)
-        # torch's channels_last norm on the CPU loses digits, and crashes (2.13) where weights have a gradient and x has none. For forward
-        # mode there is none at all. Inductor writes its own.
-        if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
-            x = x.contiguous()
-        y = torch.group_norm(x, self.num_groups, weight, bias, self.eps)
-        if channels_were_last:
-            y = channels_last(y)  # some CUDA kernels answer in NCHW whatever they are given
-        return y
+        return norm_kernels.group_norm(x, self)
+
+
+def norm_silu(layers: nn.Sequential, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """`layers(x)` for layers that begin with a norm and a SiLU, with scale and shift between the two if they are given.
+
+    x: [N, C, ...]. scale, shift: [N, C, 1, ...]; the norm's answer becomes norm(x) * (1 + scale) + shift. Norm and SiLU are one
+    operation, unless somebody has put other layers there or waits for one of them to be called.
+    """
+    norm, act, *rest = layers
+    ours = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
+    if recorded() or not ours or not norm.fused or hooked(layers, norm, act):
+        if scale is None or shift is None:
+            return layers(x)
+        return layers[1:](torch.addcmul(shift, norm(x), 1 + scale))
+    h = norm_kernels.norm_silu(x, norm, scale, shift)
+    for layer in rest:
+        h = layer(h)
+    return h
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether hooks wait for any of the modules to be called."""
+    for m in modules:  # noqa: SIM110  for every block at every call, so in the fastest of ways
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
 
 
 def normalization(channels: int) -> GroupNorm32:
@@ -198,6 +162,47 @@ def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
 def linear(*args: Any, **kwargs: Any) -> Linear:
     """A linear layer; arguments as torch's."""
     return Linear(*args, **kwargs)
+
+
+class Upsample(nn.Module):
+    """Twice the size by repetition, with a 3x3 convolution after it if `use_conv`. In 3-D only height and width grow."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        self.scale = (1.0, 2.0, 2.0) if dims == 3 else 2.0
+        if use_conv:
+            self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")
+        return self.conv(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Half the size, by a strided 3x3 convolution if `use_conv`, else by averaging. In 3-D only height and width."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=1)
+        elif self.channels != self.out_channels:
+            raise ValueError(f"averaging cannot turn {channels} channels into {out_channels}: set use_conv.")
+        else:
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.op(x)
 
 
 def zero_module(module: ModuleT) -> ModuleT:

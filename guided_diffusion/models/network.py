@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .embedding import Heard, JoinedEmbeddings
-from .layers import channels_last, plain_layout, recorded, store_convolution, timestep_embedding
-from .resizing import looked_at
+from .kernels.layout import channels_last, plain_layout, recorded
+from .layers import GroupNorm32, hooked, store_convolution, timestep_embedding
 
 
 class Network(nn.Module):
@@ -26,7 +25,6 @@ class Network(nn.Module):
     num_levels: int
     time_embed: nn.Sequential
     label_emb: nn.Embedding
-    joined: JoinedEmbeddings | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype, *, store: bool = False) -> None:
         """Compute the torso in `dtype` from now on: float32, bfloat16 or float16.
@@ -69,14 +67,13 @@ class Network(nn.Module):
         return emb + self.label_emb(y)
 
     def set_fused_norm(self, wanted: bool = True) -> None:
-        """Let residual blocks compute norm, scale, shift and SiLU by Triton kernels where that fits, as they do, or never.
+        """Let residual blocks compute norm, scale, shift and SiLU as one operation where that fits, as they do, or never.
 
-        It fits on NVIDIA GPUs, in eager mode, where Triton works and nobody looks at what is inside the network.
-        See models/fused_norm.py.
+        It fits in eager mode where nobody looks at what is inside the network. See models/kernels/norm.py.
         """
-        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "fused_norm")]
-        for block in blocks:
-            block.fused_norm = wanted
+        for module in self.modules():
+            if isinstance(module, GroupNorm32):
+                module.fused = wanted
 
     def set_recompute_norms(self, wanted: bool = True) -> None:
         """Let blocks keep for backward only what goes into their norms, and compute norms and SiLUs again there, or no longer.
@@ -88,41 +85,6 @@ class Network(nn.Module):
         blocks: list[Any] = [module for module in self.modules() if hasattr(module, "recompute_norms")]
         for block in blocks:
             block.recompute_norms = wanted
-
-    def join_embeddings(self) -> None:
-        """Compute what all blocks hear of time in one product from now on; for a network whose weights are frozen.
-
-        Nothing happens where that is so already, or where a block is of a class of somebody's own, which may want the
-        embedding itself.
-        """
-        if self.joined is not None and self.joined.holds():
-            return  # joining again would move weights that recorded graphs read
-        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "emb_layers")]
-        if not all("hears_parts" in vars(type(block)) for block in blocks):
-            return
-        self.joined = JoinedEmbeddings([block.emb_layers for block in blocks])
-        for place, block in enumerate(blocks):
-            block.emb_place = place
-
-    def heard(self, emb: Tensor, dtype: torch.dtype) -> Tensor | Heard:
-        """emb [N, E] as the blocks take it: itself, or with what each makes of it, where `join_embeddings` was called."""
-        if self.joined is None or not self.joined.holds():
-            return emb
-        return self.joined(emb, dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.joined = None  # weights that move to another device or dtype are no longer parts of one matrix
-        return super()._apply(fn, recurse)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; weights that are put in the place of the old ones (`assign`) are not parts of one matrix either."""
-        if assign:
-            self.joined = None
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def __getstate__(self) -> Any:
-        """Copies and pickles join for themselves: their weights lie elsewhere."""
-        return {**super().__getstate__(), "joined": None}
 
     def enter(self, x: Tensor) -> Tensor:
         """x in the torso's dtype and memory layout, refused if a level would have an odd size.
@@ -141,3 +103,31 @@ class Network(nn.Module):
         dtype = self._stored_dtype if self.dtype == torch.float32 else self.dtype
         x = plain_layout(x.to(dtype))
         return x if torch.jit.is_tracing() or looked_at(self) else channels_last(x)
+
+
+# Hooks of torch and of this package measure without changing anything; modules of this folder take any memory layout.
+_MEASURING = ("torch.", f"{__package__.split('.models')[0]}.")
+_OWN = ("torch.", f"{__package__}.")
+
+
+def looked_at(net: nn.Module) -> bool:
+    """Whether somebody sees what the modules within `net` take and give: by a hook, or by code of their own in one of them."""
+    everywhere = torch.nn.modules.module
+    held = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+    held += [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
+    kinds, waiting = set(), list(net._modules.values())
+    while waiting:  # faster than net.modules(), at every call
+        module = waiting.pop()
+        if module is None:
+            continue
+        if "forward" in module.__dict__:
+            return True
+        if hooked(module):
+            held += [module._forward_hooks, module._forward_pre_hooks]
+            held += [module._backward_hooks, module._backward_pre_hooks]
+        kinds.add(type(module))
+        waiting += module._modules.values()
+    if any(not getattr(hook, "__module__", "").startswith(_MEASURING) for hooks in held for hook in hooks.values()):
+        return True
+    # Where a function was written; `__module__` is copied by decorators.
+    return any(not getattr(kind.forward, "__globals__", {}).get("__name__", "").startswith(_OWN) for kind in kinds)

@@ -24,31 +24,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused_norm
 from .attention import (
     QKVAttention,
     QKVAttentionLegacy,
     count_flops_attn,  # noqa: F401
 )
-from .embedding import Heard
+from .kernels.layout import plain_layout
 from .layers import (
+    Downsample,
     TimestepBlock,
     TimestepEmbedSequential,
+    Upsample,
     avg_pool_nd,  # noqa: F401
     checkpoint,
     conv_nd,
     convert_module_to_f16,  # noqa: F401
     convert_module_to_f32,  # noqa: F401
     linear,
+    norm_silu,
     normalization,
-    plain_layout,
     recomputed,
     timestep_embedding,  # noqa: F401
     zero_module,
 )
 from .network import Network
 from .pools import AttentionPool2d, make_pool  # noqa: F401
-from .resizing import Downsample, Upsample, resized_conv
 
 
 def _norms_again(block: Any, func: Any, *inputs: Tensor) -> Tensor:
@@ -69,10 +69,6 @@ class ResBlock(TimestepBlock):
     the number of channels changes; else 1x1. use_checkpoint: recompute in backward instead of keeping activations.
     """
 
-    hears_parts: bool = True  # takes what `Network.heard` gives; a class made from this one has to say so itself
-    emb_place: int = -1  # which of the network's joined embedding layers is this block's
-    # Whether norms go through models/fused_norm.py where that fits; see Network.set_fused_norm.
-    fused_norm: bool = True
     recompute_norms: bool = False  # see Network.set_recompute_norms
 
     def __init__(
@@ -124,35 +120,30 @@ class ResBlock(TimestepBlock):
         else:
             self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [N, C, ...], emb: [N, E]. Returns [N, out_channels, ...], of twice or half the size for up and down."""
         if self.use_checkpoint:
             return checkpoint(self._forward, (x, emb), self.parameters(), True)
         return self._forward(x, emb)
 
-    def _forward(self, x: Tensor, emb: Tensor | Heard) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = _norms_again(self, self._first, x)
-        emb_out = (emb.parts[self.emb_place] if isinstance(emb, Heard) else self.emb_layers(emb)).to(h.dtype)
+        emb_out = self.emb_layers(emb).to(h.dtype)
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
         h = _norms_again(self, self._second, h, emb_out)
         return self.skip_connection(self.x_upd(x)) + h
 
     def _first(self, x: Tensor) -> Tensor:
         """Norm, SiLU, change of size, convolution."""
-        if self.fused_norm and fused_norm.fits(x, self.in_layers):
-            return resized_conv(fused_norm.norm_silu(x, self.in_layers), self.h_upd, self.in_layers[-1])
         if self.updown:
-            return resized_conv(self.in_layers[:-1](x), self.h_upd, self.in_layers[-1])
-        return self.in_layers(x)
+            return self.in_layers[-1](self.h_upd(norm_silu(self.in_layers[:-1], x)))
+        return norm_silu(self.in_layers, x)
 
     def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:
-        """Norm with what time says, SiLU, dropout, convolution."""
-        if not self.use_scale_shift_norm:
-            return self.out_layers(h + emb_out)
-        scale, shift = emb_out.chunk(2, dim=1)
-        if self.fused_norm and fused_norm.fits(h, self.out_layers, emb_out):
-            return self.out_layers[2:](fused_norm.norm_silu(h, self.out_layers, scale, shift))
-        return self.out_layers[1:](th.addcmul(shift, self.out_layers[0](h), 1 + scale))
+        """Norm, what time has to say, SiLU, dropout, convolution."""
+        if self.use_scale_shift_norm:
+            return norm_silu(self.out_layers, h, *emb_out.chunk(2, dim=1))
+        return norm_silu(self.out_layers, h + emb_out)
 
 
 class AttentionBlock(nn.Module):
@@ -358,7 +349,7 @@ class UNetModel(_Trunk):
         Returns [N, out_channels, H, W] in the dtype of x. H and W are multiples of 2 ** (levels - 1).
         """
         h = self.enter(x)
-        emb = self.heard(self.embed(timesteps, x.shape[0], y), h.dtype)
+        emb = self.embed(timesteps, x.shape[0], y)
         skips: list[Tensor] = []
         for module in self.input_blocks:
             h = module(h, emb)
@@ -443,7 +434,7 @@ class EncoderUNetModel(_Trunk):
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: images [N, in_channels, H, W]; timesteps: [N]. Returns [N, out_channels] in the dtype of x."""
         h = self.enter(x)
-        emb = self.heard(self.embed(timesteps, x.shape[0]), h.dtype)
+        emb = self.embed(timesteps, x.shape[0])
         means: list[Tensor] = []
         for module in [*self.input_blocks, self.middle_block]:
             h = module(h, emb)

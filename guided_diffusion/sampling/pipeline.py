@@ -123,8 +123,6 @@ def make_ready(net: nn.Module) -> None:
         return
     net.set_compute_dtype(net.dtype, store=True)
     net.apply(lay_out_convolution)
-    if next(net.parameters()).device.type != "cpu":  # fewer kernels to start; a CPU starts none
-        net.join_embeddings()
 
 
 def compile_network(net: nn.Module) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from guided_diffusion.build import build_network
 from guided_diffusion.cli.doctor import forward_of, main
 from guided_diffusion.config import RunConfig
-from guided_diffusion.models import fused_norm, resizing
+from guided_diffusion.models.kernels import norm
 from guided_diffusion.runtime import devices, doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
@@ -158,9 +158,8 @@ def counted_on(device, recompute="none", **flags):
     return kept_bytes(forward_of(config, net, recompute, torch.device(device)), net.parameters())
 
 
-def test_counted_memory_is_what_autograd_keeps(monkeypatch):
-    """The same network with real numbers on the CPU keeps as much, but for the kernel of its own way to convolve a doubled image."""
-    monkeypatch.setattr(resizing, "worth_joining", lambda *_: False)
+def test_counted_memory_is_what_autograd_keeps():
+    """The same network with real numbers on the CPU keeps as much."""
     config = config_of()
     net = build_network(config.model, config.diffusion, seed=0)
     parameters = {p.data_ptr() for p in net.parameters()}
@@ -183,7 +182,7 @@ def test_counted_memory_is_what_autograd_keeps(monkeypatch):
 
 def test_a_gpu_without_triton_keeps_more_unless_norms_are_recomputed(monkeypatch):
     def on_a_gpu(triton, recompute):
-        monkeypatch.setattr(fused_norm, "available", lambda: triton)
+        monkeypatch.setattr(norm, "available", lambda: triton)
         return counted_on("cuda", recompute)[1]
 
     assert on_a_gpu(True, "none") == counted()[1] < 0.8 * on_a_gpu(False, "none")

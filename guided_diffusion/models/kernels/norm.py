@@ -1,0 +1,139 @@
+"""Group norm, alone and as one operation with the scale, shift and SiLU that follow it in a residual block.
+
+Apart these read and write an image three or four times and keep as many copies of it for backward, and torch's group norm
+answers a channels-last image in another layout, which costs two copies more. As one they read it twice, write it once, and
+keep the image and two numbers per group. NVIDIA GPUs do that by the kernels of norm_triton.py, CPUs by cpu.py. Elsewhere, and
+where derivatives are asked for that those do not have, torch's operators take over; torch.compile fuses by itself.
+
+Legend: N batch, C channels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layout import channels_last, is_channels_last, recorded, transformed
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """`norm` of x [N, C, ...] in the dtype and memory layout of x; torch accumulates the statistics in float32."""
+    weight, bias = norm.weight, norm.bias
+    if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    channels_were_last = is_channels_last(x)
+    # torch's channels-last norm on the CPU loses digits, and crashes (2.13) where weights have a gradient and x has none. For
+    # forward mode there is none at all. Inductor writes its own.
+    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
+        x = x.contiguous()
+    y = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return channels_last(y) if channels_were_last else y  # some CUDA kernels answer in the plain layout
+
+
+def norm_silu(x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """silu(norm(x) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout.
+
+    scale, shift: [N, C, 1, ...] both, or neither.
+    """
+    kernels = _kernels(x, norm.weight, norm.bias, *(() if scale is None or shift is None else (scale, shift)))
+    if kernels is None:
+        y = group_norm(x, norm)
+        return F.silu(y if scale is None or shift is None else torch.addcmul(shift, y, 1 + scale))
+    # One factor and one summand per image and channel, whose gradients autograd takes back to what they are made of.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = norm.weight.to(wide), norm.bias.to(wide)
+    if scale is not None and shift is not None:
+        more = 1 + scale.flatten(1).to(wide)
+        a, b = a * more, torch.addcmul(shift.flatten(1).to(wide), b, more)
+    return NormSiLU.apply(x, a.expand(len(x), -1), b.expand(len(x), -1), norm.num_groups, norm.eps, kernels)
+
+
+class NormSiLU(torch.autograd.Function):
+    """silu(a * norm(x) + b) by `kernels`, a module with `forward` and `backward`. x: [N, C, ...]; a, b: [N, C], of the wider dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float, kernels: Any) -> Tensor:
+        y, mean, rstd = kernels.forward(x, a, b, groups, eps)
+        ctx.save_for_backward(x, a, b, mean, rstd)
+        ctx.groups, ctx.eps, ctx.kernels = groups, eps, kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, mean, rstd = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *ctx.kernels.backward(channels_last(g), x, a, b, mean, rstd, ctx.groups), None, None, None
+        # The gradient itself may be derived (create_graph), which only torch's operators can.
+        wanted = ctx.needs_input_grad[:3]
+        asked = [tensor for tensor, asked_for in zip((x, a, b), wanted) if asked_for]
+        y = written_out(x.to(a.dtype), a, b, ctx.groups, ctx.eps)
+        found = iter(torch.autograd.grad(y, asked, g.to(a.dtype), create_graph=True))
+        return *(next(found) if asked_for else None for asked_for in wanted), None, None, None
+
+
+def written_out(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> Tensor:
+    """What `NormSiLU` computes, by torch's operators in the plain layout."""
+    of_all = (*a.shape, *[1] * (x.dim() - 2))
+    y = F.group_norm(x.contiguous(), groups, eps=eps)
+    return F.silu(torch.addcmul(b.view(of_all), y, a.view(of_all)))
+
+
+def _kernels(x: Tensor, *given: Tensor) -> Any:
+    """The module whose kernels compute `norm_silu` of x with the other tensors given; None where torch's operators have to."""
+    if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *given):
+        return None
+    if any(part.dim() > 1 and len(part) not in (1, len(x)) for part in given):
+        return None  # torch would make several images of one
+    if on_gpu(x):
+        # places within an image are counted in 32 bits
+        small = x.dim() == 4 and x[0].numel() < 2**31 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not small or not works(x.device, x.dtype):
+            return None
+        from . import norm_triton
+
+        return norm_triton
+    if x.device.type not in ("cpu", "meta"):  # meta tensors are counted, not computed
+        return None
+    from . import cpu
+
+    return cpu
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` lies where Triton's programs run."""
+    return x.is_cuda
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed (with torch for NVIDIA GPUs it is)."""
+    return find_spec("triton") is not None
+
+
+@cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there, tried once. Triton needs a C compiler and a card that is not too old for the dtype."""
+    if not available():
+        return False
+    try:
+        from . import norm_triton
+
+        with torch.inference_mode(False), torch.no_grad():
+            a = torch.ones(1, 32, device=device)
+            for side in (2, 64):  # small and large images have kernels of their own
+                x = channels_last(torch.ones(1, 32, side, side, device=device, dtype=dtype))
+                norm_triton.forward(x, a, a, 32, 1e-5)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}",
+            stacklevel=2,
+        )
+        return False
+    return True
