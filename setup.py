@@ -13,7 +13,7 @@ EXTRAS = {
     "diffusers": ["diffusers>=0.30", "safetensors>=0.4"],
     "lmdb": ["lmdb>=1.4"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
-    # For models/triton_norm.py on a GPU; torch for NVIDIA GPUs brings its own. Several hundred MB, so not among the tests' needs.
+    # For models/kernels/norm_triton.py on a GPU; torch for NVIDIA GPUs brings its own. Several hundred MB, so not among the tests' needs.
     "triton": ["triton>=3.7; platform_system == 'Linux'"],
     # An MPI library as a wheel, for machines without one of their own; mpi4py finds it by itself.
     "mpi": ["mpich>=4.2"],

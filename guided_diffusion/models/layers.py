@@ -116,6 +116,7 @@ def norm_silu(layers: nn.Sequential, x: Tensor, scale: Tensor | None = None, shi
         if scale is None or shift is None:
             return layers(x)
         return layers[1:](torch.addcmul(shift, norm(x), 1 + scale))
+    assert isinstance(norm, nn.GroupNorm)
     h = norm_kernels.norm_silu(x, norm, scale, shift)
     for layer in rest:
         h = layer(h)

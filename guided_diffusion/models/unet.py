@@ -136,7 +136,7 @@ class ResBlock(TimestepBlock):
     def _first(self, x: Tensor) -> Tensor:
         """Norm, SiLU, change of size, convolution."""
         if self.updown:
-            return self.in_layers[-1](self.h_upd(norm_silu(self.in_layers[:-1], x)))
+            return self.in_layers[-1](self.h_upd(norm_silu(self.in_layers[:-1], x)))  # type: ignore[arg-type]
         return norm_silu(self.in_layers, x)
 
     def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:

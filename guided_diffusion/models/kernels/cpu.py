@@ -1,8 +1,8 @@
 """Group norm, scale, shift and SiLU on a CPU: a few images at a time, so that between the steps they stay in the cache.
 
 torch's own channels-last norm takes the variance as the mean of squares less the square of the mean. That loses its digits
-where the mean is large against the deviation, as in a flat or white image. Here nearly the mean, that of a few places, is taken off first. All is computed
-in the dtype of `a` and `b`, float32 or float64, and rounded once. The formulas are those of norm_triton.py.
+where the mean is large against the deviation, as in a flat or white image. Here all is computed in the dtype of `a` and `b`,
+float32 or float64, and rounded once. The formulas are those of norm_triton.py.
 
 Legend: N batch, T places of an image, C channels, G groups.
 """
@@ -10,6 +10,7 @@ Legend: N batch, T places of an image, C channels, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +25,20 @@ def forward(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> tuple[T
     x: [N, C, ...] in channels-last memory. a, b: [N, C].
     """
     y, mean, rstd = torch.empty_like(x), *a.new_empty(2, *a.shape)
-    tokens, answers = _tokens(x), _tokens(y)
+    tokens = _tokens(x)
     places = tokens.shape[1]
-    for few in _few_images(x):
-        values = tokens[few].to(a.dtype)
-        sample = values[:, places // 32 :: max(1, places // 16)]
+    for few, values, answer, space in _few_images(tokens, _tokens(y), a.dtype, 1):
+        # Nearly the mean, that of a few places, is taken off first, so that squares do not cancel.
+        sample = values[:, places // 32 :: max(1, places // 16)].to(a.dtype)
         start = _group_mean(sample.sum(1), sample.shape[1], groups)
-        away = values - start[:, None]
-        rest, square = (_group_mean(numbers.sum(1), places, groups) for numbers in (away, away * away))
+        away = _minus(values, start, space)
+        rest = _group_mean(away.sum(1), places, groups)
+        square = _group_mean(away.mul_(away).sum(1), places, groups)
         mean[few] = start + rest
         rstd[few] = torch.addcmul(square, rest, rest, value=-1).add_(eps).rsqrt_()
         slope = rstd[few] * a[few]
-        v = torch.addcmul((b[few] - rest * slope)[:, None], away, slope[:, None], out=away)
-        answers[few] = F.silu(v, inplace=True)
+        v = torch.addcmul((b[few] - rest * slope)[:, None], _minus(values, start, answer), slope[:, None], out=answer)
+        _tokens(y)[few] = F.silu(v, inplace=True)
     return y, mean, rstd
 
 
@@ -45,17 +47,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, a and b, from the gradient `g` of `forward`'s answer and from what it was given and found."""
     dx, da, db = torch.empty_like(x), *a.new_empty(2, *a.shape)
-    tokens, slopes, found = _tokens(x), _tokens(g), _tokens(dx)
-    for few in _few_images(x):
+    places, slopes = x[0, 0].numel(), _tokens(g)
+    for few, values, answer, xhat, dv in _few_images(_tokens(x), _tokens(dx), a.dtype, 2):
         sharp = rstd[few, None]
-        xhat = (tokens[few].to(a.dtype) - mean[few, None]).mul_(sharp)
-        v = torch.addcmul(b[few, None], xhat, a[few, None])
-        dv = torch.ops.aten.silu_backward(slopes[few].to(a.dtype), v)
+        _minus(values, mean[few], xhat).mul_(sharp)
+        v = torch.addcmul(b[few, None], xhat, a[few, None], out=answer)
+        torch.ops.aten.silu_backward(dv.copy_(slopes[few]), v, grad_input=dv)
         db[few] = dv.sum(1)
-        da[few] = torch.mul(dv, xhat, out=v).sum(1)
-        m1 = _group_mean(a[few] * db[few], tokens.shape[1], groups)[:, None]
-        m2 = _group_mean(a[few] * da[few], tokens.shape[1], groups)[:, None]
-        found[few] = torch.addcmul(-sharp * m1, xhat, -sharp * m2, out=v).addcmul_(dv, sharp * a[few, None])
+        da[few] = torch.mul(dv, xhat, out=answer).sum(1)
+        m1 = _group_mean(a[few] * db[few], places, groups)[:, None]
+        m2 = _group_mean(a[few] * da[few], places, groups)[:, None]
+        torch.addcmul(-sharp * m1, xhat, -sharp * m2, out=answer).addcmul_(dv, sharp * a[few, None])
+        _tokens(dx)[few] = answer
     return dx, da, db
 
 
@@ -64,10 +67,25 @@ def _tokens(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1, -2)
 
 
-def _few_images(x: Tensor) -> Iterator[slice]:
-    """Which images of x are worked on together: as many as fit the cache, one at least."""
-    few = max(1, _CACHED // max(1, x[:1].numel()))
-    return (slice(start, start + few) for start in range(0, len(x), few))
+def _few_images(tokens: Tensor, answers: Tensor, dtype: torch.dtype, spaces: int) -> Iterator[Any]:
+    """Images that are worked on together, as many as fit the cache but one at least, of tokens [N, T, C].
+
+    Yields which they are; the tokens; where their answers are computed, in `dtype`: in place if `answers` are of it; and
+    `spaces` times unfilled memory of their size.
+    """
+    few = min(len(tokens), max(1, _CACHED // tokens[0].numel()))
+    space = tokens.new_empty(spaces + (answers.dtype != dtype), few, *tokens.shape[1:], dtype=dtype)
+    for start in range(0, len(tokens), few):
+        which = slice(start, start + few)
+        parts = space[:, : len(tokens) - start].unbind()
+        yield which, tokens[which], answers[which] if answers.dtype == dtype else parts[-1], *parts[:spaces]
+
+
+def _minus(values: Tensor, mean: Tensor, out: Tensor) -> Tensor:
+    """values [N, T, C] less the mean [N, C], into `out` and in its dtype; a subtraction of mixed dtypes would be slow."""
+    if values.dtype == out.dtype:
+        return torch.sub(values, mean[:, None], out=out)
+    return out.copy_(values).sub_(mean[:, None])
 
 
 def _group_mean(sums: Tensor, places: int, groups: int) -> Tensor:

@@ -24,7 +24,8 @@ from .layout import channels_last, is_channels_last, recorded, transformed
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """`norm` of x [N, C, ...] in the dtype and memory layout of x; torch accumulates the statistics in float32."""
-    weight, bias = norm.weight, norm.bias
+    weight: Tensor = norm.weight
+    bias: Tensor = norm.bias
     if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     channels_were_last = is_channels_last(x)
