@@ -130,7 +130,7 @@ class TrainLoop:
 
     def _load_optimizer_state(self) -> None:
         main_checkpoint = find_resume_checkpoint() or self.resume_checkpoint
-        path = _storage.join(os.path.dirname(main_checkpoint), _files.optimizer_name(self.resume_step))
+        path = _storage.join(os.path.dirname(main_checkpoint), _files.file_name("opt", self.resume_step))
         if _storage.exists(path):
             logger.log(f"loading optimizer state from checkpoint: {path}")
             state = dist_util.load_state_dict(path, map_location=dist_util.dev())
@@ -205,8 +205,8 @@ class TrainLoop:
     def save(self) -> None:
         """Weights, averages and optimizer state into `get_blob_logdir()`, on rank 0; all processes wait for it."""
         step = self.step + self.resume_step
-        named = {_files.model_name(step): self.mp_trainer.master_params}
-        named |= {_files.ema_name(str(rate), step): params for rate, params in zip(self.ema_rate, self.ema_params)}
+        named = {_files.file_name("model", step): self.mp_trainer.master_params}
+        named |= {_files.file_name(f"ema_{rate}", step): params for rate, params in zip(self.ema_rate, self.ema_params)}
         main = not dist.is_initialized() or dist.get_rank() == 0
         for name, params in named.items():
             state = self.mp_trainer.master_params_to_state_dict(params)  # on all: an override may gather here
@@ -217,7 +217,7 @@ class TrainLoop:
                 }
                 _write(name, {**state, **tensors})
         if main:
-            _write(_files.optimizer_name(step), self.opt.state_dict())
+            _write(_files.file_name("opt", step), self.opt.state_dict())
         if dist.is_initialized():
             dist.barrier()
 
@@ -254,7 +254,7 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     """The averaged weights beside `main_checkpoint`, if they exist."""
     if main_checkpoint is None:
         return None
-    path = _storage.join(os.path.dirname(main_checkpoint), _files.ema_name(str(rate), step))
+    path = _storage.join(os.path.dirname(main_checkpoint), _files.file_name(f"ema_{rate}", step))
     return path if _storage.exists(path) else None
 
 

@@ -94,7 +94,7 @@ class Checkpoints:
             self._about["started_from"] = saved.started_from
         good = checkpoint.last_before_bad_steps(saved.directory, saved.step)
         if good is not None:
-            self.last_good = storage.join(saved.directory, checkpoint.run_name(good))
+            self.last_good = storage.join(saved.directory, checkpoint.file_name("run", good))
             self._good_step = good if here else None
 
     def set_aside(self) -> None:

@@ -15,6 +15,7 @@ from ..runtime.streams import EVALUATE, Streams
 from .diffusers import load_diffusers, save_diffusers
 from .identify import flag_line
 from .load import Loaded, load, metadata_of
+from .probe import conditions
 
 _log = logging.getLogger(__name__)
 FORMS = ("safetensors", "pt", "diffusers")
@@ -83,12 +84,7 @@ def largest_difference(first: nn.Module, second: nn.Module, config: RunConfig) -
     model = config.model
     x = Streams(0, EVALUATE, ids=range(2)).normal((model.image_channels, *model.size))
     time = torch.tensor([10.0, 700.0])
-    cond: dict[str, Any] = {}
-    if getattr(model, "class_cond", False):
-        cond["y"] = torch.tensor([0, max(0, model.num_classes - 1)])
-    if config.kind == "super_resolution":
-        every = model.sample_size // model.small_size  # type: ignore[union-attr]
-        cond["low_res"] = x[:, :, ::every, ::every].contiguous()
+    cond = conditions(model, x)
     with torch.no_grad():
         a, b = first.cpu()(x, time, **cond).float(), second.cpu()(x, time, **cond).float()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .. import build
-from ..config import ModelConfig, RunConfig
+from ..config import ModelConfig, Network, RunConfig, SuperResConfig, classes_of
 from ..runtime.streams import EVALUATE, Streams
 from .files import load_weights_into
 from .identify import flag_line, flags_of
@@ -113,17 +113,22 @@ def verdict(trials: Sequence[Trial]) -> str:
     return "\n".join(["denoising error (1 = no idea at all) by reading:", *lines])
 
 
+def conditions(model: Network, x: Tensor) -> dict[str, Tensor]:
+    """What a network is given beside images `x` and time: the first class and the last in turn, and every k-th pixel."""
+    found: dict[str, Tensor] = {}
+    if getattr(model, "class_cond", False):
+        found["y"] = torch.arange(len(x), device=x.device) % 2 * max(0, classes_of(model) - 1)
+    if isinstance(model, SuperResConfig):
+        every = model.large_size // model.small_size
+        found["low_res"] = x[:, :, ::every, ::every].contiguous()
+    return found
+
+
 def forward_flops(config: RunConfig) -> tuple[int, nn.Module]:
     """(floating-point operations of one forward pass of one image, the network); a U-Net is on the meta device and computes nothing."""
     model = config.model
     net = build.build_empty(model, config.diffusion)
-    shape, device = (1, model.image_channels), next(net.parameters()).device
-    cond: dict[str, Tensor] = {}
-    if getattr(model, "class_cond", False):
-        cond["y"] = torch.zeros(1, dtype=torch.int64, device=device)
-    if config.kind == "super_resolution":
-        small = model.small_size  # type: ignore[union-attr]
-        cond["low_res"] = torch.empty(*shape, small, small, device=device)
+    x = torch.zeros(1, model.image_channels, *model.size, device=next(net.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.empty(*shape, *model.size, device=device), torch.zeros(1, device=device), **cond)
+        net(x, x.new_zeros(1), **conditions(model, x))
     return counter.get_total_flops(), net

@@ -77,6 +77,10 @@ _COMMON = {
     "num_classes": 1000,
 }
 _BIG = {**_COMMON, "num_channels": 256, "num_head_channels": 64, "use_fp16": True}
+_DEEP = {
+    "num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "noise_schedule": "cosine", "use_new_attention_order": True,
+}  # fmt: skip
+_UPSAMPLER = {**_COMMON, "class_cond": True, "num_channels": 192, "use_fp16": True}
 
 
 def _preset(name: str, kind: str, title: str, flags: dict[str, Any], classifier: str = "", *recipes: Recipe) -> Preset:
@@ -117,14 +121,7 @@ _ALL = (
         "64x64_diffusion",
         "diffusion",
         "ImageNet 64",
-        _imagenet(
-            64,
-            dropout=0.1,
-            noise_schedule="cosine",
-            num_channels=192,
-            num_res_blocks=3,
-            use_new_attention_order=True,
-        ),
+        _imagenet(64, **_DEEP),
         "64x64_classifier",
         Recipe("250", 0.0, Scores(2.07, 4.29, 0.74, 0.63)),
         Recipe("250", 1.0, None, note="guidance makes this size worse in FID"),
@@ -172,15 +169,7 @@ _ALL = (
         "64_256_upsampler",
         "super_resolution",
         "ImageNet 64 to 256",
-        {
-            **_COMMON,
-            "large_size": 256,
-            "small_size": 64,
-            "class_cond": True,
-            "num_channels": 192,
-            "num_heads": 4,
-            "use_fp16": True,
-        },
+        {**_UPSAMPLER, "large_size": 256, "small_size": 64, "num_heads": 4},
         "",
         Recipe("250", 0.0, Scores(3.94, 6.14, 0.83, 0.53), note=f"{_TWO_STAGE}; base guided"),
         Recipe("250", 0.0, Scores(7.49, 5.13, 0.72, 0.63), note=f"{_TWO_STAGE}; base unguided"),
@@ -189,16 +178,7 @@ _ALL = (
         "128_512_upsampler",
         "super_resolution",
         "ImageNet 128 to 512",
-        {
-            **_COMMON,
-            "attention_resolutions": "32,16",
-            "large_size": 512,
-            "small_size": 128,
-            "class_cond": True,
-            "num_channels": 192,
-            "num_head_channels": 64,
-            "use_fp16": True,
-        },
+        {**_UPSAMPLER, "attention_resolutions": "32,16", "large_size": 512, "small_size": 128, "num_head_channels": 64},
         "",
         Recipe("250", 0.0, Scores(3.85, 5.86, 0.84, 0.53), note=f"{_TWO_STAGE}; base guided, by another classifier"),
         Recipe("250", 0.0, Scores(9.96, 5.62, 0.75, 0.64), note=f"{_TWO_STAGE}; base unguided"),

@@ -29,36 +29,16 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
-from .files import load_object, load_weights
-
-__all__ = [
-    "FORMAT", "SavedRun", "find_latest", "load_object", "load_run", "load_weights", "parse_name", "read_run_json", "remove_run", "save_run",
-    "set_aside", "steps_of",
-]  # fmt: skip
+from .files import load_weights
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
 _NAME = re.compile(r"^(?:(model|opt|run)|ema_([^_/]+)_)(\d+)\.(pt|json)$")
 
 
-def model_name(step: int) -> str:
-    """`model010000.pt`."""
-    return f"model{step:06d}.pt"
-
-
-def ema_name(rate: str, step: int) -> str:
-    """`ema_0.9999_010000.pt`."""
-    return f"ema_{rate}_{step:06d}.pt"
-
-
-def optimizer_name(step: int) -> str:
-    """`opt010000.pt`."""
-    return f"opt{step:06d}.pt"
-
-
-def run_name(step: int) -> str:
-    """`run010000.json`."""
-    return f"run{step:06d}.json"
+def file_name(role: str, step: int) -> str:
+    """The name of one file of a save; `role` is "model", "opt", "run" or "ema_RATE". `parse_name` is the inverse."""
+    return f"{role}{'_' * role.startswith('ema_')}{step:06d}.{'json' if role == 'run' else 'pt'}"
 
 
 def parse_name(path: str) -> tuple[str, int] | None:
@@ -150,9 +130,9 @@ def save_run(
     storage.makedirs(directory)
     parts: dict[str, Any] = {}
     if optimizer is not None:
-        parts[optimizer_name(step)] = dict(optimizer)
-    parts.update({ema_name(rate, step): dict(weights) for rate, weights in (ema or {}).items()})
-    parts[model_name(step)] = dict(model)
+        parts[file_name("opt", step)] = dict(optimizer)
+    parts.update({file_name(f"ema_{rate}", step): dict(weights) for rate, weights in (ema or {}).items()})
+    parts[file_name("model", step)] = dict(model)
 
     receipts = {}
     for name, content in parts.items():
@@ -177,16 +157,16 @@ def save_run(
         "files": receipts,
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
-    path = storage.join(directory, run_name(step))
+    path = storage.join(directory, file_name("run", step))
     storage.write_json_atomic(path, run)
     return path
 
 
 def remove_run(directory: str, step: int) -> None:
     """Delete one save that has a JSON file; the JSON goes first, so that a half-deleted save never looks whole."""
-    path = storage.join(directory, run_name(step))
+    path = storage.join(directory, file_name("run", step))
     names = list(_read_json(path)["files"])
-    for name in [run_name(step), *names]:
+    for name in [file_name("run", step), *names]:
         full = storage.join(directory, name)
         if parse_name(name) is not None and storage.exists(full):
             storage.remove(full)
@@ -212,11 +192,11 @@ def read_run_json(path: str) -> dict[str, Any] | None:
     """The JSON of the save that the file `path` belongs to (any of its files, or a folder: its newest), or None."""
     if storage.isdir(path):
         newest = max(steps_of(path), default=None)
-        return None if newest is None else _read_json(storage.join(path, run_name(newest)))
+        return None if newest is None else _read_json(storage.join(path, file_name("run", newest)))
     parsed = parse_name(path)
     if parsed is None:
         return None
-    beside = storage.join(os.path.dirname(path), run_name(parsed[1]))
+    beside = storage.join(os.path.dirname(path), file_name("run", parsed[1]))
     return _read_json(beside) if storage.exists(beside) else None
 
 
@@ -227,7 +207,7 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
     """
     for earlier in sorted((s for s in steps_of(directory) if s <= step), reverse=True):
         with contextlib.suppress(ValueError):
-            if not _read_json(storage.join(directory, run_name(earlier)))["state"].get("bad_in_a_row"):
+            if not _read_json(storage.join(directory, file_name("run", earlier)))["state"].get("bad_in_a_row"):
                 return earlier
     return None
 
@@ -242,14 +222,16 @@ def find_latest(directory: str) -> SavedRun | None:
     complete = sorted(steps_of(directory), reverse=True)
     for step in sorted(steps_of(directory, "model"), reverse=True):
         if complete and step > complete[0]:
-            path = storage.join(directory, model_name(step))
-            _log.warning("passing over %s: its save was interrupted (no %s)", path, run_name(step))
+            path = storage.join(directory, file_name("model", step))
+            _log.warning("passing over %s: its save was interrupted (no %s)", path, file_name("run", step))
     candidates = complete or sorted(steps_of(directory, "model"), reverse=True)
     for step in candidates:
         try:
             if complete:
                 return _open_complete(directory, step)
-            load_weights(storage.join(directory, model_name(step)))  # without sizes and hashes all that can be checked
+            load_weights(
+                storage.join(directory, file_name("model", step))
+            )  # without sizes and hashes all that can be checked
             return _open_2021(directory, step)
         except ValueError as error:  # noqa: PERF203 - a loop over few saves
             _log.warning("passing over the save at step %d: %s", step, error)
@@ -272,19 +254,19 @@ def load_run(resume: str) -> SavedRun | None:
     if parsed is not None and parsed[0].startswith("ema_"):
         _log.info("%s holds averaged weights: taking them, at step 0", resume)
         return SavedRun(directory=directory, step=0, model=resume)
-    if parsed is not None and storage.exists(storage.join(directory, run_name(parsed[1]))):
+    if parsed is not None and storage.exists(storage.join(directory, file_name("run", parsed[1]))):
         return _open_complete(directory, parsed[1])
-    if parsed is not None and storage.exists(storage.join(directory, model_name(parsed[1]))):
+    if parsed is not None and storage.exists(storage.join(directory, file_name("model", parsed[1]))):
         return _open_2021(directory, parsed[1])
     if parsed is not None and parsed[0] == "opt":
-        raise ValueError(f"cannot resume from {resume}: {model_name(parsed[1])} is not beside it")
+        raise ValueError(f"cannot resume from {resume}: {file_name('model', parsed[1])} is not beside it")
     _log.info("%s belongs to no save: taking its weights, at step 0", resume)
     return SavedRun(directory=directory, step=0, model=resume)
 
 
 def _open_complete(directory: str, step: int) -> SavedRun:
     """A save with its JSON, every file checked for size and SHA-256. ValueError names the first file that fails."""
-    run = _read_json(storage.join(directory, run_name(step)))
+    run = _read_json(storage.join(directory, file_name("run", step)))
     for name, receipt in run["files"].items():
         path = storage.join(directory, name)
         if not storage.exists(path):
@@ -293,12 +275,12 @@ def _open_complete(directory: str, step: int) -> SavedRun:
             raise ValueError(f"{path} has {storage.size(path)} bytes instead of {receipt['bytes']}")
         if storage.sha256_of(path) != receipt["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
-    paths = {_role(name): storage.join(directory, name) for name in run["files"]}
+    paths = {(parse_name(name) or (name,))[0]: storage.join(directory, name) for name in run["files"]}
     return SavedRun(
         directory=directory,
         step=run["step"],
         model=paths.get("model"),
-        ema={role.removeprefix("ema_"): path for role, path in paths.items() if role.startswith("ema_")},
+        ema=_ema(paths),
         optimizer=paths.get("opt"),
         kind=run["kind"],
         config=run["config"],
@@ -310,18 +292,13 @@ def _open_complete(directory: str, step: int) -> SavedRun:
 
 def _open_2021(directory: str, step: int) -> SavedRun:
     """The files of one step without a JSON, as 2021 code leaves them."""
-    at_step = {}
-    for name in storage.listdir(directory):
-        parsed = parse_name(name)
-        if parsed is not None and parsed[1] == step:
-            at_step[parsed[0]] = storage.join(directory, name)
-    ema = {role.removeprefix("ema_"): path for role, path in at_step.items() if role.startswith("ema_")}
-    return SavedRun(directory=directory, step=step, model=at_step.get("model"), ema=ema, optimizer=at_step.get("opt"))
+    parsed = [(parse_name(name), storage.join(directory, name)) for name in storage.listdir(directory)]
+    paths = {found[0]: path for found, path in parsed if found is not None and found[1] == step}
+    return SavedRun(directory, step, paths.get("model"), _ema(paths), paths.get("opt"))
 
 
-def _role(name: str) -> str:
-    parsed = parse_name(name)
-    return name if parsed is None else parsed[0]
+def _ema(paths: Mapping[str, str]) -> dict[str, str]:
+    return {role.removeprefix("ema_"): path for role, path in paths.items() if role.startswith("ema_")}
 
 
 def steps_of(directory: str, role: str = "run") -> list[int]:
