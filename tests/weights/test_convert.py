@@ -57,7 +57,8 @@ def test_the_source_is_named_by_its_hash(tmp_path: Path) -> None:
 
     told = json.loads(read_metadata(str(tmp_path / "one.safetensors"))["guided_diffusion"])
     assert told["source_sha256"] == storage.sha256_of(str(tmp_path / "run" / "model000000.pt"))
-    assert told["source"] == "model000000.pt"
+    assert told["source"] == "model000000.pt" and told["kind"] == "diffusion"
+    assert told["config"]["model"]["num_head_channels"] == 16
 
 
 @pytest.mark.parametrize("name", CASES)

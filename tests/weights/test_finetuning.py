@@ -42,13 +42,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ema = {"0.9": {key: value * 1.5 for key, value in state.items()}}
         about = {"config": loaded.config.to_dict(), "kind": kind, "class_names": names}
         save_run(str(root / name), step=5, model=state, ema=ema, **about)  # type: ignore[arg-type]
-        convert.save_file(
-            gd.load(str(root / name / "model000005.pt")), str(root / f"{name}.safetensors"), "safetensors"
-        )
+        raw = gd.load(str(root / name / "model000005.pt"))
+        convert.save_file(raw, str(root / f"{name}.safetensors"), "safetensors")
     return root
 
 
-def pictures(folder: Path, classes: str = "ant bee cat dog") -> str:
+def images_of(folder: Path, classes: str = "ant bee cat dog") -> str:
     for n, name in enumerate(classes.split()):
         (folder / name).mkdir(parents=True)
         for k in range(3):
@@ -57,15 +56,21 @@ def pictures(folder: Path, classes: str = "ant bee cat dog") -> str:
     return str(folder)
 
 
+FIXED = "--batch_size 2 --lr 0 --ema_rate 0.9 --device cpu".split()
+
+
+def start(path: Path, more: str = "") -> list[str]:
+    return ["--resume_checkpoint", str(path), *more.split()]
+
+
 def run(command: str, data: str, out: Path, *words: str, steps: int = 1) -> Path:
     """Train with a learning rate of 0: the weights stay those of the start. Returns the path of the last weights."""
-    fixed = ["--batch_size", "2", "--lr", "0", "--ema_rate", "0.9", "--max_steps", str(steps), "--device", "cpu"]
-    more = [] if command == "train-classifier" else ["--sample_interval", "-1"]
-    assert main([command, "--data_dir", data, "--out", str(out), *fixed, *more, "--progress", "False", *words]) == 0
+    more = ["--max_steps", str(steps), *([] if command == "train-classifier" else ["--sample_interval", "-1"])]
+    assert main([command, "--data_dir", data, "--out", str(out), *FIXED, *more, "--progress", "False", *words]) == 0
     return out / f"model{steps:06d}.pt"
 
 
-def told(path: Path) -> dict[str, Any]:
+def stored(path: Path) -> dict[str, Any]:
     return json.loads((path.parent / path.name.replace("model", "run").replace(".pt", ".json")).read_text())
 
 
@@ -78,12 +83,12 @@ def refused(capsys: pytest.CaptureFixture[str], command: str, data: str, out: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_knows_itself_needs_no_flag(kind: str, place: Path, tmp_path: Path) -> None:
-    data = pictures(tmp_path / "data")
+    data = images_of(tmp_path / "data")
     after = run(KINDS[kind][0], data, tmp_path / "out", "--resume_checkpoint", str(place / f"{kind}.safetensors"))
     before = gd.load(str(place / f"{kind}.safetensors"))
-    config = told(after)["config"]
+    config = stored(after)["config"]
     assert (config["model"], config["diffusion"]) == tuple(before.config.to_dict()[n] for n in ("model", "diffusion"))
-    assert tuple(told(after)["class_names"]) == before.class_names
+    assert tuple(stored(after)["class_names"]) == before.class_names
     assert all(torch.equal(value, before.net.state_dict()[name]) for name, value in load_weights(str(after)).items())
 
 
@@ -95,7 +100,7 @@ def test_a_file_that_knows_itself_needs_no_flag(kind: str, place: Path, tmp_path
 def test_typed_flags_that_deny_the_file_are_refused(
     words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = pictures(tmp_path / "data"), tmp_path / "out"
+    data, out = images_of(tmp_path / "data"), tmp_path / "out"
     flag = words.split()[0].removeprefix("--")
     for source in ("diffusion.safetensors", "diffusion", "diffusion/model000005.pt"):
         error = refused(capsys, "train", data, out, *words.split(), "--resume_checkpoint", str(place / source))
@@ -103,22 +108,23 @@ def test_typed_flags_that_deny_the_file_are_refused(
 
 
 def test_flags_of_the_file_pass_and_what_may_change_does(place: Path, tmp_path: Path) -> None:
-    data = pictures(tmp_path / "data")
+    data = images_of(tmp_path / "data")
     words = [w for name, value in BASE.items() for w in (f"--{name}", str(value))]
-    more = ["--dropout", "0.2", "--precision", "bf16", "--predict", "eps"]
-    after = run(
-        "train", data, tmp_path / "out", *words, *more, "--resume_checkpoint", str(place / "diffusion.safetensors")
-    )
-    config = told(after)["config"]
+    more = start(place / "diffusion.safetensors", "--dropout 0.2 --precision bf16 --predict eps")
+    after = run("train", data, tmp_path / "out", *words, *more)
+    config = stored(after)["config"]
     assert config["model"]["dropout"] == 0.2 and config["train"]["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "classifier", "super_resolution"])
 def test_new_classes_keep_the_rows_of_the_same_name(kind: str, place: Path, tmp_path: Path) -> None:
     command, _ = KINDS[kind]
-    data = pictures(tmp_path / "data", "bat bee dog")
-    after = run(command, data, tmp_path / "out", "--resume_checkpoint", str(place / kind), "--new_classes", "True")
-    assert told(after)["class_names"] == ["bat", "bee", "dog"] and told(after)["config"]["model"]["num_classes"] == 3
+    data = images_of(tmp_path / "data", "bat bee dog")
+    words = start(place / kind, "--new_classes True")
+    after = run(command, data, tmp_path / "out", *words)
+    assert (
+        stored(after)["class_names"] == ["bat", "bee", "dog"] and stored(after)["config"]["model"]["num_classes"] == 3
+    )
     before, now = load_weights(str(place / kind / "model000005.pt")), load_weights(str(after))
     other = {name for name, value in now.items() if value.shape != before[name].shape}
     assert other == ({"out.2.c_proj.weight", "out.2.c_proj.bias"} if kind == "classifier" else {"label_emb.weight"})
@@ -127,71 +133,50 @@ def test_new_classes_keep_the_rows_of_the_same_name(kind: str, place: Path, tmp_
         assert torch.equal(now[name][1:], before[name][[1, 3]])  # bee and dog
         assert not any(torch.equal(now[name][0], row) for row in before[name])
     # The same command again goes on with its own save and its own classes.
-    again = run(
-        command, data, tmp_path / "out", "--resume_checkpoint", str(place / kind), "--new_classes", "True", steps=2
-    )
+    again = run(command, data, tmp_path / "out", *words, steps=2)
     assert all(torch.equal(value, now[name]) for name, value in load_weights(str(again)).items())
 
 
 def test_as_many_new_classes_are_still_new(place: Path, tmp_path: Path) -> None:
-    data = pictures(tmp_path / "data", "bee cat dog eel")
-    after = run(
-        "train", data, tmp_path / "out", "--resume_checkpoint", str(place / "diffusion"), "--new_classes", "True"
-    )
-    rows, before = (
-        load_weights(str(after))["label_emb.weight"],
-        filled("diffusion", BASE).net.state_dict()["label_emb.weight"],
-    )
+    data = images_of(tmp_path / "data", "bee cat dog eel")
+    after = run("train", data, tmp_path / "out", *start(place / "diffusion", "--new_classes True"))
+    rows = load_weights(str(after))["label_emb.weight"]
+    before = filled("diffusion", BASE).net.state_dict()["label_emb.weight"]
     assert torch.equal(rows[:3], before[1:]) and not torch.equal(rows[3], before[0])
 
 
 def test_classes_are_given_and_taken_away(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, source = pictures(tmp_path / "data"), str(place / "unconditional.safetensors")
+    data, source = images_of(tmp_path / "data"), str(place / "unconditional.safetensors")
     error = refused(capsys, "train", data, tmp_path / "no", "--resume_checkpoint", source, "--class_cond", "True")
     assert "the file has no classes" in error and "--new_classes True" in error
     after = run("train", data, tmp_path / "cond", "--resume_checkpoint", source, "--new_classes", "True")
-    assert told(after)["class_names"] == list(CLASSES)
+    assert stored(after)["class_names"] == list(CLASSES)
     before, now = gd.load(source).net.state_dict(), load_weights(str(after))
     assert set(now) - set(before) == {"label_emb.weight"} and now["label_emb.weight"].shape[0] == 4
-    words = [
-        "--resume_checkpoint",
-        str(place / "diffusion.safetensors"),
-        "--new_classes",
-        "True",
-        "--class_cond",
-        "False",
-    ]
+    words = start(place / "diffusion.safetensors", "--new_classes True --class_cond False")
     now = load_weights(str(run("train", data, tmp_path / "uncond", *words)))
     assert now.keys() == before.keys()
 
 
 def test_another_image_size_keeps_the_levels(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = pictures(tmp_path / "data")
-    words = ["--resume_checkpoint", str(place / "diffusion.safetensors"), "--image_size", "16"]
-    after = run("train", data, tmp_path / "out", *words)
-    model = told(after)["config"]["model"]
+    data = images_of(tmp_path / "data")
+    after = run("train", data, tmp_path / "out", *start(place / "diffusion.safetensors", "--image_size 16"))
+    model = stored(after)["config"]["model"]
     assert (model["image_size"], model["attention_resolutions"], model["channel_mult"]) == (16, "8", "1,2")
     before = gd.load(str(place / "diffusion.safetensors")).net.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in load_weights(str(after)).items())
-    words = [
-        "--resume_checkpoint",
-        str(place / "super_resolution.safetensors"),
-        "--large_size",
-        "16",
-        "--small_size",
-        "8",
-    ]
-    model = told(run("train-upsampler", data, tmp_path / "up", *words))["config"]["model"]
+    words = start(place / "super_resolution.safetensors", "--large_size 16 --small_size 8")
+    model = stored(run("train-upsampler", data, tmp_path / "up", *words))["config"]["model"]
     assert (model["large_size"], model["small_size"], model["attention_resolutions"]) == (16, 8, "8")
-    words = ["--resume_checkpoint", str(place / "classifier"), "--image_size", "16"]
+    words = start(place / "classifier", "--image_size 16")
     assert "attention pool" in refused(capsys, "train-classifier", data, tmp_path / "no", *words)
-    words = ["--resume_checkpoint", str(place / "diffusion"), "--image_size", "15"]
+    words = start(place / "diffusion", "--image_size 15")
     assert "15x15 cannot be halved" in refused(capsys, "train", data, tmp_path / "no", *words)
 
 
 @pytest.mark.parametrize("which", ["ema", "model"])
 def test_a_start_from_one_kind_of_weights_alone(which: str, place: Path, tmp_path: Path) -> None:
-    data, source = pictures(tmp_path / "data"), place / "diffusion"
+    data, source = images_of(tmp_path / "data"), place / "diffusion"
     expected = load_weights(str(source / ("ema_0.9_000005.pt" if which == "ema" else "model000005.pt")))
     after = run("train", data, tmp_path / "out", "--resume_checkpoint", str(source), "--resume_from", which)
     for path in (after, after.parent / "ema_0.9_000001.pt"):
@@ -201,10 +186,8 @@ def test_a_start_from_one_kind_of_weights_alone(which: str, place: Path, tmp_pat
             words = ["--resume_checkpoint", str(source / "ema_0.9_000005.pt"), *more]
             after = run("train", data, tmp_path / f"named{k}", *words)
             assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(after)).items())
-    both = {
-        "model": load_weights(str(source / "model000005.pt")),
-        "ema": load_weights(str(source / "ema_0.9_000005.pt")),
-    }
+    files = {"model": source / "model000005.pt", "ema": source / "ema_0.9_000005.pt"}
+    both = {name: load_weights(str(path)) for name, path in files.items()}
     torch.save(both, tmp_path / "both.pt")
     flags = [w for name in ("diffusion_steps", "num_heads", "image_size") for w in (f"--{name}", str(BASE[name]))]
     table = tmp_path / "numbers.csv"
@@ -215,18 +198,15 @@ def test_a_start_from_one_kind_of_weights_alone(which: str, place: Path, tmp_pat
 
 
 def test_a_whole_save_of_another_run_is_continued(place: Path, tmp_path: Path) -> None:
-    after = run(
-        "train", pictures(tmp_path / "data"), tmp_path / "out", "--resume_checkpoint", str(place / "diffusion"), steps=6
-    )
-    assert told(after)["step"] == 6
+    after = run("train", images_of(tmp_path / "data"), tmp_path / "out", *start(place / "diffusion"), steps=6)
+    assert stored(after)["step"] == 6
     before = load_weights(str(place / "diffusion" / "ema_0.9_000005.pt"))
-    assert not torch.equal(
-        load_weights(str(after.parent / "ema_0.9_000006.pt"))["out.2.bias"], before["out.2.bias"] / 1.5
-    )
+    now = load_weights(str(after.parent / "ema_0.9_000006.pt"))
+    assert not torch.equal(now["out.2.bias"], before["out.2.bias"] / 1.5)
 
 
 def test_flags_about_a_start_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, out = pictures(tmp_path / "data"), tmp_path / "out"
+    data, out = images_of(tmp_path / "data"), tmp_path / "out"
     for words in (["--new_classes", "True"], ["--resume_from", "ema"], ["--weights", "model"]):
         assert "--resume_checkpoint" in refused(capsys, "train", data, out, *words)
     error = refused(capsys, "train", data, out, "--resume_from", "opt", "--resume_checkpoint", "x.pt")
@@ -246,15 +226,15 @@ def test_a_released_file_is_known_by_its_layout_and_name(
     monkeypatch.setattr(identify, "PRESETS", {name: preset})
     torch.save({"module." + k: v for k, v in filled(kind, flags).net.state_dict().items()}, tmp_path / f"{name}.pt")
     source = ["--resume_checkpoint", str(tmp_path / f"{name}.pt")]
-    after = run(command, pictures(tmp_path / "data"), tmp_path / "out", *source)  # four classes, as the file has
-    assert told(after)["config"]["diffusion"]["noise_schedule"] == "cosine"
-    some = pictures(tmp_path / "some", "dog eel")
+    after = run(command, images_of(tmp_path / "data"), tmp_path / "out", *source)  # four classes, as the file has
+    assert stored(after)["config"]["diffusion"]["noise_schedule"] == "cosine"
+    some = images_of(tmp_path / "some", "dog eel")
     error = refused(capsys, command, some, tmp_path / "no", *source)
     assert "dog, eel" in error and "4 classes without names" in error and "--new_classes True" in error
     after = run(command, some, tmp_path / "new", *source, "--new_classes", "True")
-    assert told(after)["class_names"] == ["dog", "eel"]
-    numbers = pictures(tmp_path / "numbers", "1 3")
-    assert told(run(command, numbers, tmp_path / "numbered", *source))["class_names"] == list("0123")
+    assert stored(after)["class_names"] == ["dog", "eel"]
+    numbers = images_of(tmp_path / "numbers", "1 3")
+    assert stored(run(command, numbers, tmp_path / "numbered", *source))["class_names"] == list("0123")
     if kind != "classifier":  # which may learn from other noise
         error = refused(capsys, command, numbers, tmp_path / "no", *source, "--noise_schedule", "linear")
         assert "noise_schedule cosine" in error
@@ -263,23 +243,9 @@ def test_a_released_file_is_known_by_its_layout_and_name(
 def test_the_scripts_of_2021_start_the_same_way(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = pictures(tmp_path / "data")
-    fixed = [
-        "--data_dir",
-        data,
-        "--lr",
-        "0",
-        "--batch_size",
-        "2",
-        "--device",
-        "cpu",
-        "--ema_rate",
-        "0.9",
-        "--max_steps",
-        "1",
-    ]
-    source = ["--resume_checkpoint", str(place / "diffusion.safetensors")]
-    words = [*fixed, *source, "--sample_interval", "-1", "--out", str(tmp_path / "out")]
+    data = images_of(tmp_path / "data")
+    source = start(place / "diffusion.safetensors", "--sample_interval -1 --max_steps 1")
+    words = ["--data_dir", data, *FIXED, *source, "--out", str(tmp_path / "out")]
     assert train.image_train([*words, "--image_size", "8", "--num_channels", "32"]) == 0
     before = gd.load(str(place / "diffusion.safetensors"))
     assert torch.equal(outputs(gd.load(str(tmp_path / "out"))), outputs(before))
@@ -297,13 +263,13 @@ def test_classes_of_a_run_keep_their_numbers(
 ) -> None:
     command, _ = KINDS[kind]
     out = tmp_path / "out"
-    run(command, pictures(tmp_path / "data"), out, "--resume_checkpoint", str(place / kind), "--resume_from", "model")
+    run(command, images_of(tmp_path / "data"), out, "--resume_checkpoint", str(place / kind), "--resume_from", "model")
     seen: list[Any] = []
     monkeypatch.setattr(build, "build_batches", _noting(build.build_batches, seen))
-    after = run(command, pictures(tmp_path / "fewer", "bee dog"), out, steps=2)
-    assert told(after)["class_names"] == list(CLASSES) and sorted(set(seen[0].labels.tolist())) == [1, 3]
+    after = run(command, images_of(tmp_path / "fewer", "bee dog"), out, steps=2)
+    assert stored(after)["class_names"] == list(CLASSES) and sorted(set(seen[0].labels.tolist())) == [1, 3]
     for classes in ("ant bee cat doggy", "ant bee cat dog eel", "1 2"):
-        data = pictures(tmp_path / classes.replace(" ", "-"), classes)
+        data = images_of(tmp_path / classes.replace(" ", "-"), classes)
         assert main([command, "--data_dir", data, "--out", str(out), "--max_steps", "3", "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert classes.split()[-1] in error and "--new_classes" in error and error.count("\n") == 1
@@ -320,24 +286,18 @@ def _noting(function: Any, seen: list[Any]) -> Any:
 def test_validation_data_goes_by_name(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(build, "build_batches", _noting(build.build_batches, seen))
-    words = ["--resume_checkpoint", str(place / "classifier"), "--resume_from", "model", "--eval_interval", "1"]
-    run(
-        "train-classifier",
-        pictures(tmp_path / "d"),
-        tmp_path / "out",
-        *words,
-        "--val_data_dir",
-        pictures(tmp_path / "v", "cat dog"),
-    )
+    words = start(place / "classifier", "--resume_from model --eval_interval 1")
+    words += ["--val_data_dir", images_of(tmp_path / "v", "cat dog")]
+    run("train-classifier", images_of(tmp_path / "d"), tmp_path / "out", *words)
     assert {tuple(sorted(set(records.labels.tolist()))) for records in seen} == {(0, 1, 2, 3), (2, 3)}
 
 
 def test_a_generator_without_classes_stores_no_names(place: Path, tmp_path: Path) -> None:
     """Whatever its file names look like; and it fits any classifier of its size."""
-    data = Path(pictures(tmp_path / "data", "one"))
+    data = Path(images_of(tmp_path / "data", "one"))
     for k, path in enumerate(sorted((data / "one").iterdir())):
         path.rename(data / "one" / f"dog{k % 2}_{k}.png")
     after = run("train", str(data), tmp_path / "out", "--resume_checkpoint", str(place / "unconditional.safetensors"))
-    assert told(after)["class_names"] == []
+    assert stored(after)["class_names"] == []
     again = gd.load(str(tmp_path / "out"))
     check_pair(again, gd.load(str(place / "classifier")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import pickle
 import struct
 import zipfile
@@ -46,6 +45,7 @@ def test_twins_load_bit_equal_by_flags_by_folder_and_by_safetensors(name: str, t
         assert torch.equal(outputs(after), expected)
         assert torch.equal(after.process.alpha_bar, before.process.alpha_bar) or kind == "classifier"
         assert torch.equal(after.process.time, before.process.time)
+        assert not after.net.training and not any(p.requires_grad for p in after.net.parameters())
     assert run.config == one.config == before.config
 
 
@@ -229,8 +229,12 @@ def test_flags_that_deny_a_file_of_ours_are_told_with_the_line_that_works(tmp_pa
     gd.save(filled(kind, flags), str(tmp_path))
     with pytest.raises(ValueError, match="the file has attention at 8; you asked for 16, 8.*--attention_resolutions 8"):
         gd.load(str(tmp_path), flags={"attention_resolutions": "16,8"})
+    both = r"num_res_blocks 2; you asked for 3; the file has learn_sigma True; you asked for False.*--num_res_blocks 2 --learn_sigma True"
+    with pytest.raises(ValueError, match=both):
+        gd.load(str(tmp_path), flags={"num_res_blocks": 3, "learn_sigma": False})
     same = {"attention_resolutions": " 8", "channel_mult": "1, 2", "num_heads": 1, "num_classes": 0, "dropout": 0.3}
-    assert gd.load(str(tmp_path), flags=same).config.model.dropout == 0.3  # type: ignore[union-attr]
+    after = gd.load(str(tmp_path), flags={**same, "timestep_respacing": "10"})
+    assert after.config.model.dropout == 0.3 and len(after.process) == 10  # type: ignore[union-attr]
 
 
 def test_other_shapes_than_the_configuration_says(tmp_path: Path) -> None:
@@ -364,14 +368,6 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
     save_file(before.net.state_dict(), tmp_path / "bare.safetensors")
     after = gd.load(str(tmp_path / "bare.safetensors"), flags=line(kind, flags))
     assert torch.equal(outputs(after), outputs(before))
-
-
-def test_the_configuration_inside_is_plain_json(tmp_path: Path) -> None:
-    before = filled(*TWINS["64x64_diffusion"])
-    convert.save_file(before, str(tmp_path / "one.safetensors"), "safetensors")
-    told = json.loads(read_metadata(str(tmp_path / "one.safetensors"))["guided_diffusion"])
-    assert told["kind"] == "diffusion" and told["config"]["model"]["num_head_channels"] == 16
-    assert load_weights(str(tmp_path / "one.safetensors")).keys() == before.net.state_dict().keys()
 
 
 def test_flags_of_every_released_layout_build_it_again() -> None:

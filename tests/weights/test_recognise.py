@@ -20,15 +20,8 @@ def test_released_layouts_say_what_they_were_made_with(name: str) -> None:
     released, found = LAYOUTS[name], inspect_shapes(shapes_of(name))
     assert found.kind == released["kind"]
     flags = released["flags"]
-    spelled = {"classifier_width", "classifier_depth", "classifier_use_scale_shift_norm", "classifier_resblock_updown"}
-    spelled |= {
-        "num_channels",
-        "num_res_blocks",
-        "use_scale_shift_norm",
-        "resblock_updown",
-        "learn_sigma",
-        "class_cond",
-    }
+    spelled = {f"classifier_{name}" for name in ("width", "depth", "use_scale_shift_norm", "resblock_updown")}
+    spelled |= set("num_channels num_res_blocks use_scale_shift_norm resblock_updown learn_sigma class_cond".split())
     shared = spelled & set(flags) & set(found.flags)
     assert len(shared) >= 4
     assert {name: found.flags[name] for name in shared} == {name: flags[name] for name in shared}
@@ -114,42 +107,27 @@ def test_generators_of_every_shape(depth: int, updown: bool, scale_shift: bool) 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
 @pytest.mark.parametrize("updown", [False, True])
 def test_classifiers_of_every_pool(pool: str, updown: bool) -> None:
-    found = inspect_shapes(
-        meta_shapes(
-            "classifier",
-            {
-                "image_size": 64,
-                "classifier_width": 32,
-                "classifier_depth": 2,
-                "classifier_pool": pool,
-                "num_classes": 5,
-                "classifier_resblock_updown": updown,
-                "classifier_attention_resolutions": "16",
-                "classifier_num_head_channels": 32,
-            },
-        )  # fmt: skip
-    )
+    own = {
+        "width": 32,
+        "depth": 2,
+        "pool": pool,
+        "resblock_updown": updown,
+        "attention_resolutions": "16",
+        "num_head_channels": 32,
+    }
+    flags = {"image_size": 64, "num_classes": 5, **{f"classifier_{name}": value for name, value in own.items()}}
+    found = inspect_shapes(meta_shapes("classifier", flags))
     assert found.flags["classifier_pool"] == pool and found.flags["num_classes"] == 5
     assert found.flags["image_size"] == 64 and found.flags["classifier_depth"] == 2 and found.attention_ds == (4,)
 
 
 @pytest.mark.parametrize(("channels", "learned"), [(1, True), (1, False), (3, True), (3, False)])
 def test_upsamplers_are_told_from_generators(channels: int, learned: bool) -> None:
-    found = inspect_shapes(
-        meta_shapes(
-            "super_resolution",
-            {
-                "large_size": 16,
-                "small_size": 8,
-                "num_channels": 32,
-                "num_res_blocks": 1,
-                "channel_mult": "1,2",
-                "attention_resolutions": "8",
-                "image_channels": channels,
-                "learn_sigma": learned,
-            },
-        )  # fmt: skip
-    )
+    flags = {
+        "large_size": 16, "small_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
+        "attention_resolutions": "8", "image_channels": channels, "learn_sigma": learned,
+    }  # fmt: skip
+    found = inspect_shapes(meta_shapes("super_resolution", flags))
     assert found.kind == "super_resolution"
     assert found.flags["image_channels"] == channels and found.flags["learn_sigma"] == learned
     assert "small_size" in found.open
