@@ -103,8 +103,7 @@ def tasks(names: Sequence[str], plan: Plan, folder: str = "") -> Iterator[Task]:
             continue
         for shape in plan.shapes:
             if folder:
-                steps = 5 if plan.quick else 25
-                yield f"{name}, {shape.name}", partial(against.measure, name, shape, plan, folder, steps=steps)
+                yield f"{name}, {shape.name}", partial(against.measure, name, shape, plan, folder)
             else:
                 yield f"{name}, {shape.name}", partial(PER_SHAPE[name], shape, plan)
 

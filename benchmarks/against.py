@@ -69,12 +69,12 @@ class Worker:
         self._errors.close()
 
 
-def measure(work: str, shape: Shape, plan: Plan, folder: str, *, steps: int = 25) -> list[Row]:
+def measure(work: str, shape: Shape, plan: Plan, folder: str) -> list[Row]:
     """Time and peak memory of "forward", "sampling" (guided DDIM) or "training" (an update by TrainLoop) of all three sides."""
     order = {
         "work": work,
         "device": plan.device,
-        "steps": steps,
+        "steps": plan.steps,
         "batch": shape.batch,
         "train_batch": shape.train_batch,
     }
@@ -97,7 +97,7 @@ def measure(work: str, shape: Shape, plan: Plan, folder: str, *, steps: int = 25
         for worker in workers.values():
             worker.close()
     batch = shape.train_batch if work == "training" else shape.batch
-    title = {"sampling": f"guided DDIM-{steps}", "training": "TrainLoop.run_step"}.get(work, work)
+    title = {"sampling": f"guided DDIM, {plan.steps} steps", "training": "TrainLoop.run_step"}.get(work, work)
     what = f"{title}, {shape.name}, {'float16' if plan.on_gpu else 'float32'}, batch {batch}"
     for name, peak in peaks.items():
         said = [f"peak {peak / 2**20:.0f} MiB above the weights"] if peak else []

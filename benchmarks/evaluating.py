@@ -47,8 +47,8 @@ def features(plan: Plan) -> list[Row]:
         net = net.fold().to(plan.device)
     count = 4096 if plan.on_gpu else 4 if plan.quick else 16
     pixels = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    extract(pixels[:64], net, progress=False, world=(0, 1))
-    call = clocked(lambda: extract(pixels, net, progress=False, world=(0, 1)), plan.device)
+    extract(pixels[:64], net, progress=False)
+    call = clocked(lambda: extract(pixels, net, progress=False), plan.device)
     (times,) = alternate({"": call}, rounds=plan.rounds, limit=plan.limit).values()
     rate = count / sorted(times)[len(times) // 2]
     note = f"50,000 images would take {50_000 / rate:.0f} s"

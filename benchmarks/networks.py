@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Images of a small request, as the README of 2021 sampled them."""
-STEPS = 25
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,10 +45,10 @@ def forward(shape: Shape, plan: Plan) -> list[Row]:
 def sampling(shape: Shape, plan: Plan) -> list[Row]:
     """Deterministic DDIM guided by the classifier, at the shape's batch and for a few images; on a GPU as CUDA graphs too."""
     if not plan.on_gpu:
-        ways = {dtype: sampler(shape, plan.device, shape.batch, STEPS, dtype) for dtype in formats(plan)}
-        return compare(f"guided DDIM-{STEPS}, {shape.name}, batch {shape.batch}", ways, plan)
+        ways = {dtype: sampler(shape, plan.device, shape.batch, plan.steps, dtype) for dtype in formats(plan)}
+        return compare(f"guided DDIM, {plan.steps} steps, {shape.name}, batch {shape.batch}", ways, plan)
     rows = []
-    for batch, steps in ((shape.batch, 4), (FEW, STEPS)):
+    for batch, steps in ((shape.batch, 4), (FEW, plan.steps)):
         make = partial(sampler, shape, plan.device, batch, steps)
         ways = {"eager": make(), "CUDA graph": make(graphs=True)}
         rows += compare(f"guided DDIM, {steps} steps, {shape.name}, bfloat16, batch {batch}", ways, plan)
@@ -80,7 +79,7 @@ def training(shape: Shape, plan: Plan) -> list[Row]:
 def compiled(shape: Shape, plan: Plan) -> list[Row]:
     """What torch.compile adds to guided sampling, on a GPU with and without CUDA graphs."""
     rows = []
-    for batch, steps in ((shape.batch, 4), (FEW, STEPS)) if plan.on_gpu else ((shape.batch, 2),):
+    for batch, steps in ((shape.batch, 4), (FEW, plan.steps)) if plan.on_gpu else ((shape.batch, 2),):
         for dtype in formats(plan):
             make = partial(sampler, shape, plan.device, batch, steps, dtype)
             ways = {"eager": make(), "compiled": make(compile=True)}

@@ -41,7 +41,8 @@ class Row:
         """As a line of the table."""
         ratio, spread = ("", "") if self.ratio is None else (f"**{self.ratio:.2f}**", f"{self.low:.2f}-{self.high:.2f}")
         rounds = self.rounds or ""
-        return f"| {self.what} | {self.value:.4g} {self.unit} | {self.against} | {ratio} | {spread} | {rounds} | {self.note} |"
+        value = f"{self.value:.0f}" if self.value >= 1000 else f"{self.value:.4g}"
+        return f"| {self.what} | {value} {self.unit} | {self.against} | {ratio} | {spread} | {rounds} | {self.note} |"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Plan:
     @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
+
+    @property
+    def steps(self) -> int:
+        """Steps of DDIM that are timed: each costs the same."""
+        return 25 if self.on_gpu else 5 if self.quick else 10
 
     def wait(self) -> None:
         """Let the GPU, if there is one, finish what it was given."""
