@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import NoReturn
 
 from guided_diffusion.runtime import launchers
+
+from .settings import Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
+
+    def add_common(self) -> None:
+        """The options of all commands that compute features."""
+        add = self.add_argument
+        add("--weights", help="Inception weights (.pb or .pth); default: working directory, cache, else download")
+        add("--allow_other_weights", action="store_true", help="accept weights that are not the published ones")
+        add("--batch_size", type=int, help="images read at a time; changes no number (default 64)")
+        add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+        add("--shard_dir", metavar="FOLDER", help="keep features there: resumes, shares work, spares the next run")
+        add("--quiet", dest="progress", action="store_false", help="no progress bars")
+
+
+def settings_of(asked: argparse.Namespace) -> Settings:
+    """The settings that a command line names; the others keep their defaults."""
+    given = {field.name: getattr(asked, field.name, None) for field in fields(Settings)}
+    return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def place() -> launchers.Place:

@@ -23,7 +23,7 @@ from guided_diffusion.runtime.launchers import Place
 from .features import extract
 from .inception import POOL_FEATURES, SPATIAL_FEATURES, InceptionV3
 from .inputs import SCAN_BYTES, open_images, stored_labels
-from .npy import Npz
+from .npy import DiskArray, Npz
 from .settings import Settings
 from .sources import ImageSource
 from .weights import load_inception
@@ -94,16 +94,7 @@ class InceptionEncoder:
         if images.count == 0:
             sizes = (POOL_FEATURES, SPATIAL_FEATURES)
             return Encoded(*(np.empty((0, size), np.float32) for size in sizes)) if world.rank == 0 else None
-        found = extract(
-            images,
-            self.net,
-            batch_size=settings.batch_size,
-            progress=settings.progress,
-            dtype=settings.dtype,
-            compile=settings.compile,
-            shard_dir=settings.shard_dir,
-            world=world,
-        )
+        found = extract(images, self.net, settings, world=world)
         return None if found is None else Encoded(found.pool, found.spatial)
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
@@ -165,20 +156,16 @@ class FeatureSource(ImageSource):
         if stored is None or len(stored.shape) != 2 or stored.dtype.kind != "f":
             held = "nothing of that kind" if stored is None else f"{stored.dtype} {list(stored.shape)}"
             raise ValueError(f"{path}: expected a float matrix [images, features] under 'features', found {held}")
-        self._stored = stored
+        self.matrix: DiskArray = stored
         self.rows, self.width = stored.shape
         super().__init__(path, self.rows)
-        for at in range(0, self.rows, step := max(1, SCAN_BYTES // max(1, stored.item_bytes))):
-            largest = float(np.abs(stored.read(at, at + step)).max(initial=0))
+        for at in range(0, self.rows, step := max(1, SCAN_BYTES // max(1, self.width * stored.dtype.itemsize))):
+            largest = float(np.abs(stored[at : at + step]).max(initial=0))
             if not largest <= LARGEST_FEATURE:
                 raise ValueError(
                     f"{path}: features hold {largest:g}, expected finite numbers up to {LARGEST_FEATURE:g} (divide all "
                     "sets by one number if they are larger)"
                 )
-
-    def matrix(self) -> np.ndarray:
-        """[N, d], of the floating-point type of the file."""
-        return self._stored.read(0, self.rows)
 
     def labels(self) -> np.ndarray | None:
         return stored_labels(self.name, self._arrays, self.rows)
@@ -209,7 +196,7 @@ class StoredFeatures:
 
     def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
         """Read one file."""
-        return Encoded(images.matrix()) if world.rank == 0 else None
+        return Encoded(images.matrix[:]) if world.rank == 0 else None
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
         """Nothing is known of the encoder."""

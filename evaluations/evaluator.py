@@ -19,14 +19,13 @@ import io
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from guided_diffusion.runtime import launchers, storage
 
-from .commands import Parser, announce_place, check_file, check_folder, place
-from .settings import DTYPES, PR_DTYPES, Settings
+from .commands import Parser, announce_place, check_file, check_folder, place, settings_of
+from .settings import DTYPES, PR_DTYPES
 
 if TYPE_CHECKING:
     from .report import SetReport
@@ -68,12 +67,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("reference", help="reference: npz as in 2021, or npy, folder, zip or tar shards of images")
     add("samples", nargs="+", help="one or more sets of samples, in the same formats")
-    add("--weights", help="Inception weights (.pb or .pth); default: working directory, cache, else download")
-    add("--allow_other_weights", action="store_true", help="accept weights that are not the published ones")
     kinds = "inception (default), dinov2:FOLDER, clip:FOLDER, or npz when the files hold features [N, d]"
     add("--features", metavar="KIND", help=kinds)
-    add("--batch_size", type=int, help="images read at a time; changes no number (default 64)")
-    add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     use = "precision of the network; bfloat16 is for quick looks, never for reported scores"
     add("--dtype", choices=DTYPES, help=use)
     add("--compile", action="store_true", help="the network through torch.compile: slow to start, faster on a GPU")
@@ -89,8 +84,7 @@ def _parser() -> Parser:
     add("--all", action="store_true", help="all of the five above")
     add("--json", metavar="FILE", help="write scores with their receipt")
     add("--plot", metavar="FILE.png", help="draw FID against N, and precision against recall (needs matplotlib)")
-    add("--shard_dir", metavar="FOLDER", help="keep features there: resumes, shares work, spares the next run")
-    add("--quiet", dest="progress", action="store_false", help="no progress bars")
+    parser.add_common()
     return parser
 
 
@@ -111,8 +105,7 @@ def _score(arguments: list[str]) -> int:
 
     if asked.all:
         asked.errors = asked.kid = asked.density_coverage = asked.fid_infinity = asked.per_class = True
-    given = {field.name: getattr(asked, field.name) for field in fields(Settings)}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = settings_of(asked)
     log, world = logging.getLogger("evaluations"), place()
     progress = logging.StreamHandler(sys.stdout)
     level, propagate = log.level, log.propagate

@@ -18,10 +18,10 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from .commands import place
 from .inception import InceptionV3
 from .inputs import open_images
 from .resize import INCEPTION_SIZE, tf1_bilinear, to_inception_range
-from .settings import DTYPES
+from .settings import Settings
 from .shards import Features, Shards
 from .sources import ImageSource
 
@@ -65,22 +65,17 @@ def pick_device(world: Place | None = None, wanted: str | None = None) -> torch.
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def extract(source: Any, net: InceptionV3, **settings: Any) -> Features | None:
-    """Features of all images; None in every process but the first. Settings: see `extract_blocks`."""
-    blocks = list(extract_blocks(source, net, **settings))
+def extract(source: Any, net: InceptionV3, settings: Settings | None = None, **how: Any) -> Features | None:
+    """Features of all images; None in every process but the first. See `extract_blocks`."""
+    blocks = list(extract_blocks(source, net, settings, **how))
     return _joined(blocks) if blocks else None
 
 
 def extract_blocks(
     source: Any,
     net: InceptionV3,
+    settings: Settings | None = None,
     *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-    dtype: str = "float32",
-    compile: bool = False,
-    shard_dir: str | os.PathLike[str] | None = None,
     world: Place | None = None,
     chunk: int | None = None,
     shard_images: int | None = None,
@@ -88,26 +83,20 @@ def extract_blocks(
 ) -> Iterator[Features]:
     """Yield the features in order, block by block, so that statistics of any number of images need little memory.
 
-    * source: anything `open_images` takes. batch_size: images read and resized at a time; no influence on results.
-    * device: default where `net` is. dtype: "float32", or "bfloat16" for a quick look (features move by some 5e-3: never for
-      reported scores).
-    * compile: the network through torch.compile, as one graph: a minute or more at first, then faster on a GPU; last bits move.
-    * shard_dir: folder of finished work; with several processes it must be shared and defaults to a folder beside the image file,
-      removed at the end. world: default from the environment.
+    * source: anything `open_images` takes.
+    * settings: batch_size, dtype, compile, shard_dir and progress count here. Several processes must share the `shard_dir`; it
+      defaults to a folder beside the image file, removed at the end.
+    * world: which of how many processes this is; default from the environment.
     * chunk: images per run of the network, default 4 on a CPU and 64 on a GPU.
     * timeout_s: how long process 0 waits for others without a chunk or a shard of theirs before it raises TimeoutError.
 
     Only process 0 yields anything. An iterable source can be read by one process only, and is not resumed.
     """
-    if batch_size < 1 or (chunk is not None and chunk < 1) or (shard_images is not None and shard_images < 1):
-        raise ValueError(f"batch_size {batch_size}, chunk {chunk} and shard_images {shard_images} must be at least 1")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    settings = settings or Settings()
+    batch_size, shard_dir = settings.batch_size, settings.shard_dir
     images = open_images(source)
     team = world or place()
-    if device is not None:
-        net.to(device)
-    worker = _Worker(net, chunk, dtype, compile)
+    worker = _Worker(net, chunk, settings.dtype, settings.compile)
     if images.count is None and team.size > 1:
         raise ValueError(
             f"{images.name}: batches from an iterable can be scored by one process only, not by {team.size}"
@@ -115,7 +104,7 @@ def extract_blocks(
     if images.count == 0:
         raise ValueError(f"{images.name} holds statistics only, there are no images to compute features of")
     name = os.path.basename(images.name) or images.name
-    with tqdm(total=images.count, unit="image", desc=name, disable=not progress or team.rank > 0) as bar:
+    with tqdm(total=images.count, unit="image", desc=name, disable=not settings.progress or team.rank > 0) as bar:
         if images.count is None or (team.size == 1 and shard_dir is None):
             yield from worker.run(images, batch_size, [(0, images.count)], shard_images or MAX_SHARD_IMAGES, bar.update)
             return
@@ -148,26 +137,17 @@ def extract_blocks(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Started(NamedTuple):
-    """Features on their way to main memory, and on a GPU the event that tells when they are there."""
-
-    arriving: tuple[torch.Tensor, ...]
-    arrived: torch.cuda.Event | None
-
-
 class _Worker:
     """Runs the network on fixed chunks."""
 
     def __init__(self, net: InceptionV3, chunk: int | None, dtype: str, compile: bool = False) -> None:
-        self.net = net
-        self.compile = compile
+        self.net, self.dtype, self.compiled = net, dtype, compile
         self.compute: Callable[[torch.Tensor], Any] = (
             torch.compile(net, fullgraph=True, dynamic=False) if compile else net
         )
         parameter = next(net.parameters())
         self.device, self.weight_dtype = parameter.device, parameter.dtype
         self.chunk = chunk or (CHUNK_ON_CPU if self.device.type == "cpu" else CHUNK_ON_GPU)
-        self.dtype = dtype
 
     def run(
         self,
@@ -182,7 +162,7 @@ class _Worker:
         for start, stop in spans:
             assert start % self.chunk == 0
             block: list[Features] = []
-            for part in self._chunks(_ahead(images, batch_size, start, stop)):
+            for part in self.features(_ahead(images, batch_size, start, stop)):
                 block.append(part)
                 done(part.num_images)
                 if len(block) == chunks:
@@ -191,54 +171,50 @@ class _Worker:
             if block:
                 yield _joined(block)
 
-    def _chunks(self, batches: Iterator[np.ndarray]) -> Iterator[Features]:
-        """Fill chunks and run them; on a CPU several at a time, each in one thread, results in order."""
-        if self.device.type != "cpu":
-            yield from self._in_turn(batches)
-            return
-        threads = torch.get_num_threads()
-        running: deque[Future[Features]] = deque()
-        with full_float32(), _single_threaded(threads) as pool:
-            for pieces in self._filled(batches):
-                running.append(pool.submit(self._forward, pieces))
-                if len(running) > threads:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+    def features(self, batches: Iterator[np.ndarray]) -> Iterator[Features]:
+        """Features of chunk after chunk, in order.
 
-    def _in_turn(self, batches: Iterator[np.ndarray]) -> Iterator[Features]:
-        """Start a chunk before the last one's features are awaited, so that the device always has work; results in order."""
-        started: deque[_Started] = deque()
-        for pieces in self._filled(batches):
-            with full_float32():
-                started.append(self._start(pieces))
-            if len(started) > 1:
-                yield self._finish(started.popleft())
-        while started:
-            yield self._finish(started.popleft())
+        On a CPU several chunks run at a time, each in one thread. Elsewhere a chunk is started before the last one's features are
+        awaited, so that the device always has work.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cpu":
+                ahead = torch.get_num_threads()
+                stack.enter_context(full_float32())
+                pool = stack.enter_context(_single_threaded(ahead))
 
-    def _filled(self, batches: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
+                def launch(pieces: list[np.ndarray]) -> Callable[[], Features]:
+                    return pool.submit(lambda: self.start(pieces)()).result
+
+            else:
+                ahead, launch = 1, full_float32()(self.start)
+            waiting: deque[Callable[[], Features]] = deque()
+            for pieces in self._chunks(batches):
+                waiting.append(launch(pieces))
+                if len(waiting) > ahead:
+                    yield waiting.popleft()()
+            while waiting:
+                yield waiting.popleft()()
+
+    def _chunks(self, batches: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """Cut batches into chunks: lists of uint8 arrays, together `chunk` images (fewer in the last)."""
         pieces: list[np.ndarray] = []
         filled = 0
         for batch in batches:
-            at = 0
-            while at < len(batch):
-                pieces.append(batch[at : at + self.chunk - filled])
-                filled += len(pieces[-1])
-                at += len(pieces[-1])
+            while len(batch):
+                piece, batch = np.split(batch, [self.chunk - filled])
+                pieces.append(piece)
+                filled += len(piece)
                 if filled == self.chunk:
                     yield pieces
                     pieces, filled = [], 0
         if pieces:
             yield pieces
 
-    def _forward(self, pieces: list[np.ndarray]) -> Features:
-        return self._finish(self._start(pieces))
-
-    def _start(self, pieces: list[np.ndarray]) -> _Started:
-        """Send one chunk through the network and its features on their way to main memory, without waiting for them."""
+    def start(self, pieces: list[np.ndarray]) -> Callable[[], Features]:
+        """Send one chunk through the network; the function that is returned waits for its features in main memory."""
         kind = self.device.type
+        on_cuda = kind == "cuda"
         count = sum(len(piece) for piece in pieces)
         with torch.inference_mode():
             parts = [to_inception_range(tf1_bilinear(self._sent(piece))) for piece in pieces]
@@ -249,12 +225,20 @@ class _Worker:
             chunk = torch.cat(parts).to(self.weight_dtype).contiguous(memory_format=torch.channels_last)
             with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 outputs = self.compute(chunk)
-            waits_for_event = kind == "cuda"
-            arriving = tuple(value[:count].float().to("cpu", non_blocking=waits_for_event) for value in outputs)
-        arrived = torch.cuda.Event() if waits_for_event else None
+            arriving = [value[:count].float().to("cpu", non_blocking=on_cuda) for value in outputs]
+        arrived = torch.cuda.Event() if on_cuda else None
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(self.device))  # which need not be the current device's
-        return _Started(arriving, arrived)
+
+        def finish() -> Features:
+            if arrived is not None:
+                arrived.synchronize()
+            features = Features(*(value.numpy() for value in arriving))
+            if not all(np.isfinite(values).all() for values in features):
+                raise ValueError("the network gave features that are not finite; are the weights damaged?")
+            return features
+
+        return finish
 
     def _sent(self, piece: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(
@@ -263,14 +247,6 @@ class _Worker:
         if self.device.type == "cuda":  # from pinned memory the copy does not hold up this thread
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
-
-    def _finish(self, started: _Started) -> Features:
-        if started.arrived is not None:
-            started.arrived.synchronize()
-        features = Features(*(value.numpy() for value in started.arriving))
-        if not all(np.isfinite(values).all() for values in features):
-            raise ValueError("the network gave features that are not finite; are the weights damaged?")
-        return features
 
 
 @contextlib.contextmanager
@@ -340,7 +316,7 @@ def _key(images: ImageSource, worker: _Worker) -> str:
         "folded": net.folded,
         "weight_dtype": str(worker.weight_dtype),
         "dtype": worker.dtype,
-        "compiled": worker.compile,
+        "compiled": worker.compiled,
         "chunk": worker.chunk,
         "device": worker.device.type,
         "torch": torch.__version__,

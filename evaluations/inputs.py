@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from guided_diffusion.runtime import storage
 
 from .conversions import Bounds, check_bounds, declared_bounds, plan, refuse_binary, refuse_one_image
 from .npy import DiskArray, Npz
+from .pictures import PictureSource
 from .sources import MAX_BATCH_BYTES, ImageSource
 from .statistics import Stored, checked
 
@@ -37,7 +39,7 @@ def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSourc
     if not isinstance(source, (str, os.PathLike)):
         array = _as_array(source)
         if array is not None:
-            return ArraySource("array in memory", MemoryArray(array), value_range=value_range)
+            return ArraySource("array in memory", array, value_range=value_range)
         if isinstance(source, Iterable):
             return IterableSource(source, value_range=value_range)
         raise ValueError(f"cannot read images from {type(source).__name__}; give a path, an array or batches of uint8")
@@ -45,7 +47,7 @@ def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSourc
     if not (storage.exists(path) or path.endswith(".tar")):
         raise ValueError(f"there is no file or folder {path!r} (working directory {os.getcwd()})")
     if not os.path.isfile(path) or path.lower().endswith(".tar"):
-        return _pictures(path)
+        return PictureSource(path)
     with open(path, "rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
@@ -55,17 +57,11 @@ def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSourc
     if path.endswith(".npz") or _holds_arrays(path):
         return _from_npz(path, value_range)
     if start[:2] == b"PK" or path.lower().endswith(".zip"):
-        return _pictures(path)
+        return PictureSource(path)
     raise ValueError(
         f"{path} is no known kind of image file (it starts with {start!r}); "
         "npz, npy, .zip of images, .tar shards or a folder can be read"
     )
-
-
-def _pictures(path: str) -> ImageSource:
-    from .pictures import PictureSource
-
-    return PictureSource(path)
 
 
 def _holds_arrays(path: str) -> bool:
@@ -105,39 +101,27 @@ def _as_array(source: Any) -> np.ndarray | None:
     return source if isinstance(source, np.ndarray) else None
 
 
-class MemoryArray:
-    """An array in memory with the reading interface of `DiskArray`."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        if array.dtype.hasobject or array.dtype.kind not in "buif":
-            raise ValueError(f"an array of {array.dtype} holds no images")
-        self.array = array
-        self.shape, self.dtype = array.shape, array.dtype
-        self.item_bytes = array[:1].nbytes if array.ndim else 0
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Entries [start, stop) of the first axis."""
-        return self.array[start:stop]
-
-
 class ArraySource(ImageSource):
     """Images in one array: npz member, npy file or memory."""
 
     def __init__(
         self,
         name: str,
-        array: DiskArray | MemoryArray,
+        array: DiskArray | np.ndarray,
         *,
         others: Mapping[str, DiskArray] | None = None,
         value_range: Bounds | None = None,
     ) -> None:
         shape, dtype = array.shape, array.dtype
+        if dtype.hasobject or dtype.kind not in "buif":
+            raise ValueError(f"an array of {dtype} holds no images")
         if len(shape) == 0 or shape[0] == 0:
             raise ValueError(f"{name} holds no images (shape {shape})")
         super().__init__(name, shape[0])
         self._array = array
         self._others = others or {}
-        self._scan_step = max(1, SCAN_BYTES // max(1, array.item_bytes))
+        self._item_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        self._scan_step = max(1, SCAN_BYTES // self._item_bytes)
         refuse_one_image(name, dtype, shape)
         plan(name, np.dtype(np.uint8), shape, None)  # refuse a wrong layout before a long scan
         bounds = None if dtype == np.uint8 else declared_bounds(value_range, dtype) or self._scan()
@@ -145,11 +129,11 @@ class ArraySource(ImageSource):
         self.conversion = f"range {self._bounds}" if self._bounds else ""
         self._conversion = plan(name, dtype, shape, bounds)
         self.notes += self._conversion.notes
-        refuse_binary(name, array.read(0, min(64, self._scan_step)))
+        refuse_binary(name, array[: min(64, self._scan_step)])
 
     def _parts(self) -> Iterator[np.ndarray]:
         for at in range(0, self._array.shape[0], self._scan_step):
-            yield self._array.read(at, at + self._scan_step)
+            yield self._array[at : at + self._scan_step]
 
     def _scan(self) -> Bounds:
         low, high = np.inf, -np.inf
@@ -165,9 +149,9 @@ class ArraySource(ImageSource):
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         stop = self._array.shape[0] if stop is None else min(stop, self._array.shape[0])
-        step = max(1, min(batch_size, MAX_BATCH_BYTES // max(1, self._array.item_bytes)))
+        step = max(1, min(batch_size, MAX_BATCH_BYTES // self._item_bytes))
         for at in range(start, stop, step):
-            images = self._array.read(at, min(at + step, stop))
+            images = self._array[at : min(at + step, stop)]
             check_bounds(self.name, images, self._bounds)
             yield self._conversion.apply(images)
 
@@ -300,7 +284,7 @@ def class_numbers(name: str, labels: DiskArray | np.ndarray, count: int) -> np.n
             f"{name} holds labels of shape {labels.shape} and dtype {labels.dtype}; labels are whole numbers, one for "
             f"each of the {count} images"
         )
-    numbers = (labels.read(0, count) if isinstance(labels, DiskArray) else labels).astype(np.int64)
+    numbers = labels[:].astype(np.int64)
     if numbers.min(initial=0) < 0:
         raise ValueError(f"{name} holds the label {numbers.min()}; classes are numbered from 0")
     return numbers
@@ -328,7 +312,7 @@ def stored_statistics(name: str, arrays: Mapping[str, DiskArray]) -> Stored | No
                 f"{key} in {name} has shape {array.shape} and dtype {array.dtype}, expected {shape} floats: features "
                 "of the Inception network of 2015. Statistics of another network cannot be compared with them"
             )
-        return array.read(0, shape[0])
+        return array[:]
 
     pool = checked(read("mu"), read("sigma"), name=f"mu, sigma in {name}")
     if "mu_s" in arrays and "sigma_s" in arrays:

@@ -17,7 +17,7 @@ import torch
 from .statistics import Statistics, from_features
 
 _EPS = float(np.finfo(np.float64).eps)
-SPLIT = 5000
+_ROWS = 2048  # of features that are looked at together
 
 
 class RankDeficientWarning(UserWarning):
@@ -66,14 +66,8 @@ def frechet_distance_of_features(
     sample: Any, reference: Any, *, device: torch.device | str = "cpu", name: str = "FD"
 ) -> float:
     """Frechet distance between any two feature matrices [n, d] and [m, d], of whatever encoder."""
-    return frechet_distance(
-        from_features(sample),
-        from_features(reference),
-        sample_features=sample,
-        reference_features=reference,
-        device=device,
-        name=name,
-    )
+    a, b = from_features(sample), from_features(reference)
+    return frechet_distance(a, b, sample_features=sample, reference_features=reference, device=device, name=name)
 
 
 def covariance_root(stats: Statistics, features: Any, device: torch.device | str) -> torch.Tensor:
@@ -132,7 +126,7 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(
-    pool: Any, weight: Any, *, split_size: int = SPLIT, device: torch.device | str = "cpu", chunk: int = 2048
+    pool: Any, weight: Any, *, split_size: int = 5000, device: torch.device | str = "cpu"
 ) -> InceptionScore:
     """Inception Score (Salimans et al. 2016) of pool_3 features [n, 2048] with the softmax weight [1008, 2048].
 
@@ -140,41 +134,30 @@ def inception_score(
     in the given order, a shorter last split counting as much as the others. The logits have no bias, as in 2021.
     Log-softmax in float64: no underflow, so no nan.
     """
-    if split_size < 1:
-        raise ValueError(f"split_size must be at least 1, got {split_size}")
     pool = torch.as_tensor(np.asarray(pool))
     count = len(pool)
-    if count == 0:
-        raise ValueError("the Inception Score needs at least one image")
     weight = torch.as_tensor(weight).detach().to(device=device, dtype=torch.float64)
-    if weight.ndim != 2 or weight.shape[1] != pool.shape[1]:
-        raise ValueError(f"weight must be [classes, {pool.shape[1]}], got {list(weight.shape)}")
     scores: list[float] = []
     influences: list[np.ndarray] = []
     probabilities: list[torch.Tensor] = []
     own: list[torch.Tensor] = []
-    starts = range(0, count, split_size)
-    for start in starts:
-        split = pool[start : start + split_size]
-        log_p = torch.cat(
-            [
-                torch.log_softmax(split[at : at + chunk].to(device=device, dtype=torch.float64) @ weight.T, dim=1)
-                for at in range(0, len(split), chunk)
-            ]
-        )
+    splits = pool.split(split_size)
+    for split in splits:
+        rows = (part.to(device=device, dtype=torch.float64) for part in split.split(_ROWS))
+        log_p = torch.cat([torch.log_softmax(part @ weight.T, dim=1) for part in rows])
         p = log_p.exp()
         log_marginal = torch.logsumexp(log_p, dim=0) - float(np.log(len(split)))
         divergence = (p * (log_p - log_marginal)).sum(dim=1)
         score = float(divergence.mean().exp())
         scores.append(score)
         # d score / d weight of image i is score * (KL_i - mean KL): the term through the marginal is zero.
-        influence = score * (divergence - divergence.mean()) * (count / (len(split) * len(starts)))
+        influence = score * (divergence - divergence.mean()) * (count / (len(split) * len(splits)))
         influences.append(influence.cpu().numpy())
         probabilities.append(p.float())
         own.append((p * log_p).sum(dim=1))
     score = float(np.mean(scores))
     shuffled = np.array([score])
-    if len(starts) > 1:
+    if len(splits) > 1:
         shuffled = _shuffled_scores(torch.cat(probabilities), torch.cat(own), split_size)
     return InceptionScore(
         score, tuple(scores), np.concatenate(influences), float(shuffled.mean()), float(shuffled.std())
@@ -203,7 +186,7 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    sample: Any, reference: Any, *, device: torch.device | str = "cpu", tile: int = 2048
+    sample: Any, reference: Any, *, device: torch.device | str = "cpu", tile: int = _ROWS
 ) -> KernelDistance:
     """KID (Binkowski et al. 2018, arXiv:1801.01401): unbiased MMD^2 with kernel (x.y / d + 1)^3 over *all* pairs.
 
@@ -262,25 +245,19 @@ def fid_infinity(
     reference: Statistics,
     *,
     points: int = 8,
-    smallest: int | None = None,
     seed: int = 0,
     reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Extrapolation:
     """FID at `points` sample counts, extrapolated to infinitely many (Chong & Forsyth 2020, arXiv:1911.07023).
 
-    Each count draws its own seeded subset without replacement; counts are evenly spaced in 1/N between `smallest`
-    (default: n / 8, but more than d where the set allows) and n. `residual` is the root mean square distance of the
+    Each count draws its own seeded subset without replacement; counts are evenly spaced in 1/N between n / 8 (but more
+    than d where the set allows) and n. `residual` is the root mean square distance of the
     values from the fitted line: an infinity whose residual is not far below the FID itself is not worth reporting.
     """
     sample = np.asarray(sample)
     count, dim = sample.shape
-    if points < 2:
-        raise ValueError(f"a line needs at least 2 points, got {points}")
-    if smallest is None:
-        smallest = max(count // 8, min(dim + 1, count // 2))
-    if not 2 <= smallest < count:
-        raise ValueError(f"the smallest subset must have between 2 and {count - 1} images, got {smallest}")
+    smallest = max(count // 8, min(dim + 1, count // 2))
     counts = [round(1 / inverse) for inverse in np.linspace(1 / smallest, 1 / count, points)]
     rng = np.random.default_rng(seed)
     if reference_root is None:
@@ -291,14 +268,10 @@ def fid_infinity(
         subset = sample[chosen] if size < count else sample
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RankDeficientWarning)
-            value = frechet_distance(
-                from_features(subset),
-                reference,
-                sample_features=subset,
-                reference_root=reference_root,
-                device=device,
+            stats = from_features(subset)
+            values.append(
+                frechet_distance(stats, reference, sample_features=subset, reference_root=reference_root, device=device)
             )
-            values.append(value)
     design = np.stack([np.ones(points), 1 / np.array(counts)], axis=1)
     (infinity, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)
     residual = float(np.sqrt(np.mean((design @ [infinity, slope] - values) ** 2)))

@@ -72,6 +72,16 @@ class Neighbours(NamedTuple):
         return float(self.occupied.mean())
 
 
+class _How(NamedTuple):
+    """How coarse distances are computed."""
+
+    dtype: torch.dtype
+    device: torch.device | str
+    tile: int
+    exact: bool
+    """Whether comparisons within the rounding bound are decided in float64."""
+
+
 def neighbours(
     sample: Any,
     reference: Any,
@@ -88,26 +98,23 @@ def neighbours(
     reference_radii: squared radii of the reference, to reuse those of an earlier call with the same k and dtype.
     tile: rows per product; memory beyond the inputs is about `tile` x 10,000 x 20 bytes.
     """
-    x, y = _matrix(sample, "sample"), _matrix(reference, "reference")
+    x, y = _matrix(sample, "sample", k), _matrix(reference, "reference", k)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"cannot compare {x.shape[1]} features with {y.shape[1]}")
-    _check(k, dtype, x, y)
-    dtype = _wide_enough(dtype, x, y)
-    if reference_radii is None:
-        reference_radii = squared_radii(y, k=k, dtype=dtype, device=device, tile=tile)
-    elif reference_radii.shape != (len(y),):
-        raise ValueError(f"reference_radii must have shape [{len(y)}], got {list(reference_radii.shape)}")
-    sample_radii = squared_radii(x, k=k, dtype=dtype, device=device, tile=tile)
+    how = _how(dtype, device, tile, x, y)
+    radii_x, radii_y = _radii(x, k, how), _radii(y, k, how) if reference_radii is None else reference_radii
+    groups = min(GROUPS, len(x))
     found = Neighbours(
         inside_reference=np.zeros(len(x), bool),
-        by_group=np.zeros((min(GROUPS, len(x)), len(y)), bool),
+        by_group=np.zeros((groups, len(y)), bool),
         ball_counts=np.zeros(len(x), np.int64),
-        occupied_by_group=np.zeros((min(GROUPS, len(x)), len(y)), bool),
+        occupied_by_group=np.zeros((groups, len(y)), bool),
         k=k,
     )
     with full_float32():
-        for rows, columns in _blocks(len(x), len(y)):
-            _count_block(found, x, y, sample_radii, reference_radii, rows, columns, dtype, device, tile)
+        for rows in _spans(len(x), PUBLISHED_BLOCK):
+            for columns in _spans(len(y), PUBLISHED_BLOCK):
+                _count_block(found, x, y, radii_x, radii_y, rows, columns, how)
     np.greater(found.ball_counts, 0, out=found.inside_reference)
     return found
 
@@ -121,64 +128,42 @@ def squared_radii(
     tile: int = 1024,
 ) -> np.ndarray:
     """Squared distance [n] of each point to its k-th nearest other point of the set, float64."""
-    x = _matrix(points, "points")
-    _check(k, dtype, x)
-    dtype = _wide_enough(dtype, x)
-    with full_float32():
-        if dtype == torch.float16:
-            return _published_radii(x, k, device, tile)
-        radii, unsettled = np.empty(len(x)), np.arange(len(x))
-        for coarse in (dtype, torch.float64):
-            if len(unsettled):
-                unsettled = _settle_radii(x, unsettled, radii, k, coarse, device, tile)
-    for row in unsettled:  # more ties than candidates even in float64: look at every pair
-        distances = np.concatenate(
-            [_exact(x, np.full(stop - start, row), x, np.arange(start, stop)) for start, stop in _spans(len(x), 4096)]
-        )
-        radii[row] = np.partition(distances, k)[k]
-    return radii
+    x = _matrix(points, "points", k)
+    return _radii(x, k, _how(dtype, device, tile, x))
 
 
-def _matrix(features: Any, name: str) -> np.ndarray:
+def _matrix(features: Any, name: str, k: int) -> np.ndarray:
     matrix = np.ascontiguousarray(np.asarray(features))
     if matrix.ndim != 2 or matrix.dtype.kind != "f":
         raise ValueError(f"{name}: features must be a float matrix [n, d], got {matrix.dtype} {list(matrix.shape)}")
     if not np.isfinite(matrix).all():
         raise ValueError(f"{name}: features hold values that are not finite")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if len(matrix) <= k:
+        raise ValueError(f"k = {k} neighbours need at least {k + 1} images in each set, got {len(matrix)}")
     return matrix
 
 
-def _check(k: int, dtype: torch.dtype, *sets: np.ndarray) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+def _how(dtype: torch.dtype, device: torch.device | str, tile: int, *sets: np.ndarray) -> _How:
+    """float64 where squared distances overflow float32: infinite ones would all look alike."""
     if dtype not in (torch.float16, torch.float32, torch.float64):
         raise ValueError(f"dtype must be float16, float32 or float64, got {dtype}")
-    smallest = min(map(len, sets))
-    if smallest <= k:
-        raise ValueError(f"k = {k} neighbours need at least {k + 1} images in each set, got {smallest}")
-
-
-def _wide_enough(dtype: torch.dtype, *sets: np.ndarray) -> torch.dtype:
-    """float64 where squared distances overflow float32: infinite ones would all look alike."""
     largest = max(float(np.einsum("ij,ij->i", part, part, dtype=np.float64).max()) for part in sets)
-    return dtype if 4 * largest < torch.finfo(torch.float32).max else torch.float64
+    if 4 * largest >= torch.finfo(torch.float32).max:
+        dtype = torch.float64
+    return _How(dtype, device, tile, dtype != torch.float16)
 
 
-def _spans(count: int, size: int) -> Iterator[tuple[int, int]]:
+def _spans(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
-        yield start, min(start + size, count)
+        yield slice(start, min(start + size, count))
 
 
-def _blocks(rows: int, columns: int) -> Iterator[tuple[range, range]]:
-    for top, bottom in _spans(rows, PUBLISHED_BLOCK):
-        for left, right in _spans(columns, PUBLISHED_BLOCK):
-            yield range(top, bottom), range(left, right)
-
-
-def _distances(u: np.ndarray, v: np.ndarray, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """Squared distances [len(u), len(v)] by one matrix product in `dtype`, not negative."""
-    a, b = (torch.from_numpy(part).to(device=device, dtype=dtype) for part in (u, v))
-    if dtype == torch.float16:
+def _distances(u: np.ndarray, v: np.ndarray, how: _How) -> torch.Tensor:
+    """Squared distances [len(u), len(v)] by one matrix product in `how.dtype`, not negative."""
+    a, b = (torch.from_numpy(part).to(device=how.device, dtype=how.dtype) for part in (u, v))
+    if how.dtype == torch.float16:
         # The product of halves is summed in float32 and rounded once, as accelerators do.
         rounded_a, rounded_b = a.float(), b.float()
         norm_a, norm_b = rounded_a.square().sum(dim=1).half(), rounded_b.square().sum(dim=1).half()
@@ -187,7 +172,7 @@ def _distances(u: np.ndarray, v: np.ndarray, dtype: torch.dtype, device: torch.d
         norm_a, norm_b = a.square().sum(dim=1), b.square().sum(dim=1)
         product = a @ b.T
     product.mul_(-2).add_(norm_a[:, None]).add_(norm_b[None, :])
-    return product if dtype == torch.float16 else product.clamp_(min=0)
+    return product if how.dtype == torch.float16 else product.clamp_(min=0)
 
 
 def _margin(u: np.ndarray, v: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -202,33 +187,38 @@ def _margin(u: np.ndarray, v: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 def _exact(x: np.ndarray, i: np.ndarray, y: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Float64 squared distances of the pairs (x[i], y[j]): the same bits for (a, b) and (b, a), and 0 for equal points."""
     result = np.empty(len(i))
-    step = max(1, (16 << 20) // (8 * x.shape[1]))
-    for start, stop in _spans(len(i), step):
-        difference = x[i[start:stop]].astype(np.float64) - y[j[start:stop]]
-        result[start:stop] = np.einsum("ij,ij->i", difference, difference)
+    for span in _spans(len(i), max(1, (16 << 20) // (8 * x.shape[1]))):
+        difference = x[i[span]].astype(np.float64) - y[j[span]]
+        result[span] = np.einsum("ij,ij->i", difference, difference)
     return result
 
 
-def _settle_radii(
-    x: np.ndarray,
-    rows: np.ndarray,
-    radii: np.ndarray,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    tile: int,
-) -> np.ndarray:
+def _radii(x: np.ndarray, k: int, how: _How) -> np.ndarray:
+    """As `squared_radii`. Few candidates from coarse distances settle nearly all; finer ones, and at last all pairs, the rest."""
+    with full_float32():
+        if how.dtype == torch.float16:
+            return _published_radii(x, k, how)
+        radii, unsettled = np.empty(len(x)), np.arange(len(x))
+        for dtype in (how.dtype, torch.float64):
+            if len(unsettled):
+                unsettled = _settle_radii(x, unsettled, radii, k, how._replace(dtype=dtype))
+    everyone = np.arange(len(x))
+    for row in unsettled:  # more ties than candidates even in float64
+        radii[row] = np.partition(_exact(x, np.full(len(x), row), x, everyone), k)[k]
+    return radii
+
+
+def _settle_radii(x: np.ndarray, rows: np.ndarray, radii: np.ndarray, k: int, how: _How) -> np.ndarray:
     """Write the radii of `rows` that candidates from coarse distances settle; return the rows they do not."""
     keep = min(k + 1 + _SPARE, len(x))
     unsettled = []
-    for start, stop in _spans(len(rows), tile):
-        part = rows[start:stop]
-        values = torch.empty(len(part), 0, device=device)
-        indices = torch.empty(len(part), 0, dtype=torch.long, device=device)
-        for left, right in _spans(len(x), PUBLISHED_BLOCK):
-            distances = _distances(x[part], x[left:right], dtype, device)
-            found = distances.topk(min(keep, right - left), dim=1, largest=False)
-            values, indices = torch.cat([values, found.values], 1), torch.cat([indices, found.indices + left], 1)
+    for part in (rows[span] for span in _spans(len(rows), how.tile)):
+        values = torch.empty(len(part), 0, device=how.device)
+        indices = torch.empty(len(part), 0, dtype=torch.long, device=how.device)
+        for block in _spans(len(x), PUBLISHED_BLOCK):
+            distances = _distances(x[part], x[block], how)
+            found = distances.topk(min(keep, distances.shape[1]), dim=1, largest=False)
+            values, indices = torch.cat([values, found.values], 1), torch.cat([indices, found.indices + block.start], 1)
             values, order = values.topk(min(keep, values.shape[1]), dim=1, largest=False)
             indices = indices.gather(1, order)
         candidates = indices.cpu().numpy()
@@ -236,7 +226,7 @@ def _settle_radii(
         exact.sort(axis=1)
         radii[part] = exact[:, k]
         # Whoever was left out is at least as far as the farthest candidate, up to the rounding of both.
-        left_out = values[:, -1].double().cpu().numpy() - 2 * _margin(x[part], x, dtype)
+        left_out = values[:, -1].double().cpu().numpy() - 2 * _margin(x[part], x, how.dtype)
         settled = (exact[:, k] <= left_out) | (exact[:, k] == 0) | (keep == len(x))
         unsettled.append(part[~settled])
     return np.concatenate(unsettled)
@@ -246,97 +236,72 @@ def _count_block(
     found: Neighbours,
     x: np.ndarray,
     y: np.ndarray,
-    sample_radii: np.ndarray,
-    reference_radii: np.ndarray,
-    rows: range,
-    columns: range,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    tile: int,
+    radii_x: np.ndarray,
+    radii_y: np.ndarray,
+    rows: slice,
+    columns: slice,
+    how: _How,
 ) -> None:
     """Add what one block of pairs says to `found`, in place."""
-    v = y[columns.start : columns.stop]
-    if dtype == torch.float16 and not _block_fits_half(x[rows.start : rows.stop], v, device, tile):
-        dtype = torch.float32
-        exact = False
-    else:
-        exact = dtype != torch.float16
-    ball_v = torch.from_numpy(reference_radii[columns.start : columns.stop]).to(device)
-    here = slice(columns.start, columns.stop)
-    for start, stop in _spans(len(rows), tile):
-        at = slice(rows.start + start, rows.start + stop)
-        u = x[at]
-        distances = _distances(u, v, dtype, device)
-        in_reference, in_sample = _inside(u, v, distances, sample_radii[at], ball_v, dtype, exact)
+    if how.dtype == torch.float16 and not _fits_half(x[rows], y[columns], how):
+        how = how._replace(dtype=torch.float32)
+    groups = len(found.by_group)
+    for span in _spans(rows.stop - rows.start, how.tile):
+        at = slice(rows.start + span.start, rows.start + span.stop)
+        in_reference, in_sample = _inside(x[at], y[columns], radii_x[at], radii_y[columns], how)
         found.ball_counts[at] += in_reference.view(torch.uint8).sum(dim=1, dtype=torch.int32).cpu().numpy()
-        groups = len(found.by_group)
-        for offset in range(min(groups, len(u))):
+        for offset in range(min(groups, span.stop - span.start)):
             group = (at.start + offset) % groups
             # The greatest byte, not any(): the same answer, thirty times faster on a CPU.
             for mask, reached in ((in_sample, found.by_group), (in_reference, found.occupied_by_group)):
                 part = mask[offset::groups].view(torch.uint8).amax(dim=0)
-                reached[group, here] |= part.cpu().numpy().view(bool)
+                reached[group, columns] |= part.cpu().numpy().view(bool)
 
 
 def _inside(
-    u: np.ndarray,
-    v: np.ndarray,
-    distances: torch.Tensor,
-    ball_u: np.ndarray,
-    ball_v: torch.Tensor,
-    dtype: torch.dtype,
-    exact: bool,
+    u: np.ndarray, v: np.ndarray, radii_u: np.ndarray, radii_v: np.ndarray, how: _How
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks [len(u), len(v)]: v's ball holds u; u's ball holds v. Comparisons too close to call are settled exactly."""
-    device = distances.device
+    distances = _distances(u, v, how)
+    margin = torch.from_numpy(_margin(u, v, how.dtype)[:, None]).to(distances) if how.exact else None
     masks = []
-    margin = torch.from_numpy(_margin(u, v, dtype)).to(device)[:, None].to(distances.dtype) if exact else None
-    for owner in ("v", "u"):
-        radius = ball_v[None, :] if owner == "v" else torch.from_numpy(ball_u).to(device)[:, None]
-        radius = radius.to(distances.dtype)
+    for radii in (radii_v[None, :], radii_u[:, None]):
+        radius = torch.from_numpy(radii).to(distances)
         mask = distances <= radius
         if margin is not None:
-            # Rounding the radius itself to `dtype` is far below the margin, which is at least 8 units of the norms.
-            close = (distances - radius).abs_() <= margin
-            i, j = (index.cpu().numpy() for index in close.nonzero(as_tuple=True))
-            if len(i) > mask.numel() // 64 and dtype == torch.float32:
-                finer = _distances(u, v, torch.float64, device)
-                return _inside(u, v, finer, ball_u, ball_v, torch.float64, exact)
-            if len(i):
-                true_radius = ball_v.cpu().numpy()[j] if owner == "v" else ball_u[i]
-                settled = torch.from_numpy(_exact(u, i, v, j) <= true_radius).to(device)
-                mask[torch.from_numpy(i).to(device), torch.from_numpy(j).to(device)] = settled
+            # Rounding the radius itself to the dtype is far below the margin, which is at least 8 units of the norms.
+            close = ((distances - radius).abs_() <= margin).nonzero()
+            if len(close) > mask.numel() // 64 and how.dtype == torch.float32:
+                return _inside(u, v, radii_u, radii_v, how._replace(dtype=torch.float64))
+            if len(close):
+                i, j = close.cpu().numpy().T
+                settled = _exact(u, i, v, j) <= np.broadcast_to(radii, mask.shape)[i, j]
+                mask[close[:, 0], close[:, 1]] = torch.from_numpy(settled).to(mask.device)
         masks.append(mask)
     return masks[0], masks[1]
 
 
-def _block_fits_half(u: np.ndarray, v: np.ndarray, device: torch.device | str, tile: int) -> bool:
+def _fits_half(u: np.ndarray, v: np.ndarray, how: _How) -> bool:
     """Whether all half-precision distances of a block are finite.
 
     In 2021 an overflow of u.v alone went unnoticed: minus infinity was clamped to distance 0 and the block counted as
     finite. Here that block falls back to float32 like the others.
     """
-    return all(
-        bool(torch.isfinite(_distances(u[a:b], v, torch.float16, device)).all()) for a, b in _spans(len(u), tile)
-    )
+    return all(bool(torch.isfinite(_distances(u[span], v, how)).all()) for span in _spans(len(u), how.tile))
 
 
-def _published_radii(x: np.ndarray, k: int, device: torch.device | str, tile: int) -> np.ndarray:
+def _published_radii(x: np.ndarray, k: int, how: _How) -> np.ndarray:
     """Radii from half-precision blocks, each falling back to float32 as a whole."""
     radii = np.empty(len(x))
-    for top, bottom in _spans(len(x), PUBLISHED_BLOCK):
-        best = torch.empty(bottom - top, 0, device=device)
-        for left, right in _spans(len(x), PUBLISHED_BLOCK):
-            u, v = x[top:bottom], x[left:right]
-            dtype = torch.float16 if _block_fits_half(u, v, device, tile) else torch.float32
-            kept = [
-                _distances(u[a:b], v, dtype, device)
-                .float()
-                .clamp_(min=0)
-                .topk(min(k + 1, len(v)), dim=1, largest=False)
-                for a, b in _spans(len(u), tile)
-            ]
-            best = torch.cat([best, torch.cat([part.values for part in kept])], dim=1)
+    for rows in _spans(len(x), PUBLISHED_BLOCK):
+        u = x[rows]
+        best = torch.empty(len(u), 0, device=how.device)
+        for columns in _spans(len(x), PUBLISHED_BLOCK):
+            v = x[columns]
+            fitting = how if _fits_half(u, v, how) else how._replace(dtype=torch.float32)
+            parts = (_distances(u[span], v, fitting).float().clamp_(min=0) for span in _spans(len(u), how.tile))
+            kept = [part.topk(min(k + 1, len(v)), dim=1, largest=False).values for part in parts]
+            best = torch.cat([best, torch.cat(kept)], dim=1)
             best = best.topk(min(k + 1, best.shape[1]), dim=1, largest=False).values
-        radii[top:bottom] = best[:, k].double().cpu().numpy()
+        radii[rows] = best[:, k].double().cpu().numpy()
     return radii

@@ -22,7 +22,7 @@ _HEADERS: dict[tuple[int, int], Any] = {
 
 
 class DiskArray:
-    """An array in a file, read along its first axis with `read(start, stop)`.
+    """An array in a file, read along its first axis with `array[start:stop]`, as an array in memory is.
 
     Compressed data is unpacked on the way: going on from the last place is cheap, going back starts anew. The checksum of a zip member
     is compared whenever it has been read from start to end. ValueError for anything but an array of numbers.
@@ -45,8 +45,7 @@ class DiskArray:
             )
         if self.dtype.kind not in "buif" or self.dtype.itemsize > 8:
             raise ValueError(f"{self.name} holds {self.dtype}, expected numbers (uint8 for images)")
-        self.item_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        """Bytes of one entry along the first axis."""
+        self._item_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         size = os.path.getsize(self.path) if member is None else member.file_size
         needed = self._start + math.prod(self.shape) * self.dtype.itemsize
         if size != needed:
@@ -57,14 +56,14 @@ class DiskArray:
     def _open(self) -> IO[bytes]:
         return open(self.path, "rb") if self._member is None else zipfile.ZipFile(self.path).open(self._member)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Entries [start, stop) of the first axis, in native byte order; ValueError when the data is damaged or ends early."""
+    def __getitem__(self, span: slice) -> np.ndarray:
+        """Entries of the first axis, in native byte order; ValueError when the data is damaged or ends early."""
         native = self.dtype.newbyteorder("=")
-        stop = min(stop, self.shape[0])
+        start, stop, _ = span.indices(self.shape[0])
         try:
             if self._fortran and len(self.shape) > 1:
                 return self._mapped()[start:stop].astype(native)
-            data = self._bytes(self._start + start * self.item_bytes, (stop - start) * self.item_bytes)
+            data = self._bytes(self._start + start * self._item_bytes, (stop - start) * self._item_bytes)
         except Exception as error:  # zipfile and zlib have several kinds for damage
             raise ValueError(f"{self.name} is damaged: {error}") from error
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:]).astype(native, copy=False)

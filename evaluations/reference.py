@@ -19,10 +19,11 @@ import numpy as np
 from guided_diffusion.data.images import center_crop
 from guided_diffusion.runtime import storage
 
-from .commands import Parser, announce_place, check_file, check_folder, place
+from .commands import Parser, announce_place, check_file, check_folder, place, settings_of
 from .features import extract_blocks, pick_device
 from .inception import SPATIAL_FEATURES, InceptionV3
 from .inputs import open_images
+from .settings import Settings
 from .sources import ImageSource
 from .statistics import Moments
 
@@ -67,33 +68,28 @@ def make_reference(
     net: InceptionV3,
     keep: int = KEPT,
     seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = True,
-    shard_dir: str | None = None,
+    settings: Settings | None = None,
 ) -> dict[str, Any] | None:
     """Write a reference npz and return its receipt (also inside: JSON text as bytes under `receipt`).
 
-    Memory: two covariances and the `keep` images. None in all processes but the first.
+    `settings`: see `extract_blocks`. Memory: two covariances and the `keep` images. None in all processes but the first.
     """
     if keep < 1 or seed < 0:
         raise ValueError(f"--keep is {keep} and --seed {seed}; they must be at least 1 and 0")
     images = CroppedImages(open_images(source), image_size)
     if not images.count or images.count < 2:
         raise ValueError(f"{images.name}: a reference needs at least 2 images, found {images.count}")
-    world = place()
     labels = _labels(images)
     moments = {"": Moments(net.fc.weight.shape[1]), "_s": Moments(SPATIAL_FEATURES)}
-    for block in extract_blocks(
-        images, net, batch_size=batch_size, progress=progress, shard_dir=shard_dir, world=world
-    ):
+    for block in extract_blocks(images, net, settings):
         moments[""].add(block.pool)
         moments["_s"].add(block.spatial)
-    if world.rank != 0:
+    if place().rank != 0:
         return None
     chosen = np.arange(images.count)
     if images.count > keep:
         chosen = np.sort(np.random.default_rng(seed).choice(images.count, keep, replace=False))
-    arrays: dict[str, np.ndarray] = {"arr_0": _take(images, chosen, batch_size)}
+    arrays: dict[str, np.ndarray] = {"arr_0": _take(images, chosen)}
     if labels is not None:
         arrays["arr_1"] = labels[chosen]
     for suffix, gathered in moments.items():
@@ -127,10 +123,10 @@ def _labels(images: ImageSource) -> np.ndarray | None:
         return None
 
 
-def _take(images: ImageSource, chosen: np.ndarray, batch_size: int) -> np.ndarray:
+def _take(images: ImageSource, chosen: np.ndarray) -> np.ndarray:
     wanted = set(chosen.tolist())
     kept, at = [], 0
-    for batch in images.batches(batch_size):
+    for batch in images.batches(64):
         kept += [image for offset, image in enumerate(batch) if at + offset in wanted]
         at += len(batch)
     return np.stack(kept)
@@ -147,12 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--out", required=True, help="file to write")
     add("--keep", type=int, default=KEPT, help=f"images kept for precision and recall (default {KEPT})")
     add("--seed", type=int, default=0, help="of the draw of the kept images (default 0)")
-    add("--batch_size", type=int, default=64)
-    add("--weights", help="Inception weights (.pb or .pth)")
-    add("--allow_other_weights", action="store_true", help="accept weights that are not the published ones")
-    add("--device", help="cpu, cuda, cuda:1, ...")
-    add("--shard_dir", help="keep features there: resumes and shares work")
-    add("--quiet", action="store_true", help="no progress bars")
+    parser.add_common()
     asked = parser.parse_args(arguments)
     announce_place()
     from .weights import load_inception
@@ -160,17 +151,16 @@ def main(arguments: Sequence[str]) -> int:
     check_file("--out", asked.out, [asked.images, asked.weights])
     if asked.shard_dir:
         check_folder("--shard_dir", asked.shard_dir)
-    device = pick_device(wanted=asked.device)
+    settings = settings_of(asked)
+    net = load_inception(
+        settings.weights,
+        device=pick_device(wanted=settings.device),
+        allow_unknown=settings.allow_other_weights,
+        progress=settings.progress,
+    )
+    size = asked.image_size
     receipt = make_reference(
-        asked.images,
-        asked.out,
-        image_size=asked.image_size,
-        net=load_inception(asked.weights, device=device, allow_unknown=asked.allow_other_weights),
-        keep=asked.keep,
-        seed=asked.seed,
-        batch_size=asked.batch_size,
-        progress=not asked.quiet,
-        shard_dir=asked.shard_dir,
+        asked.images, asked.out, image_size=size, net=net, keep=asked.keep, seed=asked.seed, settings=settings
     )
     if receipt is not None:
         print(f"wrote {asked.out}")

@@ -143,7 +143,7 @@ def checks(device: torch.device) -> Iterator[Check | str]:
     kernel = net.Conv2d_1a_3x3.conv.weight.detach().permute(2, 3, 1, 0).contiguous().numpy()
     yield Check("synthetic weights, every bit", hashlib.sha256(kernel.tobytes()).hexdigest(), _CONV_SHA256, 0)
     net = net.fold().to(device)
-    features = extract(synthetic_images(1064, 4, 64, 64), net, progress=False, world=Place())
+    features = extract(synthetic_images(1064, 4, 64, 64), net, Settings(progress=False), world=Place())
     assert features is not None
     tolerance = 1e-5 if device.type == "cpu" else 1e-4
     for name, rows, sums in (("pool_3", features.pool, _POOL_SUMS), ("mixed_6", features.spatial, _SPATIAL_SUMS)):

@@ -55,10 +55,10 @@ class Shards:
         """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
         try:
             with closing(Npz(self.path(span))) as arrays:
-                if arrays["key"].read(0, 32).tobytes().hex() != self.key:
+                if arrays["key"][:].tobytes().hex() != self.key:
                     return None
-                features = Features(*(arrays[name].read(0, span[1] - span[0]) for name in Features._fields))
-                notes = json.loads(arrays["notes"].read(0, arrays["notes"].shape[0]).tobytes())
+                features = Features(*(arrays[name][:] for name in Features._fields))
+                notes = json.loads(arrays["notes"][:].tobytes())
         except (ValueError, KeyError, OSError):
             return None
         widths = (POOL_FEATURES, SPATIAL_FEATURES, NUM_CLASSES)

@@ -13,6 +13,7 @@ import pytest
 
 from evaluations import evaluator, selftest, statistics
 from evaluations.features import extract
+from evaluations.settings import Settings
 
 SCRIPT = Path(evaluator.__file__).resolve()
 PROGRESS = [
@@ -33,8 +34,8 @@ def place(recipes, net, synthetic_pb, tmp_path_factory: pytest.TempPathFactory) 
     os.link(synthetic_pb, folder / "classify_image_graph_def.pb")
     np.savez(folder / "ref.npz", recipes.images(41, 96, 64, 64))
     np.savez(folder / "smp.npz", recipes.images(42, 80, 64, 64), np.arange(80) % 2)
-    reference = extract(str(folder / "ref.npz"), net, progress=False, shard_dir=folder / "cache")
-    extract(str(folder / "smp.npz"), net, progress=False, shard_dir=folder / "cache")
+    reference = extract(str(folder / "ref.npz"), net, Settings(shard_dir=str(folder / "cache")))
+    extract(str(folder / "smp.npz"), net, Settings(shard_dir=str(folder / "cache")))
     pool, spatial = statistics.from_features(reference.pool), statistics.from_features(reference.spatial)
     np.savez(
         folder / "ref_stats.npz",

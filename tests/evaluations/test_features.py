@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from evaluations import features, shards
 from evaluations.features import Features, extract, extract_blocks, pick_device
 from evaluations.inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
 from evaluations.inputs import open_images
+from evaluations.settings import Settings
 from guided_diffusion.runtime.launchers import Place
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +48,9 @@ def same(one: Features | None, other: Features | None) -> bool:
 
 
 def run(source, net, **settings) -> Features | None:
-    return extract(source, net, progress=False, **settings)
+    names = ("batch_size", "dtype", "compile", "shard_dir")
+    chosen = {name: settings.pop(name) for name in names if name in settings}
+    return extract(source, net, Settings(progress=False, **chosen), **settings)
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ PROCESS = """
     from evaluations.features import extract
     from evaluations.weights import load_inception
     net = load_inception(sys.argv[1], allow_unknown=True)
-    found = extract(sys.argv[2], net, chunk=2, shard_images=2, progress=False, timeout_s=120)
+    found = extract(sys.argv[2], net, chunk=2, shard_images=2, timeout_s=120)
     if found is not None:
         np.savez(sys.argv[3], *found)
 """
@@ -120,7 +124,7 @@ def test_any_batch_size_and_number_of_processes(batch_size, size, images, tmp_pa
 
 def test_blocks_come_in_order_and_join_to_the_whole(images):
     net = Toy(2)
-    blocks = list(extract_blocks(images, net, chunk=2, shard_images=4, progress=False))
+    blocks = list(extract_blocks(images, net, chunk=2, shard_images=4))
     assert [block.num_images for block in blocks] == [4, 4, 3]
     whole = run(images, net, chunk=2)
     assert same(whole, Features(*(np.concatenate(parts) for parts in zip(*blocks))))
@@ -279,7 +283,6 @@ def test_what_cannot_be_done_is_refused(images, tmp_path):
     for settings, words in (
         ({"dtype": "float16"}, "allowed are float32, bfloat16"),
         ({"batch_size": 0}, "at least 1"),
-        ({"chunk": 0}, "at least 1"),
         ({"world": Place(0, 2)}, "give shard_dir"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -339,8 +342,9 @@ def test_graphics_card_agrees_with_the_processor(recipes, synthetic_pb):
     with pytest.warns(UserWarning, match="unknown Inception weights"):
         net = load_inception(synthetic_pb, allow_unknown=True)
     expected = run(images, net)
-    found = run(images, net, device="cuda")
-    assert same(found, run(images, net, device="cuda", batch_size=2))
+    net.cuda()
+    found = run(images, net)
+    assert same(found, run(images, net, batch_size=2))
     assert np.abs(found.pool - expected.pool).max() / expected.pool.max() < 5e-6
     assert np.abs(found.spatial - expected.spatial).max() / expected.spatial.max() < 5e-6
 
@@ -365,21 +369,30 @@ def test_what_is_told_of_images_does_not_depend_on_who_read_them(size, tmp_path)
     assert again.shape is None and sorted(again.notes) == sorted(fresh.notes)
 
 
-def test_a_graphics_cards_turn_by_turn_gives_the_same_features(images) -> None:
-    worker = features._Worker(Toy(4), 4, "float32")
-    batches = [images[:3], images[3:4], images[4:]]
-    taken = list(worker._in_turn(iter(batches)))
+class Elsewhere(features._Worker):
+    """On the CPU by the way of other devices."""
+
+    def __init__(self, net: torch.nn.Module, chunk: int) -> None:
+        super().__init__(net, chunk, "float32")
+        self.device, self.order = SimpleNamespace(type="meta"), []
+
+    def _sent(self, piece):
+        return torch.from_numpy(piece)
+
+    def start(self, pieces):
+        self.order.append("start")
+        finish = super().start(pieces)
+        return lambda: self.order.append("finish") or finish()
+
+
+def test_a_gpus_turn_by_turn_gives_the_same_features(images, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    worker = Elsewhere(Toy(4), 4)
+    taken = list(worker.features(iter([images[:3], images[3:4], images[4:]])))
     assert [part.num_images for part in taken] == [4, 4, 3]
     assert same(features._joined(taken), run(images, Toy(4), chunk=4))
-
-
-def test_a_chunk_is_started_before_the_last_one_is_awaited(images, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, order = features._Worker(Toy(4), 4, "float32"), []
-    start, finish = worker._start, worker._finish
-    monkeypatch.setattr(worker, "_start", lambda pieces: order.append("start") or start(pieces))
-    monkeypatch.setattr(worker, "_finish", lambda started: order.append("finish") or finish(started))
-    list(worker._in_turn(iter([images])))
-    assert order == ["start", "start", "finish", "start", "finish", "finish"]
+    # A chunk is started before the last one is awaited.
+    assert worker.order == ["start", "start", "finish", "start", "finish", "finish"]
 
 
 def test_a_compiled_network_gives_the_features_of_the_plain_one(recipes, net, tmp_path, monkeypatch) -> None:

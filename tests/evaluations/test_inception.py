@@ -47,7 +47,7 @@ def test_activations_equal_tensorflow(kind, size, recipes, golden, request):
 
 def test_extract_equals_tensorflow_for_every_image(recipes, golden, net):
     facts = golden["end_to_end"]["64x64"]
-    features = extract(recipes.images(**facts["images"]), net, progress=False)
+    features = extract(recipes.images(**facts["images"]), net)
     assert features is not None
     assert features.pool.astype(np.float64).sum(1) == pytest.approx(np.array(facts["pool_sum"]), rel=2e-6)
     assert features.spatial.astype(np.float64).sum(1) == pytest.approx(np.array(facts["spatial_sum"]), rel=2e-6)

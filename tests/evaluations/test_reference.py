@@ -43,7 +43,7 @@ def test_reference_of_a_folder(tmp_path: Path, net) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photograph(40 + number, 50, number)).save(folder / f"{number}.png")
     receipt = reference.make_reference(
-        str(tmp_path / "data"), tmp_path / "ref.npz", image_size=16, net=net, keep=3, seed=1, progress=False
+        str(tmp_path / "data"), tmp_path / "ref.npz", image_size=16, net=net, keep=3, seed=1
     )
     with np.load(tmp_path / "ref.npz") as made:
         assert set(made.files) == {"arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "receipt"}
@@ -56,7 +56,7 @@ def test_reference_of_a_folder(tmp_path: Path, net) -> None:
     chosen = np.sort(np.random.default_rng(1).choice(5, 3, replace=False))
     np.testing.assert_array_equal(kept, everything[chosen])
     assert labels.tolist() == source.labels()[chosen].tolist()
-    expected = statistics.from_features(extract(everything, net, progress=False).pool)
+    expected = statistics.from_features(extract(everything, net).pool)
     np.testing.assert_array_equal(mu, expected.mu)
     np.testing.assert_array_equal(sigma, expected.sigma)
     assert receipt["images"] == 5 and receipt["preparation"] == ["centre crop to 16x16: box halving, then bicubic"]

@@ -72,6 +72,7 @@ def features(words: Sequence[str]) -> int:
     import torch
 
     from evaluations.features import extract
+    from evaluations.settings import Settings
 
     class Tiny(torch.nn.Module):
         sha256, folded = "tiny", False
@@ -86,7 +87,9 @@ def features(words: Sequence[str]) -> int:
 
     out = Path(words[1])
     out.mkdir(parents=True, exist_ok=True)
-    found = extract(words[0], Tiny(), chunk=2, shard_images=4, shard_dir=out / "shards", progress=False, timeout_s=20)  # type: ignore[arg-type]
+    found = extract(
+        words[0], Tiny(), Settings(shard_dir=str(out / "shards"), progress=False), chunk=2, shard_images=4, timeout_s=20
+    )  # type: ignore[arg-type]
     if found is not None:
         np.savez(out / "features.npz", *found)
     return 0
