@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,52 +45,34 @@ class Encoded(NamedTuple):
     """[N, 2023] float32 of Inception, else None"""
 
 
-class Encoder(Protocol):
+class Encoder:
     """Images to features. `weight`: softmax head [classes, d] for the Inception Score, or None."""
 
-    name: str
-    weight: torch.Tensor | None
+    name = ""
+    weight: torch.Tensor | None = None
 
     def open(self, source: Any) -> ImageSource:
         """What `encode` takes; ValueError for what it would refuse later. A source that is open already stays as it is."""
+        return open_images(source)
 
     def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
         """Features of a set; None in all processes but the first."""
+        raise NotImplementedError
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
         """What features depend on, for the report."""
+        raise NotImplementedError
 
 
-def make_encoder(settings: Settings, device: torch.device) -> Encoder:
-    """The encoder that `--features` names: inception, npz, dinov2:FOLDER or clip:FOLDER."""
-    kind, _, path = settings.features.partition(":")
-    if kind == "inception" and not path:
-        net = load_inception(
-            settings.weights, device=device, allow_unknown=settings.allow_other_weights, progress=settings.progress
-        )
-        return InceptionEncoder(net)
-    if kind.lower() == "npz" and not path:
-        return StoredFeatures()
-    if kind in ("dinov2", "clip") and path:
-        return vision_transformer(kind, path, device)
-    raise ValueError(f"features is {settings.features!r}, allowed are inception, npz, dinov2:FOLDER, clip:FOLDER")
-
-
-class InceptionEncoder:
-    """The network of the published scores."""
+class InceptionEncoder(Encoder):
+    """The network of the published scores; finished shards in `settings.shard_dir` are reused."""
 
     name = "inception"
 
     def __init__(self, net: InceptionV3) -> None:
-        self.net = net
-        self.weight: torch.Tensor | None = net.fc.weight.detach()
+        self.net, self.weight = net, net.fc.weight.detach()
 
-    def open(self, source: Any) -> ImageSource:
-        """Anything `open_images` takes."""
-        return open_images(source)
-
-    def encode(self, images: ImageSource, settings: Settings, world: Place) -> Encoded | None:
-        """Both feature tensors of every image; shards in `settings.shard_dir` are reused."""
+    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
         if images.count == 0:
             sizes = (POOL_FEATURES, SPATIAL_FEATURES)
             return Encoded(*(np.empty((0, size), np.float32) for size in sizes)) if world.rank == 0 else None
@@ -98,7 +80,6 @@ class InceptionEncoder:
         return None if found is None else Encoded(found.pool, found.spatial)
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
-        """Weights by content, resize rule, precision."""
         return {
             "name": "InceptionV3 of 2015-12-05",
             "weights_sha256": self.net.sha256,
@@ -109,25 +90,19 @@ class InceptionEncoder:
         }
 
 
-class CallableEncoder:
-    """Any function from uint8 images [n, H, W, 3] (a tensor) to features [n, d]."""
-
-    weight: torch.Tensor | None = None
+class CallableEncoder(Encoder):
+    """Any function from uint8 images [n, H, W, 3] (a tensor) to features [n, d]; runs in the first process alone."""
 
     def __init__(self, name: str, function: Callable[[torch.Tensor], Any], about: dict[str, Any] | None = None) -> None:
-        self.name = name
-        self.function = function
-        self.about = about or {}
+        self.name, self.function, self.about = name, function, about or {}
 
     def open(self, source: Any) -> ImageSource:
-        """Anything `open_images` takes that holds images."""
         images = open_images(source)
         if images.count == 0:
             raise ValueError(f"{images.name} holds no images; {self.name} features cannot come from its statistics")
         return images
 
-    def encode(self, images: ImageSource, settings: Settings, world: Place) -> Encoded | None:
-        """Features batch by batch, in the first process alone."""
+    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
         if world.rank != 0:
             return None
         parts = []
@@ -141,7 +116,6 @@ class CallableEncoder:
         return Encoded(np.concatenate(parts))
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
-        """Name and whatever was said about the function."""
         return {"name": self.name, **self.about}
 
 
@@ -174,17 +148,15 @@ class FeatureSource(ImageSource):
         return storage.sha256_of(self.name)
 
 
-class StoredFeatures:
-    """Features made elsewhere; see `FeatureSource`."""
+class StoredFeatures(Encoder):
+    """Features made elsewhere; see `FeatureSource`. Those of all files must be as many."""
 
     name = "npz"
-    weight: torch.Tensor | None = None
 
     def __init__(self) -> None:
         self._first: FeatureSource | None = None
 
     def open(self, source: Any) -> ImageSource:
-        """The path of a file whose features are as many as those of the first one."""
         found = source if isinstance(source, FeatureSource) else FeatureSource(os.fspath(source))
         self._first = self._first or found
         if found.width != self._first.width:
@@ -195,12 +167,23 @@ class StoredFeatures:
         return found
 
     def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
-        """Read one file."""
         return Encoded(images.matrix[:]) if world.rank == 0 else None
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
-        """Nothing is known of the encoder."""
         return {"name": "features given in npz files"}
+
+
+def make_encoder(settings: Settings, device: torch.device) -> Encoder:
+    """The encoder that `--features` names: inception, npz, dinov2:FOLDER or clip:FOLDER."""
+    kind, _, path = settings.features.partition(":")
+    if kind == "inception" and not path:
+        allow, progress = settings.allow_other_weights, settings.progress
+        return InceptionEncoder(load_inception(settings.weights, device=device, allow_unknown=allow, progress=progress))
+    if kind.lower() == "npz" and not path:
+        return StoredFeatures()
+    if kind in ("dinov2", "clip") and path:
+        return vision_transformer(kind, path, device)
+    raise ValueError(f"features is {settings.features!r}, allowed are inception, npz, dinov2:FOLDER, clip:FOLDER")
 
 
 def vision_transformer(kind: str, folder: str, device: torch.device) -> CallableEncoder:

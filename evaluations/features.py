@@ -41,7 +41,7 @@ from .sources import ImageSource
 CHUNK_ON_CPU = 4
 CHUNK_ON_GPU = 64
 MAX_SHARD_IMAGES = 512
-_FORMAT = 2
+_FORMAT = 3
 
 
 def _joined(blocks: list[Features]) -> Features:
@@ -241,9 +241,8 @@ class _Worker:
         return finish
 
     def _sent(self, piece: np.ndarray) -> torch.Tensor:
-        pixels = torch.from_numpy(
-            piece if piece.flags.writeable else piece.copy()
-        )  # PyTorch knows no read-only tensors
+        # PyTorch knows no read-only tensors.
+        pixels = torch.from_numpy(piece if piece.flags.writeable else piece.copy())
         if self.device.type == "cuda":  # from pinned memory the copy does not hold up this thread
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
@@ -301,19 +300,13 @@ def _ranges(count: int, chunk: int, shard_images: int | None) -> list[tuple[int,
 
 def _key(images: ImageSource, worker: _Worker) -> str:
     """What features depend on: content, weights, settings. Shards of anything else are not used."""
-    net = worker.net
-    weights = net.sha256
-    if not weights:
-        digest = hashlib.sha256()
-        for name, value in net.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        weights = digest.hexdigest()
+    assert worker.net.sha256, "shards are kept for weights from a file"
     facts = {
         "format": _FORMAT,
         "images": images.sha256(),
         "conversion": images.conversion,
-        "weights": weights,
-        "folded": net.folded,
+        "weights": worker.net.sha256,
+        "folded": worker.net.folded,
         "weight_dtype": str(worker.weight_dtype),
         "dtype": worker.dtype,
         "compiled": worker.compiled,

@@ -1,7 +1,7 @@
 """Read the constants of a TensorFlow `GraphDef` file without TensorFlow and without protobuf.
 
-Only what the frozen 2015 Inception graph needs: `Const` nodes holding float32 tensors, and two attributes of the batch
-normalisations. Nothing in the file is executed or unpickled; damage is a `ValueError`.
+Only what the frozen 2015 Inception graph needs: `Const` nodes holding float32 tensors. Nothing in the file is executed or
+unpickled; damage is a `ValueError`.
 
 The wire format (protobuf.dev/programming-guides/encoding): a message is a row of fields, each a tag (number << 3 | wire type) and a
 value. Field numbers are those of TensorFlow's graph.proto, node_def.proto, attr_value.proto, tensor.proto and tensor_shape.proto.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,36 +22,16 @@ _VARINT, _BYTES = 0, 2
 _FIXED = {1: 8, 5: 4}  # wire type -> bytes
 
 
-class Graph(NamedTuple):
-    """What `read_graph` finds."""
-
-    constants: dict[str, np.ndarray]
-    """Float32 constants by name, writable copies."""
-    scale_after_normalization: dict[str, bool]
-    """For each batch normalisation: whether its gamma is used."""
-    variance_epsilon: dict[str, float]
-    """For each batch normalisation: what is added to the variance."""
-
-
-def read_graph(path: str | os.PathLike[str]) -> Graph:
-    """Constants and batch normalisation attributes of the `GraphDef` in `path`; ValueError where it is damaged."""
-    graph = Graph({}, {}, {})
+def read_constants(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The float32 constants of the `GraphDef` in `path` by name, writable; ValueError where the file is damaged."""
+    constants: dict[str, np.ndarray] = {}
     try:
-        nodes = [value for number, value in _fields(memoryview(Path(path).read_bytes())) if number == 1]
-        for node in nodes:
-            _add_node(graph, node)
-        if not nodes:
-            raise ValueError("it holds no nodes")
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-        struct.error,
-    ) as error:  # damage shows in many ways
+        for number, value in _fields(memoryview(Path(path).read_bytes())):
+            if number == 1:
+                _add_node(constants, value)
+    except (ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:  # damage shows in many ways
         raise ValueError(f"{path} is not a whole GraphDef file: {error}. Copy or download it again.") from error
-    return graph
+    return constants
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -88,8 +67,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
         at += length
 
 
-def _add_node(graph: Graph, node: memoryview) -> None:
-    """Put a NodeDef (name 1, op 2, attributes 5: key 1, value 2) into the graph, if it is of a kind that is needed."""
+def _add_node(constants: dict[str, np.ndarray], node: memoryview) -> None:
+    """Add a NodeDef (name 1, op 2, attributes 5: key 1, value 2) if it is a constant of float32."""
     name, operation = "", ""
     attributes: dict[str, memoryview] = {}
     for number, value in _fields(node):
@@ -101,17 +80,10 @@ def _add_node(graph: Graph, node: memoryview) -> None:
             entry = dict(_fields(value))
             attributes[_text(entry.get(1, b""))] = entry.get(2, memoryview(b""))
     if operation == "Const" and "value" in attributes:
-        tensor = dict(_fields(attributes["value"])).get(8)  # AttrValue.tensor; others are of no weight
+        tensor = dict(_fields(attributes["value"])).get(8)  # AttrValue.tensor; other kinds of value are no weights
         array = None if tensor is None else _floats(name, tensor)
         if array is not None:
-            graph.constants[name] = array
-    elif operation == "BatchNormWithGlobalNormalization":
-        scale = dict(_fields(attributes.get("scale_after_normalization", memoryview(b""))))
-        epsilon = dict(_fields(attributes.get("variance_epsilon", memoryview(b""))))
-        if 5 in scale:  # AttrValue.b
-            graph.scale_after_normalization[name] = bool(scale[5])
-        if 4 in epsilon:  # AttrValue.f
-            (graph.variance_epsilon[name],) = struct.unpack("<f", epsilon[4])
+            constants[name] = array
 
 
 def _floats(name: str, tensor: memoryview) -> np.ndarray | None:

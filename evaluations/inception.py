@@ -30,8 +30,6 @@ class InceptionOutputs(NamedTuple):
     """[B, 2048], `pool_3` of the graph: FID, precision, recall."""
     spatial: torch.Tensor
     """[B, 2023], first 7 channels of `mixed_6/conv` as (row, column, channel): sFID."""
-    logits: torch.Tensor
-    """[B, 1008], pool @ weights **without** bias: its softmax gives the Inception Score of the graph."""
 
 
 class Frozen(nn.Module):
@@ -207,7 +205,7 @@ class Mixed8(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """The 2015 graph from its scaled input to its features and logits.
+    """The 2015 graph from its scaled input to its features; `fc` gives the logits of the Inception Score, **without** its bias.
 
     Made with zero-information weights; `weights.load_inception` fills it. `source` and `sha256` tell where the weights
     came from (empty until loaded); `verified` is true when that hash is the published one.
@@ -252,8 +250,7 @@ class InceptionV3(nn.Module):
         x = torch.cat([first, *self.Mixed_6d.others(x)], 1)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         pool = x.float().mean((2, 3))
-        logits = F.linear(pool.to(self.fc.weight.dtype), self.fc.weight)
-        return InceptionOutputs(pool, spatial.float(), logits.float())
+        return InceptionOutputs(pool, spatial.float())
 
     def fold(self) -> InceptionV3:
         """Fold every normalisation into its convolution and store weights channels_last; returns self.

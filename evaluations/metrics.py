@@ -28,8 +28,6 @@ def frechet_distance(
     sample: Statistics,
     reference: Statistics,
     *,
-    sample_features: Any = None,
-    reference_features: Any = None,
     reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     name: str = "FID",
@@ -38,7 +36,7 @@ def frechet_distance(
 
     Heusel et al. 2017 (arXiv:1706.08500), equation 6. The last trace is the sum of singular values of `A1 A2^T` for any
     `A^T A = S`. With more images than features A is a Cholesky factor. With n <= d images the covariance has no full
-    rank and A is the matrix of centred features itself (give it as `sample_features` / `reference_features`): exact,
+    rank and A is the matrix of centred features itself, where `rows` holds them: exact,
     where the square root of a rank-deficient product is only good to about 2e-5. That case warns, because the number
     then says more about n than about the images. `reference_root`: `covariance_root` of the reference, to be shared by
     several calls.
@@ -56,9 +54,9 @@ def frechet_distance(
             )
     shift = sample.mu - reference.mu
     if reference_root is None:
-        reference_root = covariance_root(reference, reference_features, device)
+        reference_root = covariance_root(reference, device)
     scale = float(np.trace(sample.sigma) + np.trace(reference.sigma))
-    cross = _trace_sqrt(covariance_root(sample, sample_features, device), reference_root, scale)
+    cross = _trace_sqrt(covariance_root(sample, device), reference_root, scale)
     return float(shift @ shift + np.trace(sample.sigma) + np.trace(reference.sigma) - 2 * cross)
 
 
@@ -66,17 +64,14 @@ def frechet_distance_of_features(
     sample: Any, reference: Any, *, device: torch.device | str = "cpu", name: str = "FD"
 ) -> float:
     """Frechet distance between any two feature matrices [n, d] and [m, d], of whatever encoder."""
-    a, b = from_features(sample), from_features(reference)
-    return frechet_distance(a, b, sample_features=sample, reference_features=reference, device=device, name=name)
+    return frechet_distance(from_features(sample), from_features(reference), device=device, name=name)
 
 
-def covariance_root(stats: Statistics, features: Any, device: torch.device | str) -> torch.Tensor:
+def covariance_root(stats: Statistics, device: torch.device | str) -> torch.Tensor:
     """A [r, d] with A^T A = sigma: centred rows when they are few, else Cholesky, else eigenvectors."""
-    if features is not None and stats.count is not None and stats.count <= stats.dim:
-        if len(features) != stats.count:
-            raise ValueError(f"{len(features)} features were given for statistics of {stats.count} images")
-        rows = np.asarray(features).astype(np.float64) - stats.mu
-        return torch.from_numpy(rows / np.sqrt(stats.count - 1)).to(device)
+    if stats.rows is not None and len(stats.rows) <= stats.dim:
+        rows = stats.rows.astype(np.float64) - stats.mu
+        return torch.from_numpy(rows / np.sqrt(len(rows) - 1)).to(device)
     sigma = torch.from_numpy(np.ascontiguousarray(stats.sigma)).to(device)
     lower, info = torch.linalg.cholesky_ex(sigma)
     diagonal = lower.diagonal()
@@ -261,16 +256,15 @@ def fid_infinity(
     counts = [round(1 / inverse) for inverse in np.linspace(1 / smallest, 1 / count, points)]
     rng = np.random.default_rng(seed)
     if reference_root is None:
-        reference_root = covariance_root(reference, None, device)
+        reference_root = covariance_root(reference, device)
     values = []
     for size in counts:
         chosen = np.sort(rng.choice(count, size, replace=False))
         subset = sample[chosen] if size < count else sample
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RankDeficientWarning)
-            stats = from_features(subset)
             values.append(
-                frechet_distance(stats, reference, sample_features=subset, reference_root=reference_root, device=device)
+                frechet_distance(from_features(subset), reference, reference_root=reference_root, device=device)
             )
     design = np.stack([np.ones(points), 1 / np.array(counts)], axis=1)
     (infinity, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from .report import Report, SetReport
+from .report import Report
 
 
 def check(path: str) -> None:
@@ -29,47 +28,25 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
+    distances = set()
     for number, one in enumerate(report.sets):
-        color, name = f"C{number % 10}", os.path.basename(one.samples.name)
-        _frechet(left, one, color, name)
-        _tradeoff(right, one, color, name)
-    distances = {score.name for one in report.sets for score in one.scores if _is_distance(score.name)}
+        name = os.path.basename(one.samples.name)
+        style = {"color": f"C{number % 10}", "fmt": "o", "capsize": 3, "label": name}
+        distance = next((score for score in one.scores if score.name == "FID" or score.name.startswith("FD ")), None)
+        if distance is not None:
+            distances.add(distance.name)
+            left.errorbar([one.samples.count], [distance.value], yerr=distance.error, **style)
+        if (line := one.fid_infinity) is not None:
+            left.plot(line.counts, line.values, ".-", color=style["color"], alpha=0.6)
+            left.axhline(line.infinity, color=style["color"], linestyle=":", label=f"{name}, N to infinity")
+        precision, recall = one.score("Precision"), one.score("Recall")
+        if precision is not None and recall is not None:
+            right.errorbar([recall.value], [precision.value], xerr=recall.error, yerr=precision.error, **style)
     left.set(xlabel="samples N", ylabel=", ".join(sorted(distances)))
     left.margins(y=0.15)
     right.set(xlabel="recall", ylabel="precision")
-    right.grid(alpha=0.3)
-    left.grid(alpha=0.3)
-    right.legend(fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     figure.suptitle(f"against {os.path.basename(report.reference.name)}", fontsize="medium")
     figure.savefig(path, dpi=150)
-
-
-def _is_distance(name: str) -> bool:
-    return name == "FID" or name.startswith("FD ")
-
-
-def _frechet(axes: Any, one: SetReport, color: str, name: str) -> None:
-    found = next((score for score in one.scores if _is_distance(score.name)), None)
-    if found is not None:
-        axes.errorbar([one.samples.count], [found.value], yerr=found.error, fmt="o", color=color, capsize=3, label=name)
-    if one.fid_infinity is not None:
-        line = one.fid_infinity
-        axes.plot(line.counts, line.values, ".-", color=color, alpha=0.6)
-        axes.axhline(line.infinity, color=color, linestyle=":", label=f"{name}, N to infinity")
-    axes.legend(fontsize="small")
-
-
-def _tradeoff(axes: Any, one: SetReport, color: str, name: str) -> None:
-    precision, recall = one.score("Precision"), one.score("Recall")
-    if precision is None or recall is None:
-        return
-    axes.errorbar(
-        [recall.value],
-        [precision.value],
-        xerr=recall.error,
-        yerr=precision.error,
-        fmt="o",
-        color=color,
-        capsize=3,
-        label=name,
-    )

@@ -39,11 +39,7 @@ class Side(NamedTuple):
     labels: np.ndarray | None
     class_names: tuple[str, ...]
     pool: statistics.Statistics
-    rows: np.ndarray | None
-    """The features behind `pool`; None where the statistics come from elsewhere."""
     spatial: statistics.Statistics | None
-    spatial_rows: np.ndarray | None
-    """The features behind `spatial`, likewise."""
 
 
 class Opened(NamedTuple):
@@ -116,20 +112,18 @@ class Scorer:
         if not np.isfinite(encoded.pool).all():
             raise ValueError(f"{images.name}: features hold values that are not finite (nan or infinity)")
         log.info(f"computing/reading {role} batch statistics...")
-        rows, spatial_rows = (encoded.pool, encoded.spatial) if stored is None else (None, None)
+        origin = "from its images" if stored is None else "precomputed in the file"
         if stored is None:
             _refuse_few(images.name, len(encoded.pool))  # batches are counted only now
-            stored = statistics.Stored(
-                statistics.from_features(encoded.pool),
-                None if encoded.spatial is None else statistics.from_features(encoded.spatial),
-            )
-        elif stored.spatial is None:
-            _warn(f"{images.name} holds mu and sigma without mu_s and sigma_s: sFID is left out")
-        origin = "precomputed in the file" if rows is None else "from its images"
+            pool, spatial = (None if rows is None else statistics.from_features(rows) for rows in encoded)
+        else:
+            pool, spatial = stored
+            if spatial is None:
+                _warn(f"{images.name} holds mu and sigma without mu_s and sigma_s: sFID is left out")
+        assert pool is not None
         about = report.Set(images.name, images.sha256(), len(encoded.pool), images.shape, origin, notes)
         names = images.class_names() if self.settings.per_class else ()
-        labels = self._labels(images, role)
-        return Side(about, encoded.pool, labels, names, stored.pool, rows, stored.spatial, spatial_rows)
+        return Side(about, encoded.pool, self._labels(images, role), names, pool, spatial)
 
     def _labels(self, images: ImageSource, role: str) -> np.ndarray | None:
         """Classes for the scores per class; the Inception Score only asks whether samples are sorted by them."""
@@ -157,11 +151,9 @@ class Scorer:
             values["Inception Score"] = inception.score
             errors["Inception Score"] = uncertainty.of_influence(inception.influence)
         name = "FID" if self.encoder.name == "inception" else f"FD {self.encoder.name}"
-        values[name] = self._frechet(name, sample.pool, reference.pool, sample.rows, reference.rows, errors)
+        values[name] = self._frechet(name, sample.pool, reference.pool, errors)
         if sample.spatial is not None and reference.spatial is not None:
-            values["sFID"] = self._frechet(
-                "sFID", sample.spatial, reference.spatial, sample.spatial_rows, reference.spatial_rows, errors
-            )
+            values["sFID"] = self._frechet("sFID", sample.spatial, reference.spatial, errors)
         around = self._neighbours(sample, reference)
         values |= {"Precision": float("nan"), "Recall": float("nan")}
         if around is not None:
@@ -216,20 +208,14 @@ class Scorer:
         name: str,
         sample: statistics.Statistics,
         reference: statistics.Statistics,
-        sample_rows: np.ndarray | None,
-        reference_rows: np.ndarray | None,
         errors: dict[str, uncertainty.Uncertainty],
     ) -> float:
         if name not in self._roots:
-            self._roots[name] = metrics.covariance_root(reference, reference_rows, self.algebra)
-        root = self._roots[name]
-        if self.settings.errors and sample_rows is not None and len(sample_rows) >= 4:
-            errors[name] = uncertainty.of_frechet_distance(
-                sample_rows, sample, reference, reference_root=root, device=self.algebra
-            )
-        return metrics.frechet_distance(
-            sample, reference, sample_features=sample_rows, reference_root=root, device=self.algebra, name=name
-        )
+            self._roots[name] = metrics.covariance_root(reference, self.algebra)
+        root, device = self._roots[name], self.algebra
+        if self.settings.errors and sample.rows is not None and len(sample.rows) >= 4:
+            errors[name] = uncertainty.of_frechet_distance(sample, reference, reference_root=root, device=device)
+        return metrics.frechet_distance(sample, reference, reference_root=root, device=device, name=name)
 
     def _neighbours(self, sample: Side, reference: Side) -> neighbours.Neighbours | None:
         x, y, k = sample.features, reference.features, self.settings.k

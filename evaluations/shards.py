@@ -13,7 +13,7 @@ import numpy as np
 
 from guided_diffusion.runtime import storage
 
-from .inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES
+from .inception import POOL_FEATURES, SPATIAL_FEATURES
 from .npy import Npz
 
 
@@ -24,8 +24,6 @@ class Features(NamedTuple):
     """[N, 2048]"""
     spatial: np.ndarray
     """[N, 2023]"""
-    logits: np.ndarray
-    """[N, 1008], without bias"""
 
     @property
     def num_images(self) -> int:
@@ -61,7 +59,7 @@ class Shards:
                 notes = json.loads(arrays["notes"][:].tobytes())
         except (ValueError, KeyError, OSError):
             return None
-        widths = (POOL_FEATURES, SPATIAL_FEATURES, NUM_CLASSES)
+        widths = (POOL_FEATURES, SPATIAL_FEATURES)
         if any(array.shape != (span[1] - span[0], width) for array, width in zip(features, widths)):
             return None
         self.notes += [note for note in map(str, notes) if note not in self.notes]

@@ -8,7 +8,7 @@ of BLAS threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +29,14 @@ class Node(NamedTuple):
 class Statistics:
     """Mean `mu` [d] and covariance `sigma` [d, d] (divided by n - 1), float64.
 
-    `count` is the number of images behind them, or None where a file did not say.
+    `count` is the number of images behind them, or None where a file did not say. `rows` [n, d] are their features, or None where
+    these are not at hand.
     """
 
     mu: np.ndarray
     sigma: np.ndarray
     count: int | None = None
+    rows: np.ndarray | None = None
 
     @property
     def dim(self) -> int:
@@ -121,7 +123,7 @@ def from_features(features: Any) -> Statistics:
         raise ValueError(f"features must be a matrix [images, features], got shape {list(features.shape)}")
     moments = Moments(features.shape[1])
     moments.add(features)
-    return moments.statistics()
+    return replace(moments.statistics(), rows=features)
 
 
 def checked(mu: Any, sigma: Any, *, name: str = "statistics") -> Statistics:

@@ -13,7 +13,7 @@ in them: FID at few samples is too high by far more than its error bar (see `met
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,26 +71,24 @@ def of_extrapolation(infinity: Extrapolation, distance: Uncertainty) -> float:
 
 
 def of_frechet_distance(
-    features: Any,
     sample: Statistics,
     reference: Statistics,
     *,
     reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Uncertainty:
-    """Standard error of FID or sFID over the sample's images; `features` [n, d] are those behind `sample`.
+    """Standard error of FID or sFID over the sample's images, whose features `sample.rows` must be at hand.
 
     `reference_root`: `metrics.covariance_root` of the reference, where it is known already.
     """
-    features = np.asarray(features)
-    if len(features) != sample.count:
-        raise ValueError(f"{len(features)} features were given for statistics of {sample.count} images")
+    features = sample.rows
+    assert features is not None
     if len(features) > sample.dim:
         lower, info = torch.linalg.cholesky_ex(torch.from_numpy(np.ascontiguousarray(sample.sigma)).to(device))
         if int(info) == 0:
             return of_influence(_frechet_influence(features, sample, reference, lower))
     if reference_root is None:
-        reference_root = covariance_root(reference, None, device)
+        reference_root = covariance_root(reference, device)
     return _leave_groups_out(features, sample, reference, reference_root)
 
 

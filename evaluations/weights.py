@@ -18,8 +18,8 @@ import torch
 
 from guided_diffusion.runtime import storage
 
-from .graphdef import read_graph
-from .inception import BATCHNORM_EPS, InceptionV3
+from .graphdef import read_constants
+from .inception import InceptionV3
 
 
 class Published(NamedTuple):
@@ -61,6 +61,7 @@ DOWNLOAD_ORDER = (PUBLISHED[1], PUBLISHED[2], PUBLISHED[0])
 
 _EXPECTED = f"expected the 2015 Inception network as in {PUBLISHED[0].name} or {PUBLISHED[1].name}"
 
+_BATCHNORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 # The branches of each kind of block: the module's name and its number of convolutions. In the graph the first branch has the scope
@@ -198,31 +199,21 @@ def _state_from_torch(path: Path) -> dict[str, torch.Tensor]:
 
 def state_from_graph(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """State dict of `InceptionV3` from the TensorFlow graph: kernels HWIO -> OIHW, classifier transposed."""
-    graph = read_graph(path)
+    constants = read_constants(path)
 
     def constant(name: str) -> np.ndarray:
-        if name not in graph.constants:
+        if name not in constants:
             raise ValueError(f"{path} has no constant {name!r}: it is not the 2015 Inception graph")
-        return graph.constants[name]
+        return constants[name]
 
     state: dict[str, torch.Tensor] = {}
     for scope, prefix in scope_names().items():
-        kernel, norm = constant(f"{scope}/conv2d_params"), f"{scope}/batchnorm"
+        kernel = constant(f"{scope}/conv2d_params")
         if kernel.ndim != 4:
             raise ValueError(f"{path}: {scope}/conv2d_params has shape {kernel.shape}, expected four dimensions")
         state[f"{prefix}.conv.weight"] = torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
-        epsilon = graph.variance_epsilon.get(norm, BATCHNORM_EPS)
-        if not np.isclose(epsilon, BATCHNORM_EPS, rtol=1e-6):
-            raise ValueError(f"{path}: {norm} adds {epsilon} to the variance, expected {BATCHNORM_EPS}")
-        gamma = constant(f"{norm}/gamma")
-        if not graph.scale_after_normalization.get(norm, True) and not np.all(gamma == 1):
-            # The graph carries a gamma and says not to use it: do as it says.
-            warnings.warn(f"{path}: {norm} stores a gamma that the graph does not use; ignored", stacklevel=2)
-            gamma = np.ones_like(gamma)
-        state[f"{prefix}.bn.weight"] = torch.from_numpy(gamma)
-        state[f"{prefix}.bn.bias"] = torch.from_numpy(constant(f"{norm}/beta"))
-        state[f"{prefix}.bn.running_mean"] = torch.from_numpy(constant(f"{norm}/moving_mean"))
-        state[f"{prefix}.bn.running_var"] = torch.from_numpy(constant(f"{norm}/moving_variance"))
+        for ours, theirs in _BATCHNORM.items():
+            state[f"{prefix}.bn.{ours}"] = torch.from_numpy(constant(f"{scope}/batchnorm/{theirs}"))
     state["fc.weight"] = torch.from_numpy(np.ascontiguousarray(constant("softmax/weights").T))
     state["fc.bias"] = torch.from_numpy(constant("softmax/biases"))
     return state

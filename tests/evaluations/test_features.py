@@ -16,7 +16,7 @@ import torch
 
 from evaluations import features, shards
 from evaluations.features import Features, extract, extract_blocks, pick_device
-from evaluations.inception import NUM_CLASSES, POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
+from evaluations.inception import POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
 from evaluations.inputs import open_images
 from evaluations.settings import Settings
 from guided_diffusion.runtime.launchers import Place
@@ -38,7 +38,7 @@ class Toy(torch.nn.Module):
         value = (x.mean((2, 3)) * self.weight).sum(1, keepdim=True)
         place = torch.arange(self.chunk)[:, None]  # the place in the chunk shows, so a shifted chunk is noticed
         pool = value * torch.linspace(0, 1, POOL_FEATURES) + place
-        return InceptionOutputs(pool, value.expand(-1, SPATIAL_FEATURES), value.expand(-1, NUM_CLASSES))
+        return InceptionOutputs(pool, value.expand(-1, SPATIAL_FEATURES))
 
 
 def same(one: Features | None, other: Features | None) -> bool:
@@ -62,7 +62,7 @@ def test_real_network_batch_size_threads_and_shards(recipes, net, tmp_path):
     images = recipes.images(3, 5, 20, 24)
     expected = run(images, net, chunk=2)
     assert expected is not None
-    assert [value.shape for value in expected] == [(5, 2048), (5, 2023), (5, 1008)]
+    assert [value.shape for value in expected] == [(5, 2048), (5, 2023)]
     assert all(value.dtype == np.float32 for value in expected)
     assert same(expected, run(images, net, chunk=2, batch_size=1))
     before = torch.get_num_threads()
@@ -103,7 +103,7 @@ def test_real_processes_agree(recipes, net, synthetic_pb, tmp_path):
         running.append(subprocess.Popen(command, cwd=tmp_path, env=env))
     assert [process.wait(200) for process in running] == [0, 0]
     with np.load(tmp_path / "out0.npz") as found:
-        assert same(expected, Features(*(found[f"arr_{i}"] for i in range(3))))
+        assert same(expected, Features(*(found[f"arr_{i}"] for i in range(2))))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out0.npz", "x.npz"]
 
 
@@ -253,7 +253,7 @@ def test_missing_processes_are_named(images, tmp_path):
 
 def test_a_process_that_gives_signs_is_waited_for(tmp_path, monkeypatch):
     work = shards.Shards(tmp_path, "ab" * 32, [(0, 2)])
-    made = Features(*(np.zeros((2, width), np.float32) for width in (POOL_FEATURES, SPATIAL_FEATURES, NUM_CLASSES)))
+    made = Features(*(np.zeros((2, width), np.float32) for width in (POOL_FEATURES, SPATIAL_FEATURES)))
     seconds = 0
 
     def sleep(pause: float) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from evaluations import weights
-from evaluations.graphdef import Graph
 from evaluations.weights import Published, load_inception, scope_names
 
 
@@ -214,26 +213,8 @@ def test_batch_counters_of_older_files_are_ignored(tmp_path, plain_net):
         load_inception(tmp_path / "w.pth", allow_unknown=True, folded=False)
 
 
-@pytest.mark.parametrize("used", [True, False])
-def test_gamma_is_used_only_if_the_graph_says_so(used, synthetic_constants, monkeypatch):
-    constants = {**synthetic_constants, "mixed/conv/batchnorm/gamma": np.full(64, 2, np.float32)}
-    graph = Graph(constants, {"mixed/conv/batchnorm": used}, {})
-    monkeypatch.setattr(weights, "read_graph", lambda path: graph)
-    if used:
-        state = weights.state_from_graph("graph.pb")
-    else:
-        with pytest.warns(UserWarning, match="gamma"):
-            state = weights.state_from_graph("graph.pb")
-    assert (state["Mixed_5b.branch1x1.bn.weight"] == (2 if used else 1)).all()
-
-
 def test_another_graph_is_refused(synthetic_constants, monkeypatch):
-    constants = dict(synthetic_constants)
-    epsilon = Graph(constants, {}, {"mixed/conv/batchnorm": 1e-5})
-    monkeypatch.setattr(weights, "read_graph", lambda path: epsilon)
-    with pytest.raises(ValueError, match="expected 0.001"):
-        weights.state_from_graph("graph.pb")
-    missing = {name: value for name, value in constants.items() if name != "mixed_9/conv/conv2d_params"}
-    monkeypatch.setattr(weights, "read_graph", lambda path: Graph(missing, {}, {}))
+    missing = {name: value for name, value in synthetic_constants.items() if name != "mixed_9/conv/conv2d_params"}
+    monkeypatch.setattr(weights, "read_constants", lambda path: missing)
     with pytest.raises(ValueError, match="mixed_9/conv/conv2d_params"):
         weights.state_from_graph("graph.pb")
