@@ -19,11 +19,11 @@ def full_float32() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
     settings: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        kinds = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
-        settings += [(kind, "fp32_precision", "ieee") for kind in kinds]
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        settings += [(kind, "fp32_precision", "ieee") for kind in (matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
     else:  # PyTorch before 2.9
-        settings += [(torch.backends.cuda.matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+        settings += [(kind, "allow_tf32", False) for kind in (matmul, cudnn)]
     before = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
     try:
         for holder, name, value in settings:

@@ -57,8 +57,10 @@ def announce_place() -> None:
     )
 
 
-def check_file(option: str, path: str, inputs: Sequence[str | None] = ()) -> None:
-    """ValueError when `path` cannot be written, or is one of the files that are read."""
+def check_file(option: str, path: str | None, inputs: Sequence[str | None]) -> None:
+    """ValueError when `path` is given and cannot be written, or is one of the files that are read."""
+    if not path:
+        return
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ValueError(f"{option} {path}: there is no folder to write it into; make {folder!r} first")
@@ -70,8 +72,10 @@ def check_file(option: str, path: str, inputs: Sequence[str | None] = ()) -> Non
         raise ValueError(f"{option} {path}: would replace a file that is read; give another name")
 
 
-def check_folder(option: str, path: str) -> None:
-    """ValueError when `path` is not a folder that can be written, and cannot be made either."""
+def check_folder(option: str, path: str | None) -> None:
+    """ValueError when `path` is given and is not a folder that can be written, and cannot be made either."""
+    if not path:
+        return
     found = os.path.abspath(path)
     while not os.path.lexists(found):
         found = os.path.dirname(found)

@@ -7,8 +7,8 @@ library version almost nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from .commands import Parser
 from .report import read_report
@@ -42,44 +42,25 @@ _EXPLAIN: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 
 
-class Difference(NamedTuple):
-    """One fact in which two reports differ."""
-
-    what: str
-    first: Any
-    second: Any
-    meaning: str
-
-
-def differences(first: dict[str, Any], second: dict[str, Any], index: int = 0) -> list[Difference]:
-    """All facts that differ between set `index` of two reports, weightiest first."""
-    views = [{**report, "set": report["sets"][index]} for report in (first, second)]
-    found = []
-    for path, what, meaning in _EXPLAIN:
-        a, b = (_look(view, path) for view in views)
-        if a != b:
-            found.append(Difference(what, a, b, meaning))
-    return found
-
-
-def lines(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> Iterator[str]:
-    """The comparison as text, set by set in the order of the files."""
-    if len(first["sets"]) != len(second["sets"]):
-        yield f"{names[0]} has {len(first['sets'])} sets of samples, {names[1]} has {len(second['sets'])}"
-    for index, (a, b) in enumerate(zip(first["sets"], second["sets"])):
-        yield f"A: {names[0]}: {a['samples']['name']}"
-        yield f"B: {names[1]}: {b['samples']['name']}"
-        found = differences(first, second, index)
-        if not found:
-            yield "nothing that bears on a score differs"
-        for number, one in enumerate(found):
-            head = "first difference" if number == 0 else "also"
-            why = f" ({one.meaning})" if one.meaning else ""
-            yield f"{head}: {one.what}: A {_short(one.first)}, B {_short(one.second)}{why}"
+def compare(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> tuple[list[str], bool]:
+    """The comparison as text, set by set in the order of the files; and whether nothing differs that bears on a score."""
+    lines, same = [], len(first["sets"]) == len(second["sets"])
+    if not same:
+        lines = [f"{names[0]} has {len(first['sets'])} sets of samples, {names[1]} has {len(second['sets'])}"]
+    for a, b in zip(first["sets"], second["sets"]):
+        lines += [f"A: {names[0]}: {a['samples']['name']}", f"B: {names[1]}: {b['samples']['name']}"]
+        head = "first difference"
+        for path, what, meaning in _EXPLAIN:
+            one, other = _look({**first, "set": a}, path), _look({**second, "set": b}, path)
+            if one != other:
+                why = f" ({meaning})" if meaning else ""
+                lines.append(f"{head}: {what}: A {_short(one)}, B {_short(other)}{why}")
+                head, same = "also", False
+        if head != "also":
+            lines.append("nothing that bears on a score differs")
         theirs = {score["name"]: score for score in b["scores"]}
-        for score in a["scores"]:
-            if score["name"] in theirs:
-                yield _score_line(score, theirs[score["name"]])
+        lines += [_score_line(score, theirs[score["name"]]) for score in a["scores"] if score["name"] in theirs]
+    return lines, same
 
 
 def _score_line(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -98,11 +79,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("first", help="report written with --json")
     parser.add_argument("second", help="another one")
     asked = parser.parse_args(arguments)
-    first, second = read_report(asked.first), read_report(asked.second)
-    for line in lines(first, second, (os.path.basename(asked.first), os.path.basename(asked.second))):
-        print(line)
-    same = len(first["sets"]) == len(second["sets"])
-    return 0 if same and not any(differences(first, second, i) for i in range(len(first["sets"]))) else 1
+    names = os.path.basename(asked.first), os.path.basename(asked.second)
+    lines, same = compare(read_report(asked.first), read_report(asked.second), names)
+    print("\n".join(lines))
+    return 0 if same else 1
 
 
 def _look(report: dict[str, Any], path: tuple[str, ...]) -> Any:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from guided_diffusion.runtime.launchers import Place
 
 from .features import extract
 from .inception import POOL_FEATURES, SPATIAL_FEATURES, InceptionV3
-from .inputs import SCAN_BYTES, open_images, stored_labels
+from .inputs import SCAN_BYTES, FileSource, open_images
 from .npy import DiskArray, Npz
 from .settings import Settings
+from .shards import Features
 from .sources import ImageSource
 from .weights import load_inception
 
@@ -34,15 +35,6 @@ RESIZE = "TensorFlow 1 bilinear to 299x299, no half-pixel shift, no antialiasing
 _FAMILIES = {"dinov2": ("dinov2", "dinov2_with_registers"), "clip": ("clip", "clip_vision_model")}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
-
-class Encoded(NamedTuple):
-    """Features of one set of images."""
-
-    pool: np.ndarray
-    """[N, d] float32"""
-    spatial: np.ndarray | None = None
-    """[N, 2023] float32 of Inception, else None"""
 
 
 class Encoder:
@@ -55,7 +47,7 @@ class Encoder:
         """What `encode` takes; ValueError for what it would refuse later. A source that is open already stays as it is."""
         return open_images(source)
 
-    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
+    def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
         """Features of a set; None in all processes but the first."""
         raise NotImplementedError
 
@@ -72,12 +64,11 @@ class InceptionEncoder(Encoder):
     def __init__(self, net: InceptionV3) -> None:
         self.net, self.weight = net, net.fc.weight.detach()
 
-    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
+    def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
         if images.count == 0:
             sizes = (POOL_FEATURES, SPATIAL_FEATURES)
-            return Encoded(*(np.empty((0, size), np.float32) for size in sizes)) if world.rank == 0 else None
-        found = extract(images, self.net, settings, world=world)
-        return None if found is None else Encoded(found.pool, found.spatial)
+            return Features(*(np.empty((0, size), np.float32) for size in sizes)) if world.rank == 0 else None
+        return extract(images, self.net, settings, world=world)
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
         return {
@@ -102,7 +93,7 @@ class CallableEncoder(Encoder):
             raise ValueError(f"{images.name} holds no images; {self.name} features cannot come from its statistics")
         return images
 
-    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
+    def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
         if world.rank != 0:
             return None
         parts = []
@@ -113,39 +104,33 @@ class CallableEncoder(Encoder):
             if found.ndim != 2 or len(found) != len(batch):
                 raise ValueError(f"{self.name} gave features of shape {found.shape} for {len(batch)} images")
             parts.append(found.astype(np.float32))
-        return Encoded(np.concatenate(parts))
+        return Features(np.concatenate(parts))
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
         return {"name": self.name, **self.about}
 
 
-class FeatureSource(ImageSource):
+class FeatureSource(FileSource):
     """A matrix of features in an npz file: `features` (or `arr_0`) [N, d], and labels `arr_1` if any."""
 
     def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
             raise ValueError(f"there is no file {path!r}")
-        self._arrays = Npz(path)
-        stored = self._arrays.get("features" if "features" in self._arrays else "arr_0")
+        arrays = Npz(path)
+        stored = arrays.get("features" if "features" in arrays else "arr_0")
         if stored is None or len(stored.shape) != 2 or stored.dtype.kind != "f":
             held = "nothing of that kind" if stored is None else f"{stored.dtype} {list(stored.shape)}"
             raise ValueError(f"{path}: expected a float matrix [images, features] under 'features', found {held}")
         self.matrix: DiskArray = stored
-        self.rows, self.width = stored.shape
-        super().__init__(path, self.rows)
-        for at in range(0, self.rows, step := max(1, SCAN_BYTES // max(1, self.width * stored.dtype.itemsize))):
+        rows, self.width = stored.shape
+        super().__init__(path, rows, arrays)
+        for at in range(0, rows, step := max(1, SCAN_BYTES // max(1, self.width * stored.dtype.itemsize))):
             largest = float(np.abs(stored[at : at + step]).max(initial=0))
             if not largest <= LARGEST_FEATURE:
                 raise ValueError(
                     f"{path}: features hold {largest:g}, expected finite numbers up to {LARGEST_FEATURE:g} (divide all "
                     "sets by one number if they are larger)"
                 )
-
-    def labels(self) -> np.ndarray | None:
-        return stored_labels(self.name, self._arrays, self.rows)
-
-    def sha256(self) -> str:
-        return storage.sha256_of(self.name)
 
 
 class StoredFeatures(Encoder):
@@ -166,8 +151,8 @@ class StoredFeatures(Encoder):
             )
         return found
 
-    def encode(self, images: Any, settings: Settings, world: Place) -> Encoded | None:
-        return Encoded(images.matrix[:]) if world.rank == 0 else None
+    def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
+        return Features(images.matrix[:]) if world.rank == 0 else None
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
         return {"name": "features given in npz files"}

@@ -20,18 +20,15 @@ import logging
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from guided_diffusion.runtime import launchers, storage
 
+from . import plots
+from . import report as reports
 from .commands import Parser, announce_place, check_file, check_folder, place, settings_of
 from .settings import DTYPES, PR_DTYPES
 
-if TYPE_CHECKING:
-    from .report import SetReport
-
 COMMANDS = ("compare", "reference", "selftest")
-CLASSIC_WARM_UP = "warming up PyTorch..."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,15 +89,10 @@ def _score(arguments: list[str]) -> int:
     asked = _parser().parse_args(arguments)
     announce_place()
     for option, target in (("--json", asked.json), ("--plot", asked.plot)):
-        if target:
-            check_file(option, target, [asked.reference, *asked.samples, asked.weights])
-    if asked.shard_dir:
-        check_folder("--shard_dir", asked.shard_dir)
+        check_file(option, target, [asked.reference, *asked.samples, asked.weights])
+    check_folder("--shard_dir", asked.shard_dir)
     if asked.plot:
-        from . import plots
-
         plots.check(asked.plot)
-    from . import report as reports
     from .scoring import evaluate
 
     if asked.all:
@@ -108,22 +100,19 @@ def _score(arguments: list[str]) -> int:
     settings = settings_of(asked)
     log, world = logging.getLogger("evaluations"), place()
     progress = logging.StreamHandler(sys.stdout)
-    level, propagate = log.level, log.propagate
 
-    def show(scored: SetReport) -> None:
+    def show(scored: reports.SetReport) -> None:
         if len(asked.samples) > 1:
             print(f"samples: {scored.samples.name}")
         print("\n".join(reports.classic_lines(scored) + reports.extra_lines(scored)), flush=True)
 
     log.addHandler(progress)
     log.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
-    log.propagate = False
     try:
-        log.info(CLASSIC_WARM_UP)
+        log.info("warming up PyTorch...")
         found = evaluate(asked.reference, asked.samples, settings, show=show, world=world)
     finally:
         log.removeHandler(progress)
-        log.level, log.propagate = level, propagate
     if found is None:
         return 0
     for line in reports.difference_lines(found.differences):

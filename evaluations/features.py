@@ -42,6 +42,7 @@ CHUNK_ON_CPU = 4
 CHUNK_ON_GPU = 64
 MAX_SHARD_IMAGES = 512
 _FORMAT = 3
+Spans = Sequence[tuple[int, int | None]]
 
 
 def _joined(blocks: list[Features]) -> Features:
@@ -93,10 +94,10 @@ def extract_blocks(
     Only process 0 yields anything. An iterable source can be read by one process only, and is not resumed.
     """
     settings = settings or Settings()
-    batch_size, shard_dir = settings.batch_size, settings.shard_dir
+    shard_dir = settings.shard_dir
     images = open_images(source)
     team = world or place()
-    worker = _Worker(net, chunk, settings.dtype, settings.compile)
+    worker = _Worker(net, settings, chunk)
     if images.count is None and team.size > 1:
         raise ValueError(
             f"{images.name}: batches from an iterable can be scored by one process only, not by {team.size}"
@@ -106,9 +107,11 @@ def extract_blocks(
     name = os.path.basename(images.name) or images.name
     with tqdm(total=images.count, unit="image", desc=name, disable=not settings.progress or team.rank > 0) as bar:
         if images.count is None or (team.size == 1 and shard_dir is None):
-            yield from worker.run(images, batch_size, [(0, images.count)], shard_images or MAX_SHARD_IMAGES, bar.update)
+            yield from worker.run(images, [(0, images.count)], shard_images or MAX_SHARD_IMAGES, bar.update)
             return
-        folder = Path(shard_dir) if shard_dir is not None else _folder_beside(images)
+        if shard_dir is None and not os.path.exists(images.name):
+            raise ValueError(f"{images.name}: several processes need a folder that all of them see; give shard_dir")
+        folder = Path(shard_dir or images.name.rstrip("/") + ".features")
         shards = Shards(folder, _key(images, worker), _ranges(images.count, worker.chunk, shard_images))
         folder.mkdir(parents=True, exist_ok=True)
         mine = shards.ranges[team.rank :: team.size]
@@ -121,7 +124,7 @@ def extract_blocks(
             if team.size > 1:
                 shards.show_life(team.rank)
 
-        with contextlib.closing(worker.run(images, batch_size, missing, whole_shard, done)) as blocks:
+        with contextlib.closing(worker.run(images, missing, whole_shard, done)) as blocks:
             for span, block in zip(missing, blocks):
                 shards.write(span, block, images.notes)
         shards.end_life(team.rank)
@@ -140,31 +143,25 @@ def extract_blocks(
 class _Worker:
     """Runs the network on fixed chunks."""
 
-    def __init__(self, net: InceptionV3, chunk: int | None, dtype: str, compile: bool = False) -> None:
-        self.net, self.dtype, self.compiled = net, dtype, compile
-        self.compute: Callable[[torch.Tensor], Any] = (
-            torch.compile(net, fullgraph=True, dynamic=False) if compile else net
-        )
+    def __init__(self, net: InceptionV3, settings: Settings, chunk: int | None) -> None:
+        self.net, self.settings = net, settings
+        compiled = settings.compile
+        self.compute: Callable[..., Any] = torch.compile(net, fullgraph=True, dynamic=False) if compiled else net
         parameter = next(net.parameters())
         self.device, self.weight_dtype = parameter.device, parameter.dtype
         self.chunk = chunk or (CHUNK_ON_CPU if self.device.type == "cpu" else CHUNK_ON_GPU)
 
     def run(
-        self,
-        images: ImageSource,
-        batch_size: int,
-        spans: Sequence[tuple[int, int | None]],
-        block_images: int,
-        done: Callable[[int], None],
+        self, images: ImageSource, spans: Spans, block_images: int, done: Callable[[int], Any]
     ) -> Generator[Features, None, None]:
         """Yield features of each span, cut into blocks of at most `block_images` (rounded up to whole chunks)."""
         chunks = -(-block_images // self.chunk)
         for start, stop in spans:
             assert start % self.chunk == 0
             block: list[Features] = []
-            for part in self.features(_ahead(images, batch_size, start, stop)):
+            for part in self.features(_ahead(images, self.settings.batch_size, start, stop)):
                 block.append(part)
-                done(part.num_images)
+                done(len(part.pool))
                 if len(block) == chunks:
                     yield _joined(block)
                     block = []
@@ -223,7 +220,7 @@ class _Worker:
                 grey = parts[0].new_zeros(self.chunk - count, 3, INCEPTION_SIZE, INCEPTION_SIZE)
                 parts.append(grey.contiguous(memory_format=torch.channels_last))
             chunk = torch.cat(parts).to(self.weight_dtype).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            with torch.autocast(kind, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
                 outputs = self.compute(chunk)
             arriving = [value[:count].float().to("cpu", non_blocking=on_cuda) for value in outputs]
         arrived = torch.cuda.Event() if on_cuda else None
@@ -233,10 +230,9 @@ class _Worker:
         def finish() -> Features:
             if arrived is not None:
                 arrived.synchronize()
-            features = Features(*(value.numpy() for value in arriving))
-            if not all(np.isfinite(values).all() for values in features):
+            if not all(value.isfinite().all() for value in arriving):
                 raise ValueError("the network gave features that are not finite; are the weights damaged?")
-            return features
+            return Features(*(value.numpy() for value in arriving))
 
         return finish
 
@@ -308,16 +304,10 @@ def _key(images: ImageSource, worker: _Worker) -> str:
         "weights": worker.net.sha256,
         "folded": worker.net.folded,
         "weight_dtype": str(worker.weight_dtype),
-        "dtype": worker.dtype,
-        "compiled": worker.compiled,
+        "dtype": worker.settings.dtype,
+        "compiled": worker.settings.compile,
         "chunk": worker.chunk,
         "device": worker.device.type,
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _folder_beside(images: ImageSource) -> Path:
-    if not os.path.exists(images.name):
-        raise ValueError(f"{images.name}: several processes need a folder that all of them see; give shard_dir")
-    return Path(images.name.rstrip("/") + ".features")

@@ -21,6 +21,7 @@ POOL_FEATURES = 2048
 SPATIAL_CHANNELS = 7
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 NUM_CLASSES = 1008
+Size = int | tuple[int, int]
 
 
 class InceptionOutputs(NamedTuple):
@@ -52,14 +53,7 @@ class Frozen(nn.Module):
 class Conv(nn.Module):
     """Convolution without bias, frozen batch normalisation, ReLU."""
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, kernel: Size, stride: int = 1, padding: Size = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
         self.bn: Frozen | nn.Identity = Frozen(channels_out)
@@ -100,120 +94,122 @@ def _halve(x: torch.Tensor) -> torch.Tensor:
     return F.max_pool2d(x, 3, stride=2)
 
 
-class Mixed35(nn.Module):
+class Block(nn.Module):
+    """Branches side by side, joined along the channels. Each is a chain of convolutions under the published names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chains: dict[str, list[str]] = {}
+        """Branch -> names of its convolutions, one after the other."""
+        self.splits: dict[str, list[str]] = {}
+        """Branch -> names of the two convolutions, 1x3 and 3x1, that stand side by side at its end, where it has such."""
+
+    def add(
+        self, branch: str, channels: int, *layers: tuple[int, Size] | tuple[int, Size, int], split: int = 0
+    ) -> None:
+        """Add a branch; `layers`: (channels out, kernel, stride). `split`: channels of each of the two last ones, if any."""
+        alone = len(layers) == 1 and not split
+        self.chains[branch] = [branch] if alone else [f"{branch}_{k}" for k in range(1, len(layers) + 1)]
+        for name, (out, kernel, *stride) in zip(self.chains[branch], layers):
+            height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+            padding = 0 if stride else (height // 2, width // 2)
+            self.add_module(name, Conv(channels, out, kernel, stride[0] if stride else 1, padding))
+            channels = out
+        if split:
+            self.splits[branch] = [f"{branch}_{len(layers) + 1}{letter}" for letter in "ab"]
+            for name, (height, width) in zip(self.splits[branch], ((1, 3), (3, 1))):
+                self.add_module(name, Conv(channels, split, (height, width), padding=(height // 2, width // 2)))
+
+    def run(self, branch: str, x: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of one branch: one, or two where it splits."""
+        for name in self.chains[branch]:
+            x = getattr(self, name)(x)
+        return [getattr(self, name)(x) for name in self.splits[branch]] if branch in self.splits else [x]
+
+
+class Mixed35(Block):
     """35x35 block (`mixed`, `mixed_1`, `mixed_2`): 1x1, 5x5, double 3x3 and pooled branch."""
 
     def __init__(self, channels: int, pooled: int) -> None:
         super().__init__()
-        self.branch1x1 = Conv(channels, 64, 1)
-        self.branch5x5_1 = Conv(channels, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(channels, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(channels, pooled, 1)
+        self.add("branch1x1", channels, (64, 1))
+        self.add("branch5x5", channels, (48, 1), (64, 5))
+        self.add("branch3x3dbl", channels, (64, 1), (96, 3), (96, 3))
+        self.add("branch_pool", channels, (pooled, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_average(x))], 1)
+        parts = [y for branch in ("branch1x1", "branch5x5", "branch3x3dbl") for y in self.run(branch, x)]
+        return torch.cat(parts + self.run("branch_pool", _average(x)), 1)
 
 
-class Reduce35(nn.Module):
+class Reduce35(Block):
     """From 35x35 to 17x17 (`mixed_3`)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.branch3x3 = Conv(channels, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(channels, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
+        self.add("branch3x3", channels, (384, 3, 2))
+        self.add("branch3x3dbl", channels, (64, 1), (96, 3), (96, 3, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, _halve(x)], 1)
+        return torch.cat([*self.run("branch3x3", x), *self.run("branch3x3dbl", x), _halve(x)], 1)
 
 
-class Mixed17(nn.Module):
+class Mixed17(Block):
     """17x17 block (`mixed_4` .. `mixed_7`): 1x1, 7x7 in two steps, double 7x7 in four steps, pooled branch."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = Conv(768, 192, 1)
-        self.branch7x7_1 = Conv(768, width, 1)
-        self.branch7x7_2 = Conv(width, width, **row)  # type: ignore[arg-type]
-        self.branch7x7_3 = Conv(width, 192, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_1 = Conv(768, width, 1)
-        self.branch7x7dbl_2 = Conv(width, width, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_3 = Conv(width, width, **row)  # type: ignore[arg-type]
-        self.branch7x7dbl_4 = Conv(width, width, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_5 = Conv(width, 192, **row)  # type: ignore[arg-type]
-        self.branch_pool = Conv(768, 192, 1)
+        row, column = (width, (1, 7)), (width, (7, 1))
+        self.add("branch1x1", 768, (192, 1))
+        self.add("branch7x7", 768, (width, 1), row, (192, (7, 1)))
+        self.add("branch7x7dbl", 768, (width, 1), column, row, column, (192, (1, 7)))
+        self.add("branch_pool", 768, (192, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.branch1x1(x), *self.others(x)], 1)
+        return torch.cat(self.run("branch1x1", x) + self.others(x), 1)
 
     def others(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The three branches after the 1x1 one (whose output is read by itself in `mixed_6`)."""
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return [seven, double, self.branch_pool(_average(x))]
+        return self.run("branch7x7", x) + self.run("branch7x7dbl", x) + self.run("branch_pool", _average(x))
 
 
-class Reduce17(nn.Module):
+class Reduce17(Block):
     """From 17x17 to 8x8 (`mixed_8`)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.branch3x3_1 = Conv(768, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(768, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
+        self.add("branch3x3", 768, (192, 1), (320, 3, 2))
+        self.add("branch7x7x3", 768, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, _halve(x)], 1)
+        return torch.cat([*self.run("branch3x3", x), *self.run("branch7x7x3", x), _halve(x)], 1)
 
 
-class Mixed8(nn.Module):
+class Mixed8(Block):
     """8x8 block (`mixed_9`, `mixed_10`): 1x1, two branches that split into 1x3 and 3x1, pooled branch."""
 
     def __init__(self, channels: int, pool_is_maximum: bool) -> None:
         super().__init__()
         self.pool_is_maximum = pool_is_maximum
-        self.branch1x1 = Conv(channels, 320, 1)
-        self.branch3x3_1 = Conv(channels, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1 = Conv(channels, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = Conv(channels, 192, 1)
+        self.add("branch1x1", channels, (320, 1))
+        self.add("branch3x3", channels, (384, 1), split=384)
+        self.add("branch3x3dbl", channels, (448, 1), (384, 3), split=384)
+        self.add("branch_pool", channels, (192, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = _maximum(x) if self.pool_is_maximum else _average(x)
-        parts = [self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        parts += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled)]
-        return torch.cat(parts, 1)
+        parts = [y for branch in ("branch1x1", "branch3x3", "branch3x3dbl") for y in self.run(branch, x)]
+        return torch.cat(parts + self.run("branch_pool", _maximum(x) if self.pool_is_maximum else _average(x)), 1)
 
 
 class InceptionV3(nn.Module):
     """The 2015 graph from its scaled input to its features; `fc` gives the logits of the Inception Score, **without** its bias.
 
-    Made with zero-information weights; `weights.load_inception` fills it. `source` and `sha256` tell where the weights
-    came from (empty until loaded); `verified` is true when that hash is the published one.
+    Made with random weights; `weights.load_inception` fills it. `sha256` is that of the weights file (empty until loaded);
+    `verified` is true when it is a published one.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.source = ""
         self.sha256 = ""
         self.verified = False
         self.folded = False
@@ -244,7 +240,7 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_halve(x))))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        first = self.Mixed_6d.branch1x1(x)
+        (first,) = self.Mixed_6d.run("branch1x1", x)
         # Row, column, channel: the order in which the graph lays out the tensor, and so the order of published mu_s.
         spatial = first[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = torch.cat([first, *self.Mixed_6d.others(x)], 1)

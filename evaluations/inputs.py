@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from guided_diffusion.data.sources import EXTENSIONS
+from guided_diffusion.data.sources import is_image
 from guided_diffusion.runtime import storage
 
 from .conversions import Bounds, check_bounds, declared_bounds, plan, refuse_binary, refuse_one_image
@@ -70,7 +70,7 @@ def _holds_arrays(path: str) -> bool:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     arrays = sorted({"arr_0.npy", "mu.npy"}.intersection(names))
-    pictures = [name for name in names if name.lower().endswith(tuple(f".{ending}" for ending in EXTENSIONS))]
+    pictures = [name for name in names if is_image(name)]
     if arrays and pictures:
         raise ValueError(
             f"{path} holds {arrays[0]} and beside it {len(pictures)} images (first: {pictures[0]!r}); pack what is meant into "
@@ -87,7 +87,9 @@ def _from_npz(path: str, value_range: Bounds | None) -> ImageSource:
             source.note(f"holds {', '.join(rest)} without mu: not used, all statistics come from the images")
         return source
     if "mu" in arrays:
-        return StatisticsSource(path, arrays)
+        statistics = FileSource(path, 0, arrays)
+        statistics.note("statistics only: there are no images in this file")
+        return statistics
     raise ValueError(
         f"missing arr_0 in npz file {path} (it holds {sorted(arrays) or 'nothing'}); "
         "numpy.savez(path, images) saves images as arr_0"
@@ -101,7 +103,24 @@ def _as_array(source: Any) -> np.ndarray | None:
     return source if isinstance(source, np.ndarray) else None
 
 
-class ArraySource(ImageSource):
+class FileSource(ImageSource):
+    """What lies in one npz or npy file, with labels and statistics beside it if any. By itself: no images but statistics."""
+
+    def __init__(self, name: str, count: int, arrays: Mapping[str, DiskArray]) -> None:
+        super().__init__(name, count)
+        self._arrays = arrays
+
+    def labels(self) -> np.ndarray | None:
+        return stored_labels(self.name, self._arrays, self.count or 0)
+
+    def statistics(self) -> Stored | None:
+        return stored_statistics(self.name, self._arrays)
+
+    def sha256(self) -> str:
+        return storage.sha256_of(self.name)
+
+
+class ArraySource(FileSource):
     """Images in one array: npz member, npy file or memory."""
 
     def __init__(
@@ -117,9 +136,8 @@ class ArraySource(ImageSource):
             raise ValueError(f"an array of {dtype} holds no images")
         if len(shape) == 0 or shape[0] == 0:
             raise ValueError(f"{name} holds no images (shape {shape})")
-        super().__init__(name, shape[0])
+        super().__init__(name, shape[0], others or {})
         self._array = array
-        self._others = others or {}
         self._item_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
         self._scan_step = max(1, SCAN_BYTES // self._item_bytes)
         refuse_one_image(name, dtype, shape)
@@ -155,37 +173,13 @@ class ArraySource(ImageSource):
             check_bounds(self.name, images, self._bounds)
             yield self._conversion.apply(images)
 
-    def labels(self) -> np.ndarray | None:
-        return stored_labels(self.name, self._others, self._array.shape[0])
-
-    def statistics(self) -> Stored | None:
-        return stored_statistics(self.name, self._others)
-
     def sha256(self) -> str:
         if isinstance(self._array, DiskArray):
-            return storage.sha256_of(self.name)
+            return super().sha256()
         digest = hashlib.sha256(f"{self._array.shape} {self._array.dtype.str}\n".encode())
         for part in self._parts():
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
-
-
-class StatisticsSource(ImageSource):
-    """An npz file with precomputed statistics and no images: enough for FID and sFID, not for precision and recall."""
-
-    def __init__(self, name: str, arrays: Mapping[str, DiskArray]) -> None:
-        super().__init__(name, 0)
-        self._arrays = arrays
-        self.note("statistics only: there are no images in this file")
-
-    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        return iter(())
-
-    def statistics(self) -> Stored | None:
-        return stored_statistics(self.name, self._arrays)
-
-    def sha256(self) -> str:
-        return storage.sha256_of(self.name)
 
 
 class IterableSource(ImageSource):

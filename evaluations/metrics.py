@@ -7,7 +7,6 @@ about neighbours, live in `neighbours`.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,51 +19,34 @@ _EPS = float(np.finfo(np.float64).eps)
 _ROWS = 2048  # of features that are looked at together
 
 
-class RankDeficientWarning(UserWarning):
-    """A Frechet distance was asked of no more images than features."""
-
-
 def frechet_distance(
     sample: Statistics,
     reference: Statistics,
     *,
     reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
-    name: str = "FID",
 ) -> float:
     """Squared Frechet distance between two Gaussians: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
 
     Heusel et al. 2017 (arXiv:1706.08500), equation 6. The last trace is the sum of singular values of `A1 A2^T` for any
     `A^T A = S`. With more images than features A is a Cholesky factor. With n <= d images the covariance has no full
     rank and A is the matrix of centred features itself, where `rows` holds them: exact,
-    where the square root of a rank-deficient product is only good to about 2e-5. That case warns, because the number
-    then says more about n than about the images. `reference_root`: `covariance_root` of the reference, to be shared by
+    where the square root of a rank-deficient product is only good to about 2e-5. The number then says more about
+    n than about the images. `reference_root`: `covariance_root` of the reference, to be shared by
     several calls.
     """
     if sample.dim != reference.dim:
         raise ValueError(f"cannot compare {sample.dim} features with {reference.dim}")
-    for who, stats in (("sample", sample), ("reference", reference)):
-        if stats.count is not None and stats.count <= stats.dim:
-            warnings.warn(
-                f"{name}: the {who} set has {stats.count} images for {stats.dim} features. Its covariance is rank "
-                f"deficient and the distance is biased far upwards; use more than {stats.dim} images "
-                "(50,000 is the custom) or report KID instead",
-                RankDeficientWarning,
-                stacklevel=2,
-            )
     shift = sample.mu - reference.mu
-    if reference_root is None:
-        reference_root = covariance_root(reference, device)
+    root = covariance_root(reference, device) if reference_root is None else reference_root
     scale = float(np.trace(sample.sigma) + np.trace(reference.sigma))
-    cross = _trace_sqrt(covariance_root(sample, device), reference_root, scale)
+    cross = _trace_sqrt(covariance_root(sample, device), root, scale)
     return float(shift @ shift + np.trace(sample.sigma) + np.trace(reference.sigma) - 2 * cross)
 
 
-def frechet_distance_of_features(
-    sample: Any, reference: Any, *, device: torch.device | str = "cpu", name: str = "FD"
-) -> float:
+def frechet_distance_of_features(sample: Any, reference: Any, *, device: torch.device | str = "cpu") -> float:
     """Frechet distance between any two feature matrices [n, d] and [m, d], of whatever encoder."""
-    return frechet_distance(from_features(sample), from_features(reference), device=device, name=name)
+    return frechet_distance(from_features(sample), from_features(reference), device=device)
 
 
 def covariance_root(stats: Statistics, device: torch.device | str) -> torch.Tensor:
@@ -189,11 +171,7 @@ def kernel_distance(
     products of n x n, m x m and n x m; memory: one tile.
     """
     x, y = np.asarray(sample), np.asarray(reference)
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"feature matrices must be [n, d] and [m, d], got {x.shape} and {y.shape}")
     n, m = len(x), len(y)
-    if min(n, m) < 2:
-        raise ValueError(f"KID needs at least 2 images in each set, got {n} and {m}")
     within_x = _kernel_sums(x, x, device, tile, skip_diagonal=True)
     within_y = _kernel_sums(y, y, device, tile, skip_diagonal=True)
     across = _kernel_sums(x, y, device, tile, skip_diagonal=False)
@@ -255,17 +233,12 @@ def fid_infinity(
     smallest = max(count // 8, min(dim + 1, count // 2))
     counts = [round(1 / inverse) for inverse in np.linspace(1 / smallest, 1 / count, points)]
     rng = np.random.default_rng(seed)
-    if reference_root is None:
-        reference_root = covariance_root(reference, device)
+    root = covariance_root(reference, device) if reference_root is None else reference_root
     values = []
     for size in counts:
         chosen = np.sort(rng.choice(count, size, replace=False))
         subset = sample[chosen] if size < count else sample
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RankDeficientWarning)
-            values.append(
-                frechet_distance(from_features(subset), reference, reference_root=reference_root, device=device)
-            )
+        values.append(frechet_distance(from_features(subset), reference, reference_root=root, device=device))
     design = np.stack([np.ones(points), 1 / np.array(counts)], axis=1)
     (infinity, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)
     residual = float(np.sqrt(np.mean((design @ [infinity, slope] - values) ** 2)))

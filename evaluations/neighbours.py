@@ -30,26 +30,25 @@ _SPARE = 4  # candidates kept beyond the k + 1 nearest, so that rounding does no
 class Neighbours(NamedTuple):
     """What the balls say about each image; every metric here is a mean of one of these.
 
-    inside_reference [n samples] bool: within some reference ball. ball_counts [n] int: in how many reference balls.
+    ball_counts [n samples] int: in how many reference balls.
     by_group [20 or fewer, m references] bool: within some ball of the samples i, i + 20, i + 40, ... occupied_by_group
     likewise: own ball holds one of these samples. The groups serve the error bars of recall and coverage.
     """
 
-    inside_reference: np.ndarray
-    by_group: np.ndarray
     ball_counts: np.ndarray
+    by_group: np.ndarray
     occupied_by_group: np.ndarray
     k: int
+
+    @property
+    def inside_reference(self) -> np.ndarray:
+        """[n] bool: within some reference ball."""
+        return self.ball_counts > 0
 
     @property
     def inside_sample(self) -> np.ndarray:
         """[m] bool: within some sample ball."""
         return np.asarray(self.by_group.any(axis=0))
-
-    @property
-    def occupied(self) -> np.ndarray:
-        """[m] bool: own ball holds some sample."""
-        return np.asarray(self.occupied_by_group.any(axis=0))
 
     @property
     def precision(self) -> float:
@@ -69,7 +68,7 @@ class Neighbours(NamedTuple):
     @property
     def coverage(self) -> float:
         """Share of references whose own ball holds some sample."""
-        return float(self.occupied.mean())
+        return float(self.occupied_by_group.any(axis=0).mean())
 
 
 class _How(NamedTuple):
@@ -103,19 +102,12 @@ def neighbours(
         raise ValueError(f"cannot compare {x.shape[1]} features with {y.shape[1]}")
     how = _how(dtype, device, tile, x, y)
     radii_x, radii_y = _radii(x, k, how), _radii(y, k, how) if reference_radii is None else reference_radii
-    groups = min(GROUPS, len(x))
-    found = Neighbours(
-        inside_reference=np.zeros(len(x), bool),
-        by_group=np.zeros((groups, len(y)), bool),
-        ball_counts=np.zeros(len(x), np.int64),
-        occupied_by_group=np.zeros((groups, len(y)), bool),
-        k=k,
-    )
+    shape = min(GROUPS, len(x)), len(y)
+    found = Neighbours(np.zeros(len(x), np.int64), np.zeros(shape, bool), np.zeros(shape, bool), k)
     with full_float32():
         for rows in _spans(len(x), PUBLISHED_BLOCK):
             for columns in _spans(len(y), PUBLISHED_BLOCK):
                 _count_block(found, x, y, radii_x, radii_y, rows, columns, how)
-    np.greater(found.ball_counts, 0, out=found.inside_reference)
     return found
 
 
@@ -138,8 +130,6 @@ def _matrix(features: Any, name: str, k: int) -> np.ndarray:
         raise ValueError(f"{name}: features must be a float matrix [n, d], got {matrix.dtype} {list(matrix.shape)}")
     if not np.isfinite(matrix).all():
         raise ValueError(f"{name}: features hold values that are not finite")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
     if len(matrix) <= k:
         raise ValueError(f"k = {k} neighbours need at least {k + 1} images in each set, got {len(matrix)}")
     return matrix
@@ -147,8 +137,6 @@ def _matrix(features: Any, name: str, k: int) -> np.ndarray:
 
 def _how(dtype: torch.dtype, device: torch.device | str, tile: int, *sets: np.ndarray) -> _How:
     """float64 where squared distances overflow float32: infinite ones would all look alike."""
-    if dtype not in (torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"dtype must be float16, float32 or float64, got {dtype}")
     largest = max(float(np.einsum("ij,ij->i", part, part, dtype=np.float64).max()) for part in sets)
     if 4 * largest >= torch.finfo(torch.float32).max:
         dtype = torch.float64

@@ -69,7 +69,7 @@ class DiskArray:
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:]).astype(native, copy=False)
 
     def _bytes(self, first: int, count: int) -> bytearray:
-        if self._file.closed or first < self._file.tell():
+        if first < self._file.tell():
             # Seeking back would switch off the checksum of a zip member.
             self._file.close()
             self._file = self._open()
@@ -90,10 +90,6 @@ class DiskArray:
                 # The map stays when the file is closed.
                 self._columns = np.memmap(file, self.dtype, "r", offset=self._start, shape=self.shape, order="F")
         return self._columns
-
-    def close(self) -> None:
-        """Close the file; reading again opens it anew."""
-        self._file.close()
 
 
 class Npz(Mapping[str, DiskArray]):
@@ -139,8 +135,3 @@ class Npz(Mapping[str, DiskArray]):
 
     def __len__(self) -> int:
         return len(self._members)
-
-    def close(self) -> None:
-        """Close what was opened."""
-        for array in self._opened.values():
-            array.close()

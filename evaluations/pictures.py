@@ -28,12 +28,8 @@ class PictureSource(ImageSource):
         if any(name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for name in self._listed.names):
             self.note("JPEG files: compression artefacts move scores; compare with PNG or npz only with care")
 
-    @property
-    def shape(self) -> tuple[int, int, int] | None:
-        return self._shape
-
     @cached_property
-    def _shape(self) -> tuple[int, int, int] | None:
+    def shape(self) -> tuple[int, int, int] | None:
         packed = self._listed.stored_size
         sizes = iter([packed]) if packed else (self._listed.size(path) for path in self._listed.paths)
         first = next(sizes)

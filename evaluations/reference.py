@@ -42,7 +42,6 @@ class CroppedImages(ImageSource):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(size, size, 3)."""
         return self.size, self.size, 3
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -52,12 +51,10 @@ class CroppedImages(ImageSource):
             yield np.stack(block)
 
     def labels(self) -> np.ndarray | None:
-        """Those of the source."""
         return self.source.labels()
 
     def sha256(self) -> str:
-        """That of the uncropped images; the crop is in `notes`."""
-        return self.source.sha256()
+        return self.source.sha256()  # of the uncropped images: the crop is in `conversion`
 
 
 def make_reference(
@@ -149,8 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     from .weights import load_inception
 
     check_file("--out", asked.out, [asked.images, asked.weights])
-    if asked.shard_dir:
-        check_folder("--shard_dir", asked.shard_dir)
+    check_folder("--shard_dir", asked.shard_dir)
     settings = settings_of(asked)
     net = load_inception(
         settings.weights,

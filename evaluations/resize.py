@@ -32,11 +32,7 @@ def tf1_bilinear(images: torch.Tensor, size: int = INCEPTION_SIZE) -> torch.Tens
     that size passes unchanged. The result lies in channels_last memory, which is what the network wants. Any number of
     channels is taken. The work happens on the device of `images`.
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must be [N, H, W, C], got shape {tuple(images.shape)}")
     _, height, width, _ = images.shape
-    if height < 1 or width < 1 or size < 1:
-        raise ValueError(f"cannot resize {height}x{width} images to {size}x{size}: every side must be at least 1")
     x = images.to(torch.float32)
     if (height, width) != (size, size):
         # The kernel interpolates along x first and rounds; the same numbers come out when whole rows are done once.

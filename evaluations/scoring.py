@@ -90,7 +90,6 @@ class Scorer:
     def read_reference(self, opened: Opened) -> None:
         """Encode the reference and take its statistics, precomputed ones where its file has them."""
         self.reference = self._read(opened, "reference")
-        self._radii, self._roots = None, {}
 
     def score(self, opened: Opened) -> Scored | None:
         """All wanted scores of one set of samples."""
@@ -191,7 +190,8 @@ class Scorer:
                 f"{np.mean(inception.splits[:-1]):.4g} in the others. Score a multiple of {size} images, or choose "
                 "--split_size"
             )
-        if sample.labels is not None and _sorted_across_splits(sample.labels, size):
+        labels = sample.labels if splits > 1 else None
+        if labels is not None and len(set(labels)) > 1 and (np.diff(labels) >= 0).all():
             _warn(
                 f"{name}: the samples are sorted by class. The Inception Score looks at consecutive "
                 f"runs of {size} images and comes out low; shuffle the file"
@@ -215,7 +215,14 @@ class Scorer:
         root, device = self._roots[name], self.algebra
         if self.settings.errors and sample.rows is not None and len(sample.rows) >= 4:
             errors[name] = uncertainty.of_frechet_distance(sample, reference, reference_root=root, device=device)
-        return metrics.frechet_distance(sample, reference, reference_root=root, device=device, name=name)
+        for who, stats in (("sample", sample), ("reference", reference)):
+            if stats.count is not None and stats.count <= stats.dim:
+                _warn(
+                    f"{name}: the {who} set has {stats.count} images for {stats.dim} features. Its covariance is rank "
+                    f"deficient and the distance is biased far upwards; use more than {stats.dim} images "
+                    "(50,000 is the custom) or report KID instead"
+                )
+        return metrics.frechet_distance(sample, reference, reference_root=root, device=device)
 
     def _neighbours(self, sample: Side, reference: Side) -> neighbours.Neighbours | None:
         x, y, k = sample.features, reference.features, self.settings.k
@@ -265,9 +272,7 @@ class Scorer:
                 if len(y):
                     row = replace(row, recall=float(around.inside_sample[theirs].mean()))
                 if min(len(x), len(y)) > 1:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", metrics.RankDeficientWarning)
-                        distance = metrics.frechet_distance_of_features(x, y, device=self.algebra)
+                    distance = metrics.frechet_distance_of_features(x, y, device=self.algebra)
                     row = replace(row, fid=distance, kid=metrics.kernel_distance(x, y, device=self.algebra).value)
             rows.append(row)
         return tuple(rows)
@@ -347,10 +352,6 @@ def _numbered_as_reference(sample: Side, reference: Side) -> np.ndarray:
     _warn(f"classes of {sample.about.name} are numbered as in {reference.about.name}, by name")
     number = {name: k for k, name in enumerate([*theirs, *sorted(set(own) - set(theirs))])}
     return np.array([number[name] for name in own])[sample.labels]
-
-
-def _sorted_across_splits(labels: np.ndarray, split_size: int) -> bool:
-    return len(labels) > split_size and len(set(labels)) > 1 and bool((np.diff(labels) >= 0).all())
 
 
 def _refuse_few(name: str, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +18,12 @@ from .npy import Npz
 
 
 class Features(NamedTuple):
-    """Float32 features of N images in order; see `InceptionOutputs`."""
+    """Float32 features of N images in order."""
 
     pool: np.ndarray
-    """[N, 2048]"""
-    spatial: np.ndarray
-    """[N, 2023]"""
-
-    @property
-    def num_images(self) -> int:
-        return len(self.pool)
+    """[N, d]; of Inception [N, 2048]"""
+    spatial: np.ndarray | None = None
+    """[N, 2023] of Inception, else None"""
 
 
 class Shards:
@@ -43,27 +39,27 @@ class Shards:
 
     def write(self, span: tuple[int, int], features: Features, notes: Sequence[str] = ()) -> None:
         """Write one shard, with the notes about its images."""
-        assert features.num_images == span[1] - span[0]
+        assert len(features.pool) == span[1] - span[0] and features.spatial is not None
         key = np.frombuffer(bytes.fromhex(self.key), np.uint8)
         text = np.frombuffer(json.dumps(list(notes), allow_nan=False).encode(), np.uint8)
         with storage.atomic_write(self.path(span)) as file:
-            np.savez(file, key=key, notes=text, **features._asdict())
+            np.savez(file, key=key, notes=text, pool=features.pool, spatial=features.spatial)
 
     def read(self, span: tuple[int, int]) -> Features | None:
         """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
         try:
-            with closing(Npz(self.path(span))) as arrays:
-                if arrays["key"][:].tobytes().hex() != self.key:
-                    return None
-                features = Features(*(arrays[name][:] for name in Features._fields))
-                notes = json.loads(arrays["notes"][:].tobytes())
+            arrays = Npz(self.path(span))
+            if arrays["key"][:].tobytes().hex() != self.key:
+                return None
+            pool, spatial = arrays["pool"][:], arrays["spatial"][:]
+            notes = json.loads(arrays["notes"][:].tobytes())
         except (ValueError, KeyError, OSError):
             return None
-        widths = (POOL_FEATURES, SPATIAL_FEATURES)
-        if any(array.shape != (span[1] - span[0], width) for array, width in zip(features, widths)):
+        count = span[1] - span[0]
+        if pool.shape != (count, POOL_FEATURES) or spatial.shape != (count, SPATIAL_FEATURES):
             return None
         self.notes += [note for note in map(str, notes) if note not in self.notes]
-        return features
+        return Features(pool, spatial)
 
     def _life(self, rank: int) -> Path:
         return self.folder / f".features-{self.key[:16]}-{rank}.alive"

@@ -34,7 +34,7 @@ class ImageSource:
 
         Large images come in smaller batches, so that a batch or two need little memory.
         """
-        raise NotImplementedError
+        return iter(())
 
     def labels(self) -> np.ndarray | None:
         """int64 [N] class of each image, or None. ValueError for labels that are no classes: read them only if needed."""

@@ -127,10 +127,8 @@ def from_features(features: Any) -> Statistics:
 
 
 def checked(mu: Any, sigma: Any, *, name: str = "statistics") -> Statistics:
-    """Statistics from outside, as float64, after a check of shape, finiteness and symmetry."""
+    """Statistics from outside, mean [d] and covariance [d, d], as float64, after a check of finiteness and symmetry."""
     mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{name}: mean and covariance must be [d] and [d, d], got {mu.shape} and {sigma.shape}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{name}: mean or covariance holds values that are not finite")
     scale = float(np.abs(sigma).max(initial=0.0))

@@ -87,9 +87,8 @@ def of_frechet_distance(
         lower, info = torch.linalg.cholesky_ex(torch.from_numpy(np.ascontiguousarray(sample.sigma)).to(device))
         if int(info) == 0:
             return of_influence(_frechet_influence(features, sample, reference, lower))
-    if reference_root is None:
-        reference_root = covariance_root(reference, device)
-    return _leave_groups_out(features, sample, reference, reference_root)
+    root = covariance_root(reference, device) if reference_root is None else reference_root
+    return _leave_groups_out(features, sample, reference, root)
 
 
 def _frechet_influence(
@@ -120,8 +119,6 @@ def _leave_groups_out(
     """Delete-a-group jackknife with the exact (singular value) form of the distance on what is left."""
     count, device = len(features), reference_root.device
     parts = min(GROUPS, count // 2)
-    if parts < 2:
-        raise ValueError(f"an error bar needs at least 4 images, got {count}")
     rows = torch.from_numpy(features.astype(np.float64) - sample.mu).to(device)
     across = rows @ reference_root.T
     shift = torch.from_numpy(sample.mu - reference.mu).to(device)

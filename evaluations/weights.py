@@ -19,7 +19,7 @@ import torch
 from guided_diffusion.runtime import storage
 
 from .graphdef import read_constants
-from .inception import InceptionV3
+from .inception import Block, InceptionV3
 
 
 class Published(NamedTuple):
@@ -62,31 +62,24 @@ DOWNLOAD_ORDER = (PUBLISHED[1], PUBLISHED[2], PUBLISHED[0])
 _EXPECTED = f"expected the 2015 Inception network as in {PUBLISHED[0].name} or {PUBLISHED[1].name}"
 
 _BATCHNORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-_BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
-# The branches of each kind of block: the module's name and its number of convolutions. In the graph the first branch has the scope
-# "conv", the next ones "tower", "tower_1", ... In the last kind two branches end in a pair of convolutions, in the scope "mixed".
-_35 = (("branch1x1", 1), ("branch5x5", 2), ("branch3x3dbl", 3), ("branch_pool", 1))
-_REDUCE_35 = (("branch3x3", 1), ("branch3x3dbl", 3))
-_17 = (("branch1x1", 1), ("branch7x7", 3), ("branch7x7dbl", 5), ("branch_pool", 1))
-_REDUCE_17 = (("", 0), ("branch3x3", 2), ("branch7x7x3", 4))
-_8 = (("branch1x1", 1), ("branch3x3", 1), ("branch3x3dbl", 2), ("branch_pool", 1))
-_PAIRS_8 = {"branch3x3": ("branch3x3_2a", "branch3x3_2b"), "branch3x3dbl": ("branch3x3dbl_3a", "branch3x3dbl_3b")}
-_BY_BLOCK = (_35, _35, _35, _REDUCE_35, _17, _17, _17, _17, _REDUCE_17, _8, _8)
 
 
 def scope_names() -> dict[str, str]:
     """Scope of each of the 94 convolutions in the TensorFlow graph -> its module name here, in the order of the graph."""
+    with torch.device("meta"):
+        net = InceptionV3()
     names = {_numbered("conv", i): name for i, name in enumerate(_STEM)}
-    for i, (block, branches) in enumerate(zip(_BLOCKS, _BY_BLOCK)):
-        for tower, (branch, convolutions) in enumerate(branches):
-            scope = _numbered("mixed", i) + (f"/{_numbered('tower', tower - 1)}" if tower else "")
-            pair = _PAIRS_8.get(branch, ()) if branches is _8 else ()
-            for k in range(convolutions):
-                name = f"{branch}_{k + 1}" if convolutions > 1 or pair else branch
-                names[f"{scope}/{_numbered('conv', k)}"] = f"Mixed_{block}.{name}"
-            for k, name in enumerate(pair):
-                names[f"{scope}/mixed/{_numbered('conv', k)}"] = f"Mixed_{block}.{name}"
+    blocks = [(name, block) for name, block in net.named_children() if isinstance(block, Block)]
+    for i, (module, block) in enumerate(blocks):
+        # The graph calls branches "tower", "tower_1", ..., but for a first one of a single convolution.
+        without_tower = len(next(iter(block.chains.values()))) == 1
+        for place, (branch, chain) in enumerate(block.chains.items()):
+            tower = place - without_tower
+            scope = _numbered("mixed", i) + (f"/{_numbered('tower', tower)}" if tower >= 0 else "")
+            names |= {f"{scope}/{_numbered('conv', k)}": f"{module}.{name}" for k, name in enumerate(chain)}
+            split = block.splits.get(branch, [])
+            names |= {f"{scope}/mixed/{_numbered('conv', k)}": f"{module}.{name}" for k, name in enumerate(split)}
     return names
 
 
@@ -106,8 +99,8 @@ def load_inception(
     """The network with its weights, in evaluation mode, without gradients.
 
     `weights`: a `.pb` or `.pth` file; None looks in the working directory, then in the cache folder, then downloads. A file that is
-    not a published one raises ValueError unless `allow_unknown`, and is then marked: `net.verified` is False. `net.source` and
-    `net.sha256` say what was read. `folded`: see `InceptionV3.fold`.
+    not a published one raises ValueError unless `allow_unknown`, and is then marked: `net.verified` is False. `folded`: see
+    `InceptionV3.fold`.
     """
     path = Path(weights) if weights is not None else find_weights(progress=progress)
     if not path.is_file():
@@ -125,7 +118,7 @@ def load_inception(
     with torch.device("meta"):  # no time and memory for numbers that are replaced at once
         net = InceptionV3()
     _load_strictly(net, state, path)
-    net.source, net.sha256, net.verified = str(path), sha256, verified
+    net.sha256, net.verified = sha256, verified
     if folded:
         net.fold()
     return net.to(device)

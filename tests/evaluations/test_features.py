@@ -125,7 +125,7 @@ def test_any_batch_size_and_number_of_processes(batch_size, size, images, tmp_pa
 def test_blocks_come_in_order_and_join_to_the_whole(images):
     net = Toy(2)
     blocks = list(extract_blocks(images, net, chunk=2, shard_images=4))
-    assert [block.num_images for block in blocks] == [4, 4, 3]
+    assert [len(block.pool) for block in blocks] == [4, 4, 3]
     whole = run(images, net, chunk=2)
     assert same(whole, Features(*(np.concatenate(parts) for parts in zip(*blocks))))
 
@@ -266,7 +266,7 @@ def test_a_process_that_gives_signs_is_waited_for(tmp_path, monkeypatch):
             work.end_life(1)
 
     monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: seconds, sleep=sleep))
-    assert work.wait((0, 2), 1, 2, timeout_s=300).num_images == 2 and seconds == 1200
+    assert len(work.wait((0, 2), 1, 2, timeout_s=300).pool) == 2 and seconds == 1200
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
@@ -373,7 +373,7 @@ class Elsewhere(features._Worker):
     """On the CPU by the way of other devices."""
 
     def __init__(self, net: torch.nn.Module, chunk: int) -> None:
-        super().__init__(net, chunk, "float32")
+        super().__init__(net, Settings(), chunk)
         self.device, self.order = SimpleNamespace(type="meta"), []
 
     def _sent(self, piece):
@@ -389,7 +389,7 @@ def test_a_gpus_turn_by_turn_gives_the_same_features(images, monkeypatch) -> Non
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     worker = Elsewhere(Toy(4), 4)
     taken = list(worker.features(iter([images[:3], images[3:4], images[4:]])))
-    assert [part.num_images for part in taken] == [4, 4, 3]
+    assert [len(part.pool) for part in taken] == [4, 4, 3]
     assert same(features._joined(taken), run(images, Toy(4), chunk=4))
     # A chunk is started before the last one is awaited.
     assert worker.order == ["start", "start", "finish", "start", "finish", "finish"]

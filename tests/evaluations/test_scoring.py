@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from evaluations import compare, inputs, metrics, plots, report, statistics
-from evaluations.encoders import CallableEncoder, Encoded, Encoder, make_encoder
+from evaluations.encoders import CallableEncoder, Encoder, make_encoder
 from evaluations.inputs import open_images
 from evaluations.scoring import evaluate
 from evaluations.settings import Settings
+from evaluations.shards import Features
 from guided_diffusion.runtime.launchers import Place
 
 RNG = np.random.default_rng(0)
@@ -265,7 +266,7 @@ class PretendedInception(CallableEncoder):
 
     def encode(self, images, settings, world):
         if images.count == 0:
-            return Encoded(np.empty((0, 6), np.float32))
+            return Features(np.empty((0, 6), np.float32))
         found = super().encode(images, settings, world)
         return found._replace(spatial=found.pool[:, :5])
 
@@ -420,6 +421,13 @@ def test_scores_per_class_that_are_left_out_are_told(files: tuple[str, str], enc
     ):
         with pytest.warns(UserWarning, match=words):
             evaluate(reference, samples, replace(PLAIN, per_class=True), encoder=encoder)
+
+
+@pytest.mark.filterwarnings("ignore:precision and recall rest")
+def test_fewer_images_than_features_are_named() -> None:
+    encoder = CallableEncoder("pixels", lambda images: images[:, :4, :4].float().flatten(1))  # 48 of them
+    with pytest.warns(UserWarning, match="FD pixels: the sample set has 40 images for 48 features.*rank deficient"):
+        evaluate(REFERENCE, SAMPLES[:40], PLAIN, encoder=encoder)
 
 
 @pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")

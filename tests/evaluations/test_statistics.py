@@ -65,8 +65,6 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_statistics_from_outside_are_looked_at() -> None:
     assert statistics.checked(np.zeros(2, np.float32), np.eye(2)).mu.dtype == np.float64
-    with pytest.raises(ValueError, match=r"\[d\] and \[d, d\]"):
-        statistics.checked(np.zeros(2), np.eye(3))
     with pytest.raises(ValueError, match="not symmetric"):
         statistics.checked(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="not finite"):

@@ -83,13 +83,12 @@ def features(words: Sequence[str]) -> int:
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             mean = (x * self.weight[:, None, None]).mean(dim=(1, 2, 3))[:, None]
-            return mean.expand(-1, 2048), mean.expand(-1, 2023), mean.expand(-1, 1008)
+            return mean.expand(-1, 2048), mean.expand(-1, 2023)
 
     out = Path(words[1])
     out.mkdir(parents=True, exist_ok=True)
-    found = extract(
-        words[0], Tiny(), Settings(shard_dir=str(out / "shards"), progress=False), chunk=2, shard_images=4, timeout_s=20
-    )  # type: ignore[arg-type]
+    settings = Settings(shard_dir=str(out / "shards"), progress=False)
+    found = extract(words[0], Tiny(), settings, chunk=2, shard_images=4, timeout_s=20)  # type: ignore[arg-type]
     if found is not None:
         np.savez(out / "features.npz", *found)
     return 0
