@@ -1,1 +1,1 @@
-"""Score samples of any generative model with the field's numbers; imports nothing of guided_diffusion."""
+"""Score samples of any generative model: FID, sFID, Inception Score, precision, recall and more."""

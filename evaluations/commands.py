@@ -1,4 +1,4 @@
-"""What the four commands share: how they are read, and what is refused or said before the work."""
+"""What the four commands share: parsing, common options, and checks before the work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings_of(asked: argparse.Namespace) -> Settings:
 
 
 def place() -> launchers.Place:
-    """Which of how many processes this is: what torchrun, Open MPI, MPICH/Intel MPI or srun say; one process without them."""
+    """Rank and number of processes from the variables of torchrun, Open MPI, MPICH/Intel MPI or srun; one process without them."""
     return launchers.discover(os.environ, ask_mpi=False)
 
 

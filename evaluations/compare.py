@@ -1,6 +1,6 @@
 """`evaluator.py compare A.json B.json`: what differs between two reports, and which difference comes first.
 
-Differences are looked at in the order in which they are likely to matter: another encoder explains everything, another
+Differences are listed in the order in which they are likely to matter: another encoder explains everything, another
 library version almost nothing.
 """
 

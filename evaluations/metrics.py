@@ -16,7 +16,7 @@ import torch
 from .statistics import Statistics, from_features
 
 _EPS = float(np.finfo(np.float64).eps)
-_ROWS = 2048  # of features that are looked at together
+_ROWS = 2048  # of features per matrix product
 
 
 def frechet_distance(
@@ -31,8 +31,8 @@ def frechet_distance(
     Heusel et al. 2017 (arXiv:1706.08500), equation 6. The last trace is the sum of singular values of `A1 A2^T` for any
     `A^T A = S`. With more images than features A is a Cholesky factor. With n <= d images the covariance has no full
     rank and A is the matrix of centred features itself, where `rows` holds them: exact,
-    where the square root of a rank-deficient product is only good to about 2e-5. The number then says more about
-    n than about the images. `reference_root`: `covariance_root` of the reference, to be shared by
+    where the square root of a rank-deficient product is only good to about 2e-5. The distance then depends more on n than on
+    the images. `reference_root`: `covariance_root` of the reference, to be shared by
     several calls.
     """
     if sample.dim != reference.dim:

@@ -28,7 +28,7 @@ _SPARE = 4  # candidates kept beyond the k + 1 nearest, so that rounding does no
 
 
 class Neighbours(NamedTuple):
-    """What the balls say about each image; every metric here is a mean of one of these.
+    """Which balls hold which images; every metric here is a mean of one of these arrays.
 
     ball_counts [n samples] int: in how many reference balls.
     by_group [20 or fewer, m references] bool: within some ball of the samples i, i + 20, i + 40, ... occupied_by_group
@@ -230,7 +230,7 @@ def _count_block(
     columns: slice,
     how: _How,
 ) -> None:
-    """Add what one block of pairs says to `found`, in place."""
+    """Add the counts of one block of pairs to `found`, in place."""
     if how.dtype == torch.float16 and not _fits_half(x[rows], y[columns], how):
         how = how._replace(dtype=torch.float32)
     groups = len(found.by_group)

@@ -95,7 +95,7 @@ class DiskArray:
 class Npz(Mapping[str, DiskArray]):
     """The arrays of an npz file by name (without `.npy`). Each is opened, and checked, when it is asked for.
 
-    Files carry prompts, names and settings beside the images: what nobody asks for may be anything.
+    Files carry prompts, names and settings beside the images: members that are not read may be anything.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """Scores and their receipt: as the lines of 2021, as tables, as JSON.
 
-A number without its receipt cannot be compared with anyone's. The receipt holds all that moves a score: content of
+A score can only be compared with another when both receipts are known. The receipt holds all that moves a score: content of
 weights, reference and samples, counts, resize rule, precisions, k, splits, versions and device.
 """
 

@@ -29,7 +29,7 @@ class Node(NamedTuple):
 class Statistics:
     """Mean `mu` [d] and covariance `sigma` [d, d] (divided by n - 1), float64.
 
-    `count` is the number of images behind them, or None where a file did not say. `rows` [n, d] are their features, or None where
+    `count` is the number of images behind them, or None where a file does not hold it. `rows` [n, d] are their features, or None where
     these are not at hand.
     """
 

@@ -50,7 +50,7 @@ def of_groups(by_group: np.ndarray) -> Uncertainty:
     `.occupied_by_group`). Each group is left out in turn; for recall the balls of the others keep their radii. Both
     scores hang on single samples at the rim, not on averages, so no such estimate is sharp: against the spread over
     sample sets it came out 0.8 to 1.6 times as large. The binomial error over references, which has no chance of the
-    samples in it, said 0.35 to 1.1 of the spread for recall.
+    samples in it, came out 0.35 to 1.1 times the spread for recall.
     """
     parts = len(by_group)
     others = by_group.sum(axis=0) - by_group  # in how many groups beside each one

@@ -84,7 +84,7 @@ def scope_names() -> dict[str, str]:
 
 
 def _numbered(name: str, number: int) -> str:
-    """As TensorFlow tells scopes of one name apart."""
+    """A scope name as TensorFlow numbers it: the first one has no number."""
     return f"{name}_{number}" if number else name
 
 
