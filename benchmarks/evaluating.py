@@ -34,6 +34,7 @@ def features(plan: Plan) -> list[Row]:
 
     from evaluations.features import extract
     from evaluations.inception import Conv, InceptionV3
+    from evaluations.settings import Settings
 
     net = InceptionV3()
     source = torch.Generator().manual_seed(0)
@@ -47,8 +48,9 @@ def features(plan: Plan) -> list[Row]:
         net = net.fold().to(plan.device)
     count = 4096 if plan.on_gpu else 4 if plan.quick else 16
     pixels = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    extract(pixels[:64], net, progress=False)
-    call = clocked(lambda: extract(pixels, net, progress=False), plan.device)
+    quiet = Settings(progress=False)
+    extract(pixels[:64], net, quiet)
+    call = clocked(lambda: extract(pixels, net, quiet), plan.device)
     (times,) = alternate({"": call}, rounds=plan.rounds, limit=plan.limit).values()
     rate = count / sorted(times)[len(times) // 2]
     note = f"50,000 images would take {50_000 / rate:.0f} s"
