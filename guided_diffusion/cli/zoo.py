@@ -67,10 +67,10 @@ def card(preset: Preset) -> str:
         how = f"{'DDIM, ' if recipe.use_ddim else ''}{recipe.respacing or preset.flags['diffusion_steps']} steps"
         guide = f", {preset.classifier} at scale {recipe.scale:g}" if recipe.scale else ", unguided"
         e = recipe.expected
-        told = (
+        scores = (
             f": FID {e.fid}, sFID {e.sfid}, precision {e.precision}, recall {e.recall}"
             if e
             else ": no published figure"
         )
-        lines.append(f"recipe {how}{guide}{told}{' (' + recipe.note + ')' if recipe.note else ''}")
+        lines.append(f"recipe {how}{guide}{scores}{' (' + recipe.note + ')' if recipe.note else ''}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The three roles of a network (diffusion, super-resolution, classifier), and its architecture apart from them.
 
-`--architecture` says what computes: "unet", whose flags stand here, or a name of `build.ARCHITECTURES` with its own
+`--architecture` says what computes: "unet", whose flags stand here, or a name of `models.architectures.ARCHITECTURES` with its own
 `--arch_options`.
 """
 
@@ -242,5 +242,5 @@ CLASSES_OF_2021 = 1000
 
 
 def classes_of(model: Network) -> int:
-    """The number of classes, 0 where the network is told none; of a network of 2021 those of ImageNet."""
+    """The number of classes, 0 where the network gets no labels; of a network of 2021 those of ImageNet."""
     return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0

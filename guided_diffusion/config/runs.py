@@ -11,7 +11,9 @@ from .networks import NETWORKS, ModelConfig, Network
 
 PRECISIONS = ("", "fp32", "bf16", "fp16")
 WEIGHTS = ("", "ema", "model")  # which weights of a file or run folder that holds several
-WEIGHTS_HELP = "which weights to take where model_path holds both: averaged (ema) or raw (model); else the averaged"
+WEIGHTS_HELP = (
+    "which weights to take where model_path holds both: those of the EMA (ema) or the raw ones (model); else the EMA"
+)
 _CHOSEN = "what a network learns depends on its batch, so give a number; --microbatch auto finds how much of it fits"
 
 
@@ -19,13 +21,13 @@ _CHOSEN = "what a network learns depends on its batch, so give a number; --micro
 class DiffusionConfig(Section):
     """The noise process and how the network's output is read."""
 
-    learn_sigma: bool = flag(False, "the network also says the variance of each step")
+    learn_sigma: bool = flag(False, "the network also predicts the variance of each step")
     diffusion_steps: int = flag(1000, "number of steps from data to noise", low=1)
     noise_schedule: str = flag("linear", "how noise grows with the step", table="diffusion.schedules:SCHEDULES")
     timestep_respacing: str = flag("", "sample in fewer steps: 250, or 90,60,60,20,20 by fifths, or ddim25")
     use_kl: bool = flag(False, "train on the variational bound")
     predict_xstart: bool = flag(False, "the network predicts the clean image, not the noise")
-    rescale_timesteps: bool = flag(False, "tell the network steps scaled to 0..1000")
+    rescale_timesteps: bool = flag(False, "give the network steps scaled to 0..1000")
     rescale_learned_sigmas: bool = flag(False, "weigh the bound of learned variances as the mean squared error")
     predict: str = flag("", "what the network predicts; empty = by --predict_xstart", choices=("", "eps", "x0", "v"))
     sigma_small: bool = flag(
@@ -95,7 +97,7 @@ class TrainConfig(Section):
     memory_limit_gb: float = flag(
         0.0, "GB (2^30 bytes) for --recompute auto: of a GPU, or of this whole process; 0 = what is free", low=0.0
     )
-    ema_rate: str = flag("0.9999", "rates of the averaged weights, separated by commas")
+    ema_rate: str = flag("0.9999", "decays of the EMA weights, separated by commas")
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
     save_interval: int = flag(10000, "steps between two checkpoints", low=1)
     resume_checkpoint: str = flag(
@@ -116,7 +118,7 @@ class TrainConfig(Section):
     static_graph: bool = flag(
         False, "promise that every step uses the same weights, which saves work between processes"
     )
-    shard_ema: bool = flag(False, "divide the averaged weights among the processes: less memory on each")
+    shard_ema: bool = flag(False, "divide the EMA weights among the processes: less memory on each")
     sample_interval: int = flag(
         0, "steps between two pictures of samples; 0 = with every checkpoint, -1 = never", low=-1
     )
@@ -153,7 +155,7 @@ class ClassifierTrainConfig(TrainConfig):
 
     lr: float = flag(3e-4, "learning rate", low=0.0)
     batch_size: int = flag(4, "images per step and process", low=1, auto=_CHOSEN)
-    ema_rate: str = flag("", "rates of averaged weights; empty = none")
+    ema_rate: str = flag("", "decays of EMA weights; empty = none")
     iterations: int = flag(150000, "end after this many updates", low=1)
     noised: bool = flag(True, "train on noised images, as guidance needs")
     anneal_lr: bool = flag(False, "lower the learning rate to 0 over --iterations")

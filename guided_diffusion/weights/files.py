@@ -1,4 +1,4 @@
-"""Reading files of tensors: never running code from them, and saying plainly what is wrong with a file that cannot be read."""
+"""Files of tensors: read without running code from them; an error names the file and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .recognise import WRAPPERS
 
 _log = logging.getLogger(__name__)
 
-# Every network of this family has this tensor: what stands before its name in a file stands before all names of that network.
+# Every network of this family has this tensor: its prefix in a file is the prefix of all names of that network.
 _ANCHOR = "input_blocks.0.0.weight"
-# Words in what stands before the names. The last one that says something decides: in "ema.online_model." the second.
+# Words in the prefix of names. The last one that matches decides: in "ema.online_model." the second.
 _AVERAGED = re.compile(r"(?:^|_)ema(?:$|_|\d|model|net)|averag|shadow", re.I)
 _RAW = re.compile(r"(?:^|_)(?:online|raw)(?:$|_)", re.I)
 _NO_WEIGHTS = re.compile(r"^(?:opt(?:im(?:izers?)?)?(?:$|_)|(?:grad_)?scaler|(?:lr_)?scheduler)", re.I)
@@ -54,8 +54,8 @@ def read_weights(path: str, *, which: str = "", device: torch.device | str = "cp
 
     Local files are memory-mapped: reading costs no second copy in memory. A file may hold it inside others
     (`{"state_dict": ...}`, a trainer's file with optimizer and counters) or with prefixed names ("module.", "_orig_mod.",
-    "model."): it is found, and the log says what was left out. Of averaged and raw weights beside each other the averaged are
-    taken, or those that `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
+    "model."): it is found, and the log says what was left out. Where it holds EMA weights and raw ones the EMA is
+    taken, or what `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
     another kind, or would run code.
     """
     found = _read(path, device)
@@ -64,7 +64,7 @@ def read_weights(path: str, *, which: str = "", device: torch.device | str = "cp
     unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
     unread -= {prefix.split(".")[0] for prefix in prefixes}
     if unread and prefixes:
-        _log.info("%s: %s cannot be read as a network's averaged weights", path, ", ".join(sorted(unread)))
+        _log.info("%s: %s cannot be read as a network's EMA weights", path, ", ".join(sorted(unread)))
     prefix, taken = _choose(path, prefixes, which) if prefixes else ("", "")
     state = _without(flat, prefix, prefixes) if prefixes else _any_network(path, found)
     return Weights({name: value.to(device) for name, value in _whole(path, state).items()}, taken)
@@ -95,7 +95,7 @@ def _flattened(found: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _role(prefix: str) -> str:
-    """ "ema" or "model", by the last word of what stands before the names that tells them apart; "model" without any."""
+    """ "ema" or "model", by the last word of the prefix that distinguishes them; "model" without any."""
     for word in reversed(prefix.split(".")):
         if _AVERAGED.search(word):
             return "ema"
@@ -105,7 +105,7 @@ def _role(prefix: str) -> str:
 
 
 def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
-    """(what stands before the names of the wanted network, its role where there was a choice)."""
+    """(prefix of the wanted network, its role where there was a choice)."""
     by_role: dict[str, list[str]] = {}
     for prefix in sorted(prefixes, key=lambda prefix: prefix.count(".")):
         by_role.setdefault(_role(prefix), []).append(prefix)
@@ -128,13 +128,13 @@ def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
             path, _KINDS[role], names[role], _KINDS[rest], names[rest], _KINDS[role].split()[0], other,
         )  # fmt: skip
     elif role == "ema":
-        _log.info("%s holds averaged weights only (%s)", path, names[role])
+        _log.info("%s holds EMA weights only (%s)", path, names[role])
     elif nearest[0]:
         _log.info("%s: the network's tensors are those below %r, which is left out of their names", path, nearest[0])
     return nearest[0], role if len(by_role) > 1 else ""
 
 
-_KINDS = {"ema": "averaged weights", "model": "raw weights"}
+_KINDS = {"ema": "EMA weights", "model": "raw weights"}
 
 
 def _without(flat: Mapping[str, Tensor], prefix: str, prefixes: Sequence[str]) -> dict[str, Tensor]:
@@ -221,14 +221,14 @@ def read_metadata(path: str) -> dict[str, str]:
             )
         text = file.read(length)
     try:
-        told = json.loads(text).get("__metadata__") or {}
-        if not all(isinstance(value, str) for value in told.values()):
+        texts = json.loads(text).get("__metadata__") or {}
+        if not all(isinstance(value, str) for value in texts.values()):
             raise TypeError("metadata must be text")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read: its header is no safetensors header ({_first_line(error)})"
         ) from error
-    return dict(told)
+    return dict(texts)
 
 
 def _load_safetensors(path: str) -> dict[str, Tensor]:

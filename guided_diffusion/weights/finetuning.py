@@ -75,11 +75,13 @@ def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
     """(file of weights, which of those in it) of a save."""
     assert saved.model is not None
     role = parse_name(saved.model)
-    if weights != "ema" or role is None or role[0] != "model":  # a plain file may hold both, one of averages is these
+    if (
+        weights != "ema" or role is None or role[0] != "model"
+    ):  # a plain file may hold both, one of EMA weights is these
         return saved.model, weights
     if not saved.ema:
         raise ValueError(
-            f"--resume_from is 'ema', but the save at step {saved.step} in {saved.directory} has no averages"
+            f"--resume_from is 'ema', but the save at step {saved.step} in {saved.directory} has no EMA weights"
         )
     return saved.ema[max(saved.ema, key=float)], ""
 
@@ -96,13 +98,13 @@ def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfi
     sizes = {name: size for name, size in sizes.items() if name in model.names() and size != getattr(model, name)}
     if not sizes:
         return config
-    told = ", ".join(f"{name} {getattr(model, name)}; you asked for {size}" for name, size in sizes.items())
+    differs = ", ".join(f"{name} {getattr(model, name)}; you asked for {size}" for name, size in sizes.items())
     prefix = ""
     if isinstance(model, ClassifierConfig):
         prefix = "classifier_"
         if model.classifier_pool == "attention":
             raise ValueError(
-                f"{path} is another network than the flags say: the file has {told}. Its attention pool fits no other size"
+                f"{path} is another network than the flags say: the file has {differs}. Its attention pool fits no other size"
             )
     height = sizes.get("large_size", sizes.get("image_size", model.sample_size))
     reached = [2**k for k in range(len(model.multipliers)) if 2**k in model.attention_downsamplings]
@@ -112,7 +114,7 @@ def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfi
         f"{prefix}attention_resolutions": ",".join(str(height // ds) for ds in reached),
     }
     attention = changed[f"{prefix}attention_resolutions"]
-    _log.info("%s: the file has %s: the levels stay, with attention at %s", path, told, attention)
+    _log.info("%s: the file has %s: the levels stay, with attention at %s", path, differs, attention)
     return replace(config, model=replace(model, **changed).validate())
 
 

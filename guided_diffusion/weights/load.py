@@ -40,7 +40,7 @@ class Found:
 
 
 def find(path: str, *, weights: str = "") -> Found:
-    """The weights that `path` means: a file, or a run folder, whose newest averaged weights (or those of `weights`) are taken."""
+    """The weights that `path` means: a file, or a run folder, whose newest EMA weights (or those of `weights`) are taken."""
     if weights not in WEIGHTS:
         raise ValueError(f"--weights is {weights!r}; it must be one of {', '.join(map(repr, WEIGHTS))}")
     path = storage.expand(path)
@@ -72,15 +72,15 @@ def _in_folder(folder: str, weights: str) -> tuple[str, int]:
         raise ValueError(f"{folder} holds no save of a run; give a folder that training wrote, or a .pt file")
     rate = None if weights == "model" else max(saved.ema, key=float, default=None)
     if rate is None and weights == "ema":
-        raise ValueError(f"--weights is 'ema', but the newest save in {folder} kept no averaged weights")
+        raise ValueError(f"--weights is 'ema', but the newest save in {folder} kept no EMA weights")
     if rate is None:
-        path, what = saved.model, "weights" if weights else "weights (no average was kept)"
+        path, what = saved.model, "weights" if weights else "weights (no EMA was kept)"
     else:
-        path, what = saved.ema[rate], f"averaged weights (EMA {rate})"
+        path, what = saved.ema[rate], f"EMA weights (decay {rate})"
     _log.info("taking the newest %s: %s", what, path)
     if rate is not None and saved.step < 1 / (1 - float(rate)):
         _log.info(
-            "note: after %d steps an average of rate %s still remembers the first, random weights", saved.step, rate
+            "note: after %d steps an EMA of decay %s still holds much of the first, random weights", saved.step, rate
         )
     return path, saved.step
 
@@ -191,8 +191,8 @@ def load(
     Files written here carry their configuration, released ones are known by their tensors; for others `flags` gives what
     tensors cannot tell, spelled as in 2021. Flags that contradict the file are refused in words, and so is a file of another
     `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` ""
-    follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds both averaged and raw ones; else the
-    averaged are taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
+    follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds EMA weights and raw ones; else the
+    EMA is taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
     """
     device = torch.device(device)
     found, held = read(path, kind=kind, flags=flags, weights=weights)

@@ -1,4 +1,4 @@
-"""What tensors cannot tell, decided by trying: the reading of a file under which the network denoises best. And what a network costs."""
+"""Which reading of a file is right where its tensors leave several: that under which the network denoises best. What a network costs."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ _ALL = (
     _preset(
         "256x256_diffusion_uncond",
         "diffusion",
-        "ImageNet 256, not told the class",
+        "ImageNet 256, unconditional",
         _imagenet(256, class_cond=False, num_classes=0),
         "256x256_classifier",
         Recipe("250", 10.0, Scores(12.00, 10.40, 0.76, 0.44)),

@@ -71,7 +71,7 @@ class SavedRun:
         """What a run that continues from here will have to start afresh, in words."""
         absent = []
         if not self.ema:
-            absent.append("averaged weights")
+            absent.append("EMA weights")
         if self.optimizer is None:
             absent.append("optimizer state")
         if not self.state:
@@ -239,7 +239,7 @@ def find_latest(directory: str) -> SavedRun | None:
 
 
 def load_run(resume: str) -> SavedRun | None:
-    """The save that `resume` means: a folder (its newest whole save, None if it has none), or any file of a save but its averages.
+    """The save that `resume` means: a folder (its newest whole save, None if it has none), or any file of a save but its EMA weights.
 
     Averaged weights, and a file that belongs to no save, such as a released checkpoint, give their weights at step 0.
     """
@@ -252,7 +252,7 @@ def load_run(resume: str) -> SavedRun | None:
         )
     directory, parsed = os.path.dirname(resume) or ".", parse_name(resume)
     if parsed is not None and parsed[0].startswith("ema_"):
-        _log.info("%s holds averaged weights: taking them, at step 0", resume)
+        _log.info("%s holds EMA weights: taking them, at step 0", resume)
         return SavedRun(directory=directory, step=0, model=resume)
     if parsed is not None and storage.exists(storage.join(directory, file_name("run", parsed[1]))):
         return _open_complete(directory, parsed[1])

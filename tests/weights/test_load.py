@@ -153,7 +153,7 @@ def test_of_raw_and_averaged_weights_the_choice_is_told(
         found = gd.load(path, flags=line(kind, flags), weights=which)
         assert all(torch.equal(value, expected[key]) for key, value in found.net.state_dict().items()), which
         assert found.weights == (which or "ema")
-        assert "averaged weights" in caplog.text and "raw weights" in caplog.text
+        assert "EMA weights" in caplog.text and "raw weights" in caplog.text
         assert ("--weights model" in caplog.text) == (not which)
 
 
@@ -164,8 +164,8 @@ def test_averaged_weights_alone_are_weights(tmp_path: Path, caplog: pytest.LogCa
         torch.save(content, path)
         caplog.clear()
         assert torch.equal(outputs(gd.load(path, flags=line(kind, flags))), outputs(before))
-        assert "averaged weights only" in caplog.text
-        with pytest.raises(ValueError, match="--weights is 'model', but .*a.pt holds averaged weights only"):
+        assert "EMA weights only" in caplog.text
+        with pytest.raises(ValueError, match="--weights is 'model', but .*a.pt holds EMA weights only"):
             gd.load(path, flags=line(kind, flags), weights="model")
 
 
@@ -197,7 +197,7 @@ def test_weights_of_a_run_folder_are_chosen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--weights is 'raw'; it must be one of '', 'ema', 'model'"):
         gd.load(str(tmp_path), weights="raw")
     save_run(str(tmp_path), step=10, model=raw, config=network.config.to_dict(), kind="diffusion")
-    with pytest.raises(ValueError, match="kept no averaged weights"):
+    with pytest.raises(ValueError, match="kept no EMA weights"):
         gd.load(str(tmp_path), weights="ema")
 
 

@@ -149,7 +149,7 @@ def test_float16_optimizer_files_of_2021_are_read(tmp_path):
     for p in params:
         assert torch.equal(trainer.optimizer.state[p]["exp_avg"], p * 2)
         assert trainer.optimizer.state[p]["step"] == 7
-    assert any("averaged weights" in line for line in lines)
+    assert any("EMA weights" in line for line in lines)
     trainer.run(9)
 
 
