@@ -7,6 +7,7 @@ about neighbours, live in `neighbours`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,6 +197,11 @@ def _kernel_sums(
             row += kernel.sum(dim=1)
         sums[i : i + tile] = row.cpu().numpy()
     return sums
+
+
+# Name -> function of (features of the samples [N, d], of the reference [M, d], device=) -> a number, or value and influence, which give
+# an error bar too. For --metrics; programs add their own.
+METRICS: dict[str, Callable[..., float | KernelDistance]] = {"KID": kernel_distance}
 
 
 @dataclass(frozen=True)

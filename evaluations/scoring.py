@@ -65,6 +65,8 @@ class Scorer:
 
     def __init__(self, settings: Settings, *, encoder: Encoder | None = None, world: Place | None = None) -> None:
         self.settings = settings
+        if unknown := [name for name in settings.metrics if name not in metrics.METRICS]:
+            raise ValueError(f"metrics is {unknown[0]!r}, allowed are {', '.join(metrics.METRICS)}")
         self.world = world or place()
         self.device = pick_device(self.world, settings.device)
         self.encoder = encoder or make_encoder(settings, self.device)
@@ -164,10 +166,12 @@ class Scorer:
                 spread = "spread of counts over samples"
                 errors["Density"] = uncertainty.of_influence(around.ball_counts / around.k, spread)
                 errors["Coverage"] = uncertainty.of_groups(around.occupied_by_group)
-        if settings.kid and min(len(sample.features), len(reference.features)) > 1:
-            kernel = metrics.kernel_distance(sample.features, reference.features, device=device)
-            values["KID"] = kernel.value
-            errors["KID"] = uncertainty.of_influence(kernel.influence)
+        wanted = dict.fromkeys((*["KID"] * settings.kid, *settings.metrics))
+        for further in wanted if min(len(sample.features), len(reference.features)) > 1 else ():
+            found = metrics.METRICS[further](sample.features, reference.features, device=device)
+            if isinstance(found, metrics.KernelDistance):
+                errors[further] = uncertainty.of_influence(found.influence)
+            values[further] = found.value if isinstance(found, metrics.KernelDistance) else float(found)
         shown = errors if settings.errors else {}
         scores = tuple(report.Score(key, value, *shown.get(key, ())[:2]) for key, value in values.items())
         line = None
@@ -323,7 +327,7 @@ def evaluate(
 
 def _receipt(settings: Settings) -> dict[str, Any]:
     shown = asdict(settings)
-    for name in ("weights", "allow_other_weights", "shard_dir", "progress", "device", "batch_size"):
+    for name in ("weights", "allow_other_weights", "shard_dir", "progress", "device", "batch_size", "metrics"):
         del shown[name]  # none of these is able to change a number; weights are named by content elsewhere
     shown["frechet"] = "float64; singular values of the product of covariance roots"
     shown["neighbours"] = "squared distances, inside when <= the distance to the k-th other point"

@@ -24,6 +24,7 @@ class Settings:
     split_size: int = 5000
     errors: bool = False
     kid: bool = False
+    metrics: tuple[str, ...] = ()  # further scores, names of metrics.METRICS
     density_coverage: bool = False
     fid_infinity: bool = False
     per_class: bool = False

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from guided_diffusion.cli.main import main
 from guided_diffusion.data.listing import list_records
 from guided_diffusion.data.sources import list_source
 
-PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.S))
 SMALL = ["--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1,2", "--attention_resolutions", "4"]
 RUN = [
@@ -143,6 +147,41 @@ def test_a_data_source(tmp_path: Path) -> None:
     )
     packed = list_source(str(tmp_path / "packed"))
     assert all(np.array_equal(packed.read(path), image) for path, image in zip(packed.paths, pixels, strict=True))
+
+
+def test_a_metric(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    reference, samples = rng.standard_normal((40, 3)), rng.standard_normal((30, 3)) + 1
+    for name, rows in (("reference", reference), ("samples", samples)):
+        np.savez(tmp_path / f"{name}.npz", features=rows.astype(np.float32))
+    words = [
+        str(tmp_path / "reference.npz"),
+        str(tmp_path / "samples.npz"),
+        "--features",
+        "npz",
+        "--metrics",
+        "energy,KID",
+    ]
+    command = [
+        sys.executable,
+        example("energy.py", tmp_path),
+        *words,
+        "--json",
+        str(tmp_path / "out.json"),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    scores = {
+        score["name"]: score["value"] for score in json.loads((tmp_path / "out.json").read_text())["sets"][0]["scores"]
+    }
+    pairs = ((samples, reference), (samples, samples), (reference, reference))
+    apart = [np.linalg.norm(a[:, None] - b[None], axis=2).mean() for a, b in pairs]
+    assert scores["energy"] == pytest.approx(2 * apart[0] - apart[1] - apart[2], rel=1e-5)
+    assert f"energy: {scores['energy']!r}" in done.stdout and "KID" in scores
 
 
 def test_a_program_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
