@@ -1,4 +1,4 @@
-"""Door: the factory functions and flag helpers of 2021, on config, build.py and cli/flag_dicts.py.
+"""Door: the factory functions and flag helpers of 2021, on config, build.py and cli/arguments.py.
 
 The keys of the dicts and the positional parameters are frozen: programs build calls from them by inspection. What is new is keyword-only.
 """
@@ -8,7 +8,7 @@ import inspect  # noqa: F401
 from typing import Any
 
 from . import gaussian_diffusion as gd
-from .cli.flag_dicts import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
+from .cli.arguments import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .respace import SpacedDiffusion, space_timesteps
 

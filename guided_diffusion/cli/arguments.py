@@ -13,7 +13,34 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..config.fields import RENAMED
 from .extensions import ImportProgram, names_of
-from .flag_dicts import str2bool
+
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+# Flags of every command that starts processes.
+COMMON: dict[str, tuple[Any, str]] = {
+    "device": ("auto", "auto, cpu or cuda"),
+    "debug": (False, "show where an error came from"),
+}
+# The groups of --help: title -> flags. Those that a command does not have are left out; those that stand nowhere are in the last group.
+SAMPLING = {
+    "what is made": "num_samples seed classes labels base_samples requests",
+    "guidance": "classifier_path classifier_scale upsampler_classifier_path upsampler_classifier_scale",
+    "sampler": "sampler use_ddim eta timestep_respacing clip_denoised upsampler_use_ddim upsampler_timestep_respacing",
+    "speed": "batch_size upsampler_batch_size device precision classifier_precision use_fp16 classifier_use_fp16 compile cuda_graphs",
+    "files": "model_path weights upsampler_path out grid config upsampler_flags debug",
+    "for weights that carry no configuration": "",
+}
+MEASURING = {"what is measured": "data_dir num_samples seed labels", **dict(list(SAMPLING.items())[2:])}
+TRAINING = {
+    "data": "data_dir val_data_dir val_fraction labels new_classes random_crop random_flip on_error noised",
+    "optimization": "lr weight_decay lr_anneal_steps anneal_lr warmup_steps iterations max_steps batch_size global_batch_size grad_clip "
+    "ema_rate dropout schedule_sampler min_snr_gamma use_kl rescale_learned_sigmas seed fp16_scale_growth",
+    "speed and memory": "microbatch recompute memory_limit_gb use_checkpoint classifier_use_checkpoint device precision "
+    "use_fp16 classifier_use_fp16 compile workers shard_optimizer shard_ema compress_gradients static_graph timeout_s",
+    "files and log": "out resume_checkpoint resume_from weights config save_interval keep_last keep_every log_interval eval_interval "
+    "sample_interval sample_steps progress tensorboard debug",
+    "network and noise process": "",
+}
 
 
 class UsageError(ValueError):
@@ -28,10 +55,10 @@ class Parsed(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of ending the process; every command has --import."""
+    """argparse that raises instead of ending the process, with the flag `--import`."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.add_argument("--import", action=ImportProgram)
 
     def error(self, message: str) -> NoReturn:
@@ -46,41 +73,38 @@ def parse(
     description: str,
     extra: Mapping[str, tuple[Any, str]] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    groups: Mapping[str, str] = TRAINING,
 ) -> Parsed:
     """Read flags that belong to the dataclasses `configs` and to `extra` (name -> (default, help)).
 
     `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
+    `groups` are those of --help: title -> flags; the last group has all others.
     """
     known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
     parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument("--config", metavar="FILE", help="JSON file with values for the flags below")
-    helps = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)
-    for name, (default, help, choices, auto, table) in known.items():
-        if table and helps:
-            choices = names_of(table)
-        told = f"{help}" + (f" [{', '.join(str(c) or 'empty' for c in choices)}]" if choices else "")
-        told = (told + f" (default {default!r})").replace("%", "%%")
-        if isinstance(default, bool):  # a bare --flag says True
-            options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
-        elif auto is not None:
-            options = {"type": int_or_auto, "metavar": "int" if isinstance(auto, str) else "int|auto"}
-        else:
-            options = {"type": type(default), "metavar": type(default).__name__}
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
+    helps = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)  # only then tables are read
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        listed = names.split() or [name for name in known if name not in " ".join(groups.values()).split()]
+        for name in listed:
+            if name == "config":
+                group.add_argument("--config", metavar="FILE", help="JSON file with values for these flags")
+            elif name in known:
+                _add(group, name, known[name], names_of(known[name].table) if helps and known[name].table else ())
     renamed = {f"--{old}": f"--{now}" for old, now in RENAMED.items() if now in known}
     arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv, renamed))
     if unknown:
         raise UsageError(_unknown(unknown[0], known))
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
+    default = {name: entry.default for name, entry in known.items()}
     if arguments.config:
         from ..config import changed, laid_over
         from ..runtime.launchers import first_of_machine
 
         stored, given = _from_file(arguments.config, known), typed
         typed = laid_over(stored, given)
-        now = {**{name: entry.default for name, entry in known.items()}, **typed}
-        for sentence in changed(stored, given, now) if first_of_machine(os.environ) else ():
+        for sentence in changed(stored, given, {**default, **typed}) if first_of_machine(os.environ) else ():
             print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
     typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():
@@ -89,7 +113,16 @@ def parse(
             raise UsageError(
                 f"--{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{near(value, choices)}"
             )
-    return Parsed({**{name: entry.default for name, entry in known.items()}, **typed}, typed)
+    return Parsed({**default, **typed}, typed)
+
+
+def str2bool(v: str | bool) -> bool:
+    """Read a boolean as the 2021 scripts did: yes true t y 1, no false f n 0, in any case."""
+    if isinstance(v, bool):
+        return v
+    if v.lower() in _TRUE + _FALSE:
+        return v.lower() in _TRUE
+    raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; say one of {' '.join(_TRUE + _FALSE)}")
 
 
 def int_or_auto(text: str) -> int | str:
@@ -103,19 +136,12 @@ def int_or_auto(text: str) -> int | str:
 
 
 def _without_auto(name: str, value: Any, auto: int | str | None) -> Any:
-    """`value`, or the number that the word auto stands for; UsageError where `auto` says why it stands for none."""
+    """`value`, or the number that the word auto stands for; UsageError if `auto` says why it stands for none."""
     if auto is None or not isinstance(value, str) or value.lower() != "auto":
         return value
     if isinstance(auto, str):
         raise UsageError(f"--{name} is 'auto', but {auto}")
     return auto
-
-
-# Flags of every command that starts processes.
-COMMON: dict[str, tuple[Any, str]] = {
-    "device": ("auto", "auto, cpu or cuda"),
-    "debug": (False, "show where an error came from"),
-}
 
 
 class _Help(argparse.HelpFormatter):
@@ -135,13 +161,25 @@ def _table(
     configs: Sequence[type], extra: Mapping[str, tuple[Any, str]], defaults: Mapping[str, Any]
 ) -> dict[str, _Entry]:
     known: dict[str, _Entry] = {}
-    for config in configs:
-        for f in fields(config):
-            if f.name not in known:
-                told: dict[str, Any] = {key: f.metadata.get(key) for key in ("choices", "auto", "table")}
-                known[f.name] = _Entry(defaults.get(f.name, f.default), f.metadata.get("help", ""), **told)
+    for f in (f for config in configs for f in fields(config)):
+        if f.name not in known and "help" in f.metadata:
+            own = {key: f.metadata[key] for key in _Entry._fields[1:]}
+            known[f.name] = _Entry(defaults.get(f.name, f.default), **own)
     known.update({name: _Entry(defaults.get(name, default), help) for name, (default, help) in extra.items()})
     return known
+
+
+def _add(group: Any, name: str, entry: _Entry, in_table: Sequence[str]) -> None:
+    default, help, choices, auto, _ = entry
+    listed = f" [{', '.join(str(choice) or 'empty' for choice in in_table or choices or ())}]" if in_table or choices else ""
+    if isinstance(default, bool):  # a bare --flag means True
+        options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
+    elif auto is not None:
+        options = {"type": int_or_auto, "metavar": "int" if isinstance(auto, str) else "int|auto"}
+    else:
+        options = {"type": type(default), "metavar": type(default).__name__}
+    text = f"{help}{listed} (default {default!r})".replace("%", "%%")
+    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
 
 
 def _underscored(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
@@ -196,3 +234,15 @@ def near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
     """ " (did you mean ...?)" where one of the `allowed` is similar, else nothing."""
     found = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
     return f" (did you mean {prefix}{found[0]}?)" if found else ""
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add one `--key` per entry, of the type of its default; None reads as text, booleans through `str2bool`."""
+    for key, default in default_dict.items():
+        read: Any = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        parser.add_argument(f"--{key}", default=default, type=read)
+
+
+def args_to_dict(args: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The attributes `keys` of parsed arguments (or any object) as a dict."""
+    return {key: getattr(args, key) for key in keys}

@@ -4,75 +4,70 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from ..config import ClassifierConfig, DiffusionConfig, ModelConfig, SampleConfig
+from ..config import ModelConfig, flag
 from . import arguments, making, runs, sample, upsample
 
 if TYPE_CHECKING:
+    from ..runtime.signals import Stop
     from ..runtime.world import World
 
-EXTRA: dict[str, tuple[Any, str]] = {
-    "out": ("", "folder; the small images come into its base/, the large ones into its upsampled/"),
-    "upsampler_path": ("", "weights of the upsampler: a file or a run folder"),
-    "upsampler_timestep_respacing": ("", "steps of the upsampler; empty = as --timestep_respacing"),
-    "upsampler_use_ddim": (False, "enlarge with DDIM"),
-    "upsampler_batch_size": (0, "large images per pass and process; 0 = as --batch_size"),
-    "upsampler_classifier_path": ("", "a classifier of the large size, to guide the upsampler as well"),
-    "upsampler_classifier_scale": (0.0, "strength of that guidance; 0 = none, as in the paper"),
-    "upsampler_flags": ("", "further flags of the upsample command, as one quoted text"),
-}
-_CONFIGS = (SampleConfig, ModelConfig, DiffusionConfig, ClassifierConfig)
+
+@dataclass(frozen=True)
+class Cascade(making.Making):
+    """Make small images from noise, then enlarge them, in one command."""
+
+    out: str = flag("", "folder; the small images come into its base/, the large ones into its upsampled/")
+    upsampler_path: str = flag("", "weights of the upsampler: a file or a run folder")
+    upsampler_timestep_respacing: str = flag("", "steps of the upsampler; empty = as --timestep_respacing")
+    upsampler_use_ddim: bool = flag(False, "enlarge with DDIM")
+    upsampler_batch_size: int = flag(0, "large images per pass and process; 0 = as --batch_size")
+    upsampler_classifier_path: str = flag("", "a classifier of the large size, to guide the upsampler as well")
+    upsampler_classifier_scale: float = flag(0.0, "strength of that guidance; 0 = none, as in the paper")
+    upsampler_flags: str = flag("", "further flags of the upsample command, as one quoted text")
+
+
 # Flags of the first stage that hold for both.
 _SHARED = ("num_samples", "batch_size", "seed", "precision", "clip_denoised", "timestep_respacing", "grid", "device")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`guided-diffusion cascade`."""
-    parsed = arguments.parse(argv, _CONFIGS, program="guided-diffusion cascade", description=__doc__ or "", extra=EXTRA)
+    asked = Cascade.of(making.flags(argv, Cascade, ModelConfig, program="guided-diffusion cascade"))
     for name, what in (("model_path", "the base model"), ("upsampler_path", "the upsampler")):
-        if not parsed.flags[name]:
+        if not getattr(asked, name):
             raise ValueError(f"--{name} is empty; give the weights of {what}, or the folder of its run")
-    out, _ = runs.run_folder(parsed.flags["out"], "cascade")
-    first = _first(parsed)
-    second = upsample.flags(_words_of_second(parsed), program="guided-diffusion cascade --upsampler_flags")
+    second = _second(asked)  # an impossible value is an error now, not after the first stage
+    out, _ = runs.run_folder(asked.out, "cascade")
 
-    SampleConfig.from_flags(second.flags)  # an impossible value is told now, not after the first stage
-
-    def work(world: World, stop: Any) -> None:
+    def work(world: World, stop: Stop) -> None:
         from ..runtime import storage
 
         folder = world.broadcast_object(out, name="folder of the cascade")
-        npz = sample.work(_into(first, storage.join(folder, "base")), world, stop)
-        last = _into(second, storage.join(folder, "upsampled"))
-        upsample.work(arguments.Parsed({**last.flags, "base_samples": npz}, last.typed), world, stop)
+        own = {name: value for name, value in asked.typed.items() if not name.startswith("upsampler_")}
+        npz = sample.make(replace(asked, out=storage.join(folder, "base"), typed=own), world, stop)
+        upsample.make(replace(second, out=storage.join(folder, "upsampled"), base_samples=npz), world, stop)
 
-    return making.session(parsed, work)
-
-
-def _first(parsed: arguments.Parsed) -> arguments.Parsed:
-    """The first stage's flags: those of `sample`."""
-    own = {f.name for config in _CONFIGS for f in fields(config)} | {"device", "debug"}
-    flags = {name: value for name, value in parsed.flags.items() if name in own}
-    typed = {name: value for name, value in parsed.typed.items() if name in own}
-    return arguments.Parsed(flags, typed)
+    return making.in_session(asked, work)
 
 
-def _into(parsed: arguments.Parsed, out: str) -> arguments.Parsed:
-    return arguments.Parsed({**parsed.flags, "out": out}, parsed.typed)
-
-
-def _words_of_second(parsed: arguments.Parsed) -> list[str]:
-    """The second stage's command line; what was typed for the upsampler wins over what both share."""
-    told: dict[str, Any] = {name: parsed.flags[name] for name in _SHARED if name in parsed.typed}
-    told["num_samples"] = parsed.flags["num_samples"]
-    told |= {"model_path": parsed.flags["upsampler_path"], "use_ddim": parsed.flags["upsampler_use_ddim"]}
-    told["classifier_scale"] = parsed.flags["upsampler_classifier_scale"]
-    told["classifier_path"] = parsed.flags["upsampler_classifier_path"]
-    if parsed.flags["upsampler_timestep_respacing"]:
-        told["timestep_respacing"] = parsed.flags["upsampler_timestep_respacing"]
-    if parsed.flags["upsampler_batch_size"]:
-        told["batch_size"] = parsed.flags["upsampler_batch_size"]
-    words = [f"--{name}={value}" for name, value in told.items() if value != ""]
-    return [*words, *shlex.split(parsed.flags["upsampler_flags"])]
+def _second(asked: Cascade) -> upsample.Upsampling:
+    """The second stage's flags: `--upsampler_flags` over `--upsampler_...` over those that both stages share."""
+    own = {
+        "model_path": asked.upsampler_path,
+        "use_ddim": asked.upsampler_use_ddim,
+        "classifier_path": asked.upsampler_classifier_path,
+        "classifier_scale": asked.upsampler_classifier_scale,
+        "num_samples": asked.num_samples,
+    }
+    if asked.upsampler_timestep_respacing:
+        own["timestep_respacing"] = asked.upsampler_timestep_respacing
+    if asked.upsampler_batch_size:
+        own["batch_size"] = asked.upsampler_batch_size
+    shared = {name: asked.typed[name] for name in _SHARED if name in asked.typed}
+    words = shlex.split(asked.upsampler_flags)
+    parsed = upsample.flags(words, program="guided-diffusion cascade --upsampler_flags")
+    typed = {**shared, **own, **parsed.typed}
+    return upsample.Upsampling.of(arguments.Parsed({**parsed.flags, **typed}, typed))

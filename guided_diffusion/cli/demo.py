@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ..runtime import storage
+from . import runs
 from .arguments import Parser
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -31,31 +32,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock = Clock()
 
     train_dir, val_dir = write_digits(out / "data")
-    clock.tell("digits written as files")
+    clock.lap("digits written as files")
     common = ["--seed", str(args.seed), "--device", args.device, "--resume_checkpoint", "auto"]
     run(["train", "--data_dir", train_dir, "--out", str(out / "diffusion"), *common, *plan.diffusion])
-    clock.tell("diffusion model trained")
+    clock.lap("diffusion model trained")
     classifier = ["--data_dir", train_dir, "--val_data_dir", val_dir, "--out", str(out / "classifier")]
     run(["train-classifier", *classifier, *common, *plan.classifier])
-    clock.tell("noisy-image classifier trained")
+    clock.lap("noisy-image classifier trained")
+    networks = ["--model_path", str(out / "diffusion"), "--classifier_path", str(out / "classifier")]
     for scale in SCALES:
-        run(
-            [
-                *("sample", "--model_path", str(out / "diffusion"), "--classifier_path", str(out / "classifier")),
-                *("--classifier_scale", str(scale), "--out", str(out / "samples" / f"scale_{scale:g}")),
-                *("--seed", str(args.seed), "--device", args.device, *plan.sample),
-            ]
-        )
-        clock.tell(f"sampled at scale {scale:g}")
+        own = ["--classifier_scale", str(scale), "--out", samples_of(out, scale)]
+        run(["sample", *networks, *own, "--seed", str(args.seed), "--device", args.device, *plan.sample])
+        clock.lap(f"sampled at scale {scale:g}")
     table = score(out, train_dir, args.device)
-    clock.tell("scored")
-    write_pictures(out, table)
+    clock.lap("scored")
+    for scale in SCALES:
+        write_picture(out, scale)
+    write_plots(out, table)
     print_table(table)
-    from ..runtime import storage
-
     storage.write_json_atomic(out / "scores.json", {"scores": table, "seconds": clock.laps})
     print(f"everything is in {out}: grid_scale_*.png, curves.png, trade.png, scores.json")
     return 0
+
+
+def samples_of(out: Path, scale: float) -> str:
+    """The folder of the samples at a scale."""
+    return str(out / "samples" / f"scale_{scale:g}")
 
 
 class Plan:
@@ -96,13 +98,13 @@ def _replace(flags: list[str], **values: object) -> list[str]:
 
 
 class Clock:
-    """Wall seconds of each part, told as they pass."""
+    """Wall seconds of each part, printed as they pass."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self.laps: dict[str, float] = {}
 
-    def tell(self, what: str) -> None:
+    def lap(self, what: str) -> None:
         now = time.monotonic()
         self.laps[what] = round(now - self._last, 1)
         print(f"== {what}: {self.laps[what]:.1f} s", flush=True)
@@ -142,35 +144,28 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
 
     The distance is Frechet's as in FID, over the classifier's features instead of Inception's: "FID-like".
     """
-    import numpy as np
-
     from evaluations.metrics import frechet_distance_of_features
     from evaluations.neighbours import neighbours
 
-    from ..sampling.generate import finished_npz
+    from ..sampling.features import classifier_features, read_images
+    from ..sampling.jobs import finished_npz
     from ..weights.load import load
-    from . import runs
-    from .features import classifier_features, read_images
 
     rows = []
     with runs.session({"device": device, "debug": False}) as here:
-        critic = load(str(out / "classifier"), kind="classifier", device=here.device)
-        images, _ = read_images(data_dir, critic, 100)
-        real, _ = classifier_features(critic, images, here.device)
+        classifier = load(str(out / "classifier"), kind="classifier", device=here.device, tell=lambda _: None)
+        real, _ = classifier_features(classifier, read_images(data_dir, classifier, 100)[0])
         for scale in SCALES:
-            path = finished_npz(str(out / "samples" / f"scale_{scale:g}"))
-            images, labels = read_images(path, critic, 100)
-            made, predicted = classifier_features(critic, images, here.device)
+            images, labels = read_images(finished_npz(samples_of(out, scale)), classifier, 100)
+            made, predicted = classifier_features(classifier, images)
             near = neighbours(made, real)
-            rows.append(
-                {
-                    "scale": scale,
-                    "fd": round(frechet_distance_of_features(made, real), 4),
-                    "precision": round(near.precision, 4),
-                    "recall": round(near.recall, 4),
-                    "accuracy": round(float(np.mean(predicted == labels)), 4),
-                }
-            )
+            found = {
+                "fd": frechet_distance_of_features(made, real),
+                "precision": near.precision,
+                "recall": near.recall,
+                "accuracy": float((predicted == labels).mean()),
+            }
+            rows.append({"scale": scale, **{name: round(value, 4) for name, value in found.items()}})
     return rows
 
 
@@ -178,32 +173,31 @@ def print_table(rows: list[dict[str, float]]) -> None:
     """The table a reader of the paper knows: what the guidance scale trades."""
     print("\n scale  FD (lower is better)  precision  recall  classifier accuracy")
     for row in rows:
-        print(
-            f"{row['scale']:6g}  {row['fd']:20.3f}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['accuracy']:19.3f}"
-        )
+        scale, fd, precision, recall, accuracy = row.values()
+        print(f"{scale:6g}  {fd:20.3f}  {precision:9.3f}  {recall:6.3f}  {accuracy:19.3f}")
 
 
-def write_pictures(out: Path, rows: list[dict[str, float]]) -> None:
-    """`grid_scale_*.png` (a column per digit, enlarged with bicubic interpolation), `curves.png` and `trade.png`."""
+def write_picture(out: Path, scale: float) -> None:
+    """`grid_scale_*.png`: a column per digit, enlarged with bicubic interpolation."""
     import numpy as np
     from PIL import Image
 
-    from ..sampling.generate import finished_npz
+    from ..sampling.jobs import finished_npz
     from ..sampling.writers import write_grid
 
-    for scale in SCALES:
-        path = finished_npz(str(out / "samples" / f"scale_{scale:g}"))
-        with np.load(path, allow_pickle=False) as held:
-            images, labels = held["arr_0"], held["arr_1"]
-        of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
-        chosen = [column[row] for row in range(6) for column in of_digit if row < len(column)]
-        large = [Image.fromarray(images[k, ..., 0]).resize((64, 64), Image.Resampling.BICUBIC) for k in chosen]
-        pixels = np.stack([np.asarray(picture) for picture in large])[..., None]
-        write_grid(str(out / f"grid_scale_{scale:g}.png"), pixels, [str(labels[k]) for k in chosen], columns=10)
-    _write_plots(out, rows)
+    with np.load(finished_npz(samples_of(out, scale)), allow_pickle=False) as held:
+        images, labels = held["arr_0"], held["arr_1"]
+    of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
+    chosen = [column[row] for row in range(6) for column in of_digit if row < len(column)]
+    large = [Image.fromarray(images[k, ..., 0]).resize((64, 64), Image.Resampling.BICUBIC) for k in chosen]
+    pixels = np.stack([np.asarray(picture) for picture in large])[..., None]
+    write_grid(str(out / f"grid_scale_{scale:g}.png"), pixels, [str(labels[k]) for k in chosen], columns=10)
 
 
-def _write_plots(out: Path, rows: list[dict[str, float]]) -> None:
+def write_plots(out: Path, rows: list[dict[str, float]]) -> None:
+    """`curves.png` of both trainings, and `trade.png` of the table; neither without matplotlib."""
+    import csv
+
     try:
         import matplotlib
     except ImportError:
@@ -217,7 +211,8 @@ def _write_plots(out: Path, rows: list[dict[str, float]]) -> None:
         (left, "diffusion", ("mse_q0", "mse_q1", "mse_q2", "mse_q3")),
         (right, "classifier", ("train_acc@1", "val_acc@1")),
     ):
-        table = _read_progress(out / run_name / "progress.csv")
+        with open(out / run_name / "progress.csv", newline="", encoding="utf-8") as lines:
+            table = list(csv.DictReader(lines))
         for column in columns:
             points = [(float(r["step"]), float(r[column])) for r in table if r.get(column)]
             if points:
@@ -235,10 +230,3 @@ def _write_plots(out: Path, rows: list[dict[str, float]]) -> None:
     axes.legend()
     figure.savefig(out / "trade.png", dpi=110)
     plt.close("all")
-
-
-def _read_progress(path: Path) -> list[dict[str, Any]]:
-    import csv
-
-    with open(path, newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))

@@ -1,4 +1,4 @@
-"""`sample --requests FILE`: many small requests in shared batches. The file is checked before any weights are read."""
+"""The file of `sample --requests`: many small requests. It is checked before any weights are read."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import SampleConfig
-from . import making
-from .arguments import Parsed, UsageError, near
+from .arguments import UsageError, near
 
 if TYPE_CHECKING:
-    from ..runtime.world import World
-    from ..sampling.requests import Request
+    from ..sampling.jobs import Request
+    from .making import Making
 
 FIELDS = ("name", "seed", "num_samples", "classes", "labels")
 _NAME = re.compile(r"[\w-]{1,100}")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request as it stands in the file, completed by the flags. `where` names its place, for complaints."""
+class Entry:
+    """One request as it stands in the file, completed by the flags. `where` names its place, for error messages."""
 
     name: str
     seed: int
@@ -31,8 +30,21 @@ class Asked:
     labels: str
     where: str
 
+    def flags(self) -> dict[str, Any]:
+        """The fields that a file has."""
+        return {name: getattr(self, name) for name in FIELDS}
 
-def read(path: str, parsed: Parsed) -> tuple[Asked, ...]:
+    def request(self, num_classes: int, class_names: Sequence[str]) -> Request:
+        """With the classes that the networks know; ValueError naming the place of one that does not exist."""
+        from ..data.classes import choose_classes
+        from ..sampling.jobs import LabelPlan, Request
+
+        classes = choose_classes(self.classes, num_classes, class_names, f"{self.where}: classes")
+        plan = LabelPlan(classes, self.labels == "balanced", self.seed)
+        return Request(self.name, self.num_samples, self.seed, plan)
+
+
+def read(path: str, asked: Making) -> tuple[Entry, ...]:
     """The requests of a JSON list, or of a file with one JSON object per line; what an object leaves open, the flags say.
 
     UsageError naming file, line (in a list: entry) and field.
@@ -45,20 +57,18 @@ def read(path: str, parsed: Parsed) -> tuple[Asked, ...]:
         raise FileNotFoundError(f"--requests {path}: there is no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UsageError(f"--requests {path} is no text file: {error}") from None
-    config = SampleConfig.from_flags(parsed.flags)
-    counted = "num_samples" in parsed.typed
-    asked: dict[str, Asked] = {}
+    found: dict[str, Entry] = {}
     for number, (where, value) in enumerate(_objects(path, text), start=1):
-        one = _asked(value, f"{number:04d}", f"--requests {path}, {where}", config, counted)
-        key = one.name.casefold()  # some file systems hold Cats and cats for one folder
-        if key in asked:
+        entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", asked)
+        key = entry.name.casefold()  # some file systems hold Cats and cats for one folder
+        if key in found:
             raise UsageError(
-                f"{one.where}: name {one.name!r} is that of {asked[key].where.rpartition(', ')[2]} already"
+                f"{entry.where}: name {entry.name!r} is that of {found[key].where.rpartition(', ')[2]} already"
             )
-        asked[key] = one
-    if not asked:
+        found[key] = entry
+    if not found:
         raise UsageError(f"--requests {path} holds no requests; write one JSON object per line, or a list of them")
-    return tuple(asked.values())
+    return tuple(found.values())
 
 
 def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -80,33 +90,29 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
-def _asked(value: Any, name: str, where: str, config: SampleConfig, counted: bool) -> Asked:
+def _entry(value: Any, name: str, where: str, asked: Making) -> Entry:
     """One request, checked by the rules of the flags of the same names."""
     if not isinstance(value, dict):
         raise UsageError(f"{where} is {value!r}; a request is an object such as {{'name': 'cats', 'num_samples': 3}}")
     for key in value:
+        if key in SampleConfig.names() and key not in FIELDS:
+            raise UsageError(f"{where}: {key} is one for all requests; give it as --{key}")
         if key not in FIELDS:
-            raise UsageError(f"{where}: {_foreign(key)}")
-    if "num_samples" not in value and not counted:
+            raise UsageError(f"{where}: a request has no {key!r}{near(key, FIELDS)}; it has {', '.join(FIELDS)}")
+    if "num_samples" not in value and "num_samples" not in asked.typed:
         raise UsageError(f"{where} has no num_samples; write it there, or give --num_samples for all that have none")
     name = value.get("name", name)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(
             f"{where}: name is {name!r}; it becomes the name of a folder: text of up to 100 letters, digits, - and _"
         )
-    told = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
-    classes = _classes(value["classes"], where) if "classes" in value else config.classes
+    own = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
+    classes = _classes(value["classes"], where) if "classes" in value else asked.classes
     try:
-        config = replace(config, **told).validate()
+        checked = replace(asked, **own).validate()
     except ValueError as error:
         raise UsageError(f"{where}: {str(error).removeprefix('--')}") from None
-    return Asked(name, config.seed, config.num_samples, classes, config.labels, where)
-
-
-def _foreign(key: str) -> str:
-    if key in SampleConfig.names():
-        return f"{key} is one for all requests; give it as --{key}"
-    return f"a request has no {key!r}{near(key, FIELDS)}; it has {', '.join(FIELDS)}"
+    return Entry(name, checked.seed, checked.num_samples, classes, checked.labels, where)
 
 
 def _classes(value: Any, where: str) -> str:
@@ -115,33 +121,3 @@ def _classes(value: Any, where: str) -> str:
     if not words or any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
         raise UsageError(f'{where}: classes is {value!r}; write 7, "3,7", or a list of numbers or names')
     return ",".join(str(word) for word in words)
-
-
-def work(asked: Sequence[Asked], parsed: Parsed, world: World, stop: Any) -> str:
-    """Make what is asked for; returns the folder, in which every request has one of its own. Called on every process."""
-    from ..runtime import storage
-    from ..sampling.requests import fulfil
-
-    tell, asked = making.teller(world), world.broadcast_object(asked, name="requests")
-    config = SampleConfig.from_flags(parsed.flags)
-    pieces = making.prepare(parsed, config, "diffusion", world)
-    requests = [_request(one, pieces) for one in asked]
-    total = sum(one.num_samples for one in asked)
-    job, chosen = making.job_of(parsed, replace(config, num_samples=total), pieces, world, "requests")
-    what = making.what_is_made(config, pieces)
-    tell(f"{len(asked)} requests, {total} {what}, into {job.out} ({chosen})")
-    if world.is_main:
-        understood = [{name: getattr(one, name) for name in FIELDS} for one in asked]
-        storage.write_json_atomic(storage.join(job.out, "requests.json"), understood)
-    done = fulfil(pieces.sample, job, requests, world=world, tell=tell, should_stop=lambda: stop.requested)
-    tell(str(done) if done.images else f"all {len(asked)} requests are there already")
-    return job.out
-
-
-def _request(one: Asked, pieces: making.Pieces) -> Request:
-    """With the classes that the networks know; ValueError naming the place of one that does not exist."""
-    from ..sampling.generate import LabelPlan
-    from ..sampling.requests import Request
-
-    classes = making.choose_classes(one.classes, pieces.num_classes, pieces.names, f"{one.where}: classes")
-    return Request(one.name, one.num_samples, one.seed, LabelPlan(classes, one.labels == "balanced", one.seed))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REQUEUE = 85  # stopped on request, everything saved: start me again
 USER_ERROR = 2
+PATIENCE_S = 3600.0  # how long a process waits for the others; a batch of large images can take long
 Command = Callable[[Sequence[str] | None], int]
 
 
@@ -36,6 +37,10 @@ def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except SystemExit as leaving:
+        if leaving.code != REQUEUE:  # of --help
+            raise
+        return REQUEUE
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         return _told(error, words)
     except RuntimeError as error:
@@ -107,20 +112,30 @@ def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None
 
 
 @contextmanager
-def session(flags: Mapping[str, Any], **options: Any) -> Iterator[World]:
-    """`runtime.world.session`; with several processes, a user's error ends the job with one line, not with a page from each."""
+def session(flags: Mapping[str, Any], *, timeout_s: float = PATIENCE_S) -> Iterator[World]:
+    """`runtime.world.session` for a command with the flags `device` and `debug`, and its messages on the main process.
+
+    With several processes, a user's error ends the job with one line, not with a page from each. A command that was asked to stop
+    and can be started again ends with exit code 85.
+    """
     from ..runtime import watch, world
-    from ..runtime.log import setup_messages
+    from ..runtime.log import mute_unheard, setup_messages
+    from ..sampling.queue import Interrupted
     from ..training.incident import TrainingDiverged
     from ..training.saver import SaveError
 
     ours = (SaveError, TrainingDiverged, world.CollectiveError)
 
     setup_messages()
-    with world.session(flags["device"], **options) as here:
+    with world.session(flags["device"], timeout_s=timeout_s) as here:
         setup_messages(here)
         try:
             yield here
+        except Interrupted as stopped:
+            mute_unheard()
+            if here.is_main:
+                print(f"stopped on request: {stopped}")
+            raise SystemExit(REQUEUE) from None
         except (ValueError, OSError, ImportError, NotImplementedError, *ours) as error:
             if here.size == 1 or flags["debug"]:
                 raise

@@ -395,7 +395,7 @@ def _drawing(plan: _Plan, world: World) -> Callable[[nn.Module, str], None]:
     from ..diffusion.process import space_timesteps
     from ..runtime.streams import SAMPLE, Streams
     from ..sampling import writers
-    from ..sampling.pipeline import build_sample
+    from ..sampling.pipeline import make_pipeline
     from ..weights.load import Loaded
 
     config, model, respacing = plan.config, plan.config.model, plan.config.train.sample_steps
@@ -412,7 +412,7 @@ def _drawing(plan: _Plan, world: World) -> Callable[[nn.Module, str], None]:
 
     def draw(net: nn.Module, path: str) -> None:
         streams = Streams(config.train.seed, SAMPLE, ids=range(_GRID), device=world.device)
-        sample = build_sample(Loaded(net, process, config, ""), process, method="ddim")
+        sample = make_pipeline(Loaded(net, process, config, ""), sampler="ddim")
         images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
         writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)
 

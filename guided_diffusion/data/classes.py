@@ -25,6 +25,25 @@ def number_of(word: str, names: Sequence[str], count: int) -> int | None:
     return None if number < len(names) and _is_number(names[number]) else number
 
 
+def choose_classes(text: str, count: int, names: Sequence[str], where: str = "--classes") -> tuple[int, ...]:
+    """ "3,7" or "cat,dog" -> class numbers; "" -> all `count` of them. A name counts before a number.
+
+    ValueError for classes that do not exist, beginning with `where`.
+    """
+    if not text:
+        return tuple(range(count))
+    if not count:
+        raise ValueError(f"{where} is {text!r}, but this model knows no classes and there is no classifier")
+    chosen = []
+    for word in (part.strip() for part in text.split(",")):
+        number = number_of(word, names, count)
+        if number is None:
+            known = f" or names such as {', '.join(names[:5])}" if names else ""
+            raise ValueError(f"{where} has {word!r}; there are the numbers 0 to {count - 1}{known}")
+        chosen.append(number)
+    return tuple(chosen)
+
+
 def renumber(
     records: Records, names: Sequence[str], count: int, whose: str, *, as_2021: bool = False, remedy: str = ""
 ) -> tuple[Records, str]:

@@ -301,3 +301,18 @@ def _positions(steps: Iterable[float], process: Process, x: Tensor) -> list[Tens
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-values))
+
+
+class Sampler(NamedTuple):
+    """A sampler that can be chosen by name, and the options that it takes of those a user can give."""
+
+    run: Callable[..., Iterator[Step]]
+    options: tuple[str, ...] = ()
+
+
+SAMPLERS = {
+    "ancestral": Sampler(ancestral, ("noise",)),
+    "ddim": Sampler(ddim, ("eta", "noise")),
+    "heun": Sampler(heun, ("noise",)),
+    "dpm_solver": Sampler(dpm_solver),
+}

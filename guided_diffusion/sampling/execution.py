@@ -1,13 +1,11 @@
 """How a step is executed: through torch.compile as one graph, or replayed as one CUDA graph.
 
-The compiled step is the network, the reading of its output, guidance and its gradient.
+A step is the network, the reading of its output, guidance and its gradient. If only the networks are compiled, everything between
+them stays a row of small operations. Compiled whole, these are fused with the first and last operations of the networks, and
+the backward pass of a classifier becomes part of the graph.
 
-Compiled apart, each network is fast but everything between them stays a row of small operations. Compiled whole, they are
-fused with the last and first operations of the networks, and the backward pass of a classifier becomes part of the graph.
-
-A CUDA graph works on fixed memory. So inputs are copied into its own tensors before each replay, what it answers is copied out
-where it must outlive the next one, and conditions (labels) that change from batch to batch must be tensors the caller
-keeps and fills anew. Noise is drawn outside, by the sampler, whose few operations between two replays stay as they are.
+A CUDA graph works on fixed memory. Inputs are copied into tensors of its own before each replay, and its results are copied out
+where they must outlive the next one. Noise is drawn outside, by the sampler.
 """
 
 from __future__ import annotations
@@ -23,43 +21,44 @@ from torch import Tensor
 from ..diffusion.denoiser import Denoised, Denoiser, Spread
 
 Cond = Mapping[str, Tensor]
-Conditioned = Callable[[Cond], Denoiser]  # named conditions of one batch (labels) -> its denoiser
+Conditioned = Callable[
+    [Cond], Denoiser
+]  # the conditioning of one batch (labels, low-resolution images) -> its denoiser
 
 
 class Compiled:
-    """`make`, whose denoisers run as one graph: compiled at the first call for every shape, then for all batches and steps.
+    """`make`, whose denoisers run as one compiled graph. It is compiled at the first call for every shape and serves all batches and steps.
 
-    What changes from batch to batch must come through the conditions: they are inputs of the graph, as x and i are. A last,
+    What changes from batch to batch must come through the conditioning: it is an input of the graph, as x and i are. A last,
     smaller batch is best filled up by the caller, since another size is another graph. Calls are made without gradients.
 
-    torch keeps eight graphs at most: batches of a ninth size are computed without one, which a warning tells.
+    torch keeps eight graphs at most: batches of a ninth size are computed without one, after a warning.
 
-    What cannot be compiled as one graph is done by the denoisers of `otherwise` from then on: a warning tells so, once, and
-    `failure` says why. Without `otherwise` the error is raised. `backend` is torch.compile's.
+    What cannot be compiled as one graph is done by the denoisers of `otherwise` from then on, after a warning; `failure` says
+    why. Without `otherwise` the error is raised. `backend` is torch.compile's.
     """
 
     def __init__(
         self, make: Conditioned, *, otherwise: Conditioned | None = None, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
         def step(x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            answer = make(cond)(x, i)
-            return answer.x0.contiguous(), *answer.both()
+            found = make(cond)(x, i)
+            return found.x0.contiguous(), *found.both()
 
-        self._make, self._told = make, False
-        self._step = torch.compile(_of_its_own(step), fullgraph=True, dynamic=False, backend=backend)
-        self._otherwise = otherwise
+        self._make, self._otherwise, self._warned = make, otherwise, False
+        self._step = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, backend=backend)
         self.failure: Exception | None = None
 
     def __call__(self, cond: Cond) -> Denoiser:
         def denoise(x: Tensor, i: Tensor) -> Denoised:
             if self.failure is None:
-                given = {name: _usual(value) for name, value in cond.items()}  # now, as its values may have changed
+                given = {name: _plain(value) for name, value in cond.items()}  # now, as its values may have changed
                 try:
                     with torch.inference_mode(False), torch.no_grad():
-                        x0, *spread = self._step(_usual(x), _usual(i), given)
-                        return Denoised(x0, Spread(*spread))
-                except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; those there are go on
-                    self._tell("too many sizes of batches for one graph each; the later ones are not compiled")
+                        x0, *variance = self._step(_plain(x), _plain(i), given)
+                        return Denoised(x0, Spread(*variance))
+                except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay in use
+                    self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
                     return self._make(cond)(x, i)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     if self._otherwise is None:
@@ -74,28 +73,28 @@ class Compiled:
         self.failure = error
         # Its first two lines, as one; the rest is for those who debug torch.
         reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
-        self._tell(f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself")
+        self._warn(f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself")
 
-    def _tell(self, text: str) -> None:
-        if not self._told:
+    def _warn(self, text: str) -> None:
+        if not self._warned:
             warnings.warn(text, stacklevel=4)
-        self._told = True
+        self._warned = True
 
 
-def _usual(value: Tensor) -> Tensor:
+def _plain(value: Tensor) -> Tensor:
     """`value` as the graph was made for, whoever calls: one layout in memory, and no tensor of inference mode."""
     with torch.inference_mode(False):
         return value.clone(memory_format=torch.contiguous_format) if value.is_inference() else value.contiguous()
 
 
-def _of_its_own(function: Any) -> FunctionType:
-    """A copy of `function` that shares no code object: torch counts graphs by code object and gives up at eight, whosever they are."""
+def _with_own_code(function: Any) -> FunctionType:
+    """A copy of `function` that shares no code object: torch counts graphs by code object and gives up at eight."""
     code, scope = function.__code__.replace(), function.__globals__
     return FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
 
 
 Run = Callable[[], Denoised]
-# Calls a function so often that nothing is allocated for the first time, then records it: (its answer, how to redo it in place).
+# Calls a function until nothing is allocated for the first time any more, then records it: (its result, how to redo it in place).
 Record = Callable[[Run], tuple[Denoised, Callable[[], None]]]
 
 WARM_UP = 3
@@ -104,7 +103,7 @@ WARM_UP = 3
 class _Recorded(NamedTuple):
     x: Tensor
     i: Tensor
-    answer: Denoised
+    result: Denoised
     replay: Callable[[], None]
 
 
@@ -118,14 +117,14 @@ def on_cuda(run: Run) -> tuple[Denoised, Callable[[], None]]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        answer = run()
-    return answer, graph.replay
+        result = run()
+    return result, graph.replay
 
 
 class Graphed:
     """`denoise` as a graph, recorded at the first call for every shape. On other devices than CUDA it is `denoise` itself.
 
-    Where recording fails (an operation that cannot be recorded) the plain way is taken from then on, and `failure` says why.
+    If recording fails (an operation that cannot be recorded), `denoise` is called from then on, and `failure` says why.
     """
 
     def __init__(self, denoise: Denoiser, *, record: Record | None = None) -> None:
@@ -149,16 +148,33 @@ class Graphed:
         held.x.copy_(x)
         held.i.copy_(i)
         held.replay()
-        # x0 is handed on to the caller's caller; the spread is used up before the next replay.
-        return Denoised(held.answer.x0.clone(), held.answer.spread)
+        # x0 is handed on to the caller's caller; the variance is used up before the next replay.
+        return Denoised(held.result.x0.clone(), held.result.spread)
 
     def _made(self, x: Tensor, i: Tensor) -> _Recorded:
         own_x, own_i = x.detach().clone(), i.clone().contiguous()
 
         def run() -> Denoised:
             with torch.no_grad():
-                answer = self._denoise(own_x, own_i)
-                return Denoised(answer.x0, Spread(*answer.both()))
+                found = self._denoise(own_x, own_i)
+                return Denoised(found.x0, Spread(*found.both()))
 
-        answer, replay = (self._record or on_cuda)(run)
-        return _Recorded(own_x, own_i, answer, replay)
+        result, replay = (self._record or on_cuda)(run)
+        return _Recorded(own_x, own_i, result, replay)
+
+
+class GraphedBatches:
+    """`make`, whose denoisers are one `Graphed` for all batches of one size: it reads the conditioning from memory of its own."""
+
+    def __init__(self, make: Conditioned) -> None:
+        self._make = make
+        self._kept: dict[str, Tensor] = {}
+        self._graphed: Graphed | None = None
+
+    def __call__(self, cond: Cond) -> Denoiser:
+        if self._graphed is None or any(self._kept[name].shape != value.shape for name, value in cond.items()):
+            self._kept = {name: value.clone() for name, value in cond.items()}
+            self._graphed = Graphed(self._make(self._kept))
+        for name, value in cond.items():
+            self._kept[name].copy_(value)
+        return self._graphed

@@ -2,114 +2,211 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import guidance, samplers
+from ..data.images import to_float
+from ..diffusion import guidance as guidances
 from ..diffusion.denoiser import Denoiser, make_denoiser
-from ..diffusion.process import Process
+from ..diffusion.process import Process, respace, space_timesteps
+from ..diffusion.samplers import SAMPLERS, NotFinite, last
 from ..models.layers import lay_out_convolution
 from ..models.network import Network as Torso
-from .execution import Compiled, Graphed
+from ..runtime.fitting import largest_that_fits
+from ..runtime.streams import key_of
+from ..weights.load import Loaded, check_pair
+from .execution import Compiled, Conditioned, GraphedBatches
+from .jobs import LabelPlan, Request
+from .queue import Pipeline, answers
 
-if TYPE_CHECKING:
-    from ..weights.load import Loaded
+# Base model and upsampler use one seed; without this their first noise would begin with the same numbers.
+NOISE_OF_UPSAMPLERS = 256
+BATCH_ON_CPU = 16  # images per pass if nobody says and memory is no question: more bring no speed there
+_LARGEST_TRIED = 1024
 
-Sample = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Towards the class of each image, by the gradient of a classifier of noised images."""
+
+    classifier: Loaded
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        guidances.check_scale(self.scale)
 
 
-def build_sample(
+def classifier(classifier: Loaded, *, scale: float = 1.0) -> ClassifierGuidance:
+    """Guidance for `sample`: towards the class of each image, as `classifier` sees it. `scale` 0 = none, below 0 = away from it."""
+    return ClassifierGuidance(classifier, scale)
+
+
+def sample(
     model: Loaded,
-    process: Process,
     *,
-    critic: Loaded | None = None,
-    scale: float = 0.0,
-    method: str = "ancestral",
+    labels: Sequence[int] | np.ndarray | Tensor | None = None,
+    num_images: int | None = None,
+    guidance: ClassifierGuidance | None = None,
+    sampler: str = "ancestral",
+    steps: int | str | None = None,
+    seed: int = 0,
+    eta: float = 0.0,
+    batch_size: int = 16,
+    clip: bool = True,
+    low_res: np.ndarray | None = None,
+) -> np.ndarray:
+    """Images of a model, uint8 `[N, H, W, C]`: those that the command `sample` (or `upsample`) makes.
+
+    labels      the class of each image, for models with classes and for guidance
+    num_images  how many, if there are no labels; more images than labels read these again from the first
+    sampler     one of `SAMPLERS`; `eta` is the noise of ddim
+    steps       how many of the process's steps, or which: "ddim25", "90,60,60,20,20"; None = those of the model
+    seed        image i depends on (seed, i) only, whatever the batch size
+    low_res     what an upsampler enlarges, uint8 `[N, h, w, C]`, read in turn like labels
+
+    ValueError if the model wants labels or small images and there are none, or has no use for them.
+    """
+    wants_labels = "y" in model.inputs or guidance is not None
+    wants = {"labels": wants_labels, "low_res": "low_res" in model.inputs}
+    for (name, wanted), given in zip(wants.items(), (labels, low_res)):
+        if wanted != (given is not None):
+            raise ValueError(f"{name} is {'missing: give' if wanted else 'given, but this model takes no'} {name}")
+    counts = [len(given) for given in (labels, low_res) if given is not None]
+    count = num_images or max(counts, default=0)
+    if not count:
+        raise ValueError("num_images is missing; give it, or labels")
+    if guidance is not None:
+        check_pair(model, guidance.classifier)
+    classes = model.num_classes or (guidance.classifier.num_classes if guidance else 0)
+    plan = LabelPlan() if labels is None else LabelPlan.fixed(np.asarray(labels))
+    if plan.classes and not 0 <= plan.classes[0] <= plan.classes[-1] < classes:
+        raise ValueError(
+            f"labels has {sorted({plan.classes[0], plan.classes[-1]})}; there are the classes 0 to {classes - 1}"
+        )
+
+    def small_images(ids: Sequence[int]) -> dict[str, Tensor]:
+        assert low_res is not None
+        return {"low_res": to_float(torch.from_numpy(low_res[[i % len(low_res) for i in ids]]))}
+
+    process = model.process if steps is None else respaced(model.process, steps)
+    pipeline = make_pipeline(model, process=process, guidance=guidance, sampler=sampler, eta=eta, clip=clip)
+    request = Request("", count, noise_seed(model, seed), plan, None if low_res is None else small_images)
+    made = answers(pipeline, [request], shape=model.shape, batch_size=batch_size, device=model.process.device)
+    return next(made).images
+
+
+def noise_seed(model: Loaded, seed: int) -> int:
+    """The seed of a model's noise: an upsampler must not see the noise of the base model."""
+    return key_of(seed, NOISE_OF_UPSAMPLERS) if "low_res" in model.inputs else seed
+
+
+def respaced(process: Process, steps: int | str) -> Process:
+    """`steps` of the whole process, as `--timestep_respacing` gives them."""
+    whole = process.whole or process
+    return respace(whole, space_timesteps(len(whole), str(steps)))
+
+
+def make_pipeline(
+    model: Loaded,
+    *,
+    process: Process | None = None,
+    guidance: ClassifierGuidance | None = None,
+    sampler: str = "ancestral",
     eta: float = 0.0,
     clip: bool = True,
     compile: bool = False,
     graphs: bool = False,
-) -> Sample:
-    """(noise, source of noise, conditions) -> images in [-1, 1]. `process` on the sampling device.
+) -> Pipeline:
+    """(noise, source of noise, conditioning) -> images in [-1, 1].
 
-    Guidance by `critic` shifts the mean where `method` is ancestral, as algorithm 1 of the paper, and the score
-    elsewhere, as algorithm 2. `compile`: network and guidance of a step through torch.compile, as one graph. `graphs`: on
-    CUDA, record them (compiled or not) as one CUDA graph. With either, batches of another size cost a graph of their own.
+    process  on the sampling device; else the model's
+    clip     keep every predicted clean image within [-1, 1]
+    compile  network and guidance of a step through torch.compile, as one graph
+    graphs   on CUDA, record them (compiled or not) as one CUDA graph
+
+    Guidance shifts the mean if the sampler is ancestral (algorithm 1 of the paper), else the score (algorithm 2). With `compile`
+    or `graphs`, batches of another size cost a graph of their own.
     """
-    config, net = model.config, model.net
-    guidance.check_scale(scale)
-    assert config.kind != "classifier"
-    known = (("y",) if getattr(config.model, "class_cond", False) else ()) + (
-        ("low_res",) if config.kind == "super_resolution" else ()
-    )
-    guide = guidance.classifier_mean if method == "ancestral" else guidance.classifier
-    for part in (model, critic):
-        if part is not None:
-            make_ready(part.net)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    run, options = SAMPLERS[sampler]
+    steps = model.process if process is None else process
+    guided = guidance if guidance is not None and guidance.scale else None
+    networks = [model, guided.classifier] if guided else [model]
+    for each in networks:
+        make_ready(each.net)
 
-    def plain(cond: Mapping[str, Tensor]) -> Denoiser:
-        heard = {name: cond[name] for name in known}
-        denoise = make_denoiser(net, process, heard, clip=clip, **config.diffusion.reading)  # type: ignore[arg-type]
-        if critic is not None and scale:
-            denoise = guide(denoise, process, guidance.log_prob_gradient(critic.net, cond["y"]), scale)
+    def make(cond: Mapping[str, Tensor]) -> Denoiser:
+        inputs = {name: cond[name] for name in model.inputs}
+        denoise = make_denoiser(model.net, steps, inputs, clip=clip, **model.reading)
+        if guided:
+            guide = guidances.classifier_mean if sampler == "ancestral" else guidances.classifier
+            gradient = guidances.log_prob_gradient(guided.classifier.net, cond["y"])
+            denoise = guide(denoise, steps, gradient, guided.scale)
         return denoise
 
-    apart: list[nn.Module] = []  # networks compiled by themselves, where a step could not be compiled whole
+    compiled: list[nn.Module] = []
 
-    def compiled_apart(cond: Mapping[str, Tensor]) -> Denoiser:
-        if not apart:
-            apart.extend(part.net for part in (model, critic) if part is not None)
-            for each in apart:
-                compile_network(each)
-        return plain(cond)
+    def networks_compiled(cond: Mapping[str, Tensor]) -> Denoiser:
+        """The way for a step that cannot be compiled as one graph."""
+        if not compiled:
+            compiled.extend(each.net for each in networks)
+            for net in compiled:
+                compile_network(net)
+        return make(cond)
 
-    denoiser = Compiled(plain, otherwise=compiled_apart) if compile else plain
-    kept: dict[str, Tensor] = {}  # the conditions in the memory that a graph reads
-    recorded: list[Graphed] = []
+    executed: Conditioned = Compiled(make, otherwise=networks_compiled) if compile else make
+    if graphs:
+        executed = GraphedBatches(executed)
 
-    def sample(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
-        if graphs and noise.is_cuda:
-            if not recorded or any(kept[name].shape != value.shape for name, value in cond.items()):
-                kept.update({name: value.clone() for name, value in cond.items()})
-                recorded[:] = [Graphed(denoiser(kept))]
-            for name, value in cond.items():
-                kept[name].copy_(value)
-            denoise: Denoiser = recorded[0]
-        else:
-            denoise = denoiser(cond)
+    def pipeline(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+        given = {"eta": eta, "noise": randn_like}
         try:
-            return samplers.last(steps_of(denoise, noise, randn_like))
-        except samplers.NotFinite as error:
-            parts = [part for part in (model, critic) if part is not None]
-            raise samplers.NotFinite(error.row, f"{error}; {why_not_finite(parts)}") from None
+            return last(run(executed(cond), noise, steps, **{name: given[name] for name in options}))
+        except NotFinite as error:
+            raise NotFinite(error.row, f"{error}; {why_not_finite(networks)}") from None
 
-    def steps_of(denoise: Denoiser, noise: Tensor, randn_like: Callable[[Tensor], Tensor]) -> Iterable[samplers.Step]:
-        if method == "ddim":
-            return samplers.ddim(denoise, noise, process, eta=eta, noise=randn_like)
-        if method == "heun":
-            return samplers.heun(denoise, noise, process, noise=randn_like)
-        if method == "dpm_solver":
-            return samplers.dpm_solver(denoise, noise, process)
-        assert method == "ancestral", method
-        return samplers.ancestral(denoise, noise, process, noise=randn_like)
-
-    return sample
+    return pipeline
 
 
-def why_not_finite(parts: Sequence[Loaded]) -> str:
+def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int) -> int:
+    """How many images at a time, up to `limit`, fit into the memory of the model's device, found by one step of each size.
+
+    ValueError if not even one does.
+    """
+    process, (channels, height, width) = model.process, model.shape
+    if process.device.type == "cpu":
+        return min(limit, BATCH_ON_CPU)
+    pipeline = make_pipeline(model, process=respace(process, [len(process) - 1]), guidance=guidance)
+
+    def attempt(count: int) -> None:
+        noise = torch.randn(count, channels, height, width, device=process.device)
+        cond = {"y": torch.zeros(count, dtype=torch.int64, device=process.device)}
+        if model.small_size:
+            cond["low_res"] = torch.zeros(count, channels, model.small_size, model.small_size, device=process.device)
+        pipeline(noise, torch.randn_like, cond)
+
+    found = largest_that_fits(attempt, min(limit, _LARGEST_TRIED))
+    if not found:
+        raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
+    return found
+
+
+def why_not_finite(networks: Sequence[Loaded]) -> str:
     """The weights that are not finite themselves, or what else may help."""
-    for part in parts:
-        for name, value in part.net.state_dict().items():
+    for each in networks:
+        for name, value in each.net.state_dict().items():
             bad = int((~value.isfinite()).sum())
             if bad:
-                return f"the weights {part.path} hold {bad} such values in {name}: take another file"
-    remedies = ["lower the scale of the guidance"] if len(parts) > 1 else []
+                return f"the weights {each.path} hold {bad} such values in {name}: take another file"
+    remedies = ["lower the scale of the guidance"] if len(networks) > 1 else []
     wider = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}
-    for part, flag in zip(parts, ("--precision", "--classifier_precision")):
-        if (dtype := getattr(part.net, "dtype", None)) in wider:
+    for each, flag in zip(networks, ("--precision", "--classifier_precision")):
+        if (dtype := getattr(each.net, "dtype", None)) in wider:
             remedies.append(f"give {flag} {wider[dtype]}")
     return "all weights are finite" + (f": {', or '.join(remedies)}" if remedies else "")
 

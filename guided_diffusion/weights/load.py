@@ -176,6 +176,32 @@ class Loaded:
         """diffusion, super_resolution or classifier."""
         return self.config.kind
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+        return (self.config.model.image_channels, *self.config.model.size)
+
+    @property
+    def small_size(self) -> int:
+        """Side in pixels of the images that an upsampler enlarges; 0 for other networks."""
+        return getattr(self.config.model, "small_size", 0)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the network knows; 0 = none."""
+        return classes_of(self.config.model)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of a denoising network's inputs besides x and time: `y` (classes), `low_res` (images to enlarge)."""
+        labels = ("y",) if getattr(self.config.model, "class_cond", False) else ()
+        return (*labels, "low_res") if self.small_size else labels
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How to read the network's output: keyword arguments of `make_denoiser`."""
+        return dict(self.config.diffusion.reading)
+
 
 def load(
     path: str,

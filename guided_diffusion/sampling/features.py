@@ -1,0 +1,68 @@
+"""What a classifier sees in clean images: the inputs of its last layer, and the classes it predicts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images import center_crop, to_float
+from ..data.samples import read_npz
+from ..data.sources import Reader, list_source
+from ..diffusion.samplers import NotFinite, check_finite
+from ..weights.load import Loaded
+from .pipeline import why_not_finite
+
+log = logging.getLogger(__name__)
+
+
+def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterator[np.ndarray], np.ndarray | None]:
+    """Batches uint8 `[B, H, W, C]` of the classifier's size, cut as in training, and the labels if the images have any."""
+    channels, size, _ = classifier.shape
+    if path.endswith(".npz"):
+        images, labels = read_npz(path, size, channels)
+        return (images[k : k + batch_size] for k in range(0, len(images), batch_size)), labels
+    source, labels = list_source(path), None
+    try:
+        labels = source.labels().numbers
+    except ValueError as error:  # features need none
+        log.warning("without labels: %s", error)
+    reader = Reader(source.kind, source.root)
+
+    def batches() -> Iterator[np.ndarray]:
+        for k in range(0, len(source.paths), batch_size):
+            pictures = [center_crop(reader.read(p, channels), size) for p in source.paths[k : k + batch_size]]
+            yield np.stack(pictures).reshape(len(pictures), size, size, channels)
+
+    return batches(), labels
+
+
+def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 `[N, D]` and predicted classes int64 `[N]` of clean images (the network is told step 0).
+
+    A feature is an input of the last layer with weights: what the classifier reads the class from. ValueError names an image
+    whose features are not finite.
+    """
+    net, process = classifier.net, classifier.process
+    last = [module for module in net.out.modules() if getattr(module, "weight", None) is not None][-1]  # type: ignore[union-attr]
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features, predicted = [], []
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                x = to_float(torch.from_numpy(np.array(batch)).to(process.device))
+                logits = net(x, process.time_at(torch.zeros(len(x), dtype=torch.long, device=process.device)))
+                found = seen.pop().float().flatten(1)
+                check_finite(torch.cat([found, logits.float()], dim=1))
+                features.append(found.cpu().numpy())
+                predicted.append(logits.argmax(1).cpu().numpy())
+    except NotFinite as error:
+        image = sum(map(len, features)) + error.row
+        raise ValueError(f"features of image {image}: {error}; {why_not_finite([classifier])}") from None
+    finally:
+        hook.remove()
+    return np.concatenate(features), np.concatenate(predicted).astype(np.int64)

@@ -1,0 +1,235 @@
+"""Requests -> full batches -> images. Image `i` depends on (seed, i) only: not on batches, processes, interruptions or other requests.
+
+The images of all requests stand in one queue, which is cut into batches of one size; only the last batch is filled up. So shapes
+never change: nothing is compiled twice, and recorded CUDA graphs stay valid.
+
+`generate` and `generate_all` write folders, on any number of processes; `answers` keeps everything in memory, for programs that serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.images import to_uint8
+from ..diffusion.samplers import NotFinite, check_finite
+from ..runtime import storage
+from ..runtime.streams import SAMPLE, Streams
+from ..runtime.world import World
+from .jobs import LOCK, Job, Request, Shape, assemble, keep, prepare
+
+# (noise [B, C, H, W], source of further noise, conditioning of the network) -> images in [-1, 1], [B, C, H, W]
+Pipeline = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
+
+
+class Interrupted(Exception):
+    """Asked to stop; everything finished is on disk, and the same command goes on."""
+
+
+class Place(NamedTuple):
+    """One place of a batch: image number `image` of `request`; not `wanted` if it only fills the batch up."""
+
+    request: Request
+    image: int
+    wanted: bool = True
+
+    def __str__(self) -> str:
+        return f"request {self.request.name!r}, image {self.image}" if self.request.name else f"image {self.image}"
+
+
+class Answer(NamedTuple):
+    """A finished request: images uint8 `[num_samples, H, W, C]`, labels int64 `[num_samples]` or None."""
+
+    request: Request
+    images: np.ndarray
+    labels: np.ndarray | None
+
+
+class Saving(NamedTuple):
+    """How many batches are computed together, and how many the same requests would need one by one."""
+
+    requests: int
+    images: int
+    batches: int
+    alone: int
+
+    def __str__(self) -> str:
+        return f"{self.requests} requests, {self.images} images in {self.batches} batches instead of {self.alone}"
+
+
+def pack(queue: Iterable[Place], batch_size: int) -> Iterator[list[Place]]:
+    """Cut a queue into full batches; the last is filled up with its last image. Takes no more from `queue` than the next batch needs."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    rest = iter(queue)
+    while batch := list(islice(rest, batch_size)):
+        yield batch + [batch[-1]._replace(wanted=False)] * (batch_size - len(batch))
+
+
+def in_place(request: Request, missing: Sequence[int], batch_size: int) -> Iterator[list[Place]]:
+    """The batches of one request that hold `missing` images: image `i` has place `i % size` of batch `i // size`.
+
+    So that it sees the same shapes and comes out the same to the last bit, wherever the job was interrupted.
+    """
+    wanted = set(missing)
+    for batch in sorted({i // batch_size for i in missing}):
+        numbers = range(batch * batch_size, (batch + 1) * batch_size)
+        yield [Place(request, min(i, request.num_samples - 1), i in wanted) for i in numbers]
+
+
+def draw(pipeline: Pipeline, batch: Sequence[Place], *, shape: Shape, device: torch.device | str = "cpu") -> np.ndarray:
+    """The images of a batch, uint8 `[len(batch), H, W, C]`.
+
+    ValueError if some requests have classes and others have none, or if values of an image are not finite: it would be black.
+    """
+    streams = Streams.of([(place.request.seed, SAMPLE, place.image) for place in batch], device)
+    inputs = [place.request.inputs(place.image) for place in batch]
+    fewest = min(range(len(batch)), key=lambda k: len(inputs[k]))
+    if any(len(each) > len(inputs[fewest]) for each in inputs):
+        name = batch[fewest].request.name
+        raise ValueError(f"request {name!r} names no classes and others of its batch do; give all of them classes")
+    cond = {name: torch.cat([each[name] for each in inputs]).to(device) for name in inputs[0]}
+    try:
+        images = pipeline(streams.normal(shape), streams.randn_like, cond)
+        check_finite(images)
+    except NotFinite as error:
+        raise ValueError(f"{batch[error.row]}: {error}") from None
+    return to_uint8(images).cpu().numpy()
+
+
+def answers(
+    pipeline: Pipeline,
+    requests: Iterable[Request],
+    *,
+    shape: Shape,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[Answer]:
+    """Make the images of all requests, in turn; each answer comes as soon as its last image is made. One process.
+
+    `requests` may be endless: no more are taken from it than the next batch needs, so a queue that blocks until someone asks
+    holds up those who wait for a full batch. `shape` is channels, height, width.
+    """
+    made: list[np.ndarray] = []
+    queue = (Place(request, i) for request in requests for i in range(request.num_samples))
+    for batch in pack(queue, batch_size):
+        for place, image in zip(batch, draw(pipeline, batch, shape=shape, device=device)):
+            if place.wanted:
+                made.append(image)
+                if place.image == place.request.num_samples - 1:
+                    yield Answer(place.request, np.stack(made), place.request.labels.of(range(len(made))))
+                    made = []
+
+
+def generate(pipeline: Pipeline, job: Job, **options: Any) -> str:
+    """Make the images of one job and return the path of their npz (`arr_0` uint8 `[N, H, W, C]`, `arr_1` labels).
+
+    Options and errors are those of `generate_all`.
+    """
+    generate_all(pipeline, [job], job.out, **options)
+    return job.npz
+
+
+def generate_all(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    folder: str,
+    *,
+    world: World | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> Saving:
+    """Make the images of all jobs in shared batches: npz, picture and receipt of each, as soon as its last image is made.
+
+    The jobs differ in request, folder and flags only. What is there already is kept: a finished job is skipped, one begun is
+    completed. `folder` is locked meanwhile. Called on every rank with the same jobs; rank r computes every world.size-th
+    batch, and all write to one storage. Raises Interrupted after the batch in which `should_stop` became true on any rank,
+    and ValueError if a folder holds images with other settings, another job is at work in it, or two requests have one name.
+    """
+    world = world or World()
+    names = [job.request.name for job in jobs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two requests are called {twice[0]!r}; each needs a name of its own")
+    lock, missing = _open(jobs, folder) if world.is_main else (None, None)
+    try:
+        missing = world.broadcast_object(missing, name="what is left to sample")
+        if isinstance(missing, str):
+            raise ValueError(missing)
+        assert missing is not None
+        return _make(pipeline, jobs, folder, missing, world, should_stop, progress)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _open(jobs: Sequence[Job], folder: str) -> tuple[Any, dict[str, list[int]] | str]:
+    """(lock of the folder; of each unfinished job the images to make, or what is wrong). On the main rank."""
+    lock = None
+    try:
+        lock = storage.lock_folder(folder, LOCK)
+        found = {job.request.name: prepare(job) for job in jobs}
+    except ValueError as error:
+        return lock, str(error)
+    return lock, {name: missing for name, missing in found.items() if missing is not None}
+
+
+def _make(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    folder: str,
+    missing: Mapping[str, list[int]],
+    world: World,
+    should_stop: Callable[[], bool],
+    progress: bool,
+) -> Saving:
+    by_name = {job.request.name: job for job in jobs}
+    size = jobs[0].batch_size
+    if len(jobs) == 1:
+        batches = list(in_place(jobs[0].request, missing.get(jobs[0].request.name, ()), size))
+    else:
+        queue = (Place(job.request, i) for job in jobs for i in missing.get(job.request.name, ()))
+        batches = list(pack(queue, size))
+    begun = {name: len(images) for name, images in missing.items() if images}
+    saving = Saving(len(begun), sum(begun.values()), len(batches), sum(-(-count // size) for count in begun.values()))
+    if world.is_main:  # jobs whose images were all there, only the npz was missing
+        for name in missing.keys() - begun.keys():
+            assemble(by_name[name])
+
+    total = sum(by_name[name].request.num_samples for name in begun)
+    made, finished = total - saving.images, len(jobs) - len(begun)
+    shown = progress and world.is_main and bool(batches)
+    with tqdm(total=total, initial=made, unit="image", mininterval=1.0, dynamic_ncols=True, disable=not shown) as bar:
+        for first in range(0, len(batches), world.size):
+            round_ = batches[first : first + world.size]  # a batch for each rank
+            if world.rank < len(round_):
+                batch = round_[world.rank]
+                _keep(batch, draw(pipeline, batch, shape=jobs[0].shape, device=world.device), by_name)
+            places = [place for batch in round_ for place in batch if place.wanted]
+            made += len(places)
+            bar.update(len(places))
+            stop = world.any_true(should_stop(), name="stop sampling?")  # after this, all have written their images
+            ready = [place.request.name for place in places if place.image == missing[place.request.name][-1]]
+            finished += len(ready)
+            if world.is_main and ready:
+                bar.clear()  # messages get lines of their own
+                for name in ready:
+                    assemble(by_name[name])
+            if stop and first + world.size < len(batches):
+                done = f"{made} of {total} images" if len(jobs) == 1 else f"{finished} of {len(jobs)} requests"
+                raise Interrupted(f"{done} are in {folder}; the same command goes on from there")
+    world.barrier("all images are written")
+    return saving
+
+
+def _keep(batch: Sequence[Place], pixels: np.ndarray, jobs: Mapping[str, Job]) -> None:
+    """Write the wanted images of a batch as parts of their jobs."""
+    wanted = [k for k, place in enumerate(batch) if place.wanted]
+    for name, group in groupby(wanted, key=lambda k: batch[k].request.name):
+        places = list(group)
+        keep(jobs[name], [batch[k].image for k in places], pixels[places])
