@@ -45,6 +45,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*", "evaluations", "evaluations.*"]),
+    package_data={"guided_diffusion": ["py.typed"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.24",

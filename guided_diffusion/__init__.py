@@ -5,6 +5,7 @@ Importing this package loads neither torch nor MPI; each name below is loaded wh
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +37,21 @@ if TYPE_CHECKING:
     from .diffusion.schedules import SCHEDULES as SCHEDULES
     from .diffusion.weighting import WEIGHTS as WEIGHTS
     from .models.architectures import ARCHITECTURES as ARCHITECTURES
-    from .sampling.generate import generate as generate
+    from .sampling.jobs import Job as Job
+    from .sampling.jobs import LabelPlan as LabelPlan
+    from .sampling.jobs import Request as Request
+    from .sampling.pipeline import classifier as classifier
+    from .sampling.pipeline import make_pipeline as make_pipeline
+    from .sampling.pipeline import sample as sample
+    from .sampling.queue import answers as answers
+    from .sampling.queue import generate as generate
     from .training.trainer import Trainer as Trainer
-    from .weights import released
+    from .weights import released as presets  # noqa: F401
     from .weights.load import Loaded as Loaded
     from .weights.load import load as load
     from .weights.load import save as save
 
-    presets = released
-
-# module -> the names it gives to the package; "" stands for the module itself
+# The public names: module -> what it gives to the package. The block above says the same to editors and type checkers.
 _API = {
     "build": ("build_classifier", "build_model", "build_process"),
     "config": (
@@ -53,37 +59,37 @@ _API = {
         "TrainConfig",
     ),
     "diffusion.denoiser": ("Denoised", "make_denoiser"),
-    "diffusion.process": ("Process", "make_process", "space_timesteps"),
+    "diffusion.process": ("Process", "make_process", "respace", "space_timesteps"),
     "diffusion.samplers": ("ancestral", "ddim", "dpm_solver", "heun", "last"),
     "data.sources": ("SOURCES",),
     "diffusion.schedules": ("SCHEDULES",),
     "diffusion.weighting": ("WEIGHTS",),
     "models.architectures": ("ARCHITECTURES",),
-    "sampling.generate": ("generate",),
+    "sampling.jobs": ("Job", "LabelPlan", "Request"),
+    "sampling.pipeline": ("classifier", "make_pipeline", "sample"),
+    "sampling.queue": ("answers", "generate"),
     "training.trainer": ("Trainer",),
     "weights.load": ("Loaded", "load", "save"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _API.items() for name in names}
-_MODULES = {"guidance": "diffusion.guidance", "presets": "weights.released"}
+_MODULES = {"guidance": "diffusion.guidance", "presets": "weights.released"}  # names of modules themselves
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first touch (PEP 562)."""
-    if name == "respace":
-        # Importing the 2021 module of that name binds it here, so it can be called as the function; without it, the function itself.
-        try:
-            value: Any = import_module(".respace", __name__)
-        except ModuleNotFoundError:
-            value = import_module(".diffusion.process", __name__).respace
-    elif name in _MODULES:
-        value = import_module(f".{_MODULES[name]}", __name__)
+    if name in _MODULES:
+        value: Any = import_module(f".{_MODULES[name]}", __name__)
     elif name in _HOME:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "respace":
+        # Importing the 2021 module of that name binds it here, and it can be called as the function; without it, the function itself.
+        with suppress(ModuleNotFoundError):
+            value = import_module(".respace", __name__)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *_MODULES, "respace"})
+    return sorted({*globals(), *_HOME, *_MODULES})

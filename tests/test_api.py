@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,8 @@ import pytest
 import guided_diffusion as gd
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = (
-    "load save ModelConfig ClassifierConfig SuperResConfig DiffusionConfig DataConfig TrainConfig SampleConfig presets "
-    "build_model build_classifier build_process Process make_process respace space_timesteps Denoised make_denoiser guidance "
-    "ancestral ddim heun dpm_solver last Trainer generate ARCHITECTURES SCHEDULES SOURCES WEIGHTS"
-).split()
+PACKAGE = ROOT / "guided_diffusion"
+NAMES = sorted({*gd._HOME, *gd._MODULES})
 
 
 def test_import_loads_neither_torch_nor_mpi() -> None:
@@ -28,6 +27,22 @@ def test_import_loads_neither_torch_nor_mpi() -> None:
 def test_name_is_served(name: str) -> None:
     assert getattr(gd, name) is not None
     assert name in dir(gd)
+
+
+def test_type_checkers_are_told_the_same_names() -> None:
+    """The imports under TYPE_CHECKING, as (name, module), are those of the table."""
+    block = next(node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    found = {alias.asname: (node.module, alias.name) for node in imports for alias in node.names}
+    modules = {name: tuple(place.rsplit(".", 1)) for name, place in gd._MODULES.items()}
+    assert found == {**{name: (module, name) for name, module in gd._HOME.items()}, **modules}
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_what_the_docs_show_is_public() -> None:
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    shown = {name for page in pages for name in re.findall(r"\bgd\.([A-Za-z_]+)", page.read_text(encoding="utf-8"))}
+    assert shown and shown <= set(NAMES)
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

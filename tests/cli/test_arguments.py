@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from guided_diffusion.cli import arguments, flag_dicts
+from guided_diffusion.cli import arguments
 from guided_diffusion.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 
 CONFIGS = list(RunConfig.sections("diffusion").values())
@@ -21,13 +21,13 @@ def parse(*words: str, **options: Any) -> arguments.Parsed:
 
 @pytest.mark.parametrize("word", ["yes", "true", "t", "y", "1", "True", "YES"])
 def test_words_for_true(word: str) -> None:
-    assert flag_dicts.str2bool(word) is True
+    assert arguments.str2bool(word) is True
     assert parse("--learn_sigma", word).typed == {"learn_sigma": True}
 
 
 @pytest.mark.parametrize("word", ["no", "false", "f", "n", "0", "False"])
 def test_words_for_false(word: str) -> None:
-    assert flag_dicts.str2bool(word) is False
+    assert arguments.str2bool(word) is False
 
 
 def test_a_bare_boolean_says_true_and_dashes_are_underscores() -> None:
@@ -81,11 +81,11 @@ def test_bad_files_are_refused(tmp_path: Path, text: str) -> None:
 
 def test_dict_helpers_are_those_of_2021() -> None:
     parser = argparse.ArgumentParser()
-    flag_dicts.add_dict_to_argparser(parser, {"a": 1, "b": False, "c": None, "d": "x", "e": 0.5})
+    arguments.add_dict_to_argparser(parser, {"a": 1, "b": False, "c": None, "d": "x", "e": 0.5})
     args = parser.parse_args(["--a", "2", "--b", "y", "--c", "3"])
-    assert flag_dicts.args_to_dict(args, "abcde") == {"a": 2, "b": True, "c": "3", "d": "x", "e": 0.5}
+    assert arguments.args_to_dict(args, "abcde") == {"a": 2, "b": True, "c": "3", "d": "x", "e": 0.5}
     with pytest.raises(argparse.ArgumentTypeError):
-        flag_dicts.str2bool("perhaps")
+        arguments.str2bool("perhaps")
 
 
 def test_a_training_run_s_file_gives_sample_its_network_and_nothing_else(tmp_path: Path) -> None:

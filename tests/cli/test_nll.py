@@ -17,9 +17,9 @@ import torch
 
 import guided_diffusion as gd
 from guided_diffusion import build
-from guided_diffusion.cli import likelihood
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
+from guided_diffusion.sampling import bounds
 from guided_diffusion.weights.load import Loaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +207,7 @@ def test_the_image_whose_bound_is_not_finite_is_named(
 ) -> None:
     from PIL import Image
 
-    from guided_diffusion.diffusion import likelihood as bounds
+    from guided_diffusion.diffusion import likelihood
 
     Image.new("L", (8, 8), 255).save(tmp_path / "3_white.png")
     for k in range(4):
@@ -218,8 +218,8 @@ def test_the_image_whose_bound_is_not_finite_is_named(
         bound.eps_mse[x0.mean(dim=(1, 2, 3)) > 0.9, STEPS - 4 :] = value
         return bound
 
-    bits_per_dim = bounds.bits_per_dim
-    monkeypatch.setattr(bounds, "bits_per_dim", walked)
+    bits_per_dim = likelihood.bits_per_dim
+    monkeypatch.setattr(likelihood, "bits_per_dim", walked)
     command = [
         "nll",
         "--model_path",
@@ -291,7 +291,7 @@ def test_features_of_files_that_are_no_samples(place: Path, tmp_path: Path, caps
 def test_one_image_has_no_error_bar(place: Path, tmp_path: Path) -> None:
     command = ["nll", "--model_path", f"{place}/model", "--data_dir", f"{place}/digits", "--timestep_respacing", "2"]
     assert main([*command, "--num_samples", "1", "--out", str(tmp_path)]) == 0
-    assert np.isnan(likelihood.standard_error(np.array([3.0])))
+    assert np.isnan(bounds.standard_error(np.array([3.0])))
 
 
 def script(words: str, folder: Path, *before: str, **environ: str) -> str:

@@ -32,18 +32,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_formats(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, formats: Any) -> None:
-    from guided_diffusion import build
-    from guided_diffusion.weights.load import load
+    from guided_diffusion.weights import load as loading
 
     used: dict[str, torch.dtype] = {}
-    load = load
+    load = loading.load
 
     def spy(path: str, **options: Any) -> Any:
         found = load(path, **options)
         used[found.kind] = found.net.dtype
         return found
 
-    monkeypatch.setattr(build, "load", spy)
+    monkeypatch.setattr(loading, "load", spy)
     words = f"sample --model_path {models}/base --classifier_path {models}/critic --timestep_respacing 3 --device cpu"
     words += f" --num_samples 2 --batch_size 2 --grid 0 --out {tmp_path}/out {flags}"
     assert main(words.split()) == 0

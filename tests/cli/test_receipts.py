@@ -25,7 +25,7 @@ from guided_diffusion.config import (
     SampleConfig,
     SuperResConfig,
 )
-from guided_diffusion.sampling import generate as g
+from guided_diffusion.sampling import jobs as g
 from guided_diffusion.weights.load import Loaded
 
 NETWORK = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "diffusion_steps": 50, "num_heads": 2}
@@ -109,17 +109,14 @@ def test_what_stands_there_in_another_form(tmp_path: Path) -> None:
 
 
 def test_the_job_adds_seed_and_classes(tmp_path: Path) -> None:
-    plain = g.Job("x", 4, (3, 8, 8), 2, lambda x: x)
-    jobs = [
-        plain,
-        replace(plain, seed=1),
-        replace(plain, shape=(3, 8, 16)),
-        replace(plain, labels=g.LabelPlan((1,))),
-        replace(plain, labels=g.LabelPlan((1, 2))),
-        replace(plain, labels=g.LabelPlan((1, 2), balanced=True)),
-    ]
-    assert len({json.dumps(g._fingerprint(job), sort_keys=True) for job in jobs}) == len(jobs)
-    assert g._fingerprint(replace(plain, num_samples=9, batch_size=3, grid=0)) == g._fingerprint(plain)
+    one = g.Request("", 4)
+    plain = g.Job(one, "x", (3, 8, 8), 2)
+    plans = [g.LabelPlan((1,)), g.LabelPlan((1, 2)), g.LabelPlan((1, 2), balanced=True)]
+    requests = [replace(one, seed=1), *(replace(one, labels=plan) for plan in plans)]
+    jobs = [plain, replace(plain, shape=(3, 8, 16)), *(replace(plain, request=request) for request in requests)]
+    assert len({json.dumps(g._settings(job), sort_keys=True) for job in jobs}) == len(jobs)
+    other = replace(plain, request=replace(one, num_samples=9), batch_size=3, grid=0)
+    assert g._settings(other) == g._settings(plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_every_request_is_what_sample_makes_alone(
     assert main(["sample", *words]) == 0
     assert "all 3 requests are there already" in capsys.readouterr().out
     # What was understood is written down, complete, and reads back as it is.
-    told = sample.flags(["--model_path", "m"], program="p")
+    told = sample.Sampling.of(sample.flags(["--model_path", "m"], program="p"))
     again = requests.read(str(tmp_path / "out" / "requests.json"), told)
     assert [(one.name, one.seed, one.num_samples) for one in again] == [
         ("threes", 5, 3),

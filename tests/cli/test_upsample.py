@@ -16,11 +16,12 @@ import torch
 
 import guided_diffusion as gd
 from guided_diffusion import build
-from guided_diffusion.cli import upsample
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.data.images import center_crop, low_res, read_image, to_float
+from guided_diffusion.data.samples import open_samples
 from guided_diffusion.diffusion.process import add_noise
+from guided_diffusion.sampling.pipeline import NOISE_OF_UPSAMPLERS
 from guided_diffusion.weights.load import Loaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,19 +91,19 @@ def test_labels_are_kept_and_every_small_image_is_enlarged(models: Path, small: 
 def test_small_images_are_read_in_turn_again_and_again(models: Path, small: Path, tmp_path: Path) -> None:
     found = enlarge(models, small, tmp_path, "--num_samples", "7", "--batch_size", "3")
     assert found["arr_1"].tolist() == [1, 0, 1, 1, 0, 1, 0]
-    again = upsample.open_base(str(small), 8, 3).conditions([0, 5, 6, 1])["low_res"]
+    again = open_samples(str(small), 8, 3).low_res([0, 5, 6, 1])["low_res"]
     assert torch.equal(again[0], again[1]) and torch.equal(again[2], again[3])
     assert not np.array_equal(found["arr_0"][0], found["arr_0"][5])  # other noise
 
 
 def test_conditions_are_the_small_images_themselves(small: Path) -> None:
-    base = upsample.open_base(str(small), 8, 3)
+    base = open_samples(str(small), 8, 3)
     with np.load(small) as found:
         expected = found["arr_0"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-    torch.testing.assert_close(base.conditions(range(5))["low_res"], torch.from_numpy(expected))
+    torch.testing.assert_close(base.low_res(range(5))["low_res"], torch.from_numpy(expected))
     np.savez_compressed(small.parent / "packed.npz", np.load(small)["arr_0"])
-    packed = upsample.open_base(str(small.parent / "packed.npz"), 8, 3)
-    assert torch.equal(packed.conditions([4, 2])["low_res"], base.conditions([4, 2])["low_res"])
+    packed = open_samples(str(small.parent / "packed.npz"), 8, 3)
+    assert torch.equal(packed.low_res([4, 2])["low_res"], base.low_res([4, 2])["low_res"])
     assert packed.labels is None
 
 
@@ -119,8 +120,8 @@ def test_ddim_is_honoured(models: Path, small: Path, tmp_path: Path) -> None:
     model = gd.load(str(models / "large"), flags={"timestep_respacing": "4"})
     from guided_diffusion.runtime.streams import SAMPLE, Streams, key_of
 
-    noise = Streams(key_of(0, upsample._NOISE_OF_UPSAMPLERS), SAMPLE, ids=range(5)).normal((3, 16, 16))
-    cond = {**upsample.open_base(str(small), 8, 3).conditions(range(5)), "y": torch.tensor([1, 0, 1, 1, 0])}
+    noise = Streams(key_of(0, NOISE_OF_UPSAMPLERS), SAMPLE, ids=range(5)).normal((3, 16, 16))
+    cond = {**open_samples(str(small), 8, 3).low_res(range(5)), "y": torch.tensor([1, 0, 1, 1, 0])}
     denoise = gd.make_denoiser(model.net, model.process, cond, **model.config.diffusion.reading)
     images = gd.last(gd.ddim(denoise, noise, model.process))
     expected = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -133,7 +134,7 @@ def test_base_and_upsampler_do_not_begin_with_the_same_noise(models: Path) -> No
     from guided_diffusion.runtime.streams import SAMPLE, Streams, key_of
 
     base = Streams(0, SAMPLE, ids=[0]).normal((3, 8, 8)).flatten()
-    large = Streams(key_of(0, upsample._NOISE_OF_UPSAMPLERS), SAMPLE, ids=[0]).normal((3, 16, 16)).flatten()
+    large = Streams(key_of(0, NOISE_OF_UPSAMPLERS), SAMPLE, ids=[0]).normal((3, 16, 16)).flatten()
     assert abs(float((base * large[: len(base)]).mean())) < 0.3 and not torch.equal(base, large[: len(base)])
 
 
@@ -153,24 +154,24 @@ def test_a_classifier_of_the_small_size_is_refused(
     assert "they differ in image size" in capsys.readouterr().err
 
 
-def test_an_interrupted_job_makes_only_what_is_missing(models: Path, small: Path, tmp_path: Path) -> None:
+def test_an_interrupted_job_makes_only_what_is_missing(
+    models: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = enlarge(models, small, tmp_path / "whole", "--batch_size", "2")["arr_0"]
-    from guided_diffusion.sampling import generate
+    from guided_diffusion.sampling import queue
 
     made: list[int] = []
-    real = generate.make_batch
+    real = queue.draw
 
-    def stop_after_two(sample: Any, job: Any, ids: Any, device: Any) -> None:
+    def stop_after_two(pipeline: Any, batch: Any, **options: Any) -> Any:
         if len(made) == 2:
             raise OSError("the machine is gone")
-        made.append(len(ids))
-        real(sample, job, ids, device)
+        made.append(len(batch))
+        return real(pipeline, batch, **options)
 
-    generate.make_batch = stop_after_two  # type: ignore[assignment]
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "draw", stop_after_two)
         enlarge(models, small, tmp_path / "cut", "--batch_size", "2", code=2)
-    finally:
-        generate.make_batch = real
     assert not list((tmp_path / "cut").glob("samples_*.npz"))
     np.testing.assert_array_equal(whole, enlarge(models, small, tmp_path / "cut", "--batch_size", "2")["arr_0"])
 
