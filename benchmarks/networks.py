@@ -227,12 +227,11 @@ def sampler(
     import torch
 
     import guided_diffusion as gd
-    from guided_diffusion.sampling.pipeline import build_sample
 
-    model, critic = (ready(shape, kind, device, dtype) for kind in ("diffusion", "classifier"))
+    model, classifier = (ready(shape, kind, device, dtype) for kind in ("diffusion", "classifier"))
     process = gd.build_process(model.config.diffusion, respacing=f"ddim{steps}").to(device)
-    options: Any = {"critic": critic, "scale": 1.0, "method": "ddim", "compile": compile, "graphs": graphs}
-    sample = build_sample(model, process, **options)
+    guidance = gd.classifier(classifier, scale=1.0)
+    sample = gd.make_pipeline(model, process=process, guidance=guidance, sampler="ddim", compile=compile, graphs=graphs)
     x, _, y = inputs(shape, batch, device)
     return lambda: sample(x, torch.randn_like, {"y": y})
 

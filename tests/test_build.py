@@ -16,7 +16,7 @@ from guided_diffusion.data.listing import Records, split_records
 from guided_diffusion.data.loader import Batch
 from guided_diffusion.runtime.devices import choose_precision
 from guided_diffusion.runtime.streams import Streams
-from guided_diffusion.sampling.pipeline import build_sample
+from guided_diffusion.sampling.pipeline import classifier, make_pipeline
 from guided_diffusion.training.losses import classifier_loss, diffusion_loss
 from guided_diffusion.weights.load import Loaded, check_pair
 
@@ -182,7 +182,8 @@ def test_every_sampler_runs_guided_and_the_guide_pulls(method: str) -> None:
 
     def means(scale: float) -> list[float]:
         source = Streams(2, ids=[0, 0])
-        sample = build_sample(model, process, critic=critic, scale=scale, method=method, clip=False)
+        guidance = classifier(critic, scale=scale)
+        sample = make_pipeline(model, guidance=guidance, sampler=method, clip=False)
         return sample(noise, source.randn_like, cond).mean(dim=(1, 2, 3)).tolist()
 
     (dark, bright), (same, also_same) = means(3.0), means(0.0)

@@ -30,7 +30,10 @@ SAMPLING = {
     "files": "model_path weights upsampler_path out grid config upsampler_flags debug",
     "for weights that carry no configuration": "",
 }
-MEASURING = {"what is measured": "data_dir num_samples seed labels", **dict(list(SAMPLING.items())[2:])}
+MEASURING = {
+    "what is measured": "data_dir num_samples seed labels on_error workers val_data_dir val_fraction random_crop random_flip",
+    **{title: names for title, names in SAMPLING.items() if title not in ("what is made", "guidance")},
+}
 TRAINING = {
     "data": "data_dir val_data_dir val_fraction labels new_classes random_crop random_flip on_error noised",
     "optimization": "lr weight_decay lr_anneal_steps anneal_lr warmup_steps iterations max_steps batch_size global_batch_size grad_clip "

@@ -153,7 +153,7 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
 
     rows = []
     with runs.session({"device": device, "debug": False}) as here:
-        classifier = load(str(out / "classifier"), kind="classifier", device=here.device, tell=lambda _: None)
+        classifier = load(str(out / "classifier"), kind="classifier", device=here.device)
         real, _ = classifier_features(classifier, read_images(data_dir, classifier, 100)[0])
         for scale in SCALES:
             images, labels = read_images(finished_npz(samples_of(out, scale)), classifier, 100)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..weights.load import load
 
     with runs.session({"device": asked.device, "debug": False}) as world:
-        classifier = load(asked.classifier_path, kind="classifier", device=world.device, tell=log.info)
+        classifier = load(asked.classifier_path, kind="classifier", device=world.device)
         images, labels = read_images(asked.images, classifier, asked.batch_size)
         features, predicted = classifier_features(classifier, images)
         arrays: dict[str, Any] = {"features": features, "predicted": predicted}

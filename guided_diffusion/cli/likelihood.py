@@ -75,7 +75,7 @@ def _measure(config: LikelihoodConfig, data: DataConfig, typed: dict[str, Any], 
     from ..weights.load import load
 
     options = {"precision": config.precision, "weights": config.weights}
-    model = load(config.model_path, kind="diffusion", flags=typed, device=world.device, tell=log.info, **options)
+    model = load(config.model_path, kind="diffusion", flags=typed, device=world.device, **options)
     records = list_records(data.data_dir, labels=data.labels if model.num_classes else "none")
     if model.num_classes:
         records, note = renumber(records, model.class_names, model.num_classes, model.path)

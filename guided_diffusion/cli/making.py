@@ -129,7 +129,7 @@ def _load(path: str, kind: str, asked: Making, world: World) -> Loaded:
     own = shared | set(NETWORKS[kind].names())
     given = {name: value for name, value in typed.items() if name in own and value is not None}
     options = {"precision": precision, "weights": asked.weights if kind != "classifier" else ""}
-    return load(path, kind=kind, flags=given, device=world.device, tell=log.info, **options)
+    return load(path, kind=kind, flags=given, device=world.device, **options)
 
 
 def label_plan(asked: Making, networks: Networks) -> LabelPlan:

@@ -84,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _flags(target: Target, asked: argparse.Namespace, out: str) -> dict[str, Any]:
     """The flags of `sample` for a published figure; its weights are downloaded if they are not there."""
     from ..runtime import storage
-    from . import zoo
+    from ..weights.download import fetch
 
     cache = storage.cache_folder()
     recipe = target.recipe
     flags = {
-        "model_path": asked.model_path or zoo.fetch(target.preset, cache),
+        "model_path": asked.model_path or fetch(target.preset, cache),
         "num_samples": asked.num_samples,
         "batch_size": 0 if asked.batch_size == "auto" else asked.batch_size,
         "timestep_respacing": recipe.respacing,
@@ -101,7 +101,7 @@ def _flags(target: Target, asked: argparse.Namespace, out: str) -> dict[str, Any
         "precision": asked.precision,
     }
     if recipe.scale:
-        flags["classifier_path"] = asked.classifier_path or zoo.fetch(get(target.preset.classifier), cache)
+        flags["classifier_path"] = asked.classifier_path or fetch(get(target.preset.classifier), cache)
     return flags
 
 

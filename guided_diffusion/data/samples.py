@@ -17,7 +17,7 @@ from ..runtime import storage
 from .classes import renumber
 from .images import center_crop, to_float
 from .listing import Records, list_records
-from .sources import Reader
+from .sources import open_source
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def open_folder(path: str, size: int, channels: int, *, labels: str = "auto") ->
     records = list_records(path, labels=labels)
     if records.kind != "files":
         raise ValueError(f"{path} is {records.kind} data; give an npz, or a folder of picture files")
-    reader = Reader(records.kind, records.root)
+    reader = open_source(records.kind, records.root)
 
     def read(k: int) -> np.ndarray:
         return np.array(center_crop(reader.read(records.paths[k], channels), size)).reshape(size, size, channels)

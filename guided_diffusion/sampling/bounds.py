@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data.images import to_float
 from ..data.listing import Records
 from ..data.loader import make_batches, order
-from ..data.sources import Reader
+from ..data.sources import open_source
 from ..diffusion import likelihood
 from ..diffusion.denoiser import make_denoiser
 from ..diffusion.samplers import NotFinite, check_finite
@@ -114,7 +114,7 @@ def _require_finite(terms: Tensor, done: int, records: Records, seed: int, model
         check_finite(terms)
     except NotFinite as error:
         record = int(order(seed, 0, len(records))[done + error.row])
-        image = Reader(records.kind, records.root).describe(records.paths[record])
+        image = open_source(records.kind, records.root).describe(records.paths[record])
         walked = int(terms[error.row].isfinite().all(dim=0).long().argmin())
         raise ValueError(
             f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - walked} of the process; "

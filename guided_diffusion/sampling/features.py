@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.images import center_crop, to_float
 from ..data.samples import read_npz
-from ..data.sources import Reader, list_source
+from ..data.sources import list_source
 from ..diffusion.samplers import NotFinite, check_finite
 from ..weights.load import Loaded
 from .pipeline import why_not_finite
@@ -30,11 +30,10 @@ def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterato
         labels = source.labels().numbers
     except ValueError as error:  # features need none
         log.warning("without labels: %s", error)
-    reader = Reader(source.kind, source.root)
 
     def batches() -> Iterator[np.ndarray]:
         for k in range(0, len(source.paths), batch_size):
-            pictures = [center_crop(reader.read(p, channels), size) for p in source.paths[k : k + batch_size]]
+            pictures = [center_crop(source.read(p, channels), size) for p in source.paths[k : k + batch_size]]
             yield np.stack(pictures).reshape(len(pictures), size, size, channels)
 
     return batches(), labels

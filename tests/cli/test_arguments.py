@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guided_diffusion.cli import arguments
-from guided_diffusion.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
+from guided_diffusion.cli.main import main
+from guided_diffusion.config import NETWORKS, DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 
 CONFIGS = list(RunConfig.sections("diffusion").values())
 
@@ -142,3 +144,22 @@ def test_help_shows_where_auto_may_be_said(capsys: pytest.CaptureFixture[str]) -
     sampling, training = capsys.readouterr().out.split("usage: ")[1:]
     assert "--batch_size int|auto" in sampling and "auto (or 0) = as many as fit" in sampling
     assert "--microbatch int|auto" in training and "--batch_size int " in training
+
+
+@pytest.mark.parametrize(
+    "command", ["sample", "upsample", "cascade", "nll", "train", "train-classifier", "train-upsampler"]
+)
+def test_help_is_in_groups_and_ends_with_the_network(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command's last group has are flags of networks and of the noise process, and nothing else."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    groups = re.split(r"^([a-z].*):$", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    groups = dict(zip(groups[::2], groups[1::2]))
+    groups.pop("options")
+    title, text = list(groups.items())[-1]
+    network = {name for config in (*NETWORKS.values(), DiffusionConfig) for name in config.names()}
+    last = set(re.findall(r"^  --(\w+)", text, flags=re.MULTILINE))
+    assert "image_size" in last or "large_size" in last
+    assert last <= network and len(groups) > 4
+    wanted = arguments.TRAINING if command.startswith("train") else arguments.SAMPLING
+    assert title == list(wanted)[-1]

@@ -104,7 +104,7 @@ def test_every_flag_can_be_typed(script: str) -> None:
 
 def test_the_page_on_switching_names_every_module_that_a_fork_may_collide_with() -> None:
     package = Path(importlib.import_module("guided_diffusion").__file__ or "").parent
-    modules = {path.stem for path in package.iterdir() if not path.name.startswith("__")}
+    modules = {path.stem for path in package.iterdir() if not path.name.startswith(("__", "py.typed"))}
     page = (package.parent / "docs" / "switching.md").read_text(encoding="utf-8")
     missing = [name for name in sorted(modules - set(FROZEN["names"])) if f"`{name}`" not in page]
     assert not missing

@@ -30,7 +30,7 @@ _PRELOAD = [
 _PRELOAD += [
     "guided_diffusion.training.trainer",
     "guided_diffusion.training.saver",
-    "guided_diffusion.sampling.generate",
+    "guided_diffusion.sampling.queue",
 ]
 
 

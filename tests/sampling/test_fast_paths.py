@@ -18,9 +18,11 @@ from guided_diffusion.config import RunConfig
 from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
 from guided_diffusion.runtime import fitting
+from guided_diffusion.sampling import pipeline
 from guided_diffusion.sampling.execution import Compiled, Graphed
-from guided_diffusion.sampling.generate import Job, LabelPlan, generate
-from guided_diffusion.sampling.pipeline import build_sample
+from guided_diffusion.sampling.jobs import Job, LabelPlan, Request
+from guided_diffusion.sampling.pipeline import classifier, make_pipeline
+from guided_diffusion.sampling.queue import generate
 from guided_diffusion.weights.load import Loaded
 
 SHAPE = small(num_channels=32, image_size=16)
@@ -73,20 +75,20 @@ def test_guided_sampling_is_that_of_the_equations() -> None:
     model, guide = loaded()
     steps = process()
     plain = ddim_by_the_equations(generator(SHAPE), steps, noise(), labels(), critic(SHAPE))
-    sample = build_sample(model, steps, critic=guide, scale=1.0, method="ddim")
+    sample = make_pipeline(model, process=steps, guidance=classifier(guide), sampler="ddim")
     assert model.net.middle_block[0].in_layers[2].weight.is_contiguous(memory_format=torch.channels_last)
     # In norm, not by pixel: over 25 steps an untrained network magnifies the rounding of single pixels (the largest seen: 1.2e-4).
     assert (sample(noise(), torch.randn_like, {"y": labels()}) - plain).norm() < 1e-4 * plain.norm()
     last = respace(build.build_process(SHAPE.diffusion), [0])
     one = ddim_by_the_equations(generator(SHAPE), last, noise(), labels())
-    ours = build_sample(model, last, method="ddim")(noise(), torch.randn_like, {"y": labels()})
+    ours = make_pipeline(model, process=last, sampler="ddim")(noise(), torch.randn_like, {"y": labels()})
     torch.testing.assert_close(ours, one, rtol=0, atol=1e-5)
 
 
 def test_networks_in_training_keep_their_layout() -> None:
     net = generator(SHAPE)
     before = net.middle_block[0].in_layers[2].weight.stride()
-    build_sample(Loaded(net, process(), SHAPE.config, ""), process())
+    make_pipeline(Loaded(net, process(), SHAPE.config, ""))
     assert net.middle_block[0].in_layers[2].weight.stride() == before
 
 
@@ -147,13 +149,9 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(build, "Compiled", partial(Compiled, backend=counter))
+    monkeypatch.setattr(pipeline, "Compiled", partial(Compiled, backend=counter))
     yield counter
     torch.compiler.reset()
-
-
-def pixels(images: Tensor) -> Tensor:
-    return images.mul(127).to(torch.uint8).movedim(1, -1)
 
 
 @pytest.mark.parametrize("method", ["ddim", "ancestral"])  # guided by the score, and by the mean
@@ -162,19 +160,14 @@ def test_a_compiled_job_makes_the_same_images_with_one_graph(method: str, counte
     model, guide = loaded(shape=SMALLEST)
     made: dict[bool, list[Tensor]] = {False: [], True: []}
     for compiled, images in made.items():
-        sample = build_sample(model, process(), critic=guide, scale=1.0, method=method, compile=compiled)
+        sample = make_pipeline(model, guidance=classifier(guide), sampler=method, compile=compiled)
 
         def kept(*args: Any, sample: Any = sample, images: list[Tensor] = images) -> Tensor:
             images.append(sample(*args))
             return images[-1]
 
-        plan = LabelPlan(tuple(range(10)), seed=3)
-        generate(
-            kept,
-            Job(str(tmp_path / str(compiled)), 5, (3, 16, 16), 2, pixels, labels=plan, grid=0),
-            tell=lambda _: None,
-            progress=False,
-        )
+        request = Request("", 5, labels=LabelPlan(tuple(range(10)), seed=3))
+        generate(kept, Job(request, str(tmp_path / str(compiled)), (3, 16, 16), 2, grid=0), progress=False)
     assert counter.frame_count == 1 and [len(images) for images in made.values()] == [3, 3]
     for eager, found in zip(made[False], made[True]):
         assert (found - eager).norm() < 1e-4 * eager.norm()  # in norm, as above
@@ -185,12 +178,12 @@ def test_a_step_that_cannot_be_compiled_whole_has_its_networks_compiled(monkeypa
         raise RuntimeError("not today")
 
     compiled: list[Any] = []
-    monkeypatch.setattr(build, "Compiled", partial(Compiled, backend=refuse))
-    monkeypatch.setattr(build, "compile_network", compiled.append)
+    monkeypatch.setattr(pipeline, "Compiled", partial(Compiled, backend=refuse))
+    monkeypatch.setattr(pipeline, "compile_network", compiled.append)
     model, guide = loaded(shape=SMALLEST)
-    options: dict[str, Any] = {"critic": guide, "scale": 1.0, "method": "ddim"}
-    expected = build_sample(model, process(), **options)(noise(), torch.randn_like, {"y": labels()})
-    sample = build_sample(model, process(), compile=True, **options)
+    options: dict[str, Any] = {"guidance": classifier(guide), "sampler": "ddim"}
+    expected = make_pipeline(model, **options)(noise(), torch.randn_like, {"y": labels()})
+    sample = make_pipeline(model, compile=True, **options)
     with pytest.warns(UserWarning, match="not today.*each network is compiled by itself") as told:
         for _ in range(2):
             assert torch.equal(sample(noise(), torch.randn_like, {"y": labels()}), expected)
@@ -245,7 +238,7 @@ def test_cuda_graphs_make_the_same_images(method: str) -> None:
     model, guide = loaded("cuda")
     steps, results = process(device="cuda"), []
     for graphs in (False, True):
-        sample = build_sample(model, steps, critic=guide, scale=1.0, method=method, graphs=graphs)
+        sample = make_pipeline(model, process=steps, guidance=classifier(guide), sampler=method, graphs=graphs)
         for shift in (0, 1):
             torch.manual_seed(0)
             cond = {"y": (labels(device="cuda") + shift) % 10}
@@ -263,7 +256,7 @@ def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
     model, guide = loaded("cuda")
     results = []
     for options in ({}, {"compile": True, "graphs": True}):
-        sample = build_sample(model, process(device="cuda"), critic=guide, scale=1.0, method="ddim", **options)
+        sample = make_pipeline(model, guidance=classifier(guide), sampler="ddim", **options)
         for shift in (0, 1):
             cond = {"y": (labels(device="cuda") + shift) % 10}
             results.append(sample(noise(device="cuda"), torch.randn_like, cond))
@@ -277,7 +270,7 @@ def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 def test_guided_sampling_does_not_wait_for_the_gpu(graphs: bool) -> None:
     model, guide = loaded("cuda")
-    sample = build_sample(model, process(device="cuda"), critic=guide, scale=1.0, method="dpm_solver", graphs=graphs)
+    sample = make_pipeline(model, guidance=classifier(guide), sampler="dpm_solver", graphs=graphs)
     cond = {"y": labels(device="cuda")}
     sample(noise(device="cuda"), torch.randn_like, cond)
     from guided_diffusion.diffusion import guidance, samplers
