@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.images import to_float
 from ..data.listing import Records
 from ..data.loader import make_batches, order
 from ..data.sources import open_source
@@ -80,11 +79,11 @@ def measure(
             if done >= count:
                 break
             ids = (batch.positions + done).tolist()
-            cond = {} if batch.labels is None else {"y": batch.labels.to(world.device)}
+            here = batch.to_device(world.device)
+            cond = {} if here.labels is None else {"y": here.labels}
             denoise = make_denoiser(model.net, model.process, cond, clip=clip, **model.reading)
             noise = Streams(seed, EVALUATE, ids=ids, device=world.device)
-            x0 = to_float(batch.images.to(world.device))
-            bound = likelihood.bits_per_dim(denoise, model.process, x0, noise=noise.randn_like)
+            bound = likelihood.bits_per_dim(denoise, model.process, here.images, noise=noise.randn_like)
             rows = torch.stack([bound.total, bound.prior, bound.vb[:, -1]], dim=1)
             terms = torch.stack([bound.vb, bound.eps_mse, bound.x0_mse], dim=1)
             gathered = _of_all_ranks(terms, ids, count, world).unflatten(1, (3, -1))
