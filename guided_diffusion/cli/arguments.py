@@ -37,7 +37,7 @@ MEASURING = {
 TRAINING = {
     "data": "data_dir val_data_dir val_fraction labels new_classes random_crop random_flip on_error noised",
     "optimization": "lr weight_decay lr_anneal_steps anneal_lr warmup_steps iterations max_steps batch_size global_batch_size grad_clip "
-    "ema_rate dropout schedule_sampler min_snr_gamma use_kl rescale_learned_sigmas seed fp16_scale_growth",
+    "ema_rate dropout schedule_sampler min_snr_gamma loss_weight use_kl rescale_learned_sigmas seed fp16_scale_growth",
     "speed and memory": "microbatch recompute memory_limit_gb use_checkpoint classifier_use_checkpoint device precision "
     "use_fp16 classifier_use_fp16 compile workers shard_optimizer shard_ema compress_gradients static_graph timeout_s",
     "files and log": "out resume_checkpoint resume_from weights config save_interval keep_last keep_every log_interval eval_interval "
@@ -60,8 +60,8 @@ class Parsed(NamedTuple):
 class Parser(argparse.ArgumentParser):
     """argparse that raises instead of ending the process, with the flag `--import`."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.add_argument("--import", action=ImportProgram)
 
     def error(self, message: str) -> NoReturn:
@@ -174,7 +174,9 @@ def _table(
 
 def _add(group: Any, name: str, entry: _Entry, in_table: Sequence[str]) -> None:
     default, help, choices, auto, _ = entry
-    listed = f" [{', '.join(str(choice) or 'empty' for choice in in_table or choices or ())}]" if in_table or choices else ""
+    listed = (
+        f" [{', '.join(str(choice) or 'empty' for choice in in_table or choices or ())}]" if in_table or choices else ""
+    )
     if isinstance(default, bool):  # a bare --flag means True
         options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
     elif auto is not None:
