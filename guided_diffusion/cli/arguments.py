@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
-from ..config.fields import RENAMED
 from .extensions import ImportProgram, names_of
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -84,6 +83,8 @@ def parse(
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
     `groups` are those of --help: title -> flags; the last group has all others.
     """
+    from ..config.fields import RENAMED
+
     known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
     parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
     helps = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)  # only then tables are read
