@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.layout import recorded, transformed
+from .kernels.plain import gradients
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,10 +56,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return g, None, None, None  # an ordinary backward pass: the kernel's own is the faster
         q, k, v = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        asked = [tensor for tensor, asked_for in zip((q, k, v), wanted) if asked_for]
-        found = iter(torch.autograd.grad(plain_attention(q, k, v), asked, g, create_graph=True))
-        return None, *(next(found) if asked_for else None for asked_for in wanted)
+        return None, *gradients(plain_attention(q, k, v), (q, k, v), ctx.needs_input_grad[1:], g)
 
 
 def _attend(qkv: Tensor, heads: int, dim: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .kernels import norm as norm_kernels
+from .kernels import plain
 from .kernels.layout import CHANNELS_LAST, channels_last, is_channels_last, plain_layout, recorded, transformed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -101,23 +102,21 @@ class GroupNorm32(nn.GroupNorm):
     fused: bool = True  # see Network.set_fused_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_kernels.group_norm(x, self)
+        return plain.group_norm(x, self)
 
 
-def norm_silu(layers: nn.Sequential, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """`layers(x)` for layers that begin with a norm and a SiLU, with scale and shift between the two if they are given.
+def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
+    """`layers(x)` for layers that begin with a norm and a SiLU; given a scale and a shift, silu(norm(x) * (1 + scale) + shift) goes on.
 
-    x: [N, C, ...]. scale, shift: [N, C, 1, ...]; the norm's answer becomes norm(x) * (1 + scale) + shift. Norm and SiLU are one
-    operation, unless somebody has put other layers there or waits for one of them to be called.
+    x: [N, C, ...]. scale_shift: [N, C, 1, ...] both. Norm and SiLU are one operation, unless somebody has put other layers there
+    or waits for one of them to be called.
     """
     norm, act, *rest = layers
     ours = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
     if recorded() or not ours or not norm.fused or hooked(layers, norm, act):
-        if scale is None or shift is None:
-            return layers(x)
-        return layers[1:](torch.addcmul(shift, norm(x), 1 + scale))
+        return layers(x) if scale_shift is None else layers[1:](plain.modulated(norm(x), *scale_shift))
     assert isinstance(norm, nn.GroupNorm)
-    h = norm_kernels.norm_silu(x, norm, scale, shift)
+    h = norm_kernels.norm_silu(x, norm, scale_shift)
     for layer in rest:
         h = layer(h)
     return h

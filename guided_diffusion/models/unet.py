@@ -142,7 +142,7 @@ class ResBlock(TimestepBlock):
     def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:
         """Norm, what time has to say, SiLU, dropout, convolution."""
         if self.use_scale_shift_norm:
-            return norm_silu(self.out_layers, h, *emb_out.chunk(2, dim=1))
+            return norm_silu(self.out_layers, h, emb_out.chunk(2, dim=1))
         return norm_silu(self.out_layers, h + emb_out)
 
 

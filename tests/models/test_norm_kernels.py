@@ -183,7 +183,7 @@ def test_scale_and_shift_weight_and_bias_get_their_gradients(batch: int, dtype: 
 def _norm_silu(x: Tensor, own: GroupNorm32, both: Tensor, kernels: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norm, "_kernels", lambda *_: kernels)
-        return norm.norm_silu(x, own, *both.chunk(2, dim=1))
+        return norm.norm_silu(x, own, both.chunk(2, dim=1))
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_scale_shift_norm": False}, {"use_checkpoint": True}], ids=str)

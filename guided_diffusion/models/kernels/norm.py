@@ -1,4 +1,4 @@
-"""Group norm, alone and as one operation with the scale, shift and SiLU that follow it in a residual block.
+"""Group norm, scale, shift and SiLU, which follow each other in a residual block, as one operation.
 
 Apart these read and write an image three or four times and keep as many copies of it for backward, and torch's group norm
 answers a channels-last image in another layout, which costs two copies more. As one they read it twice, write it once, and
@@ -11,6 +11,7 @@ Legend: N batch, C channels.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -20,38 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import channels_last, is_channels_last, recorded, transformed
+from .plain import gradients, group_norm, modulated
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """`norm` of x [N, C, ...] in the dtype and memory layout of x; torch accumulates the statistics in float32."""
-    weight: Tensor = norm.weight
-    bias: Tensor = norm.bias
-    if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    channels_were_last = is_channels_last(x)
-    # torch's channels-last norm on the CPU loses digits, and crashes (2.13) where weights have a gradient and x has none. For
-    # forward mode there is none at all. Inductor writes its own.
-    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
-        x = x.contiguous()
-    y = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-    return channels_last(y) if channels_were_last else y  # some CUDA kernels answer in the plain layout
-
-
-def norm_silu(x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """silu(norm(x) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout.
-
-    scale, shift: [N, C, 1, ...] both, or neither.
-    """
-    kernels = _kernels(x, norm.weight, norm.bias, *(() if scale is None or shift is None else (scale, shift)))
+def norm_silu(x: Tensor, norm: nn.GroupNorm, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
+    """silu(norm(x) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout. scale_shift: [N, C, 1, ...] both."""
+    kernels = _kernels(x, norm.weight, norm.bias, *(scale_shift or ()))
     if kernels is None:
         y = group_norm(x, norm)
-        return F.silu(y if scale is None or shift is None else torch.addcmul(shift, y, 1 + scale))
+        return F.silu(y if scale_shift is None else modulated(y, *scale_shift))
     # One factor and one summand per image and channel, whose gradients autograd takes back to what they are made of.
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = norm.weight.to(wide), norm.bias.to(wide)
-    if scale is not None and shift is not None:
-        more = 1 + scale.flatten(1).to(wide)
-        a, b = a * more, torch.addcmul(shift.flatten(1).to(wide), b, more)
+    if scale_shift is not None:
+        scale, shift = (part.flatten(1).to(wide) for part in scale_shift)
+        a, b = a * (1 + scale), modulated(b, scale, shift)
     return NormSiLU.apply(x, a.expand(len(x), -1), b.expand(len(x), -1), norm.num_groups, norm.eps, kernels)
 
 
@@ -71,11 +55,8 @@ class NormSiLU(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *ctx.kernels.backward(channels_last(g), x, a, b, mean, rstd, ctx.groups), None, None, None
         # The gradient itself may be derived (create_graph), which only torch's operators can.
-        wanted = ctx.needs_input_grad[:3]
-        asked = [tensor for tensor, asked_for in zip((x, a, b), wanted) if asked_for]
         y = written_out(x.to(a.dtype), a, b, ctx.groups, ctx.eps)
-        found = iter(torch.autograd.grad(y, asked, g.to(a.dtype), create_graph=True))
-        return *(next(found) if asked_for else None for asked_for in wanted), None, None, None
+        return *gradients(y, (x, a, b), ctx.needs_input_grad, g.to(a.dtype)), None, None, None
 
 
 def written_out(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> Tensor:
@@ -132,9 +113,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
                 norm_triton.forward(x, a, a, 32, 1e-5)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}",
-            stacklevel=2,
-        )
+        said = f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}"
+        warnings.warn(said, stacklevel=2)
         return False
     return True

@@ -36,17 +36,12 @@ _WHOLE = 1024  # rows of the largest image whose groups are one program each: at
 class _Plan(NamedTuple):
     """How images are cut into tiles and chunks. Nothing here depends on the batch."""
 
-    whole: bool
-    """Whether one program works through a whole group, and tiles are as wide as that."""
-    size: tuple[int, int]
-    """Rows and channels of an image."""
-    rows_each: int
-    """How many rows a program of `_forward` and `_backward` has."""
+    whole: bool  # one program works through a whole group, and tiles are as wide as that
+    size: tuple[int, int]  # rows and channels of an image
+    rows_each: int  # of a program of `_forward` or `_backward`
     chunk_rows: int
-    tile: dict[str, int]
-    """Constants of the kernels that work on tiles; WIDTH: how far the first channels of neighbours are apart."""
-    group: dict[str, int]
-    """Constants of the kernels that work on groups."""
+    tile: dict[str, int]  # constants of kernels that work on tiles; WIDTH: from one tile's first channel to the next's
+    group: dict[str, int]  # constants of kernels that work on groups
 
     def grid(self, rows_each: int, images: int) -> tuple[int, int, int]:
         """Programs of so many rows each beneath each other, tiles beside each other, and images."""
@@ -56,17 +51,12 @@ class _Plan(NamedTuple):
 def _plan(x: Tensor, groups: int) -> _Plan:
     rows, channels = x.shape[2] * x.shape[3], x.shape[1]
     whole = rows <= _WHOLE
-    width = channels // groups if whole else min(128, _power(channels))
-    tile_rows = min(max(1, _TILE // _power(width)), _power(rows))
-    tile = {"GROUPS": groups, "WIDTH": width, "ROWS": tile_rows, "CHANNELS": _power(width)}
-    group = {"GROUPS": groups, "CHUNKS": _CHUNKS, "CHANNELS": _power(channels // groups)}
+    width = channels // groups if whole else min(128, triton.next_power_of_2(channels))
+    tile_rows = min(max(1, _TILE // triton.next_power_of_2(width)), triton.next_power_of_2(rows))
+    tile = {"GROUPS": groups, "WIDTH": width, "ROWS": tile_rows, "CHANNELS": triton.next_power_of_2(width)}
+    group = {"GROUPS": groups, "CHUNKS": _CHUNKS, "CHANNELS": triton.next_power_of_2(channels // groups)}
     chunk_rows = tile_rows * -(-rows // (_CHUNKS * tile_rows))
     return _Plan(whole, (rows, channels), rows if whole else tile_rows, chunk_rows, tile, group)
-
-
-def _power(number: int) -> int:
-    """The smallest power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()
 
 
 def forward(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,11 +144,12 @@ def _sums(g, x, begin, end, c, inside, channels, mean, rstd, a, b, ROWS: tl.cons
 
 
 @triton.jit
-def _tile(rows, channels, each, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """What a program of a grid of (pieces, tiles, N) works on: image, rows begin..end, channels, and whether those exist."""
-    begin, lane = tl.program_id(0) * each, tl.arange(0, CHANNELS)
-    c = tl.program_id(1) * WIDTH + lane
-    return tl.program_id(2).to(tl.int64), begin, tl.minimum(begin + each, rows), c, (lane < WIDTH) & (c < channels)
+def _tile(rows, channels, each, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """What a program of a grid of (pieces, tiles, N) works on: image, where it begins, rows begin..end, channels, their groups."""
+    n, begin, lane = tl.program_id(2).to(tl.int64), tl.program_id(0) * each, tl.arange(0, CHANNELS)
+    end, c = tl.minimum(begin + each, rows), tl.program_id(1) * WIDTH + lane
+    group = n * GROUPS + c // (channels // GROUPS)
+    return n, n * rows * channels, begin, end, c, (lane < WIDTH) & (c < channels), group
 
 
 @triton.jit
@@ -174,8 +165,7 @@ def _forward(
     GROUPS: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y of a piece; if that is a whole group, its statistics too. Grid: pieces, tiles, N."""
-    n, begin, end, c, inside = _tile(rows, channels, each, WIDTH, CHANNELS)
-    image, group = n * rows * channels, n * GROUPS + c // (channels // GROUPS)
+    n, image, begin, end, c, inside, group = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
     if WHOLE:
         means, squares = _moments(x + image, begin, end, c, inside, channels, ROWS, CHANNELS)
         middle = tl.sum(means, axis=0) / WIDTH  # 0 outside
@@ -202,8 +192,7 @@ def _backward(
     GROUPS: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx of a piece; if that is a whole group, da and db too, else m1 and m2 are known. Grid: pieces, tiles, N."""
-    n, begin, end, c, inside = _tile(rows, channels, each, WIDTH, CHANNELS)
-    image, group = n * rows * channels, n * GROUPS + c // (channels // GROUPS)
+    n, image, begin, end, c, inside, group = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
     middle, sharp = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
     a_, b_ = tl.load(a + n * stride + c, mask=inside, other=0.0), tl.load(b + n * stride + c, mask=inside, other=0.0)
     if WHOLE:
@@ -232,8 +221,8 @@ def _chunk_moments(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances from it, per channel of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
-    n, begin, end, c, inside = _tile(rows, channels, each, WIDTH, CHANNELS)
-    mean, square = _moments(x + n * rows * channels, begin, end, c, inside, channels, ROWS, CHANNELS)
+    n, image, begin, end, c, inside, _ = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    mean, square = _moments(x + image, begin, end, c, inside, channels, ROWS, CHANNELS)
     place = (n * tl.num_programs(0) + tl.program_id(0)) * channels + c
     tl.store(means + place, mean, mask=inside)
     tl.store(squares + place, square, mask=inside)
@@ -265,8 +254,7 @@ def _chunk_gradients(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """da and db over the rows of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
-    n, begin, end, c, inside = _tile(rows, channels, each, WIDTH, CHANNELS)
-    image, group = n * rows * channels, n * GROUPS + c // (channels // GROUPS)
+    n, image, begin, end, c, inside, group = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
     middle, sharp = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
     a_, b_ = tl.load(a + n * stride + c, mask=inside, other=0.0), tl.load(b + n * stride + c, mask=inside, other=0.0)
     da, db = _sums(g + image, x + image, begin, end, c, inside, channels, middle, sharp, a_, b_, ROWS, CHANNELS)
