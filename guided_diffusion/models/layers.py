@@ -269,6 +269,16 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 
 
+def recompute_norm(block: Any, func: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`func(*inputs)`, a norm and what follows it in a block, recomputed if the block is told so (`Network.set_recompute_norms`).
+
+    Not within a block that is recomputed as a whole, nor in a compiled graph, whose compiler chooses for itself what to keep.
+    """
+    if not block.recompute_norms or block.use_checkpoint or torch.compiler.is_compiling():
+        return func(*inputs)
+    return recomputed(func, *inputs)
+
+
 def lay_out_convolution(module: nn.Module) -> None:
     """Lay the weight of a convolution out channels_last, which saves a transposition per call; for `Module.apply`."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

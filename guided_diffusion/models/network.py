@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -103,6 +105,26 @@ class Network(nn.Module):
         dtype = self._stored_dtype if self.dtype == torch.float32 else self.dtype
         x = plain_layout(x.to(dtype))
         return x if torch.jit.is_tracing() or looked_at(self) else channels_last(x)
+
+
+def warn_of_missing_levels(image_size: int, asked: Collection[int], levels: int) -> None:
+    """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence.
+
+    0 stands for sizes above the image's, which defaults for larger images ask for: a word only where nothing else is there.
+    """
+    there = [2**level for level in range(levels)]
+    missing = sorted(factor for factor in asked if factor not in there)
+    if len(missing) < len(asked):
+        missing = [factor for factor in missing if factor]
+    if missing:
+        pixels = ", ".join(
+            f"{image_size // factor} ({factor})" if factor else "more than all (0)" for factor in missing
+        )
+        warnings.warn(
+            f"no level of this network has the attention resolution {pixels}, so it gets no attention there. Its levels in "
+            f"pixels, and the downsampling factors: {', '.join(f'{image_size // factor} ({factor})' for factor in there)}.",
+            stacklevel=4,
+        )
 
 
 # Hooks of torch and of this package measure without changing anything; modules of this folder take any memory layout.

@@ -1,5 +1,19 @@
 """The networks of "Diffusion Models Beat GANs on Image Synthesis": the UNet, its super-resolution form, the classifier.
 
+The figure, from left to right:
+
+    x --> input_blocks --> middle_block --> output_blocks --> out
+            |   |   |                          ^   ^   ^
+            |   |   +--------------------------+   |   |
+            |   +----------------------------------+   |       skip connections
+            +------------------------------------------+
+    time (and class) --> time_embed --> emb, which every residual block receives
+
+The way down has one stage ("level") per entry of channel_mult: some residual blocks, each followed by self-attention where the
+level's resolution asks for it, then half the size. The middle block is residual, attention, residual. The way up mirrors the way
+down; each of its blocks is given the output of the block below it beside that of its partner on the way down. The classifier is
+the way down and the middle with a pool behind it.
+
 Parameter names, shapes and order are those of the released checkpoints. Activations are channels_last where nobody looks at
 them (see Network.enter), what comes out is contiguous. Weights stay in the precision they are stored in and are cast where
 they are used, to the network's compute dtype.
@@ -12,7 +26,6 @@ This module is also `guided_diffusion.unet`: what it imports is part of what can
 from __future__ import annotations
 
 import math  # noqa: F401
-import warnings
 from abc import abstractmethod  # noqa: F401
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -24,49 +37,38 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import (
-    QKVAttention,
-    QKVAttentionLegacy,
-    count_flops_attn,  # noqa: F401
-)
+from .attention import QKVAttention, QKVAttentionLegacy, count_flops_attn  # noqa: F401
 from .kernels.layout import plain_layout
-from .layers import (
+from .layers import (  # noqa: F401
     Downsample,
     TimestepBlock,
     TimestepEmbedSequential,
     Upsample,
-    avg_pool_nd,  # noqa: F401
+    avg_pool_nd,
     checkpoint,
     conv_nd,
-    convert_module_to_f16,  # noqa: F401
-    convert_module_to_f32,  # noqa: F401
+    convert_module_to_f16,
+    convert_module_to_f32,
     linear,
     norm_silu,
     normalization,
-    recomputed,
-    timestep_embedding,  # noqa: F401
+    recompute_norm,
+    timestep_embedding,
     zero_module,
 )
-from .network import Network
+from .network import Network, warn_of_missing_levels
 from .pools import AttentionPool2d, make_pool  # noqa: F401
 
 
-def _norms_again(block: Any, func: Any, *inputs: Tensor) -> Tensor:
-    """`func(*inputs)`, a norm and what follows it in a block, recomputed if the block is told so (`Network.set_recompute_norms`).
-
-    Not within a block that is recomputed as a whole, nor in a compiled graph, whose compiler chooses for itself what to keep.
-    """
-    if not block.recompute_norms or block.use_checkpoint or th.compiler.is_compiling():
-        return func(*inputs)
-    return recomputed(func, *inputs)
-
-
 class ResBlock(TimestepBlock):
-    """Residual block of two convolutions, between which time enters.
+    """Residual block of two convolutions, between which time enters: x + conv(silu(norm(conv(silu(norm(x)))))).
 
-    emb_channels: E. use_scale_shift_norm: time scales and shifts the second norm (adaptive group norm); else it is
-    added before that norm. up, down: change size inside the block. use_conv: a 3x3 convolution on the skip path where
-    the number of channels changes; else 1x1. use_checkpoint: recompute in backward instead of keeping activations.
+    use_scale_shift_norm: adaptive group norm. A linear layer makes of the time embedding one scale and one shift per channel,
+    and the second norm's answer becomes norm(h) * (1 + scale) + shift (equation 3 of the paper). Without it, the linear layer's
+    answer is added before that norm.
+    up, down: the block changes the size of the image, on both branches, before its first convolution.
+    emb_channels: E. use_conv: a 3x3 convolution on the skip path where the number of channels changes; else 1x1.
+    use_checkpoint: recompute the block in backward instead of keeping its activations.
     """
 
     recompute_norms: bool = False  # see Network.set_recompute_norms
@@ -94,31 +96,23 @@ class ResBlock(TimestepBlock):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.updown = up or down
 
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
-        )
-        self.h_upd: nn.Module
-        self.x_upd: nn.Module
-        if self.updown:
-            resize = Upsample if up else Downsample
-            self.h_upd, self.x_upd = resize(channels, False, dims), resize(channels, False, dims)
-        else:
-            self.h_upd, self.x_upd = nn.Identity(), nn.Identity()
-        emb_out = 2 * self.out_channels if use_scale_shift_norm else self.out_channels
+        out_channels = self.out_channels
+        first = conv_nd(dims, channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), first)
+        resize = partial(Upsample if up else Downsample, channels, False, dims) if self.updown else nn.Identity
+        self.h_upd: nn.Module = resize()
+        self.x_upd: nn.Module = resize()
+        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, emb_out))
-        self.out_layers = nn.Sequential(
-            normalization(self.out_channels),
-            nn.SiLU(),
-            nn.Dropout(p=dropout),
-            zero_module(conv_nd(dims, self.out_channels, self.out_channels, 3, padding=1)),
-        )
+        second = zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1))
+        self.out_layers = nn.Sequential(normalization(out_channels), nn.SiLU(), nn.Dropout(p=dropout), second)
         self.skip_connection: nn.Module
-        if self.out_channels == channels:
+        if out_channels == channels:
             self.skip_connection = nn.Identity()
         elif use_conv:
-            self.skip_connection = conv_nd(dims, channels, self.out_channels, 3, padding=1)
+            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
         else:
-            self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
+            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [N, C, ...], emb: [N, E]. Returns [N, out_channels, ...], of twice or half the size for up and down."""
@@ -127,10 +121,10 @@ class ResBlock(TimestepBlock):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = _norms_again(self, self._first, x)
+        h = recompute_norm(self, self._first, x)
         emb_out = self.emb_layers(emb).to(h.dtype)
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
-        h = _norms_again(self, self._second, h, emb_out)
+        h = recompute_norm(self, self._second, h, emb_out)
         return self.skip_connection(self.x_upd(x)) + h
 
     def _first(self, x: Tensor) -> Tensor:
@@ -140,14 +134,14 @@ class ResBlock(TimestepBlock):
         return norm_silu(self.in_layers, x)
 
     def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:
-        """Norm, what time has to say, SiLU, dropout, convolution."""
+        """Norm with what time says, SiLU, dropout, convolution. emb_out: [N, C or 2 * C, 1, ...]."""
         if self.use_scale_shift_norm:
             return norm_silu(self.out_layers, h, emb_out.chunk(2, dim=1))
         return norm_silu(self.out_layers, h + emb_out)
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention between all places of an image.
+    """Residual self-attention between all places of an image: x + proj_out(attention(qkv(norm(x)))).
 
     num_head_channels: channels per head; -1 takes num_heads instead. use_new_attention_order: how the released
     weights of q, k and v are interleaved (QKVAttention, else QKVAttentionLegacy).
@@ -185,31 +179,12 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = _norms_again(self, self._queries, x)
+        qkv = recompute_norm(self, self._queries, x)
         return x + self.proj_out(self.attention(qkv)).reshape(x.shape)
 
     def _queries(self, x: Tensor) -> Tensor:
         """Norm, and the queries, keys and values of every place: [N, 3 * C, T]."""
         return self.qkv(self.norm(x).flatten(2))  # [N, C, T]: a view in every layout (see models/attention.py)
-
-
-def _tell_of_missing_levels(image_size: int, asked: Collection[int], levels: int) -> None:
-    """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence."""
-    there = [2**level for level in range(levels)]
-    missing = sorted(factor for factor in asked if factor not in there)
-    if len(missing) < len(asked):
-        missing = [
-            factor for factor in missing if factor
-        ]  # 0 stands for sizes above the image's: defaults for larger ones
-    if missing:
-        pixels = ", ".join(
-            f"{image_size // factor} ({factor})" if factor else "more than all (0)" for factor in missing
-        )
-        warnings.warn(
-            f"no level of this network has the attention resolution {pixels}, so it gets no attention there. Its levels in "
-            f"pixels, and the downsampling factors: {', '.join(f'{image_size // factor} ({factor})' for factor in there)}.",
-            stacklevel=4,
-        )
 
 
 class _Trunk(Network):
@@ -240,7 +215,7 @@ class _Trunk(Network):
         super().__init__()
         if not channel_mult:
             raise ValueError("channel_mult is empty: give one multiplier per level, for example (1, 2, 4, 8).")
-        _tell_of_missing_levels(image_size, attention_resolutions, len(channel_mult))
+        warn_of_missing_levels(image_size, attention_resolutions, len(channel_mult))
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -299,7 +274,7 @@ class _Trunk(Network):
                     layers.append(self._attention(ch, self.num_heads))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self._skip_channels.append(ch)
-            if level != len(self.channel_mult) - 1:
+            if level != len(self.channel_mult) - 1:  # the last level is not followed by a smaller one
                 self.input_blocks.append(TimestepEmbedSequential(self._resized(ch, down=True)))
                 self._skip_channels.append(ch)
         self.middle_block = TimestepEmbedSequential(
@@ -330,6 +305,7 @@ class UNetModel(_Trunk):
     def _build_head(self) -> None:
         self.output_blocks = nn.ModuleList([])
         ch, skip_channels = self._bottom_channels, list(self._skip_channels)
+        # One block more per level than on the way down: the partner of that level's first convolution, or of the change of size.
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 out_ch = int(self.model_channels * mult)
@@ -405,27 +381,12 @@ class EncoderUNetModel(_Trunk):
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
     ) -> None:
+        num_classes = None  # classes are what it finds, not what it is given
         super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            out_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            dims,
-            None,  # classes are what it tells, not what it is told
-            use_checkpoint,
-            use_fp16,
-            num_heads,
-            num_head_channels,
-            num_heads_upsample,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-        )
+            image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
+            channel_mult, conv_resample, dims, num_classes, use_checkpoint, use_fp16, num_heads, num_head_channels,
+            num_heads_upsample, use_scale_shift_norm, resblock_updown, use_new_attention_order,
+        )  # fmt: skip
         self.pool = pool
         features = sum(self._skip_channels) + self._bottom_channels
         side = image_size // 2 ** (self.num_levels - 1)
