@@ -14,9 +14,8 @@ level's resolution asks for it, then half the size. The middle block is residual
 down; each of its blocks is given the output of the block below it beside that of its partner on the way down. The classifier is
 the way down and the middle with a pool behind it.
 
-Parameter names, shapes and order are those of the released checkpoints. Activations are channels_last where nobody looks at
-them (see Network.enter), what comes out is contiguous. Weights stay in the precision they are stored in and are cast where
-they are used, to the network's compute dtype.
+Parameter names, shapes and order are those of the released checkpoints. What comes out is contiguous. In which precision and
+memory layout a network computes is network.py's affair.
 
 Legend: N batch, C channels, H height, W width, E channels of the time embedding.
 This module is also `guided_diffusion.unet`: what it imports is part of what can be imported from there, and blocks look
@@ -106,13 +105,10 @@ class ResBlock(TimestepBlock):
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, emb_out))
         second = zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1))
         self.out_layers = nn.Sequential(normalization(out_channels), nn.SiLU(), nn.Dropout(p=dropout), second)
-        self.skip_connection: nn.Module
-        if out_channels == channels:
-            self.skip_connection = nn.Identity()
-        elif use_conv:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
-        else:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
+        self.skip_connection: nn.Module = nn.Identity()
+        if out_channels != channels:
+            size = 3 if use_conv else 1
+            self.skip_connection = conv_nd(dims, channels, out_channels, size, padding=size // 2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [N, C, ...], emb: [N, E]. Returns [N, out_channels, ...], of twice or half the size for up and down."""
