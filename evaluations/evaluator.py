@@ -54,10 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="evaluator.py",
@@ -79,12 +75,8 @@ def _parser() -> Parser:
     add("--split_size", type=int, help="images per split of the Inception Score (default 5000)")
     add("--errors", action="store_true", help="standard errors, and differences between several sets of samples")
     add("--kid", action="store_true", help="kernel distance over all pairs")
-    add(
-        "--metrics",
-        metavar="NAMES",
-        type=_names,
-        help="further scores by name, separated by commas (docs/extending.md)",
-    )
+    use = "further scores by name, separated by commas (docs/extending.md)"
+    add("--metrics", metavar="NAMES", type=lambda text: tuple(text.split(",")), help=use)
     add("--density_coverage", action="store_true", help="density and coverage")
     add("--fid_infinity", action="store_true", help="FID at several numbers of samples, extrapolated to infinity")
     add("--per_class", action="store_true", help="scores of each class of the labels arr_1")

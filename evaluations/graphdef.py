@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 _FLOAT = 1  # DT_FLOAT of types.proto
-_VARINT, _BYTES = 0, 2
-_FIXED = {1: 8, 5: 4}  # wire type -> bytes
+_VARINT, _BYTES, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types; bytes of those of fixed length
 
 
 def read_constants(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from .statistics import Stored, checked
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 SCAN_BYTES = 1 << 26
+Array = DiskArray | np.ndarray
 
 
 def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSource:
@@ -39,7 +40,7 @@ def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSourc
     if not isinstance(source, (str, os.PathLike)):
         array = _as_array(source)
         if array is not None:
-            return ArraySource("array in memory", array, value_range=value_range)
+            return ArraySource("array in memory", array, value_range, {})
         if isinstance(source, Iterable):
             return IterableSource(source, value_range=value_range)
         raise ValueError(f"cannot read images from {type(source).__name__}; give a path, an array or batches of uint8")
@@ -51,7 +52,7 @@ def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSourc
     with open(path, "rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
-        return ArraySource(path, DiskArray(path), value_range=value_range)
+        return ArraySource(path, DiskArray(path), value_range, {})
     if start[:1] == b"\x80":
         raise ValueError(f"{path} is a Python pickle, which can run code when read; save images with numpy.savez")
     if path.endswith(".npz") or _holds_arrays(path):
@@ -82,7 +83,7 @@ def _holds_arrays(path: str) -> bool:
 def _from_npz(path: str, value_range: Bounds | None) -> ImageSource:
     arrays = Npz(path)
     if "arr_0" in arrays:
-        source = ArraySource(path, arrays["arr_0"], others=arrays, value_range=value_range)
+        source = ArraySource(path, arrays["arr_0"], value_range, arrays)
         if "mu" not in arrays and (rest := [key for key in STATISTICS if key in arrays]):
             source.note(f"holds {', '.join(rest)} without mu: not used, all statistics come from the images")
         return source
@@ -123,20 +124,13 @@ class FileSource(ImageSource):
 class ArraySource(FileSource):
     """Images in one array: npz member, npy file or memory."""
 
-    def __init__(
-        self,
-        name: str,
-        array: DiskArray | np.ndarray,
-        *,
-        others: Mapping[str, DiskArray] | None = None,
-        value_range: Bounds | None = None,
-    ) -> None:
+    def __init__(self, name: str, array: Array, value_range: Bounds | None, others: Mapping[str, DiskArray]) -> None:
         shape, dtype = array.shape, array.dtype
         if dtype.hasobject or dtype.kind not in "buif":
             raise ValueError(f"an array of {dtype} holds no images")
         if len(shape) == 0 or shape[0] == 0:
             raise ValueError(f"{name} holds no images (shape {shape})")
-        super().__init__(name, shape[0], others or {})
+        super().__init__(name, shape[0], others)
         self._array = array
         self._item_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
         self._scan_step = max(1, SCAN_BYTES // self._item_bytes)
@@ -271,7 +265,7 @@ class IterableSource(ImageSource):
         return self._digest.hexdigest()
 
 
-def class_numbers(name: str, labels: DiskArray | np.ndarray, count: int) -> np.ndarray:
+def class_numbers(name: str, labels: Array, count: int) -> np.ndarray:
     """int64 [count]; ValueError for anything but one class number from 0 for each of `count` images."""
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(

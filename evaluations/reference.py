@@ -154,10 +154,8 @@ def main(arguments: Sequence[str]) -> int:
         allow_unknown=settings.allow_other_weights,
         progress=settings.progress,
     )
-    size = asked.image_size
-    receipt = make_reference(
-        asked.images, asked.out, image_size=size, net=net, keep=asked.keep, seed=asked.seed, settings=settings
-    )
+    how = {"image_size": asked.image_size, "keep": asked.keep, "seed": asked.seed}
+    receipt = make_reference(asked.images, asked.out, net=net, settings=settings, **how)
     if receipt is not None:
         print(f"wrote {asked.out}")
         for key, value in receipt.items():

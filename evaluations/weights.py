@@ -32,28 +32,23 @@ class Published(NamedTuple):
     digest: str
 
 
-_PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+# Size and digest of the PyTorch file, which two projects publish.
+_PTH = (95_628_359, "sha256", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 PUBLISHED = (
     Published(
         "classify_image_graph_def.pb",
         "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
-        95_673_916,
-        "md5",
-        "e6bb154e85f5d4331c22abcddb5dcf31",
+        *(95_673_916, "md5", "e6bb154e85f5d4331c22abcddb5dcf31"),
     ),
     Published(
         "weights-inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        95_628_359,
-        "sha256",
-        _PTH_SHA256,
+        *_PTH,
     ),
     Published(
         "pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        95_628_359,
-        "sha256",
-        _PTH_SHA256,
+        *_PTH,
     ),
 )
 # The PyTorch file first: its published hash is the stronger one.

@@ -206,8 +206,9 @@ def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        # Errors that name another file belong to the caller's code.
-        if isinstance(error, OSError) and error.filename in (None, temporary, folder):
+        # Errors of a connection, or that name another file, belong to the caller's code.
+        network = isinstance(error, (ConnectionError, TimeoutError))
+        if isinstance(error, OSError) and not network and error.filename in (None, temporary, folder):
             raise _explained(error, path, "write") from error
         raise
 
@@ -343,7 +344,7 @@ def download(
             with tqdm(
                 total=total or None, unit="B", unit_scale=True, desc=os.path.basename(path), disable=not progress
             ) as bar:
-                while (block := _read(answer)) and not 0 < total < received:
+                while (block := answer.read(1 << 20)) and not 0 < total < received:
                     file.write(block)
                     received += len(block)
                     bar.update(len(block))
@@ -353,15 +354,6 @@ def download(
             check(file.name)
     except http.client.HTTPException as error:
         raise ConnectionError(str(error)) from error
-
-
-def _read(answer: IO[bytes]) -> bytes:
-    import http.client
-
-    try:
-        return answer.read(1 << 20)
-    except OSError as error:  # of the connection: `atomic_write` would take it for one of the file
-        raise http.client.HTTPException(str(error)) from error
 
 
 def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:
