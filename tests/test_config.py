@@ -119,3 +119,39 @@ def test_the_end_of_training() -> None:
     assert c.TrainConfig(lr_anneal_steps=5).last_step == 5
     assert c.ClassifierTrainConfig().last_step == 150000
     assert c.ClassifierTrainConfig(max_steps=3).last_step == 3
+
+
+def test_role_and_architecture_are_apart() -> None:
+    own = c.ModelConfig(
+        architecture="dit", arch_options="depth=6, rate=1e-3,norm=layer,bias=False", image_size=30
+    ).validate()
+    assert own.options == {"depth": 6, "rate": 1e-3, "norm": "layer", "bias": False}
+    assert c.ModelConfig.from_dict(own.to_dict()) == own
+    critic = c.ClassifierConfig(classifier_architecture="vit", classifier_arch_options="depth=2").validate()
+    assert critic.architecture == "vit" and critic.options == {"depth": 2}
+    # Files of U-Nets have no word for it, as before there was a choice.
+    assert not {"architecture", "arch_options"} & set(c.ModelConfig().to_dict())
+    assert not [name for name in c.ClassifierConfig().to_dict() if "arch" in name]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (c.ModelConfig(architecture="dit", num_channels=64), "--architecture is 'dit', but --num_channels 64 is for the U-Net"),
+        (c.ModelConfig(arch_options="depth=6"), "--arch_options is 'depth=6', but the U-Net has flags of its own"),
+        (c.ModelConfig(architecture="dit", arch_options="depth"), "--arch_options is 'depth'; it must be names with values"),
+        (c.ClassifierConfig(classifier_architecture="vit", classifier_depth=3), "--classifier_depth 3 is for the U-Net"),
+    ],
+)  # fmt: skip
+def test_flags_of_another_architecture_are_refused(config: c.Section, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config.validate()
+
+
+def test_the_weight_of_the_loss_is_said_once() -> None:
+    for flags, words in (
+        ({"use_kl": True, "loss_weight": "min_snr"}, "--loss_weight min_snr weighs the mean squared error"),
+        ({"min_snr_gamma": 5.0, "loss_weight": "p2"}, "--min_snr_gamma 5 is for --loss_weight min_snr, not p2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            c.RunConfig.from_flags("diffusion", flags)

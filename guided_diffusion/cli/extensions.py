@@ -38,7 +38,9 @@ def _import_file(path: str) -> None:
     if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise ValueError(f"--import {path}: there is no such file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # what it defines can be found again by its name, as pickle does
+    # What it defines can be found again by its name, here and in processes that read images: pickle does so.
+    sys.modules[name] = module
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
     spec.loader.exec_module(module)
 
 

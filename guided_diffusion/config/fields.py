@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import math
@@ -53,17 +54,10 @@ def options(text: str, flag: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--{flag} is {text!r}; it must be names with values, such as depth=6,width=384")
-        found[name] = _value(value)
+        found[name] = value
+        with contextlib.suppress(ValueError, SyntaxError):  # a number or a truth value; else it is text
+            found[name] = ast.literal_eval(value)
     return found
-
-
-def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 class Section:

@@ -37,9 +37,9 @@ class Weights(NamedTuple):
     taken: str = ""
 
 
-def load_weights(path: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def load_weights(path: str) -> dict[str, Tensor]:
     """The tensors of `read_weights`."""
-    return read_weights(path, device=device).tensors
+    return read_weights(path).tensors
 
 
 def read_own_weights(path: str) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def read_own_weights(path: str) -> dict[str, Tensor]:
     return _whole(path, dict(found))
 
 
-def read_weights(path: str, *, which: str = "", device: torch.device | str = "cpu") -> Weights:
+def read_weights(path: str, *, which: str = "") -> Weights:
     """The state dict in a `.pt` or `.safetensors` file, local or remote.
 
     Local files are memory-mapped: reading costs no second copy in memory. A file may hold it inside others
@@ -58,7 +58,7 @@ def read_weights(path: str, *, which: str = "", device: torch.device | str = "cp
     taken, or what `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
     another kind, or would run code.
     """
-    found = _read(path, device)
+    found = _read(path)
     flat = dict(_flattened(found))
     prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
     unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
@@ -67,11 +67,11 @@ def read_weights(path: str, *, which: str = "", device: torch.device | str = "cp
         _log.info("%s: %s cannot be read as a network's EMA weights", path, ", ".join(sorted(unread)))
     prefix, taken = _choose(path, prefixes, which) if prefixes else ("", "")
     state = _without(flat, prefix, prefixes) if prefixes else _any_network(path, found)
-    return Weights({name: value.to(device) for name, value in _whole(path, state).items()}, taken)
+    return Weights(_whole(path, state), taken)
 
 
-def _read(path: str, device: torch.device | str = "cpu") -> Any:
-    return _load_safetensors(path) if path.endswith(".safetensors") else load_object(path, device=device)
+def _read(path: str) -> Any:
+    return _load_safetensors(path) if path.endswith(".safetensors") else load_object(path)
 
 
 def _whole(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def _any_network(path: str, found: Any) -> dict[str, Tensor]:
     return {WRAPPERS.sub("", str(name)): value for name, value in found.items()}
 
 
-def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
+def load_object(path: str) -> Any:
     """Whatever `torch.save` put into a file, as long as it is tensors and plain containers. Errors as `load_weights`."""
     if not storage.exists(path):
         raise ValueError(f"{path} does not exist; give the path of a saved .pt file")
@@ -175,7 +175,7 @@ def load_object(path: str, *, device: torch.device | str = "cpu") -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
             mapped = True if zipped and not remote else None
-            return torch.load(source, map_location=device, weights_only=True, mmap=mapped)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
         if any(word in reason for word in ("lobal", "class", "reduce", "function")):
