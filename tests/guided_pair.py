@@ -27,9 +27,9 @@ class Shape:
 
 
 class Batch(NamedTuple):
-    """A training batch as the loader gives it."""
+    """A training batch as a loss takes it."""
 
-    images: Tensor  # uint8 [B, H, W, C]
+    images: Tensor  # float [B, C, H, W]
     labels: Tensor
     positions: Tensor
 
@@ -72,7 +72,7 @@ def critic(shape: Shape, device: str = "cpu") -> Any:
 
 
 def training_batch(shape: Shape, count: int = 4) -> Batch:
-    """Random pixels."""
+    """Images of noise, as the data room finishes them."""
     size, source = shape.model.image_size, torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=source)
-    return Batch(pixels, torch.arange(count) % shape.model.num_classes, torch.arange(count))
+    noise = 2 * torch.rand(count, 3, size, size, generator=source) - 1
+    return Batch(noise, torch.arange(count) % shape.model.num_classes, torch.arange(count))
