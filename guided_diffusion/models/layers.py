@@ -109,7 +109,7 @@ def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | 
     """`layers(x)` for layers that begin with a norm and a SiLU; given a scale and a shift, silu(norm(x) * (1 + scale) + shift) goes on.
 
     x: [N, C, ...]. scale_shift: [N, C, 1, ...] both. Norm and SiLU are one operation, unless somebody has put other layers there
-    or waits for one of them to be called.
+    or registered a hook on one of them.
     """
     norm, act, *rest = layers
     ours = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
@@ -123,7 +123,7 @@ def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | 
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether hooks wait for any of the modules to be called."""
+    """Whether any of the modules has a hook."""
     for m in modules:  # noqa: SIM110  for every block at every call, so in the fastest of ways
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True
@@ -270,7 +270,7 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recompute_norm(block: Any, func: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`func(*inputs)`, a norm and what follows it in a block, recomputed if the block is told so (`Network.set_recompute_norms`).
+    """`func(*inputs)`, a norm and what follows it in a block, recomputed where `Network.set_recompute_norms` has set that.
 
     Not within a block that is recomputed as a whole, nor in a compiled graph, whose compiler chooses for itself what to keep.
     """

@@ -82,7 +82,7 @@ class Network(nn.Module):
 
         Less memory, the same numbers, and no convolution or product over images is done twice: recomputation ends before the
         convolution that would follow (torch.utils.checkpoint stops at the last tensor that backward waits for). Compiled
-        networks do not heed it, nor blocks that recompute as a whole (use_checkpoint).
+        networks ignore it, as do blocks that recompute as a whole (use_checkpoint).
         """
         blocks: list[Any] = [module for module in self.modules() if hasattr(module, "recompute_norms")]
         for block in blocks:
@@ -110,7 +110,7 @@ class Network(nn.Module):
 def warn_of_missing_levels(image_size: int, asked: Collection[int], levels: int) -> None:
     """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence.
 
-    0 stands for sizes above the image's, which defaults for larger images ask for: a word only where nothing else is there.
+    0 stands for sizes above the image's, which defaults for larger images ask for: they are named only where every other asked-for factor is missing too.
     """
     there = [2**level for level in range(levels)]
     missing = sorted(factor for factor in asked if factor not in there)

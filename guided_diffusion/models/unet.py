@@ -130,7 +130,7 @@ class ResBlock(TimestepBlock):
         return norm_silu(self.in_layers, x)
 
     def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:
-        """Norm with what time says, SiLU, dropout, convolution. emb_out: [N, C or 2 * C, 1, ...]."""
+        """Norm, conditioned on time by emb_out, SiLU, dropout, convolution. emb_out: [N, C or 2 * C, 1, ...]."""
         if self.use_scale_shift_norm:
             return norm_silu(self.out_layers, h, emb_out.chunk(2, dim=1))
         return norm_silu(self.out_layers, h + emb_out)
