@@ -110,7 +110,7 @@ class Network(nn.Module):
 def warn_of_missing_levels(image_size: int, asked: Collection[int], levels: int) -> None:
     """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence.
 
-    0 stands for sizes above the image's, which defaults for larger images ask for: they are named only where every other asked-for factor is missing too.
+    0 stands for sizes above the image's, which defaults for larger images ask for: named only where none of the factors is there.
     """
     there = [2**level for level in range(levels)]
     missing = sorted(factor for factor in asked if factor not in there)
