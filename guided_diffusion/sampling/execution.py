@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Denoised, Denoiser, Spread
+from ..diffusion.denoiser import Denoised, Denoiser, StepVariance
 
 Cond = Mapping[str, Tensor]
 Conditioned = Callable[
@@ -43,7 +43,7 @@ class Compiled:
     ) -> None:
         def step(x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             found = make(cond)(x, i)
-            return found.x0.contiguous(), *found.both()
+            return found.x0.contiguous(), *found.variances()
 
         self._make, self._otherwise, self._warned = make, otherwise, False
         self._step = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, backend=backend)
@@ -56,7 +56,7 @@ class Compiled:
                 try:
                     with torch.inference_mode(False), torch.no_grad():
                         x0, *variance = self._step(_plain(x), _plain(i), given)
-                        return Denoised(x0, Spread(*variance))
+                        return Denoised(x0, StepVariance(*variance))
                 except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay in use
                     self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
                     return self._make(cond)(x, i)
@@ -149,7 +149,7 @@ class Graphed:
         held.i.copy_(i)
         held.replay()
         # x0 is handed on to the caller's caller; the variance is used up before the next replay.
-        return Denoised(held.result.x0.clone(), held.result.spread)
+        return Denoised(held.result.x0.clone(), held.result.step_variance)
 
     def _made(self, x: Tensor, i: Tensor) -> _Recorded:
         own_x, own_i = x.detach().clone(), i.clone().contiguous()
@@ -157,7 +157,7 @@ class Graphed:
         def run() -> Denoised:
             with torch.no_grad():
                 found = self._denoise(own_x, own_i)
-                return Denoised(found.x0, Spread(*found.both()))
+                return Denoised(found.x0, StepVariance(*found.variances()))
 
         result, replay = (self._record or on_cuda)(run)
         return _Recorded(own_x, own_i, result, replay)
