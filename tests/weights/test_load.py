@@ -217,6 +217,36 @@ def test_the_network_takes_the_mapped_file_and_leaves_it_as_it_was(tmp_path: Pat
     assert path.read_bytes() == content
 
 
+class Around(torch.nn.Module):
+    """A U-Net within a network of one's own: its names have a prefix, as those of a wrapper would."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__()
+        flags = {
+            name: value
+            for name, value in TWINS["256x256_diffusion_uncond"][1].items()
+            if name in gd.ModelConfig.names()
+        }
+        self.module = build.build_model(gd.ModelConfig(**flags), gd.DiffusionConfig(learn_sigma=True))
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.module(x, time)
+
+
+def test_a_network_around_a_unet_keeps_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gd.ARCHITECTURES, "around", Around)
+    before = filled("diffusion", {"image_size": 16, "architecture": "around", "learn_sigma": True})
+    gd.save(before, str(tmp_path / "run"))
+    convert.save_file(before, str(tmp_path / "one.safetensors"), "safetensors")
+    for path in ("run", "one.safetensors"):
+        after = gd.load(str(tmp_path / path))
+        assert after.config == before.config and torch.equal(outputs(after), outputs(before))
+    monkeypatch.delitem(gd.ARCHITECTURES, "around")
+    with pytest.raises(ValueError, match="--architecture is 'around'; it must be one of unet"):
+        gd.load(str(tmp_path / "run"))
+
+
 def test_a_file_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
     upsampler = filled(*TWINS["64_256_upsampler"])
     gd.save(upsampler, str(tmp_path))
