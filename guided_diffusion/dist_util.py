@@ -33,7 +33,7 @@ def setup_dist() -> None:
     global _current
     if dist.is_initialized():
         return
-    _current = _rooms.start(announce=None, group_of_one=True)
+    _current = _rooms.start(group_of_one=True)
     atexit.register(_leave)
     if _current.size > 1:
         context, hook = _current.context, sys.excepthook
@@ -55,7 +55,7 @@ def _world() -> _rooms.World:
     if _current is not None and dist.is_initialized():
         return _current
     if dist.is_initialized():
-        return _rooms.start(announce=None)
+        return _rooms.start()
     return _rooms.World()
 
 

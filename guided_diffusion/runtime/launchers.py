@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import time
+import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,16 +125,20 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def known_address(place: Place, environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Where rank 0 listens, if the environment alone says so: MASTER_ADDR and MASTER_PORT, or the Slurm node list and job id."""
+    """Where rank 0 listens, if every process can tell it without talking.
+
+    By MASTER_ADDR and MASTER_PORT, the Slurm node list and job id, or, where MPI has started all processes on this host, by its
+    job. (MPI itself is not asked there: an `mpiexec` whose processes have called it ends all of them as soon as one ends with an
+    error, before they could say why.)
+    """
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if place.launcher == "slurm":
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         if not host and nodes:
             host = first_slurm_host(nodes)
-        if not port:
-            # Every task can compute it without talking: below the usual ephemeral range, other for each step of a job.
-            job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
-            port = str(12000 + (int(re.sub(r"\D", "", job) or 0) * 31 + int(re.sub(r"\D", "", step) or 0)) % 20000)
+        port = port or _port_of(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
+    elif not host and not port and place.launcher != "torchrun" and place.local_size == place.size:
+        host, port = "127.0.0.1", _port_of(_mpi_job(environ))
     if host and port:
         return host, int(port)
     if host or port:
@@ -143,55 +146,30 @@ def known_address(place: Place, environ: Mapping[str, str]) -> tuple[str, int] |
     return None
 
 
-def one_host(place: Place) -> bool:
-    """True when the launcher says that all processes run on this host."""
-    return place.local_size == place.size
+def _port_of(job: str) -> str:
+    """A port below the usual ephemeral range, another one for almost every job."""
+    return str(12000 + zlib.crc32(job.encode()) % 20000)
 
 
-def several_hosts_message(place: Place) -> str:
-    """What to do when processes on several hosts have no agreed address."""
+def _mpi_job(environ: Mapping[str, str]) -> str:
+    """A name that the processes of an MPI job on this host share, and no other job has."""
+    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
+    if job:
+        return job
+    # All ranks on a host are children of one launcher process; its start time tells it from an earlier one of the same id.
+    parent = os.getppid()
+    try:
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{parent}-{started}"
+
+
+def no_address_message(place: Place) -> str:
+    """What to do where processes have no agreed address."""
     return (
-        f"{place.size} processes were started by {place.launcher}, not all on this host, and nothing says where they can meet. "
-        "Either install mpi4py, or pass MASTER_ADDR (the name of the first host) and MASTER_PORT (any free port) to every process: "
+        f"{place.size} processes were started by {place.launcher}, not all on this host, and nothing says where they can meet. Either install mpi4py, "
+        "or pass MASTER_ADDR (the name of the first host) and MASTER_PORT (any free port) to every process: "
         "`mpiexec -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 ...` (MPICH), "
         "`mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ...` (Open MPI); or start with torchrun or srun."
-    )
-
-
-def meeting_file(environ: Mapping[str, str]) -> Path:
-    """The file in the temporary folder through which processes on one host agree on a port; its name belongs to this very job."""
-    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
-    if not job:
-        # All ranks on a host are children of one launcher process; its start time tells it from an earlier one of the same id.
-        parent = os.getppid()
-        try:
-            started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-        except (OSError, IndexError):
-            started = "0"
-        job = f"{parent}-{started}"
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(tempfile.gettempdir()) / f"guided_diffusion-{user}-{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}.port"
-
-
-def publish(path: Path, port: int) -> None:
-    """Write `port` so that no reader sees half of it, replacing what an earlier job of the same name may have left."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-    with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
-        file.write(str(port))
-    os.replace(temporary, path)
-
-
-def read_published(path: Path, timeout_s: float) -> int:
-    """Wait until rank 0 has published its port."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        with suppress(OSError, ValueError):
-            # In a temporary folder that all users write, only a file of our own is to be believed.
-            if not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
-                return int(path.read_text())
-        time.sleep(0.05)
-    raise TimeoutError(
-        f"rank 0 did not publish a port in {path} within {timeout_s:.0f} s. Did it fail to start? Are the processes on one host, "
-        "with one temporary folder? Otherwise set MASTER_ADDR and MASTER_PORT for every process."
     )

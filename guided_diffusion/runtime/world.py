@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import platform
 import time
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 600.0
 REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
+_log = logging.getLogger(__name__)
 _BUCKET_BYTES = 64 << 20
 _MEETINGS = count()
 # By address, as long as the process lives: it may meet the others there again, some of whom have not yet left the world before.
@@ -214,7 +216,6 @@ def start(
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     environ: Mapping[str, str] | None = None,
-    announce: Callable[[str], None] | None = print,
     group_of_one: bool = False,
     watching: bool = True,
 ) -> World:
@@ -222,7 +223,7 @@ def start(
 
     `device`: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", or one device such as "cuda:1" for one process.
     `timeout_s`: how long a rank waits in a collective before it ends with an error that names it.
-    `announce`: called by rank 0 with a table of rank, host, device and memory; None keeps silent.
+    Rank 0 logs a table of rank, host, device and memory.
     `group_of_one`: make a process group even for one process, for code that calls torch.distributed itself.
     A process group that exists already is used as it is, and `stop` leaves it alone.
     """
@@ -239,8 +240,7 @@ def start(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             context.owns_group = True
         world = World(device=chosen, backend=backend, launcher=place.launcher, context=context)
-        if announce is not None:
-            announce(table([_describe(world)]))
+        _log.info(table([_describe(world)]))
         return world
     store = _meet(place, environ, min(timeout_s, DEFAULT_TIMEOUT_S))
     hosts = _exchange(store, "hosts", place, platform.node())
@@ -276,8 +276,8 @@ def start(
     if context.watch is not None:
         context.watch.start()
         atexit.register(context.watch.stop)  # a thread inside the store at the interpreter's end would abort it
-    if announce is not None and world.is_main:
-        announce(table(rows))
+    if world.is_main:
+        _log.info(table(rows))
     return world
 
 
@@ -343,49 +343,33 @@ def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) 
     limit = timedelta(seconds=timeout_s)
     try:
         known = launchers.known_address(place, environ)
-        if known or place.launcher == "torchrun":
-            if (place, known) not in _STORES:
-                if place.launcher == "torchrun" or not known:  # as a rule torchrun itself has opened a store
-                    store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
-                else:
-                    store = _tcp_store(*known, place, limit)
-                _STORES[place, known] = store
-            _STORES[place, known].set_timeout(limit)
-            # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
-            # the addresses of gloo, is not ours.
-            attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", _STORES[place, known])
-        if launchers.one_host(place):
-            return _meet_through_file(place, environ, timeout_s)
-        comm = launchers.mpi_communicator()
-        if comm is None or comm.Get_size() != place.size:
-            raise ValueError(launchers.several_hosts_message(place))
-        store = _tcp_store(platform.node(), 0, place, limit) if place.rank == 0 else None
-        host, port = comm.bcast((platform.node(), store.port) if store is not None else None)
-        return _tcp_store(host, port, place, limit) if store is None else store
+        if (place, known) not in _STORES:
+            if place.launcher == "torchrun":  # as a rule torchrun itself has opened a store
+                store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
+            elif known:
+                store = _tcp_store(*known, place, limit)
+            else:
+                store = _meet_through_mpi(place, limit)
+            _STORES[place, known] = store
+        _STORES[place, known].set_timeout(limit)
+        # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
+        # the addresses of gloo, is not ours.
+        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", _STORES[place, known])
     except (RuntimeError, TimeoutError) as error:
         raise CollectiveError(
             f"[rank {place.rank} of {place.size}] could not meet the other processes: {error}"
         ) from error
 
 
-def _meet_through_file(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) -> Any:
-    """One host: rank 0 opens any free port and writes its number where the others look."""
-    path, limit = launchers.meeting_file(environ), timedelta(seconds=timeout_s)
-    if place.rank == 0:
-        store = _tcp_store("127.0.0.1", 0, place, limit)
-        launchers.publish(path, store.port)
-        store.add("arrived", 1)
-        end = time.monotonic() + timeout_s
-        while store.add("arrived", 0) < place.size and time.monotonic() < end:
-            time.sleep(0.02)
-        path.unlink(missing_ok=True)
-        if (arrived := store.add("arrived", 0)) < place.size:
-            raise TimeoutError(f"{arrived} of {place.size} processes arrived within {timeout_s:.0f} s")
-        return store
-    store = _tcp_store("127.0.0.1", launchers.read_published(path, timeout_s), place, limit)
-    store.add("arrived", 1)
-    return store
+def _meet_through_mpi(place: launchers.Place, limit: timedelta) -> Any:
+    """Several hosts: rank 0 opens any free port, and MPI tells the others where."""
+    comm = launchers.mpi_communicator()
+    if comm is None or comm.Get_size() != place.size:
+        raise ValueError(launchers.no_address_message(place))
+    store = _tcp_store(platform.node(), 0, place, limit) if place.rank == 0 else None
+    host, port = comm.bcast((platform.node(), store.port) if store is not None else None)
+    return _tcp_store(host, port, place, limit) if store is None else store
 
 
 def _tcp_store(host: str, port: int, place: launchers.Place, limit: timedelta) -> Any:

@@ -186,7 +186,7 @@ RANKS = """
 import torch
 from guided_diffusion.runtime.log import CsvWriter, JsonWriter, Log, TextWriter, setup_messages, table
 from guided_diffusion.runtime.world import session
-with session("cpu", timeout_s=90, announce=None) as world:
+with session("cpu", timeout_s=90) as world:
     log = Log("run", world=world)
     log.mean("loss", torch.tensor([1.0, 2.0][world.rank]), count=[1, 3][world.rank])
     if world.rank == 1:

@@ -68,7 +68,7 @@ import os, signal, sys
 from guided_diffusion.runtime import signals
 from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Stop
 from guided_diffusion.runtime.world import session
-with session("cpu", timeout_s=90, announce=None) as world, Stop() as stop:
+with session("cpu", timeout_s=90) as world, Stop() as stop:
     for step in range(100):
         world.at_step(step)
         if world.rank == 1 and step == 3:

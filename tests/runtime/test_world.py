@@ -126,43 +126,35 @@ def test_slurm_steps_agree_on_an_address_without_talking():
     assert known_address(place, {**environ, "MASTER_ADDR": "x", "MASTER_PORT": "5"}) == ("x", 5)
 
 
-def test_several_hosts_without_an_address_say_what_to_set(monkeypatch):
+def test_an_mpi_job_on_one_host_agrees_on_a_port_without_talking():
+    here = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "job7"}
+    addresses = [known_address(discover({**here, "OMPI_COMM_WORLD_RANK": r}), here) for r in "03"]
+    assert addresses[0] == addresses[1] and addresses[0][0] == "127.0.0.1" and 12000 <= addresses[0][1] < 32000
+    assert known_address(discover(here), {**here, "PMIX_NAMESPACE": "job8"}) != addresses[0]
+    assert known_address(discover(OPENMPI), OPENMPI) is None  # several hosts
+
+
+def test_without_an_address_it_is_said_what_to_set(monkeypatch):
     monkeypatch.setattr(launchers, "mpi_communicator", lambda: None)
-    with pytest.raises(ValueError, match="MASTER_ADDR.*MASTER_PORT"):
-        start("cpu", environ=OPENMPI, announce=None)
+    with pytest.raises(ValueError, match="4 processes were started by openmpi.*mpi4py.*MASTER_ADDR.*MASTER_PORT"):
+        start("cpu", environ=OPENMPI)
 
 
-def test_a_missing_process_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "meeting_file", lambda environ: tmp_path / "port")
-    alone = {**OPENMPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-    with pytest.raises(CollectiveError, match="rank 0 of 4.*1 of 4 processes arrived within 1 s"):
-        start("cpu", environ=alone, announce=None, timeout_s=1)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(CollectiveError, match="rank 3 of 4.*did not publish a port"):
-        start("cpu", environ={**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, announce=None, timeout_s=0.2)
+def test_a_missing_process_is_named():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     known = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.raises(CollectiveError, match="no word from rank 1, 2"):
-        start("cpu", environ=known, announce=None, timeout_s=1)
+        start("cpu", environ=known, timeout_s=1)
 
 
-def test_a_port_file_of_another_user_is_not_believed(tmp_path, monkeypatch):
-    path = tmp_path / "port"
-    launchers.publish(path, 1234)
-    assert launchers.read_published(path, 1) == 1234 and path.stat().st_mode & 0o777 == 0o600
-    monkeypatch.setattr(launchers.os, "getuid", lambda: path.stat().st_uid + 1)
-    with pytest.raises(TimeoutError):
-        launchers.read_published(path, 0.1)
-
-
-def test_one_process_makes_no_group_and_collectives_change_nothing():
-    said = []
-    world = start("cpu", environ={}, announce=said.append)
+def test_one_process_makes_no_group_and_collectives_change_nothing(caplog):
+    caplog.set_level("INFO", "guided_diffusion")
+    world = start("cpu", environ={})
     assert (world.rank, world.size, world.backend, world.is_main) == (0, 1, None, True)
     assert not torch.distributed.is_initialized()
-    assert len(said) == 1 and platform.node() in said[0]
+    assert caplog.text.count(platform.node()) == 1
     tensor = torch.arange(3.0)
     assert world.all_reduce_sum_(tensor) is tensor and world.all_gather_cat(tensor) is tensor
     assert world.broadcast_object("x") == "x" and world.all_gather_object(1) == [1]
@@ -175,10 +167,10 @@ def test_one_process_makes_no_group_and_collectives_change_nothing():
 
 
 def test_group_of_one_serves_code_that_calls_torch_distributed():
-    world = start("cpu", environ={}, announce=None, group_of_one=True)
+    world = start("cpu", environ={}, group_of_one=True)
     try:
         assert torch.distributed.get_world_size() == 1
-        assert start("cpu", environ={}, announce=None).backend == "gloo"  # adopts what exists
+        assert start("cpu", environ={}).backend == "gloo"  # adopts what exists
     finally:
         stop(world)
     assert not torch.distributed.is_initialized()
@@ -220,6 +212,8 @@ import os, time, torch
 from guided_diffusion.runtime import world as room
 from guided_diffusion.runtime.world import session
 visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+from guided_diffusion.runtime.log import setup_messages
+setup_messages()
 with session("cpu", timeout_s=90) as world:
     r = world.rank
     assert world.size == 2 and world.local_rank == r and world.backend == "gloo"
@@ -244,7 +238,7 @@ with session("cpu", timeout_s=90) as world:
 leave = room.take_down
 room.take_down = lambda: (time.sleep(0.0 if r else 0.3), leave())  # the first process is the last to leave
 for n in range(3):  # one world after another, as `demo` has them
-    with session("cpu", timeout_s=90, announce=None) as world:
+    with session("cpu", timeout_s=90) as world:
         assert world.all_gather_object(n) == [n, n]
 assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 assert not torch.distributed.is_initialized()
@@ -257,23 +251,11 @@ def test_collectives(launch, launcher):
     done = launch(launcher, COLLECTIVES)
     assert done.code == 0, done.text
     assert "fine 0" in done.text and "fine 1" in done.text
-    assert done.text.count("rank  host") == 1  # the table is printed once
+    assert done.text.count("rank  host") == 4  # once for each world
 
 
-def test_open_mpi_and_slurm_environments_meet(launch_with, tmp_path):
-    """The launchers that are not installed here, by their variables: a port file for Open MPI, the node list for Slurm."""
-    ompi = [
-        {
-            "OMPI_COMM_WORLD_RANK": r,
-            "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_LOCAL_RANK": r,
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-        }
-        for r in "01"
-    ]
-    for done in launch_with([{**e, "TMPDIR": str(tmp_path)} for e in ompi], COLLECTIVES):
-        assert done.code == 0, done.text
-    assert not list(tmp_path.iterdir())  # the port file is gone
+def test_slurm_environments_meet(launch_with):
+    """A launcher that is not installed here, by its variables: processes meet by the node list."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         job = str(listener.getsockname()[1])  # any number: other test runs on this machine take another
@@ -291,24 +273,10 @@ def test_open_mpi_and_slurm_environments_meet(launch_with, tmp_path):
         assert done.code == 0, done.text
 
 
-def test_mpi4py_carries_the_address_when_hosts_are_unknown(launch):
-    pytest.importorskip("mpi4py")
-    try:
-        socket.gethostbyname(platform.node())
-    except OSError:
-        pytest.skip("this host's own name does not resolve")
-    script = (
-        "import os\nfor name in list(os.environ):\n    if name.startswith('MPI_LOCAL'): del os.environ[name]\n"
-        + COLLECTIVES
-    )
-    done = launch("mpiexec", script)
-    assert done.code == 0, done.text
-
-
 DYING = """
 import sys, time, torch
 from guided_diffusion.runtime.world import session
-with session("cpu", timeout_s=100, announce=None) as world:
+with session("cpu", timeout_s=100) as world:
     world.at_step(7)
     if world.rank == int(sys.argv[1]):
         raise KeyError("the reason")
@@ -337,7 +305,7 @@ def test_a_dying_rank_ends_the_job_within_seconds(launch, launcher, victim, othe
 LATE = """
 import time, torch
 from guided_diffusion.runtime.world import session
-with session("cpu", timeout_s=2, announce=None) as world:
+with session("cpu", timeout_s=2) as world:
     world.at_step(12)
     if world.rank == 1:
         time.sleep(60)
@@ -352,9 +320,9 @@ def test_a_collective_nobody_answers_names_rank_operation_and_step(launch):
     assert "[rank 1 of 2, step 12] ends because rank 0 of 2, step 12 failed" in done.text
 
 
-@pytest.mark.real_gpu
+@pytest.mark.gpu
 def test_group_of_one_on_a_gpu():
-    world = start("cuda", environ={}, announce=None, group_of_one=True)
+    world = start("cuda", environ={}, group_of_one=True)
     try:
         assert world.backend == "nccl" and world.device.index is not None
         torch.distributed.all_reduce(torch.ones(1, device=world.device))

@@ -130,5 +130,5 @@ def trainer_of_steps(world, steps):
 
 
 if __name__ == "__main__":
-    with worlds.session("cpu", announce=None, timeout_s=60) as here:
+    with worlds.session("cpu", timeout_s=60) as here:
         {"endless": endless, "proofs": proofs, "fitting": fitting}[sys.argv[2]](Path(sys.argv[1]), here)
