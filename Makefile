@@ -21,11 +21,6 @@ types: $(VENV)/.test
 # Two workers with one thread each: on two cores, threads that wait for each other cost more than they bring.
 unit: $(VENV)/.test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
-	$(BIN)/python -m tests.pretend_gpu; case $$? in \
-		0) $(BIN)/python -m pytest -q -p tests.pretend_gpu -m gpu;; \
-		3) echo "tests on a pretended GPU are left out";; \
-		*) exit 1;; \
-	esac
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -27,9 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.pluginmanager.hasplugin("rerunfailures") and item.nodeid.startswith(_REAL_PROCESSES):
             item.add_marker(pytest.mark.flaky(reruns=1))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU, real or pretended"))
-        if item.get_closest_marker("real_gpu") and (not torch.cuda.is_available() or hasattr(torch.cuda, "pretended")):
-            item.add_marker(pytest.mark.skip(reason="needs a real GPU"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,7 +37,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     Commands take a GPU by themselves; what a test says of numbers holds where it was said of: on the CPU, everywhere.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if not (item.get_closest_marker("gpu") or item.get_closest_marker("real_gpu")):
+        if not item.get_closest_marker("gpu"):
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
             patch.setattr(torch.cuda, "is_available", lambda: False)
         return (yield)

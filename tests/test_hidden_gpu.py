@@ -1,4 +1,4 @@
-"""Tests choose their device: on a machine with a GPU, real or pretended, only those marked for one see it."""
+"""Tests choose their device: on a machine with a GPU only those marked for one see it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 import platform
@@ -136,6 +138,29 @@ def used_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _line_of("/proc/self/status", "VmRSS:")
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process held since `restart_peak_memory` (0: unknown)."""
+    return _line_of("/proc/self/status", "VmHWM:")
+
+
+def give_back(device: torch.device) -> None:
+    """Return memory that allocators keep for later to the device or the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of glibc
+        trim(0)
+
+
+def restart_peak_memory() -> bool:
+    """Let `peak_memory` count from now on. False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _line_of(path: str, name: str) -> int:

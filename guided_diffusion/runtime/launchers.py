@@ -168,8 +168,8 @@ def _mpi_job(environ: Mapping[str, str]) -> str:
 def no_address_message(place: Place) -> str:
     """What to do where processes have no agreed address."""
     return (
-        f"{place.size} processes were started by {place.launcher}, not all on this host, and nothing says where they can meet. Either install mpi4py, "
-        "or pass MASTER_ADDR (the name of the first host) and MASTER_PORT (any free port) to every process: "
+        f"{place.size} processes were started by {place.launcher}, not all on this host, and nothing says where they can meet. "
+        "Either install mpi4py, or pass MASTER_ADDR (the name of the first host) and MASTER_PORT (any free port) to every process: "
         "`mpiexec -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 ...` (MPICH), "
         "`mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ...` (Open MPI); or start with torchrun or srun."
     )

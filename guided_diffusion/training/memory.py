@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.devices import available_memory, used_memory
+from ..runtime.devices import available_memory, give_back, peak_memory, restart_peak_memory, used_memory
 from . import batching
 from .parallel import unwrapped
 
@@ -54,10 +53,11 @@ def fit(
     """Choose what a step on `batch` recomputes, and its microbatch, by trying: the first that fits into memory stays.
 
     With `recompute` the network keeps everything, then computes its norms again (if `norms`), then whole blocks. Where that is
-    not enough, with `shrink`, the images go through by halves, quarters ... of the batch. A trial on a GPU is a real forward and
-    backward pass, with room for the optimizer's moments; main memory, which ends a process that takes too much of it, is counted.
-    All processes try and choose the same; weights and gradients stay as they are. `limit_gb`: GiB that this process may use, on a
-    GPU from now on; 0 = what is free. Call it before the network is compiled. ValueError where nothing fits.
+    not enough, with `shrink`, the images go through by halves, quarters ... of the batch. A trial is a real forward and backward
+    pass, with room for the optimizer's moments. (The system ends a process that takes too much main memory, so on the CPU nothing
+    is tried whose kept tensors, counted on a few examples, are too many already.) All processes try and choose the same; weights
+    and gradients stay as they are. `limit_gb`: GiB that this process may use, on a GPU from now on; 0 = what is free. Call it
+    before the network is compiled. ValueError where nothing fits.
     """
     net, device = trainer.net, trainer.device
     if limit_gb and device.type == "cuda":
@@ -94,16 +94,19 @@ def _fits(trainer: Trainer, batch: Any, count: int, limit_gb: float) -> bool:
     """Whether a step with `count` examples at a time fits into the device's memory, on this process."""
     trainer.net.train()
     try:
-        if trainer.device.type == "cpu":
-            return _counted(trainer, batch, count) <= _limit(trainer, limit_gb)
-        _try(trainer, batch, count)
-        return True
+        if trainer.device.type == "cuda":
+            _try(trainer, batch, count)
+            return True
+        limit = _limit(trainer, limit_gb)
+        if _counted(trainer, batch, count) > limit:
+            return False
+        if restart_peak_memory():
+            _try(trainer, batch, count)
+        return peak_memory() + _copies(trainer) <= limit
     except torch.OutOfMemoryError:
         return False
     finally:
-        gc.collect()
-        if trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(trainer.device)
 
 
 def _try(trainer: Trainer, batch: Any, count: int) -> None:
@@ -111,7 +114,7 @@ def _try(trainer: Trainer, batch: Any, count: int) -> None:
 
     Gradients are taken without `backward`, so that no wrapper for several processes waits for the others.
     """
-    room = torch.empty(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
+    room = torch.zeros(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
     gradients = []
     for part, ids in itertools.islice(_parts(trainer, batch, count), 2):
         loss = trainer.precision.scale(trainer.losses_of(trainer.net, part, ids).loss.float().sum())
@@ -128,11 +131,16 @@ def _counted(trainer: Trainer, batch: Any, count: int) -> int:
 
     now = used_memory(trainer.device)
     fixed, each = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)))
-    weights = sum(p.nbytes for p in trainer.params)
-    copies = 0  # a save is written from copies of weights, moments and averages
-    if trainer.checkpoints is not None:
-        copies = 3 * weights + sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
-    return now + fixed + count * each + weights + _moment_bytes(trainer) + copies
+    gradients = sum(p.nbytes for p in trainer.params)
+    return now + fixed + count * each + gradients + _moment_bytes(trainer) + _copies(trainer)
+
+
+def _copies(trainer: Trainer) -> int:
+    """Bytes of main memory that a save is written from: copies of weights, moments and averages."""
+    if trainer.checkpoints is None:
+        return 0
+    averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
+    return 3 * sum(p.nbytes for p in trainer.params) + averages
 
 
 def _limit(trainer: Trainer, limit_gb: float) -> float:

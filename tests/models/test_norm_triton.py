@@ -68,7 +68,7 @@ def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
     assert len(run("-c", _COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()) == (6 + 2) * 4
 
 
-@pytest.mark.real_gpu
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("size", [*SIZES, (4, 384, 32, 32), (1, 256, 256, 256)], ids=str)
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -248,7 +248,7 @@ def test_cuda_graphs_make_the_same_images(method: str) -> None:
     assert (results[0] - results[1]).norm() > 1e-2 * results[0].norm()  # the labels of each batch are heard
 
 
-@pytest.mark.real_gpu
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("float32_convolutions")

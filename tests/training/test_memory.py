@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +124,8 @@ def test_networks_that_cannot_recompute_are_named() -> None:
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from (what is recomputed, examples at a time) to a limit in GiB between that and the next larger need."""
-    monkeypatch.setattr(memory, "used_memory", lambda device: 0)
+    for name, answer in (("used_memory", lambda device: 0), ("restart_peak_memory", bool), ("peak_memory", int)):
+        monkeypatch.setattr(memory, name, answer)
 
     def between(what: str, count: int) -> float:
         trainer = trainer_of(unet(), 8)
@@ -181,13 +184,46 @@ class OnlyFew(nn.Module):
 
 def test_trials_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """By passes that run out of memory, as on a GPU; the step that follows is that of a run that knew the answer."""
-    monkeypatch.setattr(memory, "_counted", lambda trainer, batch, count: memory._try(trainer, batch, count) or 0)
+    monkeypatch.setattr(memory, "_counted", lambda trainer, batch, count: 0)
     trainer, other = trainer_of(OnlyFew(3), 8), trainer_of(OnlyFew(3), 8, microbatch=2)
     fit(trainer, batch_of(8), recompute=True, shrink=True)
     assert trainer.microbatch == 2 and all(p.grad is None for p in trainer.params)
     set_recompute(other.net, "all")
     for a, b in zip(trainer.step(batch_of(8)).values(), other.step(batch_of(8)).values()):
         assert torch.equal(a, b)
+
+
+_PROCESS = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+from training.test_memory import UNetModel, batch_of, recomputed_by, trainer_of
+from guided_diffusion.runtime.devices import peak_memory, restart_peak_memory
+from guided_diffusion.training.memory import fit
+net = UNetModel(32, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_head_channels=16)
+trainer, batch = trainer_of(net, 48), batch_of(48, 32)
+if {limit!r}: fit(trainer, batch, recompute=True, shrink=False, limit_gb={limit!r})
+restart_peak_memory()
+for _ in range(2): trainer.step(batch)
+print(recomputed_by(net), peak_memory() / 2**30)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process as Linux tells it")
+def test_a_real_process_stays_below_its_limit() -> None:
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+    def run(limit: float) -> tuple[str, float]:
+        code = _PROCESS.format(paths=paths, limit=limit)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        what, peak = done.stdout.split()
+        return what, float(peak)
+
+    _, without = run(0)
+    what, peak = run(0.85 * without)
+    assert what in ("norms", "all") and peak < 0.85 * without
 
 
 def test_two_processes_choose_the_same(tmp_path: Path) -> None:
