@@ -4,8 +4,8 @@ A step is the network, the reading of its output, guidance and its gradient. If 
 them stays a row of small operations. Compiled whole, these are fused with the first and last operations of the networks, and
 the backward pass of a classifier becomes part of the graph.
 
-A CUDA graph works on fixed memory. Inputs are copied into tensors of its own before each replay, and its results are copied out
-where they must outlive the next one. Noise is drawn outside, by the sampler.
+A CUDA graph works on fixed memory. Inputs are copied into tensors of its own before each replay, and its result is copied out
+if it must outlive the next one. Noise is drawn outside, by the sampler.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ WARM_UP = 3
 
 
 class _Recorded(NamedTuple):
-    x: Tensor
-    i: Tensor
+    inputs: list[Tensor]  # x, i and the conditioning, in the memory that the graph reads
     result: Denoised
     replay: Callable[[], None]
 
@@ -122,59 +121,52 @@ def on_cuda(run: Run) -> tuple[Denoised, Callable[[], None]]:
 
 
 class Graphed:
-    """`denoise` as a graph, recorded at the first call for every shape. On other devices than CUDA it is `denoise` itself.
+    """`make`, whose denoisers are one graph, recorded at the first call for every shape.
 
-    If recording fails (an operation that cannot be recorded), `denoise` is called from then on, and `failure` says why.
+    On other devices than CUDA they are as `make` gives them. The conditioning is an input of the graph, as x and i are: one
+    recording serves all batches of a size. If recording fails (an operation that cannot be recorded), the denoisers of `make`
+    are called from then on, and `failure` says why.
     """
 
-    def __init__(self, denoise: Denoiser, *, record: Record | None = None) -> None:
-        self._denoise, self._record = denoise, record
-        self._recorded: dict[tuple[torch.Size, torch.dtype, torch.dtype], _Recorded] = {}
+    def __init__(self, make: Conditioned, *, record: Record | None = None) -> None:
+        self._make, self._record = make, record
+        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self.failure: Exception | None = None
 
-    def __call__(self, x: Tensor, i: Tensor) -> Denoised:
-        if self.failure is not None or (self._record is None and not x.is_cuda):
-            return self._denoise(x, i)
-        key = (x.shape, x.dtype, i.dtype)
-        if key not in self._recorded:
-            try:
-                self._recorded[key] = self._made(x, i)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self.failure = error
-                return self._denoise(x, i)
-        held = self._recorded[key]
-        held.x.copy_(x)
-        held.i.copy_(i)
-        held.replay()
-        # x0 is handed on to the caller's caller; the variance is used up before the next replay.
-        return Denoised(held.result.x0.clone(), held.result.step_variance)
+    def __call__(self, cond: Cond) -> Denoiser:
+        plain = self._make(cond)
 
-    def _made(self, x: Tensor, i: Tensor) -> _Recorded:
+        def denoise(x: Tensor, i: Tensor) -> Denoised:
+            if self.failure is not None or (self._record is None and not x.is_cuda):
+                return plain(x, i)
+            given = [x, i, *cond.values()]
+            key = (*cond, *((value.shape, value.dtype) for value in given))
+            if key not in self._recorded:
+                try:
+                    self._recorded[key] = self._made(x, i, cond)
+                except RuntimeError as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self.failure = error
+                    return plain(x, i)
+            held = self._recorded[key]
+            for own, value in zip(held.inputs, given):
+                own.copy_(value)
+            held.replay()
+            # x0 is handed on to the caller's caller; the variance is used up before the next replay.
+            return Denoised(held.result.x0.clone(), held.result.step_variance)
+
+        return denoise
+
+    def _made(self, x: Tensor, i: Tensor, cond: Cond) -> _Recorded:
         own_x, own_i = x.detach().clone(), i.clone().contiguous()
+        own_cond = {name: value.clone() for name, value in cond.items()}
+        denoise = self._make(own_cond)
 
         def run() -> Denoised:
             with torch.no_grad():
-                found = self._denoise(own_x, own_i)
+                found = denoise(own_x, own_i)
                 return Denoised(found.x0, StepVariance(*found.variances()))
 
         result, replay = (self._record or on_cuda)(run)
-        return _Recorded(own_x, own_i, result, replay)
-
-
-class GraphedBatches:
-    """`make`, whose denoisers are one `Graphed` for all batches of one size: it reads the conditioning from memory of its own."""
-
-    def __init__(self, make: Conditioned) -> None:
-        self._make = make
-        self._kept: dict[str, Tensor] = {}
-        self._graphed: Graphed | None = None
-
-    def __call__(self, cond: Cond) -> Denoiser:
-        if self._graphed is None or any(self._kept[name].shape != value.shape for name, value in cond.items()):
-            self._kept = {name: value.clone() for name, value in cond.items()}
-            self._graphed = Graphed(self._make(self._kept))
-        for name, value in cond.items():
-            self._kept[name].copy_(value)
-        return self._graphed
+        return _Recorded([own_x, own_i, *own_cond.values()], result, replay)

@@ -19,7 +19,7 @@ from ..models.network import Network as Torso
 from ..runtime.fitting import largest_that_fits
 from ..runtime.streams import key_of
 from ..weights.load import Loaded, check_pair
-from .execution import Compiled, Conditioned, GraphedBatches
+from .execution import Compiled, Conditioned, Graphed
 from .jobs import LabelPlan, Request
 from .queue import Pipeline, answers
 
@@ -161,7 +161,7 @@ def make_pipeline(
 
     executed: Conditioned = Compiled(make, otherwise=networks_compiled) if compile else make
     if graphs:
-        executed = GraphedBatches(executed)
+        executed = Graphed(executed)
 
     def pipeline(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
         given = {"eta": eta, "noise": randn_like}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
 from guided_diffusion import build
@@ -22,7 +20,6 @@ from guided_diffusion.config import RunConfig
 from guided_diffusion.sampling import bounds
 from guided_diffusion.weights.load import Loaded
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 NETWORK = {
     "image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
@@ -294,21 +291,6 @@ def test_one_image_has_no_error_bar(place: Path, tmp_path: Path) -> None:
     assert np.isnan(bounds.standard_error(np.array([3.0])))
 
 
-def script(words: str, folder: Path, *before: str, **environ: str) -> str:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_LOGDIR")}
-    command = [*before, sys.executable, str(ROOT / "scripts" / "image_nll.py"), *words.split()]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**clean, "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_the_script_of_2021_and_two_processes(place: Path, one_by_one: Path, tmp_path: Path) -> None:
     flags = (
@@ -319,10 +301,9 @@ def test_the_script_of_2021_and_two_processes(place: Path, one_by_one: Path, tmp
     words = (
         f"--model_path mine.pt --data_dir {place}/digits --num_samples 7 --batch_size 2 --clip_denoised True {flags}"
     )
-    told = script(words, tmp_path, OPENAI_LOGDIR=str(tmp_path / "logs"))
+    told = run_script("image_nll", words, tmp_path, OPENAI_LOGDIR=str(tmp_path / "logs"))
     assert "bpd=" in told and (tmp_path / "logs" / "vb_terms.npz").exists()
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
-    script(words + "--out two", tmp_path, *torchrun)
+    run_script("image_nll", words + "--out two", tmp_path, before=TORCHRUN)
     before = json.loads((one_by_one / "likelihood.json").read_text())["by_image"]
     for folder in ("logs", "two"):
         found = json.loads((tmp_path / folder / "likelihood.json").read_text())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import filled
 
 import guided_diffusion as gd
 from guided_diffusion.cli import reproduce
@@ -18,10 +18,6 @@ from guided_diffusion.cli.main import main
 from guided_diffusion.weights.released import PRESETS
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-
-from checkpoint_files import filled  # noqa: E402
-
 SMALL = {
     "image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "8", "num_res_blocks": 1,
     "num_head_channels": 16, "learn_sigma": True, "class_cond": True, "num_classes": 10, "noise_schedule": "linear",

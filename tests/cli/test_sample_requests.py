@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_files import BASE, CRITIC, filled
+from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
 from guided_diffusion.cli import requests, sample
 from guided_diffusion.cli.main import main
-
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-
-from checkpoint_files import BASE, CRITIC, filled  # noqa: E402
 
 LINES: list[dict[str, Any]] = [
     {"name": "threes", "seed": 5, "num_samples": 3, "classes": 3},
@@ -159,17 +153,6 @@ def test_unknown_classes_name_their_line(models: Path, tmp_path: Path, capsys: p
 def test_two_processes_share_the_batches(models: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "r.jsonl", LINES)
     words = [*shared(models), "--requests", file, "--num_samples", "2", "--seed", "8", "--out", f"{tmp_path}/out"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "guided_diffusion.cli"]
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL", "MASTER"))
-    }
-    done = subprocess.run(
-        [*command, "sample", *words],
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 requests, 11 images in 3 batches instead of 4") == 1
+    told = run_script("image_sample", " ".join(words), tmp_path, before=TORCHRUN)
+    assert told.count("3 requests, 11 images in 3 batches instead of 4") == 1
     assert_as_alone(models, tmp_path / "out", tmp_path)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
 from guided_diffusion import build
@@ -24,7 +22,6 @@ from guided_diffusion.diffusion.process import add_noise
 from guided_diffusion.sampling.pipeline import NOISE_OF_UPSAMPLERS
 from guided_diffusion.weights.load import Loaded
 
-ROOT = Path(__file__).resolve().parents[2]
 SIDES = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_heads": 2, "diffusion_steps": 100}
 KNOWS = {"class_cond": True, "num_classes": 2, "learn_sigma": True}
 BASE = {**SIDES, **KNOWS, "image_size": 8, "attention_resolutions": "4"}
@@ -288,21 +285,6 @@ def test_cascade_tells_what_is_missing(models: Path, capsys: pytest.CaptureFixtu
 # The scripts of 2021
 
 
-def script(name: str, words: str, folder: Path, *, before: tuple[str, ...] = (), **environ: str) -> str:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_LOGDIR")}
-    command = [*before, sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words.split()]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**clean, "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 NETWORK = (
     "--large_size 16 --small_size 8 --num_channels 32 --num_res_blocks 1 --num_heads 2 --num_heads_upsample -1 "
     "--num_head_channels -1 --attention_resolutions 8 --dropout 0.0 --class_cond True --use_checkpoint False "
@@ -317,13 +299,13 @@ TRAIN = (
 
 @pytest.mark.slow
 def test_the_scripts_of_2021_with_every_old_flag(photos: Path, small: Path, tmp_path: Path) -> None:
-    told = script(
+    told = run_script(
         "super_res_train", f"--data_dir {photos} {NETWORK}{TRAIN}", tmp_path, OPENAI_LOGDIR=str(tmp_path / "run")
     )
     assert "OPENAI_LOGDIR" in told
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model000004.pt", "ema_0.9_000004.pt", "opt000004.pt", "progress.csv"} <= names
-    told = script(
+    told = run_script(
         "super_res_train",
         f"--data_dir {photos} {NETWORK}{TRAIN.replace('steps 4', 'steps 6')} --resume_checkpoint {tmp_path}/run/model000004.pt",
         tmp_path,
@@ -336,7 +318,7 @@ def test_the_scripts_of_2021_with_every_old_flag(photos: Path, small: Path, tmp_
     made = []
     for path, flags in (("mine.pt", NETWORK), (f"{tmp_path}/run", "")):
         out = tmp_path / f"made{len(made)}"
-        script(
+        run_script(
             "super_res_sample", f"--model_path {path} {sample}--use_ddim True {flags}", tmp_path, OPENAI_LOGDIR=str(out)
         )
         with np.load(out / "samples_7x16x16x3.npz") as found:
@@ -350,9 +332,8 @@ def test_the_scripts_of_2021_with_every_old_flag(photos: Path, small: Path, tmp_
 @pytest.mark.slow
 def test_two_processes_enlarge_what_one_does(models: Path, small: Path, tmp_path: Path) -> None:
     words = f"--model_path {models}/large --base_samples {small} --num_samples 7 --batch_size 2 --timestep_respacing 3 "
-    script("super_res_sample", words + f"--out {tmp_path}/one", tmp_path)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
-    script("super_res_sample", words + f"--out {tmp_path}/two", tmp_path, before=torchrun)
+    run_script("super_res_sample", words + f"--out {tmp_path}/one", tmp_path)
+    run_script("super_res_sample", words + f"--out {tmp_path}/two", tmp_path, before=TORCHRUN)
     one, two = (np.load(tmp_path / name / "samples_7x16x16x3.npz") for name in ("one", "two"))
     np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
     np.testing.assert_array_equal(one["arr_1"], two["arr_1"])

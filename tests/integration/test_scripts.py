@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,29 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ROOT, TORCHRUN, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 4 "
 DIFFUSION = "--learn_sigma True --noise_schedule cosine --diffusion_steps 100 "
-CRITIC = (
+CLASSIFIER = (
     "--image_size 8 --image_channels 1 --classifier_width 32 --classifier_depth 1 --classifier_num_head_channels 32 "
 )
-
-
-def run(script: str, words: str, folder: Path, *, code: int = 0, before: tuple[str, ...] = (), **environ: str) -> str:
-    """Run a script from a folder that is not the repository; returns everything it printed."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_LOGDIR")}
-    command = [*before, sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words.split()]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**clean, "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +42,15 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = (
         f"--data_dir {digits}/train {NETWORK}{DIFFUSION}--class_cond True --batch_size 8 --lr_anneal_steps 6 --lr 1e-3 "
     )
-    run(
+    run_script(
         "image_train",
         words + "--save_interval 3 --log_interval 2 --ema_rate 0.5,0.9 --sample_interval 6 --out diffusion",
         root,
     )
-    words = f"--data_dir {digits}/train --val_data_dir {digits}/val {CRITIC}{DIFFUSION}--batch_size 8 --iterations 6 --anneal_lr True "
-    run("classifier_train", words + "--save_interval 3 --log_interval 3 --eval_interval 3 --out classifier", root)
+    words = f"--data_dir {digits}/train --val_data_dir {digits}/val {CLASSIFIER}{DIFFUSION}--batch_size 8 --iterations 6 --anneal_lr True "
+    run_script(
+        "classifier_train", words + "--save_interval 3 --log_interval 3 --eval_interval 3 --out classifier", root
+    )
     return root
 
 
@@ -113,7 +98,9 @@ def test_classifier_training_reports_accuracy(trained: Path) -> None:
 
 def test_guided_samples_without_any_flag_of_the_networks(trained: Path, tmp_path: Path) -> None:
     words = f"--model_path {trained}/diffusion --classifier_path {trained}/classifier --timestep_respacing 5 "
-    told = run("classifier_sample", words + "--num_samples 10 --batch_size 4 --classifier_scale 2 --out s", tmp_path)
+    told = run_script(
+        "classifier_sample", words + "--num_samples 10 --batch_size 4 --classifier_scale 2 --out s", tmp_path
+    )
     assert "EMA 0.9" in told and "guided by" in told
     with np.load(tmp_path / "s" / "samples_10x8x8x1.npz") as found:
         assert found["arr_0"].shape == (10, 8, 8, 1) and found["arr_0"].dtype == np.uint8
@@ -128,7 +115,7 @@ def test_samples_do_not_depend_on_the_batch_size(trained: Path, tmp_path: Path, 
     for size in (1, 3, 8):
         words = f"--model_path {trained}/diffusion/model000006.pt --classifier_path {trained}/classifier --timestep_respacing 5 "
         more = f"--sampler {sampler} --num_samples 7 --batch_size {size} --out s{size}"
-        run("classifier_sample", words + more, tmp_path)
+        run_script("classifier_sample", words + more, tmp_path)
         with np.load(tmp_path / f"s{size}" / "samples_7x8x8x1.npz") as found:
             made.append((found["arr_0"].astype(int), found["arr_1"]))
     for pixels, labels in made[1:]:
@@ -139,13 +126,13 @@ def test_samples_do_not_depend_on_the_batch_size(trained: Path, tmp_path: Path, 
 
 def test_chosen_and_balanced_classes(trained: Path, tmp_path: Path) -> None:
     words = f"--model_path {trained}/diffusion --timestep_respacing 2 --num_samples 6 --classes digit3,7 --labels balanced --out s"
-    run("image_sample", words, tmp_path)
+    run_script("image_sample", words, tmp_path)
     with np.load(tmp_path / "s" / "samples_6x8x8x1.npz") as found:
         assert found["arr_1"].tolist() == [3, 7, 3, 7, 3, 7]
 
 
 def test_openai_logdir_names_the_folder(trained: Path, tmp_path: Path) -> None:
-    told = run(
+    told = run_script(
         "image_sample",
         f"--model_path {trained}/diffusion --num_samples 2 --timestep_respacing 2",
         tmp_path,
@@ -157,11 +144,13 @@ def test_openai_logdir_names_the_folder(trained: Path, tmp_path: Path) -> None:
 def test_a_bare_file_and_the_flags_of_2021(trained: Path, tmp_path: Path) -> None:
     """A weights file without its JSON, as 2021 code wrote it, with the command line that was needed then."""
     shutil.copy(trained / "diffusion" / "ema_0.9_000006.pt", tmp_path / "mine.pt")
-    shutil.copy(trained / "classifier" / "model000006.pt", tmp_path / "critic.pt")
-    flags = f"{NETWORK}{DIFFUSION}{CRITIC}--class_cond True --num_samples 3 --batch_size 3 --timestep_respacing 3 "
-    run("classifier_sample", f"--model_path mine.pt --classifier_path critic.pt {flags} --out bare", tmp_path)
+    shutil.copy(trained / "classifier" / "model000006.pt", tmp_path / "classifier.pt")
+    flags = f"{NETWORK}{DIFFUSION}{CLASSIFIER}--class_cond True --num_samples 3 --batch_size 3 --timestep_respacing 3 "
+    run_script(
+        "classifier_sample", f"--model_path mine.pt --classifier_path classifier.pt {flags} --out bare", tmp_path
+    )
     words = f"--model_path {trained}/diffusion --classifier_path {trained}/classifier --num_samples 3 --batch_size 3 --timestep_respacing 3"
-    run("classifier_sample", f"{words} --out known", tmp_path)
+    run_script("classifier_sample", f"{words} --out known", tmp_path)
     with (
         np.load(tmp_path / "bare" / "samples_3x8x8x1.npz") as bare,
         np.load(tmp_path / "known" / "samples_3x8x8x1.npz") as known,
@@ -181,7 +170,7 @@ def test_a_bare_file_and_the_flags_of_2021(trained: Path, tmp_path: Path) -> Non
     ],
 )
 def test_mistakes_are_told_in_one_line(trained: Path, tmp_path: Path, script: str, words: str, message: str) -> None:
-    told = run(script, words.format(t=trained) + f" --out {tmp_path}/out", tmp_path, code=2)
+    told = run_script(script, words.format(t=trained) + f" --out {tmp_path}/out", tmp_path, code=2)
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in told
 
@@ -191,14 +180,14 @@ def test_a_run_goes_on_without_its_flags(digits: Path, trained: Path, tmp_path: 
     import torch
 
     shutil.copytree(trained / "diffusion", tmp_path / "again", ignore=shutil.ignore_patterns("*000006*", "run.lock"))
-    told = run("image_train", "--out again --log_interval 2", tmp_path)
+    told = run_script("image_train", "--out again --log_interval 2", tmp_path)
     assert "at step 3" in told
     one, two = (
         torch.load(folder / "model000006.pt", weights_only=True)
         for folder in (trained / "diffusion", tmp_path / "again")
     )
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    told = run("image_train", "--out again --num_channels 64", tmp_path, code=2)
+    told = run_script("image_train", "--out again --num_channels 64", tmp_path, code=2)
     assert "the file has num_channels 32; you asked for 64" in told
 
 
@@ -211,7 +200,7 @@ def test_two_processes_train_what_one_does(digits: Path, trained: Path, tmp_path
         f"--data_dir {digits}/train {NETWORK}{DIFFUSION}--class_cond True --batch_size 4 --lr_anneal_steps 6 --lr 1e-3 "
     )
     more = "--ema_rate 0.5,0.9 --save_interval 6 --log_interval 2 --out two"
-    told = run("image_train", words + more, tmp_path, before=(mpiexec, "-n", "2"))
+    told = run_script("image_train", words + more, tmp_path, before=(mpiexec, "-n", "2"))
     assert "global batch size 8: 4 on each of 2 processes" in told
     # Figures, not weights: Adam turns the sign of a gradient that is zero but for rounding into a whole step.
     for one, two in zip(rows(trained / "diffusion"), rows(tmp_path / "two"), strict=True):
@@ -224,9 +213,8 @@ def test_two_processes_train_what_one_does(digits: Path, trained: Path, tmp_path
 
 def test_two_processes_sample_what_one_does(trained: Path, tmp_path: Path) -> None:
     words = f"--model_path {trained}/diffusion --classifier_path {trained}/classifier --timestep_respacing 3 --num_samples 7 "
-    run("classifier_sample", words + "--batch_size 3 --out one", tmp_path)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
-    run("classifier_sample", words + "--batch_size 3 --out two", tmp_path, before=torchrun)
+    run_script("classifier_sample", words + "--batch_size 3 --out one", tmp_path)
+    run_script("classifier_sample", words + "--batch_size 3 --out two", tmp_path, before=TORCHRUN)
     with (
         np.load(tmp_path / "one" / "samples_7x8x8x1.npz") as one,
         np.load(tmp_path / "two" / "samples_7x8x8x1.npz") as two,
@@ -250,20 +238,21 @@ def test_asked_to_stop_it_saves_and_says_start_me_again(digits: Path, tmp_path: 
     rest = child.stdout.read()
     assert child.wait(timeout=120) == 85 and "the same command goes on" in rest
     step = json.loads(next((tmp_path / "stopped").glob("run*.json")).read_text())["step"]
-    told = run("image_train", f"--out stopped --max_steps {step + 1}", tmp_path)
+    told = run_script("image_train", f"--out stopped --max_steps {step + 1}", tmp_path)
     assert f"at step {step}" in told
 
 
 def test_a_mistake_on_two_processes_is_a_line_each(trained: Path, tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
-    told = run("image_sample", f"--model_path {trained}/diffusion --classes 99", tmp_path, code=1, before=torchrun)
+    told = run_script(
+        "image_sample", f"--model_path {trained}/diffusion --classes 99", tmp_path, code=1, before=TORCHRUN
+    )
     lines = [line for line in told.splitlines() if "error: --classes has '99'" in line]
     assert 1 <= len(lines) <= 2 and "choose_classes" not in told
 
 
 def test_grey_images_that_are_not_square(digits: Path, tmp_path: Path) -> None:
     words = f"--data_dir {digits}/train {NETWORK}--image_width 16 "
-    run("image_train", words + f"{DIFFUSION}--batch_size 4 --max_steps 1 --out wide", tmp_path)
-    run("image_sample", "--model_path wide --num_samples 2 --timestep_respacing 2 --out s", tmp_path)
+    run_script("image_train", words + f"{DIFFUSION}--batch_size 4 --max_steps 1 --out wide", tmp_path)
+    run_script("image_sample", "--model_path wide --num_samples 2 --timestep_respacing 2 --out s", tmp_path)
     with np.load(tmp_path / "s" / "samples_2x8x16x1.npz") as found:
         assert found["arr_0"].shape == (2, 8, 16, 1)

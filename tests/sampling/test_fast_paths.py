@@ -115,30 +115,35 @@ def again(run: Any) -> Any:
 
 
 def test_a_recorded_step_follows_new_inputs_and_new_labels() -> None:
-    kept = torch.zeros(2)
+    recorded: list[int] = []
 
-    def denoise(x: Tensor, i: Tensor) -> Denoised:
-        return Denoised(x * i.view(-1, 1) + kept.view(-1, 1), StepVariance(x + 1, x + 2))
+    def noted(run: Any) -> Any:
+        recorded.append(1)
+        return again(run)
 
-    graphed = Graphed(denoise, record=again)
-    answers = []
+    def make(cond: Any) -> Any:
+        return lambda x, i: Denoised(x * i.view(-1, 1) + cond["y"].view(-1, 1), StepVariance(x + 1, x + 2))
+
+    graphed, answers = Graphed(make, record=noted), []
     for k in range(3):
-        kept.fill_(10.0 * k)
+        cond = {"y": torch.full((2,), 10.0 * k)}
         x, i = torch.full((2, 3), float(k)), torch.tensor([k, k + 1])
-        answers.append(graphed(x, i))
-        torch.testing.assert_close(answers[-1].x0, denoise(x, i).x0)
+        answers.append(graphed(cond)(x, i))
+        torch.testing.assert_close(answers[-1].x0, make(cond)(x, i).x0)
         torch.testing.assert_close(answers[-1].log_variance, x + 2)
     assert float(answers[0].x0.sum()) == 0.0  # what was handed out earlier is not overwritten
-    kept.resize_(1).fill_(5.0)
-    assert graphed(torch.ones(4, 3), torch.ones(4, dtype=torch.long)).x0.shape == (4, 3)  # another shape, recorded anew
+    assert len(recorded) == 1
+    more = {"y": torch.full((4,), 5.0)}
+    assert graphed(more)(torch.ones(4, 3), torch.ones(4, dtype=torch.long)).x0.shape == (4, 3)
+    assert len(recorded) == 2  # another shape, recorded anew
 
 
 def test_what_cannot_be_recorded_is_computed_plainly() -> None:
     def refuse(run: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphed = Graphed(lambda x, i: Denoised(2 * x, StepVariance(x, x)), record=refuse)
-    assert torch.equal(graphed(torch.ones(1, 2), torch.zeros(1)).x0, torch.full((1, 2), 2.0))
+    graphed = Graphed(lambda cond: lambda x, i: Denoised(2 * x, StepVariance(x, x)), record=refuse)
+    assert torch.equal(graphed({})(torch.ones(1, 2), torch.zeros(1)).x0, torch.full((1, 2), 2.0))
     assert "capturing" in str(graphed.failure)
 
 
