@@ -31,7 +31,7 @@ def targets() -> dict[str, Target]:
             name = base if lsun else base + ("-guided" if recipe.scale else "-unguided")
             steps = recipe.respacing
             if steps and (lsun or steps != "250"):
-                name += "-sweep" if not lsun and not steps.startswith("ddim") else f"-{steps}"
+                name += f"-{steps}" if steps == "250" or steps.startswith("ddim") else "-sweep"
             found[name] = Target(preset, recipe)
     return found
 

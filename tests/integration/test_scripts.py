@@ -101,7 +101,7 @@ def test_guided_samples_without_any_flag_of_the_networks(trained: Path, tmp_path
     told = run_script(
         "classifier_sample", words + "--num_samples 10 --batch_size 4 --classifier_scale 2 --out s", tmp_path
     )
-    assert "EMA 0.9" in told and "guided by" in told
+    assert "EMA weights (decay 0.9)" in told and "guided by" in told
     with np.load(tmp_path / "s" / "samples_10x8x8x1.npz") as found:
         assert found["arr_0"].shape == (10, 8, 8, 1) and found["arr_0"].dtype == np.uint8
         assert found["arr_1"].shape == (10,) and found["arr_1"].min() >= 0 and found["arr_1"].max() < 10

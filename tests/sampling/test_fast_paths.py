@@ -211,11 +211,6 @@ def test_the_largest_batch_that_fits(limit: int, most: int, expected: int) -> No
     assert max(tried) <= most
 
 
-@pytest.mark.parametrize(("limit", "size", "expected"), [(0, 8, 0), (3, 10, 3), (3, 9, 3), (64, 8, 8)])
-def test_halving_until_it_fits(limit: int, size: int, expected: int) -> None:
-    assert fitting.halved_until_it_fits(out_of_memory_above(limit, []), size) == expected
-
-
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     def attempt(_: int) -> None:
         raise RuntimeError("shapes do not match")
