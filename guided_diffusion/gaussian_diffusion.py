@@ -218,7 +218,7 @@ class GaussianDiffusion:
         if predicts != "PREVIOUS_X":
             mean, _, _ = self.q_posterior_mean_variance(x_start=xstart, x_t=x, t=t)
         variance, log_variance = (
-            value.expand(x.shape) for value in _rooms.denoiser.step_variance(_Tables(self), raw, x, t, variance_type)
+            value.expand(x.shape) for value in _rooms.denoiser.step_spread(_Tables(self), raw, x, t, variance_type)
         )
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": xstart}
 

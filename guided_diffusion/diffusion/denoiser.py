@@ -24,7 +24,7 @@ class Net(Protocol):
     def __call__(self, x: Tensor, time: Tensor, /, **cond: Any) -> Tensor: ...
 
 
-class StepVariance(NamedTuple):
+class Spread(NamedTuple):
     """Variance of the step from i to i-1, and its logarithm (finite even where the variance is 0); both broadcast to x."""
 
     variance: Tensor
@@ -33,25 +33,25 @@ class StepVariance(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoised:
-    """The prediction at (x, i): the clean data, and the variance of a random step to i-1.
+    """What is believed at (x, i): the clean data, and how widely a random step to i-1 spreads.
 
-    `step_variance` may be a function that computes it: only samplers that draw from it pay for it.
+    `spread` may be a function that computes it: only samplers that draw from it pay for it.
     """
 
     x0: Tensor
-    step_variance: StepVariance | Callable[[], StepVariance]
+    spread: Spread | Callable[[], Spread]
 
     @property
     def variance(self) -> Tensor:
-        return self.variances().variance
+        return self.both().variance
 
     @property
     def log_variance(self) -> Tensor:
-        return self.variances().log_variance
+        return self.both().log_variance
 
-    def variances(self) -> StepVariance:
+    def both(self) -> Spread:
         """Variance and log-variance, computed once for both."""
-        return self.step_variance if isinstance(self.step_variance, StepVariance) else self.step_variance()
+        return self.spread if isinstance(self.spread, Spread) else self.spread()
 
 
 class Denoiser(Protocol):
@@ -83,7 +83,7 @@ def make_denoiser(
         x0 = x0_from_output(process, prediction, x, i, predicts)
         if clip:  # would make an infinite value an ordinary one, of an image that looks like one
             x0 = torch.where(x0.isfinite(), x0, torch.nan)
-        return Denoised(bounded(x0, clip, transform_x0), partial(_variance_of, process, output, x, i, variance))
+        return Denoised(bounded(x0, clip, transform_x0), partial(_spread_from, process, output, x, i, variance))
 
     return denoise
 
@@ -96,8 +96,8 @@ def check_reading(predicts: str, variance: str) -> None:
         raise ValueError(f"variance={variance!r} is not one of {', '.join(VARIANCES)}")
 
 
-def _variance_of(process: Process, output: Tensor, x: Tensor, i: Tensor, variance: Variance) -> StepVariance:
-    return step_variance(process, split_variance(output, x, variance)[1], x, i, variance)
+def _spread_from(process: Process, output: Tensor, x: Tensor, i: Tensor, variance: Variance) -> Spread:
+    return step_spread(process, split_variance(output, x, variance)[1], x, i, variance)
 
 
 def checked_width(output: Tensor, x: Tensor, variance: Variance) -> bool:
@@ -139,7 +139,7 @@ def bounded(x0: Tensor, clip: bool, transform: Callable[[Tensor], Tensor] | None
     return x0.clamp(-1, 1) if clip else x0
 
 
-def step_variance(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, variance: Variance) -> StepVariance:
+def step_spread(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, variance: Variance) -> Spread:
     """Variance of p(x_{i-1} | x_i).
 
     "fixed_small" is the posterior's (0 at i = 0), "fixed_large" beta; "learned" reads the network's channels as the logarithm, and
@@ -147,9 +147,9 @@ def step_variance(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, vari
     """
     if raw is None:
         name = {"fixed_small": "posterior", "fixed_large": "fixed_large"}[variance]
-        return StepVariance(tables.at(f"{name}_variance", i, x), tables.at(f"{name}_log_variance", i, x))
+        return Spread(tables.at(f"{name}_variance", i, x), tables.at(f"{name}_log_variance", i, x))
     log_variance = raw
     if variance == "learned_range":
         share = (raw + 1) / 2
         log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
-    return StepVariance(log_variance.exp(), log_variance)
+    return Spread(log_variance.exp(), log_variance)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .denoiser import Denoised, Denoiser, Net, StepVariance
+from .denoiser import Denoised, Denoiser, Net, Spread
 from .process import Process, Tables
 
 # (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as a classifier is told it.
@@ -44,7 +44,7 @@ def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
         gradient = grad_log_prob(x, process.time_at(i))
-        return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient, scale), plain.step_variance)
+        return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient, scale), plain.spread)
 
     return guided
 
@@ -79,9 +79,9 @@ def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogP
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
         gradient = grad_log_prob(x, process.time_at(i)) * scale
-        step = plain.variances()
-        shift = mean_shift(step.variance, gradient)
-        return Denoised(plain.x0 + shift / process.at("posterior_mean_x0", i, x), step)
+        spread = plain.both()
+        shift = mean_shift(spread.variance, gradient)
+        return Denoised(plain.x0 + shift / process.at("posterior_mean_x0", i, x), spread)
 
     return guided
 
@@ -100,7 +100,7 @@ def classifier_free(conditional: Denoiser, unconditional: Denoiser, scale: float
 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         strong, weak = conditional(x, i), unconditional(x, i)
-        return Denoised(torch.lerp(weak.x0, strong.x0, scale), strong.step_variance)
+        return Denoised(torch.lerp(weak.x0, strong.x0, scale), strong.spread)
 
     return guided
 
@@ -120,9 +120,9 @@ def interval(guided: Denoiser, plain: Denoiser, process: Process, *, sigma_min: 
         inside = (sigma > sigma_min) & (sigma <= sigma_max)
         yes, no = guided(x, i), plain(x, i)
 
-        def step_variance() -> StepVariance:
-            return StepVariance(*(torch.where(inside, *pair) for pair in zip(yes.variances(), no.variances())))
+        def spread() -> Spread:
+            return Spread(*(torch.where(inside, *pair) for pair in zip(yes.both(), no.both())))
 
-        return Denoised(torch.where(inside, yes.x0, no.x0), step_variance)
+        return Denoised(torch.where(inside, yes.x0, no.x0), spread)
 
     return choose

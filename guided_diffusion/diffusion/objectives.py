@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_variance, x0_from_output
+from .denoiser import Net, Predicts, Variance, check_reading, split_variance, step_spread, x0_from_output
 from .densities import squared_error
 from .likelihood import bound_between
 from .process import Process, Tables, add_noise, posterior_mean, v_from_x0
@@ -90,7 +90,7 @@ def variational_term(
 ) -> Tensor:
     """The bound's term for a prediction that is not clipped, in bits per dimension, `[B]`."""
     mean = posterior_mean(tables, x0_from_output(tables, prediction, x, i, predicts), x, i)
-    return bound_between(tables, x0, x, i, mean, step_variance(tables, raw, x, i, variance).log_variance)
+    return bound_between(tables, x0, x, i, mean, step_spread(tables, raw, x, i, variance).log_variance)
 
 
 def bound_scale(loss: Loss, num_steps: int) -> float:

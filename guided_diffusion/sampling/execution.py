@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Denoised, Denoiser, StepVariance
+from ..diffusion.denoiser import Denoised, Denoiser, Spread
 
 Cond = Mapping[str, Tensor]
 Conditioned = Callable[
@@ -43,7 +43,7 @@ class Compiled:
     ) -> None:
         def step(x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             found = make(cond)(x, i)
-            return found.x0.contiguous(), *found.variances()
+            return found.x0.contiguous(), *found.both()
 
         self._make, self._otherwise, self._warned = make, otherwise, False
         self._step = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, backend=backend)
@@ -56,7 +56,7 @@ class Compiled:
                 try:
                     with torch.inference_mode(False), torch.no_grad():
                         x0, *variance = self._step(_plain(x), _plain(i), given)
-                        return Denoised(x0, StepVariance(*variance))
+                        return Denoised(x0, Spread(*variance))
                 except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay in use
                     self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
                     return self._make(cond)(x, i)
@@ -154,7 +154,7 @@ class Graphed:
                 own.copy_(value)
             held.replay()
             # x0 is handed on to the caller's caller; the variance is used up before the next replay.
-            return Denoised(held.result.x0.clone(), held.result.step_variance)
+            return Denoised(held.result.x0.clone(), held.result.spread)
 
         return denoise
 
@@ -166,7 +166,7 @@ class Graphed:
         def run() -> Denoised:
             with torch.no_grad():
                 found = denoise(own_x, own_i)
-                return Denoised(found.x0, StepVariance(*found.variances()))
+                return Denoised(found.x0, Spread(*found.both()))
 
         result, replay = (self._record or on_cuda)(run)
         return _Recorded([own_x, own_i, *own_cond.values()], result, replay)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, StepVariance
+from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread
 from guided_diffusion.diffusion.process import Process, make_process, respace, space_timesteps
 from guided_diffusion.diffusion.schedules import named_betas
 
@@ -28,8 +28,8 @@ def ideal(process: Process, mean: Tensor = MEAN, sigma: Tensor = SIGMA) -> Denoi
         alpha_bar = process.at("alpha_bar", i, x)
         gain = alpha_bar.sqrt() * values / (alpha_bar * values + 1 - alpha_bar)
         x0 = mean + ((x - alpha_bar.sqrt() * mean) @ vectors * gain) @ vectors.T
-        variance = StepVariance(process.at("posterior_variance", i, x), process.at("posterior_log_variance", i, x))
-        return Denoised(x0, variance)
+        spread = Spread(process.at("posterior_variance", i, x), process.at("posterior_log_variance", i, x))
+        return Denoised(x0, spread)
 
     return denoise
 

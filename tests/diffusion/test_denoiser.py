@@ -7,7 +7,7 @@ import pytest
 import torch
 from gaussian_data import exact_process
 
-from guided_diffusion.diffusion.denoiser import Denoised, StepVariance, make_denoiser
+from guided_diffusion.diffusion.denoiser import Denoised, Spread, make_denoiser
 from guided_diffusion.diffusion.process import make_process, rescale_time, respace
 from guided_diffusion.diffusion.schedules import named_betas
 
@@ -56,16 +56,16 @@ def test_fixed_small_variance_is_zero_where_the_chain_ends() -> None:
     torch.testing.assert_close(out.variance[1], out.log_variance[1].exp())
 
 
-def test_variance_is_a_value_or_computed_when_asked_for() -> None:
+def test_spread_is_a_value_or_computed_when_asked_for() -> None:
     calls = []
 
-    def compute() -> StepVariance:
+    def compute() -> Spread:
         calls.append(1)
-        return StepVariance(torch.ones(1), torch.zeros(1))
+        return Spread(torch.ones(1), torch.zeros(1))
 
     lazy = Denoised(torch.zeros(1), compute)
     assert not calls and lazy.log_variance == 0 and lazy.variance == 1 and len(calls) == 2
-    assert Denoised(torch.zeros(1), compute()).variances().variance == 1
+    assert Denoised(torch.zeros(1), compute()).both().variance == 1
 
 
 def test_unknown_readings_are_refused_at_once() -> None:

@@ -7,7 +7,7 @@ import torch
 from gaussian_data import exact_process, ideal, normal
 
 from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.denoiser import Denoised, StepVariance, make_denoiser
+from guided_diffusion.diffusion.denoiser import Denoised, Spread, make_denoiser
 from guided_diffusion.diffusion.process import add_noise, make_process, posterior_mean
 from guided_diffusion.diffusion.schedules import named_betas
 
@@ -51,7 +51,7 @@ def test_both_forms_agree_for_small_steps() -> None:
 
         def plain(x: torch.Tensor, i: torch.Tensor, process=process, beta=beta) -> Denoised:
             log_variance = process.at("fixed_large_log_variance", i, x)
-            return Denoised(0.3 * x, StepVariance(log_variance.exp(), log_variance))
+            return Denoised(0.3 * x, Spread(log_variance.exp(), log_variance))
 
         before = posterior_mean(process, 0.3 * x, x, i)
         shifts = [

@@ -8,7 +8,7 @@ import torch
 from gaussian_data import exact_process, normal, seeded
 from torch.distributions import Normal, kl_divergence
 
-from guided_diffusion.diffusion.denoiser import Denoised, StepVariance
+from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.densities import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
@@ -59,7 +59,7 @@ def test_bound_lies_just_above_the_entropy() -> None:
         doubt = sigma**2 * (1 - alpha_bar) / marginal
         coefficient = process.at("posterior_mean_x0", i, x)
         variance = process.at("posterior_variance", i, x) + coefficient**2 * doubt
-        return Denoised(alpha_bar.sqrt() * sigma**2 / marginal * x, StepVariance(variance, variance.log()))
+        return Denoised(alpha_bar.sqrt() * sigma**2 / marginal * x, Spread(variance, variance.log()))
 
     x0 = pixels(sigma)
     bound = bits_per_dim(denoise, process, x0, noise=seeded(2))
@@ -78,7 +78,7 @@ def test_bound_lies_just_above_the_entropy() -> None:
     assert (bound.prior > 0).all() and bound.prior.max() < 1e-4
 
     worse = bits_per_dim(
-        lambda x, i: Denoised(0.5 * denoise(x, i).x0, denoise(x, i).step_variance), process, x0[:50], noise=seeded(2)
+        lambda x, i: Denoised(0.5 * denoise(x, i).x0, denoise(x, i).spread), process, x0[:50], noise=seeded(2)
     )
     assert worse.total.mean() > bound.total[:50].mean() + 0.5
 
@@ -89,7 +89,7 @@ def test_the_walk_is_the_sum_taken_apart_and_leaves_grad_mode_alone() -> None:
     def denoise(x: torch.Tensor, i: torch.Tensor) -> Denoised:
         assert not torch.is_grad_enabled()
         log_variance = process.at("fixed_large_log_variance", i, x)
-        return Denoised(0.5 * x, StepVariance(log_variance.exp(), log_variance))
+        return Denoised(0.5 * x, Spread(log_variance.exp(), log_variance))
 
     bound, rows = bits_per_dim(denoise, process, x0, noise=seeded(2)), []
     for row in bound_steps(denoise, process, x0, noise=seeded(2)):

@@ -12,7 +12,7 @@ from gaussian_data import MEAN, SIGMA, exact_process, ideal, normal, sample_mome
 from torch import Tensor
 
 from guided_diffusion.diffusion import samplers
-from guided_diffusion.diffusion.denoiser import Denoised, StepVariance
+from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, add_noise
 
 ALL = {
@@ -223,7 +223,7 @@ def test_a_chain_keeps_its_number_format_whatever_the_network_answers(run: Any) 
     process = uniform_process(5)
 
     def denoise(x: Tensor, i: Tensor) -> Denoised:
-        return Denoised((0.5 * x).bfloat16(), StepVariance(x, x))
+        return Denoised((0.5 * x).bfloat16(), Spread(x, x))
 
     for step in run(denoise, torch.randn(2, 3, dtype=torch.float64), process):
         assert step.x.dtype == torch.float64
@@ -261,7 +261,7 @@ def errors_on_mixture(process: Process, names: list[str], **options: Any) -> dic
     right = clean_mixture(low, process.alpha_bar[0])
 
     def denoise(x: Tensor, i: Tensor) -> Denoised:
-        return Denoised(clean_mixture(x, process.at("alpha_bar", i, x)), StepVariance(x, x))
+        return Denoised(clean_mixture(x, process.at("alpha_bar", i, x)), Spread(x, x))
 
     found = {name: samplers.last(ALL[name](denoise, x, process, **options)) for name in names}
     return {name: float((value - right).square().mean().sqrt()) for name, value in found.items()}
@@ -284,7 +284,7 @@ def test_solvers_start_at_the_largest_level_that_means_anything(name: str, keep:
 
     def denoise(x: Tensor, i: Tensor) -> Denoised:
         heard.append((process.at("sqrt_recipm1_alpha_bar", i, i)[0].item(), process.time_at(i)[0].item(), i.dtype))
-        return Denoised(x, StepVariance(x, x))
+        return Denoised(x, Spread(x, x))
 
     steps = list(ALL[name](denoise, normal(2, 1), process))
     level, time, dtype = heard[0]

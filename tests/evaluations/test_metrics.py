@@ -146,8 +146,8 @@ def test_the_score_of_random_orders_is_that_of_shuffled_files() -> None:
     found = metrics.inception_score(rows, np.eye(10), split_size=60)
     orders = [np.random.default_rng(seed).permutation(200) for seed in range(50)]
     shuffled = [metrics.inception_score(rows[order], np.eye(10), split_size=60).score for order in orders]
-    assert found.shuffled == pytest.approx(np.mean(shuffled), abs=4 * found.step_variance / 7)
-    assert found.step_variance == pytest.approx(np.std(shuffled), rel=0.5)
+    assert found.shuffled == pytest.approx(np.mean(shuffled), abs=4 * found.spread / 7)
+    assert found.spread == pytest.approx(np.std(shuffled), rel=0.5)
 
 
 def test_exact_kernel_distance() -> None:

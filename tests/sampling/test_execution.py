@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, StepVariance, make_denoiser
+from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread, make_denoiser
 from guided_diffusion.diffusion.process import make_process
 from guided_diffusion.diffusion.schedules import named_betas
 from guided_diffusion.models.unet import EncoderUNetModel, UNetModel
@@ -77,8 +77,8 @@ def test_one_graph_for_all_batches_and_steps(guide: Guide, dtype: torch.dtype) -
             found, eager, expected = whole(cond)(x, at), make(cond)(x, at), exact(cond)(x, at)
             bound = 1e-5 if dtype == torch.float32 else 2 * apart(eager.x0, expected.x0)
             assert apart(found.x0, expected.x0) < bound
-            tolerance = 1e-5 if dtype == torch.float32 else 0.03
-            torch.testing.assert_close(found.log_variance, eager.log_variance, rtol=tolerance, atol=tolerance)
+            spread = 1e-5 if dtype == torch.float32 else 0.03
+            torch.testing.assert_close(found.log_variance, eager.log_variance, rtol=spread, atol=spread)
     assert counter.frame_count == 1 and counter.op_count > 50
     others = make({"y": torch.tensor([1, 3, 2])})(x, at).x0
     assert apart(others, expected.x0) > 3 * bound  # labels matter more than the bound could hide
@@ -133,12 +133,12 @@ def test_what_cannot_be_traced_is_done_the_other_way_and_told_once() -> None:
     def awkward(cond: Cond) -> Denoiser:
         def denoise(x: Tensor, i: Tensor) -> Denoised:
             torch._dynamo.graph_break()
-            return Denoised(2 * x, StepVariance(x, x))
+            return Denoised(2 * x, Spread(x, x))
 
         return denoise
 
     def other(cond: Cond) -> Denoiser:
-        return lambda x, i: Denoised(x + cond["y"], StepVariance(x, x))
+        return lambda x, i: Denoised(x + cond["y"], Spread(x, x))
 
     whole = Compiled(awkward, otherwise=other, backend="eager")
     with pytest.warns(UserWarning, match="cannot be compiled as one graph") as told:
@@ -156,7 +156,7 @@ def test_many_compiled_steps_in_one_process() -> None:
         weight = torch.full((3,), float(n))
 
         def make(cond: Cond, weight: Tensor = weight) -> Denoiser:
-            return lambda x, i: Denoised(x * weight + cond["y"], StepVariance(x, x))
+            return lambda x, i: Denoised(x * weight + cond["y"], Spread(x, x))
 
         found = Compiled(make, backend="eager")({"y": torch.ones(3)})(torch.ones(2, 3), torch.zeros(2))
         assert torch.equal(found.x0, torch.full((2, 3), 1.0 + n))
@@ -217,7 +217,7 @@ def test_inductor_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_sizes_of_batches_than_torch_keeps_graphs_for() -> None:
     def make(cond: Cond) -> Denoiser:
-        return lambda x, i: Denoised(x * 2 + cond["y"].view(-1, 1), StepVariance(x, x + 1))
+        return lambda x, i: Denoised(x * 2 + cond["y"].view(-1, 1), Spread(x, x + 1))
 
     counter = CompileCounterWithBackend("eager")
     compiled = Compiled(make, backend=counter)

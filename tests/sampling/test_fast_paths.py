@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guided_diffusion import build
 from guided_diffusion.config import RunConfig
-from guided_diffusion.diffusion.denoiser import Denoised, StepVariance
+from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
 from guided_diffusion.runtime import fitting
 from guided_diffusion.sampling import pipeline
@@ -108,7 +108,7 @@ def again(run: Any) -> Any:
     def replay() -> None:
         fresh = run()
         answer.x0.copy_(fresh.x0)
-        for old, new in zip(answer.variances(), fresh.variances()):
+        for old, new in zip(answer.both(), fresh.both()):
             old.copy_(new)
 
     return answer, replay
@@ -122,7 +122,7 @@ def test_a_recorded_step_follows_new_inputs_and_new_labels() -> None:
         return again(run)
 
     def make(cond: Any) -> Any:
-        return lambda x, i: Denoised(x * i.view(-1, 1) + cond["y"].view(-1, 1), StepVariance(x + 1, x + 2))
+        return lambda x, i: Denoised(x * i.view(-1, 1) + cond["y"].view(-1, 1), Spread(x + 1, x + 2))
 
     graphed, answers = Graphed(make, record=noted), []
     for k in range(3):
@@ -142,7 +142,7 @@ def test_what_cannot_be_recorded_is_computed_plainly() -> None:
     def refuse(run: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphed = Graphed(lambda cond: lambda x, i: Denoised(2 * x, StepVariance(x, x)), record=refuse)
+    graphed = Graphed(lambda cond: lambda x, i: Denoised(2 * x, Spread(x, x)), record=refuse)
     assert torch.equal(graphed({})(torch.ones(1, 2), torch.zeros(1)).x0, torch.full((1, 2), 2.0))
     assert "capturing" in str(graphed.failure)
 
