@@ -6,12 +6,13 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import WEIGHTS, RunConfig, classes_of, flatten
+from ..config import WEIGHTS, RunConfig, classes_of
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ EXTRA: dict[str, tuple[Any, str]] = {
     "weights": ("", "as --resume_from"),
 }
 _NO_FILE = ("", "auto", "none")  # values of --resume_checkpoint that are no path
-_GRID = 16  # images in the pictures drawn while training
 _MEASURED = 2000  # images at most in the table of accuracy by noise level
 _DESCRIPTIONS = {
     "diffusion": "Train a diffusion model on a folder of images.",
@@ -150,7 +150,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     from ..runtime.devices import require_compiler
     from ..training.checks import check_same_everywhere
     from ..training.saver import find_save
-    from ..weights.continuing import already_begun, configuration, started_from
+    from ..weights.continuing import already_begun, configuration, started_from, with_classes, with_global_batch
 
     resume = parsed.flags["resume_checkpoint"] or "auto"
     saved, start = started_from(
@@ -163,64 +163,44 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
     records, held_out = _records(config, saved, start)
-    config = _with_classes(config, records)
+    config = with_classes(config, records.class_names, records.root)
     names = records.class_names if records.labels is not None else ()
     if start is not None and start.tensors is not None:
         saved = None
-    if resume == "none" and (saved := already_begun(folder, config, world)) is not None:
-        if "global_batch_size" not in parsed.typed:
-            whole = flatten(saved.config or {}).get("global_batch_size", 0)
-            config = replace(config, train=replace(config.train, global_batch_size=whole))
-        if names and saved.class_names != names:
+    if resume == "none":
+        saved = already_begun(folder, config, world)
+        if saved is not None and names and saved.class_names != names:
             raise ValueError(
                 f"the run in {folder} has the classes {some(saved.class_names)}, {records.root} has {some(names)}; leave out "
                 "--resume_checkpoint none to go on with those of the run, or give another --out"
             )
-    # Stored, so that the run goes on with the same batches on another number of processes.
-    batch_size = config.train.global_batch_size or config.train.batch_size * world.size
-    if batch_size % world.size:
-        raise ValueError(f"--global_batch_size is {batch_size}; it must be a multiple of the {world.size} processes")
-    config = replace(config, train=replace(config.train, global_batch_size=batch_size))
+    before = saved if resume == "none" and "global_batch_size" not in parsed.typed else None
+    config = with_global_batch(config, world.size, before=before)
     check_same_everywhere(world, records, config.to_dict())
     return _Plan(folder, config, records, held_out, names, resume, saved, start)
 
 
 def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
     """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
-    from ..data.classes import renumber
-    from ..data.listing import list_records, split_records
+    from ..data.classes import hold_out, training_records
+    from ..data.listing import list_records
 
-    if not classes_of(config.model):
-        return list_records(config.data.data_dir, labels="none"), None
-    records = list_records(config.data.data_dir, labels=config.data.labels)
-    records.require_labels()
+    data, count = config.data, classes_of(config.model)
+    if not count:
+        return list_records(data.data_dir, labels="none"), None
+    known, whose = None, ""
     if saved is not None and not (start is not None and start.new_classes):
-        count, whose = classes_of(config.model), start.path if start else saved.directory
-        remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
-        as_2021 = start is not None and start.as_2021
-        records, note = renumber(records, saved.class_names, count, whose, as_2021=as_2021, remedy=remedy)
-        if note:
-            _log.info(note)
+        known, whose = saved.class_names, start.path if start else saved.directory
+    remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
+    as_2021 = start is not None and start.as_2021
+    records, note = training_records(
+        data.data_dir, data.labels, known=known, count=count, whose=whose, as_2021=as_2021, remedy=remedy
+    )
+    if note:
+        _log.info(note)
     if config.kind != "classifier":
         return records, None
-    if config.data.val_data_dir:
-        held_out = list_records(config.data.val_data_dir, labels=config.data.labels)
-        held_out, _ = renumber(held_out, records.class_names, len(records.class_names), records.root)
-        held_out.require_labels()
-        return records, held_out
-    if config.data.val_fraction:
-        return split_records(records, config.data.val_fraction, config.train.seed)
-    return records, None
-
-
-def _with_classes(config: RunConfig, records: Records) -> RunConfig:
-    """The number of classes, from the data where it was not given."""
-    if config.kind != "classifier" and not getattr(config.model, "class_cond", False):
-        return config
-    found = len(records.class_names)
-    if config.model.num_classes and found > config.model.num_classes:
-        raise ValueError(f"--num_classes is {config.model.num_classes}, but {records.root} has {found} classes")
-    return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
+    return hold_out(records, data.val_data_dir, data.labels, fraction=data.val_fraction, seed=config.train.seed)
 
 
 def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chosen: str) -> int:
@@ -258,7 +238,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chos
     try:
         outcome = trainer.run(config.train.last_step)
         if outcome == "finished" and plan.held_out is not None and world.is_main:
-            _write_accuracy(trainer, plan)
+            _write_accuracy(trainer, plan.held_out, plan)
     finally:
         failure = checkpoints.close()
         log.close()
@@ -298,17 +278,7 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
         loss = diffusion_loss(process, timesteps, **build.loss_options(config))
 
     def batches(step: int) -> Batches:
-        return build.build_batches(
-            plan.records,
-            config.data,
-            config.model,
-            batch_size=plan.batch_size,
-            rank=world.rank,
-            size=world.size,
-            seed=train.seed,
-            start_step=step,
-            start_image=trainer.samples_seen if step else None,
-        )
+        return _batches(plan, plan.records, world, start_step=step, start_image=trainer.samples_seen if step else None)
 
     batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
     trainer = Trainer(
@@ -353,8 +323,10 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
 
 def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callback]:
     """What to call every n steps."""
+    from ..sampling.preview import write_preview
     from ..training.callbacks import SampleGrid, Validation
     from ..training.losses import classifier_loss
+    from ..weights.load import Loaded
 
     config, train = plan.config, plan.config.train
     found: list[Callback] = []
@@ -363,82 +335,59 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
 
         timesteps = build.build_timesteps("uniform", len(process))
         loss = classifier_loss(process, timesteps, noised=getattr(train, "noised", True), prefix="val")
-        every, count = getattr(train, "eval_interval", 5), len(plan.held_out) // world.size * world.size
-        size = max(world.size, min(plan.batch_size, count))
+        every, held_out = getattr(train, "eval_interval", 5), plan.held_out
+        size = max(world.size, min(plan.batch_size, len(held_out) // world.size * world.size))
 
-        def batches(first: int) -> Iterator[Any]:
-            assert plan.held_out is not None
-            return _held_out_batches(plan, plan.held_out, size, rank=world.rank, size=world.size, start_step=first)
+        def batches(first: int) -> Batches:
+            return _batches(plan, held_out, world, size, start_step=first)
 
         found.append((every, Validation(loss, batches, every=every, seed=train.seed, log=log)))
     if train.sample_interval >= 0 and config.kind == "diffusion":
-        found.append((train.sample_interval or train.save_interval, SampleGrid(_drawing(plan, world), plan.folder)))
+
+        def draw(net: nn.Module, path: str) -> None:
+            model = Loaded(net, process, config, "", class_names=plan.names)
+            write_preview(model, path, steps=train.sample_steps, seed=train.seed)
+
+        found.append((train.sample_interval or train.save_interval, SampleGrid(draw, plan.folder)))
     return found
 
 
-def _held_out_batches(plan: _Plan, records: Records, batch_size: int, **options: Any) -> Batches:
-    """Images for validation: as they are, read in this process."""
+def _batches(
+    plan: _Plan, records: Records, world: World, held_out_batch: int = 0, *, start_step: int = 0, **options: Any
+) -> Batches:
+    """Batches to train on; or of that many held-out images, which are taken as they are and read in this process."""
     from .. import build
 
-    data = replace(plan.config.data, random_crop=False, random_flip=False, workers=0)
+    data = plan.config.data
+    if held_out_batch:
+        data = replace(data, random_crop=False, random_flip=False, workers=0)
     return build.build_batches(
-        records, data, plan.config.model, batch_size=batch_size, seed=plan.config.train.seed, **options
+        records,
+        data,
+        plan.config.model,
+        batch_size=held_out_batch or plan.batch_size,
+        rank=world.rank,
+        size=world.size,
+        seed=plan.config.train.seed,
+        start_step=start_step,
+        **options,
     )
 
 
-def _drawing(plan: _Plan, world: World) -> Callable[[nn.Module, str], None]:
-    """(network, path) -> a picture of its samples from fixed noise, by DDIM, one class after the other."""
-    import torch
-
-    from .. import build
-    from ..data.images import to_uint8
-    from ..diffusion.process import space_timesteps
-    from ..runtime.streams import SAMPLE, Streams
-    from ..sampling import writers
-    from ..sampling.pipeline import make_pipeline
-    from ..weights.load import Loaded
-
-    config, model, respacing = plan.config, plan.config.model, plan.config.train.sample_steps
-    try:
-        space_timesteps(config.diffusion.diffusion_steps, respacing)
-    except ValueError:  # the process has fewer steps than that asks for
-        respacing = ""
-    process = build.build_process(config.diffusion, respacing=respacing).to(world.device)
-    cond, captions = {}, None
-    if getattr(model, "class_cond", False):
-        labels = torch.arange(_GRID) * max(1, model.num_classes // _GRID) % model.num_classes
-        cond = {"y": labels.to(world.device)}
-        captions = [plan.names[int(k)] if int(k) < len(plan.names) else str(int(k)) for k in labels]
-
-    def draw(net: nn.Module, path: str) -> None:
-        streams = Streams(config.train.seed, SAMPLE, ids=range(_GRID), device=world.device)
-        sample = make_pipeline(Loaded(net, process, config, ""), sampler="ddim")
-        images = sample(streams.normal((model.image_channels, *model.size)), streams.randn_like, cond)
-        writers.write_grid(path, to_uint8(images).cpu().numpy(), captions)
-
-    return draw
-
-
-def _write_accuracy(trainer: Trainer, plan: _Plan) -> None:
+def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
     """`accuracy_by_noise.json`: the classifier's accuracy on held-out images by noise level."""
     from .. import build
     from ..runtime import storage
+    from ..runtime.world import World
     from ..training.callbacks import accuracy_by_noise
     from ..training.losses import classifier_loss
 
-    assert plan.held_out is not None
     process = build.build_process(plan.config.diffusion).to(trainer.device)
-    count = min(len(plan.held_out), _MEASURED)
+    count = min(len(held_out), _MEASURED)
     size = min(count, 64)
-    batches = _held_out_batches(plan, plan.held_out.take(range(count)), size)
-    table = accuracy_by_noise(
-        trainer.net,
-        lambda timesteps: classifier_loss(process, timesteps),
-        islice(batches, math.ceil(count / size)),
-        len(process),
-        seed=plan.config.train.seed,
-        device=trainer.device,
-    )
+    batches = islice(_batches(plan, held_out.take(range(count)), World(), size), math.ceil(count / size))
+    losses, seed = partial(classifier_loss, process), plan.config.train.seed
+    table = accuracy_by_noise(trainer.net, losses, batches, len(process), seed=seed, device=trainer.device)
     storage.write_json_atomic(storage.join(plan.folder, "accuracy_by_noise.json"), table)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .listing import Records
+from .listing import Records, list_records, split_records
 
 _SHOWN = 4
 
@@ -101,3 +101,27 @@ def some(names: Sequence[str]) -> str:
 
 def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit()
+
+
+def training_records(
+    data_dir: str, labels: str, *, known: Sequence[str] | None, count: int, whose: str, as_2021: bool, remedy: str
+) -> tuple[Records, str]:
+    """The labelled records of a folder, by the class numbers of the network that is trained on, and a note for the user or "".
+
+    `known`: that network's classes, None for a new one; the others as in `renumber`.
+    """
+    records = list_records(data_dir, labels=labels)
+    records.require_labels()
+    return (records, "") if known is None else renumber(records, known, count, whose, as_2021=as_2021, remedy=remedy)
+
+
+def hold_out(
+    records: Records, val_data_dir: str, labels: str, *, fraction: float, seed: int
+) -> tuple[Records, Records | None]:
+    """(training, validation) records: the latter of a folder of their own, else a part of the former, else None."""
+    if val_data_dir:
+        held_out = list_records(val_data_dir, labels=labels)
+        held_out, _ = renumber(held_out, records.class_names, len(records.class_names), records.root)
+        held_out.require_labels()
+        return records, held_out
+    return split_records(records, fraction, seed) if fraction else (records, None)

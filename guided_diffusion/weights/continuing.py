@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,3 +85,23 @@ def already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | No
             "give another --out"
         )
     return saved
+
+
+def with_classes(config: RunConfig, class_names: Sequence[str], where: str) -> RunConfig:
+    """The number of classes, from the data in `where`, if it was not given."""
+    if config.kind != "classifier" and not getattr(config.model, "class_cond", False):
+        return config
+    found = len(class_names)
+    if config.model.num_classes and found > config.model.num_classes:
+        raise ValueError(f"--num_classes is {config.model.num_classes}, but {where} has {found} classes")
+    return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
+
+
+def with_global_batch(config: RunConfig, processes: int, *, before: SavedRun | None = None) -> RunConfig:
+    """The batch of all processes together, that of the run `before` if there is one: stored, so that the run goes on with the
+    same batches on another number of processes."""
+    size = flatten(before.config or {}).get("global_batch_size", 0) if before is not None else 0
+    size = size or config.train.global_batch_size or config.train.batch_size * processes
+    if size % processes:
+        raise ValueError(f"--global_batch_size is {size}; it must be a multiple of the {processes} processes")
+    return replace(config, train=replace(config.train, global_batch_size=size))
