@@ -11,7 +11,6 @@ from torch import nn
 from .config import (
     UNET,
     ClassifierConfig,
-    DataConfig,
     DiffusionConfig,
     ModelConfig,
     Network,
@@ -150,30 +149,30 @@ def loss_options(config: RunConfig) -> dict[str, Any]:
 
 def build_batches(
     records: Records,
-    data: DataConfig,
-    model: Network,
+    config: RunConfig,
     *,
     batch_size: int,
     rank: int = 0,
     size: int = 1,
-    seed: int = 0,
+    held_out: bool = False,
     start_step: int = 0,
     start_image: int | None = None,
 ) -> Batches:
-    """Endless batches of this process; `batch_size` counts the global batch."""
+    """Endless batches of this process; `batch_size` counts the global batch. Held-out images are read in this process, as they are."""
+    data, model = config.data, config.model
     return make_batches(
         records,
         image_size=model.size,
         batch_size=batch_size,
         rank=rank,
         size=size,
-        seed=seed,
+        seed=config.train.seed,
         start_step=start_step,
         start_image=start_image,
-        crop="random" if data.random_crop else "center",
-        flip=data.random_flip,
+        crop="random" if data.random_crop and not held_out else "center",
+        flip=data.random_flip and not held_out,
         channels=model.image_channels,
-        workers=data.workers,
+        workers=0 if held_out else data.workers,
         on_error=data.on_error,
         low_res_size=getattr(model, "small_size", 0),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
@@ -75,18 +76,12 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
     labelled = getattr(config.model, "class_cond", kind == "classifier")
     findings = [Finding(WARN, "data", "no --data_dir given: not looked at")]
     if data.data_dir:
-        finding, records = checks.check_data(
-            lambda: list_records(data.data_dir, labels=data.labels if labelled else "none"), labelled
-        )
+        labels = data.labels if labelled else "none"
+        finding, records = checks.check_data(lambda: list_records(data.data_dir, labels=labels), labelled)
         findings = [finding]
         if records is not None:
-            options = {"batch_size": batch_size, "size": world.size, "seed": train.seed}
-            found = records
-            findings.append(
-                checks.check_batches(
-                    lambda: build_batches(found, data, config.model, **options), found, batch_size, world.size
-                )
-            )
+            make = partial(build_batches, records, config, batch_size=batch_size, size=world.size)
+            findings.append(checks.check_batches(make, records, batch_size, world.size))
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
     own = batch_size // world.size
@@ -95,37 +90,35 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
     if flags["measure"] and memory.status != FAIL:
         real = build_network(config.model, config.diffusion, seed=0).to(world.device)
         forward = forward_of(config, real, plan.recompute, world.device)
-        findings.append(
-            checks.check_speed(
-                real, lambda: forward(plan.images), plan, world.device, last_step=train.last_step, own_batch=own
-            )
-        )
+        options = {"last_step": train.last_step, "own_batch": own}
+        findings.append(checks.check_speed(real, partial(forward, plan.images), plan, world.device, **options))
     one_save = 4 * count * (1 + len(train.ema_rates)) + 8 * count
     saves = planned_saves(train.last_step, train.save_interval, train.keep_last, train.keep_every)
     return [*findings, check_disk(flags["out"] or os.getcwd(), one_save, saves)]
 
 
 def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.device) -> Callable[[int], Any]:
-    """`net` on n images of noise, in the precision that the configuration says, recomputing what `recompute` says."""
+    """`net` on n images of noise, in the precision that a device computes in, recomputing what `recompute` says."""
+    import torch
+
     from ..models.kernels import norm
     from ..runtime.devices import choose_precision
-    from ..training.checks import noise_forward
+    from ..training.memory import set_recompute
+    from ..training.precision import Precision
+    from ..weights.probe import conditions
 
-    model = config.model
+    model, where = config.model, next(net.parameters()).device
     half = getattr(model, "use_fp16", False) or getattr(model, "classifier_use_fp16", False)
     if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]
-    return noise_forward(
-        net,
-        precision=choose_precision(config.train.precision, half, device),
-        recompute="all"
-        if getattr(model, "use_checkpoint", False) and recompute in ("", "auto")
-        else recompute or "none",
-        shape=(model.image_channels, *model.size),
-        device=device,
-        classes=getattr(model, "class_cond", False),
-        low_res_size=getattr(model, "small_size", 0),
-    )
+    Precision(choose_precision(config.train.precision, half, device)).prepare(net)
+    set_recompute(net, "none" if recompute == "auto" else recompute)
+
+    def forward(count: int) -> Any:
+        x = torch.randn(count, model.image_channels, *model.size, device=where)
+        return net(x.contiguous(memory_format=torch.channels_last), x.new_zeros(count), **conditions(model, x))
+
+    return forward
 
 
 def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, Plan]:
@@ -138,18 +131,20 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
     if train.memory_limit_gb:
         free = min(free, max(1, int(train.memory_limit_gb * 2**30) - used_memory(world.device)))
+    told = train.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
+    state = checks.state_bytes(
+        sum(p.numel() for p in net.parameters()),
+        averages=len(train.ema_rates),
+        processes=world.size,
+        shard_optimizer=train.shard_optimizer,
+        shard_ema=train.shard_ema,
+    )
     return checks.check_memory(
-        checks.Plan(images, train.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")),
+        checks.Plan(images, told),
         lambda what: kept_bytes(forward_of(config, net, what, world.device), net.parameters()),
-        state=checks.state_bytes(
-            sum(p.numel() for p in net.parameters()),
-            averages=len(train.ema_rates),
-            processes=world.size,
-            shard_optimizer=train.shard_optimizer,
-            shard_ema=train.shard_ema,
-        ),
+        state=state,
         free=free,
-        shrink=train.microbatch == 0 and (on_gpu or train.recompute == "auto"),
+        shrink=train.microbatch == 0 and (on_gpu or told == "auto"),
         compile=train.compile,
         precision=train.precision,
     )

@@ -7,7 +7,6 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -278,7 +277,9 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
         loss = diffusion_loss(process, timesteps, **build.loss_options(config))
 
     def batches(step: int) -> Batches:
-        return _batches(plan, plan.records, world, start_step=step, start_image=trainer.samples_seen if step else None)
+        place: dict[str, Any] = {"rank": world.rank, "size": world.size, "start_step": step}
+        images = trainer.samples_seen if step else None
+        return build.build_batches(plan.records, config, batch_size=plan.batch_size, start_image=images, **place)
 
     batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
     trainer = Trainer(
@@ -339,7 +340,8 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
         size = max(world.size, min(plan.batch_size, len(held_out) // world.size * world.size))
 
         def batches(first: int) -> Batches:
-            return _batches(plan, held_out, world, size, start_step=first)
+            place: dict[str, Any] = {"rank": world.rank, "size": world.size, "start_step": first}
+            return build.build_batches(held_out, config, batch_size=size, held_out=True, **place)
 
         found.append((every, Validation(loss, batches, every=every, seed=train.seed, log=log)))
     if train.sample_interval >= 0 and config.kind == "diffusion":
@@ -352,42 +354,21 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
     return found
 
 
-def _batches(
-    plan: _Plan, records: Records, world: World, held_out_batch: int = 0, *, start_step: int = 0, **options: Any
-) -> Batches:
-    """Batches to train on; or of that many held-out images, which are taken as they are and read in this process."""
-    from .. import build
-
-    data = plan.config.data
-    if held_out_batch:
-        data = replace(data, random_crop=False, random_flip=False, workers=0)
-    return build.build_batches(
-        records,
-        data,
-        plan.config.model,
-        batch_size=held_out_batch or plan.batch_size,
-        rank=world.rank,
-        size=world.size,
-        seed=plan.config.train.seed,
-        start_step=start_step,
-        **options,
-    )
-
-
 def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
     """`accuracy_by_noise.json`: the classifier's accuracy on held-out images by noise level."""
     from .. import build
     from ..runtime import storage
-    from ..runtime.world import World
     from ..training.callbacks import accuracy_by_noise
     from ..training.losses import classifier_loss
 
     process = build.build_process(plan.config.diffusion).to(trainer.device)
     count = min(len(held_out), _MEASURED)
     size = min(count, 64)
-    batches = islice(_batches(plan, held_out.take(range(count)), World(), size), math.ceil(count / size))
+    batches = build.build_batches(held_out.take(range(count)), plan.config, batch_size=size, held_out=True)
     losses, seed = partial(classifier_loss, process), plan.config.train.seed
-    table = accuracy_by_noise(trainer.net, losses, batches, len(process), seed=seed, device=trainer.device)
+    table = accuracy_by_noise(
+        trainer.net, losses, islice(batches, math.ceil(count / size)), len(process), seed=seed, device=trainer.device
+    )
     storage.write_json_atomic(storage.join(plan.folder, "accuracy_by_noise.json"), table)
 
 

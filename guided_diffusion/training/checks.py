@@ -11,10 +11,8 @@ from torch import nn
 
 from ..data.listing import Records
 from ..data.loader import Batches
-from ..runtime.devices import compute_in
 from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
 from ..runtime.world import World
-from .memory import set_recompute
 
 
 class Plan(NamedTuple):
@@ -173,30 +171,3 @@ def check_same_everywhere(world: World, records: Records, settings: Any) -> None
                 f"rank {rank} has another configuration than rank 0; start all with the same flags, and put --out on storage "
                 "that every machine sees"
             )
-
-
-def noise_forward(
-    net: nn.Module,
-    *,
-    precision: str,
-    recompute: str,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    classes: bool = False,
-    low_res_size: int = 0,
-) -> Callable[[int], torch.Tensor]:
-    """n -> the answer of `net` to n images of noise of `shape` [C, H, W], computed in `precision`; it recomputes what `Plan` says."""
-    compute_in(net, precision)
-    set_recompute(net, "none" if recompute == "auto" else recompute)
-    on = torch.device("meta") if next(net.parameters()).is_meta else device
-
-    def forward(count: int) -> torch.Tensor:
-        x = torch.randn(count, *shape, device=on).contiguous(memory_format=torch.channels_last)
-        cond = {}
-        if classes:
-            cond["y"] = torch.zeros(count, dtype=torch.int64, device=on)
-        if low_res_size:
-            cond["low_res"] = torch.randn(count, shape[0], low_res_size, low_res_size, device=on)
-        return net(x, torch.zeros(count, device=on), **cond)
-
-    return forward
