@@ -82,14 +82,14 @@ def check_memory(
 
     `activations`: (fixed bytes, bytes per image) by what is recomputed. `shrink`: training takes parts of the batch by itself.
     """
-    images, told = wanted
+    images, recompute = wanted
 
-    def room(recompute: str) -> int:
+    def room(way: str) -> int:
         """How many images at a time there is room for."""
-        fixed, each = activations(recompute)
+        fixed, each = activations(way)
         return max(0, int((free - state - fixed) // max(each, 1)))
 
-    fixed, each = activations(told)
+    fixed, each = activations(recompute)
     need = state + fixed + images * each
     text = (
         f"about {format_bytes(need)} to train {images} images at a time: {format_bytes(state)} weights, gradients, Adam, EMA + "
@@ -100,16 +100,16 @@ def check_memory(
 
     ways = ("all",) if compile else ("norms", "all")  # a compiled network chooses for itself in between
     enough = [way for way in ways if room(way) >= images]
-    if told == "auto" and enough:
+    if recompute == "auto" and enough:
         return Finding(WARN, "memory", f"{text}. --recompute auto will make it fit"), Plan(images, enough[0])
-    final = "all" if told == "auto" else told
+    final = "all" if recompute == "auto" else recompute
     if shrink and room(final):
         while images > room(final):
             images = -(-images // 2)
         finding = Finding(WARN, "memory", f"{text}. --microbatch auto will make it fit, {images} images at a time")
         return finding, Plan(images, final)
 
-    remedies = [f"--recompute {way}" for way in enough if told != "auto"][:1]
+    remedies = [f"--recompute {way}" for way in enough if recompute != "auto"][:1]
     if room(final):
         remedies.append(f"--microbatch {room(final)}")
     if not remedies and room("all"):

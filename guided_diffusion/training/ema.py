@@ -23,8 +23,8 @@ class EMA:
     """Averaged copies of a network's parameters; buffers, which are not learned, are copied as they are.
 
     `decays` are the shares kept per update, e.g. 0.9999; an average remembers about `1 / (1 - decay)` updates. Each copy
-    costs one float32 model of memory on every process; or, divided, one over all processes of `world`: each keeps the averages
-    of its share of the parameters, and they are put together on the main process to be saved or looked at.
+    costs one float32 model of memory on every process. With `world` its processes divide each copy among them: every one keeps
+    its share of the parameters, and they are put together on the main process to be saved or looked at.
     """
 
     def __init__(self, net: nn.Module, decays: Sequence[float], *, world: World | None = None) -> None:
