@@ -20,7 +20,7 @@ COMMON: dict[str, tuple[Any, str]] = {
     "device": ("auto", "auto, cpu or cuda"),
     "debug": (False, "show where an error came from"),
 }
-# The groups of --help: title -> flags. Those that a command does not have are left out; those that stand nowhere are in the last group.
+# The groups of --help: title -> flags. A command shows those that it has; flags in no group are in the last one.
 SAMPLING = {
     "what is made": "num_samples seed classes labels base_samples requests",
     "guidance": "classifier_path classifier_scale upsampler_classifier_path upsampler_classifier_scale",
@@ -237,7 +237,7 @@ def _unknown(word: str, known: Mapping[str, _Entry]) -> str:
 
 
 def near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
-    """ " (did you mean ...?)" where one of the `allowed` is similar, else nothing."""
+    """ " (did you mean ...?)" if one of the `allowed` is similar, else nothing."""
     found = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
     return f" (did you mean {prefix}{found[0]}?)" if found else ""
 

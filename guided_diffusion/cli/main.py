@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from ..runtime import storage
 from . import runs
+from .arguments import near
 
 # word -> (module, function, what it does); modules are loaded when chosen, so that --help needs no torch
 COMMANDS = {
@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(rest: Sequence[str] | None) -> int:
         if words[0] not in COMMANDS:
-            near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"there is no command {words[0]!r}{hint}; see guided-diffusion --help")
+            raise ValueError(f"there is no command {words[0]!r}{near(words[0], COMMANDS)}; see guided-diffusion --help")
         module, function, _ = COMMANDS[words[0]]
         return int(getattr(import_module(module, __package__), function)(rest) or 0)
 
@@ -54,15 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The text of --help."""
     lines = [f"  {word:18s}{what}" for word, (_, _, what) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: guided-diffusion COMMAND [--flag value ...]",
-            "",
-            *lines,
-            "",
-            "guided-diffusion COMMAND --help lists a command's flags",
-        ]
-    )
+    first = "usage: guided-diffusion COMMAND [--flag value ...]"
+    return "\n".join([first, "", *lines, "", "guided-diffusion COMMAND --help lists a command's flags"])
 
 
 def _version() -> str:

@@ -211,7 +211,7 @@ def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -
         "steps": len(model.process),
         "model": {**_identity(model), **_in_receipt(model.config.model)},
         "diffusion": _in_receipt(model.config.diffusion),
-        # Its own process plays no part: the generator's tells it the time.
+        # Not its own process: the time that it is given is that of the model's.
         "classifier": {**_identity(classifier), **_in_receipt(classifier.config.model)} if classifier else None,
         "classifier_scale": config.classifier_scale if classifier else 0.0,
     }

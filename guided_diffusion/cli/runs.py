@@ -42,16 +42,16 @@ def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
             raise
         return REQUEUE
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        return _told(error, words)
+        return _report(error, words)
     except RuntimeError as error:
         # What torch raises for memory and devices; the names of ours end in Error too (SaveError, TrainingDiverged).
         if type(error) is RuntimeError:
             raise
-        return _told(error, words)
+        return _report(error, words)
     except Exception as error:
         if type(error).__module__.split(".")[0] != "blobfile":  # a remote path that cannot be reached
             raise
-        return _told(error, words)
+        return _report(error, words)
 
 
 def share_the_processor() -> None:
@@ -64,7 +64,7 @@ def share_the_processor() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _told(error: Exception, words: Sequence[str]) -> int:
+def _report(error: Exception, words: Sequence[str]) -> int:
     if getattr(error, "told_elsewhere", False):
         return USER_ERROR
     if not isinstance(error, RuntimeError) and launchers.leave_it_to_the_first(os.environ):
@@ -85,7 +85,7 @@ def run_folder(out: str, kind: str) -> tuple[str, str]:
 
 
 def script_folder() -> str:
-    """Where the scripts write when told nothing: as in 2021, a new folder named by the time in the temporary directory."""
+    """Where the scripts write if no flag says it: as in 2021, a new folder named by the time in the temporary directory."""
     if os.environ.get("OPENAI_LOGDIR"):
         return ""
     return os.path.join(

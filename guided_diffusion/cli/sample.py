@@ -1,4 +1,4 @@
-"""`sample`: weights -> images, guided by a classifier where one is given; `--requests` makes many small requests in shared batches."""
+"""`sample`: weights -> images, guided by a classifier if one is given; `--requests` makes many small requests in shared batches."""
 
 from __future__ import annotations
 

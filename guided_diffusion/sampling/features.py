@@ -40,7 +40,7 @@ def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterato
 
 
 def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 `[N, D]` and predicted classes int64 `[N]` of clean images (the network is told step 0).
+    """Features float32 `[N, D]` and predicted classes int64 `[N]` of clean images (the network is given step 0).
 
     A feature is an input of the last layer with weights: what the classifier reads the class from. ValueError names an image
     whose features are not finite.

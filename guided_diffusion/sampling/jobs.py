@@ -67,7 +67,7 @@ class LabelPlan:
 class Request:
     """Images 0 ... num_samples - 1 of `seed`.
 
-    name        tells requests apart, and names the request in messages
+    name        differs between the requests of a queue; messages use it
     labels      the classes of the images
     conditions  further inputs of the network, such as low-resolution images
     """

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import CRITIC, filled
 from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
@@ -40,13 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = root / "digits" / str(label) / f"{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(path)
-    config = RunConfig.from_flags("diffusion", NETWORK)
-    net = build.build_network(config.model, config.diffusion, seed=0)
-    with torch.no_grad():
-        for number, p in enumerate(net.parameters()):
-            p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-    process = build.build_process(config.diffusion)
-    gd.save(Loaded(net, process, config, "", tuple("0123456789")), str(root / "model"))
+    gd.save(replace(filled("diffusion", NETWORK), class_names=tuple("0123456789")), str(root / "model"))
     return root
 
 
@@ -87,7 +82,7 @@ def test_the_number_its_error_bar_and_its_parts(one_by_one: Path, capsys: pytest
         assert found["arr_0"].sum() + told["breakdown"]["prior"] == pytest.approx(told["bits_per_dim"], rel=1e-5)
 
 
-@pytest.mark.parametrize("size", ["2", "3", "7", "50"])
+@pytest.mark.parametrize("size", ["3", "50"])
 def test_batches_change_nothing(place: Path, one_by_one: Path, tmp_path: Path, size: str) -> None:
     found, before = (
         measure(place, tmp_path, "--batch_size", size),
@@ -155,12 +150,9 @@ def test_equal_noise_gives_what_the_old_loop_gives(place: Path) -> None:
         torch.testing.assert_close(getattr(found, ours), expected[theirs], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_stays_close(place: Path, one_by_one: Path, tmp_path: Path, precision: str) -> None:
-    found, before = (
-        measure(place, tmp_path, "--precision", precision),
-        json.loads((one_by_one / "likelihood.json").read_text()),
-    )
+def test_half_precision_stays_close(place: Path, one_by_one: Path, tmp_path: Path) -> None:
+    found = measure(place, tmp_path, "--precision", "bf16")
+    before = json.loads((one_by_one / "likelihood.json").read_text())
     assert np.isfinite(found["by_image"]).all()
     np.testing.assert_allclose(found["by_image"], before["by_image"], rtol=0.03)
     assert found["by_image"] != before["by_image"]
@@ -185,15 +177,12 @@ def test_more_images_than_there_are(place: Path, tmp_path: Path, capsys: pytest.
 def test_mistakes_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nll", "--model_path", f"{place}/model"]) == 2
     assert "--data_dir is empty" in capsys.readouterr().err
-    critic = RunConfig.from_flags("classifier", {"image_size": 64, "classifier_width": 64, "num_classes": 3})
-    net = build.build_network(critic.model)
-    gd.save(Loaded(net, build.build_process(critic.diffusion), critic, ""), str(tmp_path / "critic"))
-    assert main(["nll", "--model_path", f"{tmp_path}/critic", "--data_dir", f"{place}/digits"]) == 2
+    gd.save(filled("classifier", CRITIC), str(tmp_path / "classifier"))
+    assert main(["nll", "--model_path", f"{tmp_path}/classifier", "--data_dir", f"{place}/digits"]) == 2
     assert "is a classifier; a diffusion model is needed here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batch_size", ["1", "3"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("value", "batch_size"), [(np.nan, "1"), (np.inf, "3")])
 def test_the_image_whose_bound_is_not_finite_is_named(
     place: Path,
     tmp_path: Path,
@@ -217,17 +206,7 @@ def test_the_image_whose_bound_is_not_finite_is_named(
 
     bits_per_dim = likelihood.bits_per_dim
     monkeypatch.setattr(likelihood, "bits_per_dim", walked)
-    command = [
-        "nll",
-        "--model_path",
-        f"{place}/model",
-        "--data_dir",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--num_samples",
-        "5",
-    ]
+    command = f"nll --model_path {place}/model --data_dir {tmp_path} --device cpu --num_samples 5".split()
     assert main([*command, "--batch_size", batch_size, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert (
@@ -258,17 +237,14 @@ def test_weights_that_are_not_finite_give_no_number(
 
 
 def test_features_of_files_that_are_no_samples(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = {"image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4"}
-    config = RunConfig.from_flags("classifier", {**flags, "image_channels": 1, "num_classes": 10})
-    net = build.build_network(config.model, config.diffusion, seed=0)
-    gd.save(Loaded(net, build.build_process(config.diffusion), config, ""), str(tmp_path / "critic"))
+    gd.save(filled("classifier", {**CRITIC, "image_channels": 1, "num_classes": 10}), str(tmp_path / "classifier"))
     images = np.zeros((3, 8, 8, 1), np.uint8)
 
     def run(*arrays: np.ndarray, **named: np.ndarray) -> tuple[int, str]:
         np.savez(tmp_path / "x.npz", *arrays, **named)
         if not arrays and not named:
             (tmp_path / "x.npz").write_bytes(b"PK cut off")
-        words = ["features", f"{tmp_path}/x.npz", "--classifier_path", f"{tmp_path}/critic", "--device", "cpu"]
+        words = ["features", f"{tmp_path}/x.npz", "--classifier_path", f"{tmp_path}/classifier", "--device", "cpu"]
         return main([*words, "--out", str(tmp_path / "out.npz")]), capsys.readouterr().err
 
     for arrays, named, words in (

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import BASE, CRITIC, filled
 
 import guided_diffusion as gd
-from guided_diffusion import build
 from guided_diffusion.cli import making
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import (
@@ -28,20 +28,7 @@ from guided_diffusion.config import (
 from guided_diffusion.sampling import jobs as g
 from guided_diffusion.weights.load import Loaded
 
-NETWORK = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "diffusion_steps": 50, "num_heads": 2}
-BASE = {
-    **NETWORK,
-    "image_size": 8,
-    "attention_resolutions": "4",
-    "class_cond": True,
-    "num_classes": 3,
-    "learn_sigma": True,
-}
-LARGE = {**BASE, "large_size": 16, "small_size": 8, "attention_resolutions": "8"}
-CRITIC = {
-    "image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4",
-    "classifier_channel_mult": "1,2", "classifier_num_head_channels": 32, "num_classes": 3, "diffusion_steps": 50,
-}  # fmt: skip
+LARGE = {**{name: value for name, value in BASE.items() if name != "image_size"}, "large_size": 16, "small_size": 8}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +66,8 @@ def test_every_field_reaches_the_receipt_or_says_why_not(section: Any, tmp_path:
         parts: dict[type, Any] = {type(changed): changed}
         denoiser = parts.get(SuperResConfig) or parts.get(ModelConfig, ModelConfig())
         model = loaded(tmp_path, denoiser, parts.get(DiffusionConfig))
-        critic = loaded(tmp_path, parts.get(ClassifierConfig, ClassifierConfig()))
-        return making.receipt_of(parts.get(SampleConfig, SampleConfig()), model, critic)
+        classifier = loaded(tmp_path, parts.get(ClassifierConfig, ClassifierConfig()))
+        return making.receipt_of(parts.get(SampleConfig, SampleConfig()), model, classifier)
 
     for field in fields(section):
         base = section
@@ -93,23 +80,23 @@ def test_every_field_reaches_the_receipt_or_says_why_not(section: Any, tmp_path:
 
 
 def test_what_stands_there_in_another_form(tmp_path: Path) -> None:
-    model, critic = loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig())
+    model, classifier = loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig())
     config = SampleConfig(use_ddim=True)
     seen = [
-        making.receipt_of(config, model, critic),
-        making.receipt_of(replace(config, use_ddim=False), model, critic),
-        making.receipt_of(replace(config, eta=0.5), model, critic),
+        making.receipt_of(config, model, classifier),
+        making.receipt_of(replace(config, use_ddim=False), model, classifier),
+        making.receipt_of(replace(config, eta=0.5), model, classifier),
         making.receipt_of(config, model, None),
-        making.receipt_of(config, loaded(tmp_path, ModelConfig(), content=b"v"), critic),
-        making.receipt_of(config, loaded(tmp_path, ModelConfig(), weights="ema"), critic),
-        making.receipt_of(config, loaded(tmp_path, ModelConfig(), dtype=torch.bfloat16), critic),
+        making.receipt_of(config, loaded(tmp_path, ModelConfig(), content=b"v"), classifier),
+        making.receipt_of(config, loaded(tmp_path, ModelConfig(), weights="ema"), classifier),
+        making.receipt_of(config, loaded(tmp_path, ModelConfig(), dtype=torch.bfloat16), classifier),
         making.receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), content=b"v")),
         making.receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), dtype=torch.float16)),
     ]
     assert len({json.dumps(receipt, sort_keys=True) for receipt in seen}) == len(seen)
     # Spellings of one thing, and values that do nothing, do not part what belongs together.
-    assert seen[0] == making.receipt_of(SampleConfig(sampler="ddim"), model, critic)
-    assert seen[1] == making.receipt_of(SampleConfig(eta=0.5), model, critic)
+    assert seen[0] == making.receipt_of(SampleConfig(sampler="ddim"), model, classifier)
+    assert seen[1] == making.receipt_of(SampleConfig(eta=0.5), model, classifier)
     assert seen[3] == making.receipt_of(replace(config, classifier_scale=3.0), model, None)
 
 
@@ -131,17 +118,9 @@ def test_the_job_adds_seed_and_classes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for name, kind, flags in (
-        ("base", "diffusion", BASE),
-        ("large", "super_resolution", LARGE),
-        ("critic", "classifier", CRITIC),
-    ):
-        config = RunConfig.from_flags(kind, flags)
-        net = build.build_network(config.model, config.diffusion, seed=1)
-        with torch.no_grad():
-            for number, p in enumerate(net.parameters()):
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-        gd.save(Loaded(net, build.build_process(config.diffusion), config, ""), str(root / name))
+    gd.save(filled("diffusion", BASE), str(root / "base"))
+    gd.save(filled("super_resolution", {**LARGE, "attention_resolutions": "8"}), str(root / "large"))
+    gd.save(filled("classifier", CRITIC), str(root / "classifier"))
     shutil.copy(next((root / "base").glob("model*.pt")), root / "bare.pt")  # a file that says nothing of itself
     return root
 
@@ -244,6 +223,40 @@ def test_the_flags_read_back(models: Path, tmp_path: Path) -> None:
     assert settings[0] == settings[1] and settings[0]["seed"] == 5 and settings[0]["classes"] == [2]
 
 
+@pytest.mark.parametrize(
+    ("flags", "formats"),
+    [
+        ("", (torch.float32, torch.float32)),
+        ("--precision bf16", (torch.bfloat16, torch.bfloat16)),
+        ("--classifier_precision bf16", (torch.float32, torch.bfloat16)),
+        ("--precision bf16 --classifier_precision fp32", (torch.bfloat16, torch.float32)),
+    ],
+)
+def test_each_network_has_its_own_number_format(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, formats: Any
+) -> None:
+    from guided_diffusion.weights import load as loading
+
+    used: dict[str, torch.dtype] = {}
+    load = loading.load
+
+    def spy(path: str, **options: Any) -> Any:
+        found = load(path, **options)
+        used[found.kind] = found.net.dtype
+        return found
+
+    monkeypatch.setattr(loading, "load", spy)
+    words = (
+        f"sample --model_path {models}/base --classifier_path {models}/classifier --timestep_respacing 3 --device cpu"
+    )
+    words += f" --num_samples 2 --batch_size 2 --grid 0 --out {tmp_path}/out {flags}"
+    assert main(words.split()) == 0
+    assert (used["diffusion"], used["classifier"]) == formats
+    settings = json.loads((tmp_path / "out" / "sampling.json").read_text())["settings"]
+    told = [getattr(torch, settings[name]["precision"]) for name in ("model", "classifier")]
+    assert told == list(formats)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The folder of a run
 
@@ -281,19 +294,12 @@ def test_sampling_into_a_run_folder_leaves_the_run_as_it_is(
     assert image_sample(f"--model_path {run} {TOO} --seed 1".split()) == 0
     assert (
         classifier_sample(
-            f"--model_path {run} --classifier_path {models}/critic {TOO} --classifier_scale 1 --seed 2".split()
+            f"--model_path {run} --classifier_path {models}/classifier {TOO} --classifier_scale 1 --seed 2".split()
         )
         == 0
     )
-    save(tmp_path / "free")
+    gd.save(filled("diffusion", {**BASE, "class_cond": False, "num_classes": 0}), str(tmp_path / "free"))
     nll = f"nll --model_path {tmp_path}/free --data_dir {tmp_path}/data --num_samples 1 --timestep_respacing 2 --out {run}"
     assert main(nll.split()) == 0
     assert {name: (run / name).read_bytes() for name in before} == before
     assert json.loads((run / "likelihood.json").read_text())["config"]["num_samples"] == 1
-
-
-def save(folder: Path) -> None:
-    """A network without classes."""
-    config = RunConfig.from_flags("diffusion", {**BASE, "class_cond": False, "num_classes": 0})
-    net = build.build_network(config.model, config.diffusion, seed=1)
-    gd.save(Loaded(net, build.build_process(config.diffusion), config, ""), str(folder))

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import filled
 from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
-from guided_diffusion import build
 from guided_diffusion.cli.main import main
-from guided_diffusion.config import RunConfig
 from guided_diffusion.data.images import center_crop, low_res, read_image, to_float
 from guided_diffusion.data.samples import open_samples
 from guided_diffusion.diffusion.process import add_noise
 from guided_diffusion.sampling.pipeline import NOISE_OF_UPSAMPLERS
-from guided_diffusion.weights.load import Loaded
 
 SIDES = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_heads": 2, "diffusion_steps": 100}
 KNOWS = {"class_cond": True, "num_classes": 2, "learn_sigma": True}
 BASE = {**SIDES, **KNOWS, "image_size": 8, "attention_resolutions": "4"}
 LARGE = {**SIDES, **KNOWS, "large_size": 16, "small_size": 8, "attention_resolutions": "8", "resblock_updown": True}
-CRITIC = {
+CLASSIFIER = {
     "image_size": 16, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8",
     "classifier_channel_mult": "1,2", "classifier_num_head_channels": 32, "num_classes": 2, "diffusion_steps": 100,
 }  # fmt: skip
 
 
 def save(folder: Path, kind: str, flags: dict[str, Any], names: tuple[str, ...] = ("china", "flower")) -> Path:
-    config = RunConfig.from_flags(kind, flags)
-    net = build.build_network(config.model, config.diffusion, seed=1)
-    with torch.no_grad():
-        for number, p in enumerate(net.parameters()):
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-    gd.save(Loaded(net, build.build_process(config.diffusion), config, "", names), str(folder))
+    gd.save(replace(filled(kind, flags), class_names=names), str(folder))
     return folder
 
 
@@ -60,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     save(root / "base", "diffusion", BASE)
     save(root / "large", "super_resolution", LARGE)
-    save(root / "critic", "classifier", CRITIC)
+    save(root / "classifier", "classifier", CLASSIFIER)
     return root
 
 
@@ -137,7 +131,7 @@ def test_base_and_upsampler_do_not_begin_with_the_same_noise(models: Path) -> No
 
 def test_guidance_changes_the_images_and_wants_the_large_size(models: Path, small: Path, tmp_path: Path) -> None:
     plain = enlarge(models, small, tmp_path / "plain")["arr_0"]
-    words = ["--classifier_path", str(models / "critic"), "--classifier_scale"]
+    words = ["--classifier_path", str(models / "classifier"), "--classifier_scale"]
     guided = enlarge(models, small, tmp_path / "guided", *words, "20")
     assert not np.array_equal(plain, guided["arr_0"]) and guided["arr_1"].tolist() == [1, 0, 1, 1, 0]
     np.testing.assert_array_equal(plain, enlarge(models, small, tmp_path / "zero", *words, "0")["arr_0"])
@@ -146,8 +140,10 @@ def test_guidance_changes_the_images_and_wants_the_large_size(models: Path, smal
 def test_a_classifier_of_the_small_size_is_refused(
     models: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path / "critic8", "classifier", {**CRITIC, "image_size": 8, "classifier_attention_resolutions": "4"})
-    enlarge(models, small, tmp_path / "out", "--classifier_path", str(tmp_path / "critic8"), code=2)
+    save(
+        tmp_path / "classifier8", "classifier", {**CLASSIFIER, "image_size": 8, "classifier_attention_resolutions": "4"}
+    )
+    enlarge(models, small, tmp_path / "out", "--classifier_path", str(tmp_path / "classifier8"), code=2)
     assert "they differ in image size" in capsys.readouterr().err
 
 
@@ -248,13 +244,13 @@ def test_cascade_is_the_two_commands_in_one(models: Path, tmp_path: Path) -> Non
     shared = ["--num_samples", "5", "--timestep_respacing", "3", "--seed", "4", "--grid", "0"]
     first = ["--model_path", str(models / "base"), *shared, "--batch_size", "5"]
     second = ["--upsampler_timestep_respacing", "4", "--upsampler_use_ddim", "True", "--upsampler_batch_size", "3"]
-    guide = ["--upsampler_classifier_path", str(models / "critic"), "--upsampler_classifier_scale", "5"]
+    guide = ["--upsampler_classifier_path", str(models / "classifier"), "--upsampler_classifier_scale", "5"]
     command = ["cascade", *first, "--upsampler_path", str(models / "large"), *second, *guide]
     assert main([*command, "--out", str(tmp_path / "both")]) == 0
 
     assert main(["sample", *first, "--out", str(tmp_path / "s")]) == 0
     words = ["--use_ddim", "True", "--timestep_respacing", "4", "--batch_size", "3", "--seed", "4", "--grid", "0"]
-    words += ["--classifier_path", str(models / "critic"), "--classifier_scale", "5"]
+    words += ["--classifier_path", str(models / "classifier"), "--classifier_scale", "5"]
     enlarged = [
         "upsample",
         "--model_path",
