@@ -32,7 +32,7 @@ COMMANDS = ("compare", "reference", "selftest")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 with one line on stderr for a mistake in what was asked."""
+    """The command. Returns the exit status: 0, 2 with one line on stderr for a wrong flag or file, or 130 after Ctrl-C."""
     arguments = storage.command_words(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:  # TimeoutError is an OSError
-            launchers.leave_it_to_the_first(
-                os.environ
-            )  # it may concern this process's share alone, so it is printed then
+            # Give process 0 up to 10 s to report first (torchrun then ends this one). Print anyway: the error may concern
+            # this process's share of the images only.
+            launchers.leave_it_to_the_first(os.environ)
             print(f"error: {error}", file=sys.stderr)
             return 2
 
@@ -58,8 +58,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="evaluator.py",
         description="FID, sFID, Inception Score, precision and recall of samples, with the numbers of 2021.",
-        epilog="Further commands: 'compare A.json B.json' says what sets two reports apart; 'reference IMAGES "
-        "--image_size 64 --out ref.npz' makes a reference of your own; 'selftest' proves parity on this machine.",
+        epilog="Further commands: 'compare A.json B.json' lists the settings and inputs in which two reports differ; "
+        "'reference IMAGES --image_size 64 --out ref.npz' makes a reference of your own; 'selftest' checks agreement with the "
+        "2021 evaluator on this machine.",
     )
     add = parser.add_argument
     add("reference", help="reference: npz as in 2021, or npy, folder, zip or tar shards of images")
@@ -69,7 +70,7 @@ def _parser() -> Parser:
     use = "precision of the network; bfloat16 is for quick looks, never for reported scores"
     add("--dtype", choices=DTYPES, help=use)
     add("--compile", action="store_true", help="the network through torch.compile: slow to start, faster on a GPU")
-    use = "float16: precision and recall as published (about 0.001 to 0.003 higher)"
+    use = "float16: precision and recall as published (about 0.001 to 0.003 higher than float32)"
     add("--pr_dtype", choices=PR_DTYPES, help=use)
     add("--k", type=int, help="neighbours for precision, recall, density, coverage (default 3)")
     add("--split_size", type=int, help="images per split of the Inception Score (default 5000)")
@@ -80,7 +81,7 @@ def _parser() -> Parser:
     add("--density_coverage", action="store_true", help="density and coverage")
     add("--fid_infinity", action="store_true", help="FID at several numbers of samples, extrapolated to infinity")
     add("--per_class", action="store_true", help="scores of each class of the labels arr_1")
-    add("--all", action="store_true", help="all of the five above")
+    add("--all", action="store_true", help="same as --errors --kid --density_coverage --fid_infinity --per_class")
     add("--json", metavar="FILE", help="write scores with their receipt")
     add("--plot", metavar="FILE.png", help="draw FID against N, and precision against recall (needs matplotlib)")
     parser.add_common()
@@ -88,23 +89,23 @@ def _parser() -> Parser:
 
 
 def _score(arguments: list[str]) -> int:
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     announce_place()
-    for option, target in (("--json", asked.json), ("--plot", asked.plot)):
-        check_file(option, target, [asked.reference, *asked.samples, asked.weights])
-    check_folder("--shard_dir", asked.shard_dir)
-    if asked.plot:
-        plots.check(asked.plot)
+    for option, target in (("--json", options.json), ("--plot", options.plot)):
+        check_file(option, target, [options.reference, *options.samples, options.weights])
+    check_folder("--shard_dir", options.shard_dir)
+    if options.plot:
+        plots.check(options.plot)
     from .scoring import evaluate
 
-    if asked.all:
-        asked.errors = asked.kid = asked.density_coverage = asked.fid_infinity = asked.per_class = True
-    settings = settings_of(asked)
+    if options.all:
+        options.errors = options.kid = options.density_coverage = options.fid_infinity = options.per_class = True
+    settings = settings_of(options)
     log, world = logging.getLogger("evaluations"), place()
     progress = logging.StreamHandler(sys.stdout)
 
     def show(scored: reports.SetReport) -> None:
-        if len(asked.samples) > 1:
+        if len(options.samples) > 1:
             print(f"samples: {scored.samples.name}")
         print("\n".join(reports.classic_lines(scored) + reports.extra_lines(scored)), flush=True)
 
@@ -112,17 +113,17 @@ def _score(arguments: list[str]) -> int:
     log.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
     try:
         log.info("warming up PyTorch...")
-        found = evaluate(asked.reference, asked.samples, settings, show=show, world=world)
+        report = evaluate(options.reference, options.samples, settings, show=show, world=world)
     finally:
         log.removeHandler(progress)
-    if found is None:
-        return 0
-    for line in reports.difference_lines(found.differences):
+    if report is None:
+        return 0  # only rank 0 gets the report
+    for line in reports.difference_lines(report.differences):
         print(line)
-    if asked.json:
-        found.write(asked.json)
-    if asked.plot:
-        plots.draw(found, asked.plot)
+    if options.json:
+        report.write(options.json)
+    if options.plot:
+        plots.draw(report, options.plot)
     return 0
 
 

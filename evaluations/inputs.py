@@ -22,7 +22,7 @@ from .conversions import Bounds, check_bounds, declared_bounds, plan, refuse_bin
 from .npy import DiskArray, Npz
 from .pictures import PictureSource
 from .sources import MAX_BATCH_BYTES, ImageSource
-from .statistics import Stored, checked
+from .statistics import Stored, validated
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 SCAN_BYTES = 1 << 26
@@ -302,7 +302,7 @@ def stored_statistics(name: str, arrays: Mapping[str, DiskArray]) -> Stored | No
             )
         return array[:]
 
-    pool = checked(read("mu"), read("sigma"), name=f"mu, sigma in {name}")
+    pool = validated(read("mu"), read("sigma"), name=f"mu, sigma in {name}")
     if "mu_s" in arrays and "sigma_s" in arrays:
-        return Stored(pool, checked(read("mu_s"), read("sigma_s"), name=f"mu_s, sigma_s in {name}"))
+        return Stored(pool, validated(read("mu_s"), read("sigma_s"), name=f"mu_s, sigma_s in {name}"))
     return Stored(pool, None)

@@ -180,6 +180,6 @@ def difference_lines(differences: Sequence[DifferenceReport]) -> list[str]:
     return [
         f"{d.score}: {d.first} - {d.second} = {d.value:.6g} +- {d.error:.2g}"
         f"{f' ({abs(d.value) / d.error:.1f} standard errors' if d.error > 0 else ' (no error'}"
-        f"{', images matched by position)' if d.paired else ')'}"
+        f"{', images matched by position: image i of both is assumed to have the same seed and label)' if d.paired else ')'}"
         for d in differences
     ]

@@ -150,7 +150,7 @@ class Scorer:
             )
             self._warn_of_splits(sample, inception)
             values["Inception Score"] = inception.score
-            errors["Inception Score"] = uncertainty.of_influence(inception.influence)
+            errors["Inception Score"] = uncertainty.mean_se(inception.influence)
         name = "FID" if self.encoder.name == "inception" else f"FD {self.encoder.name}"
         values[name] = self._frechet(name, sample.pool, reference.pool, errors)
         if sample.spatial is not None and reference.spatial is not None:
@@ -159,18 +159,18 @@ class Scorer:
         values |= {"Precision": float("nan"), "Recall": float("nan")}
         if around is not None:
             values |= {"Precision": around.precision, "Recall": around.recall}
-            errors["Precision"] = uncertainty.of_influence(around.inside_reference, "binomial over samples")
-            errors["Recall"] = uncertainty.of_groups(around.by_group)
+            errors["Precision"] = uncertainty.mean_se(around.inside_reference, "binomial over samples")
+            errors["Recall"] = uncertainty.group_jackknife_se(around.by_group)
             if settings.density_coverage:
                 values |= {"Density": around.density, "Coverage": around.coverage}
                 spread = "spread of counts over samples"
-                errors["Density"] = uncertainty.of_influence(around.ball_counts / around.k, spread)
-                errors["Coverage"] = uncertainty.of_groups(around.occupied_by_group)
+                errors["Density"] = uncertainty.mean_se(around.ball_counts / around.k, spread)
+                errors["Coverage"] = uncertainty.group_jackknife_se(around.occupied_by_group)
         wanted = dict.fromkeys((*["KID"] * settings.kid, *settings.metrics))
         for further in wanted if min(len(sample.features), len(reference.features)) > 1 else ():
             found = metrics.METRICS[further](sample.features, reference.features, device=device)
             if isinstance(found, metrics.KernelDistance):
-                errors[further] = uncertainty.of_influence(found.influence)
+                errors[further] = uncertainty.mean_se(found.influence)
             values[further] = found.value if isinstance(found, metrics.KernelDistance) else float(found)
         shown = errors if settings.errors else {}
         scores = tuple(report.Score(key, value, *shown.get(key, ())[:2]) for key, value in values.items())
@@ -180,7 +180,7 @@ class Scorer:
                 sample.features, reference.pool, reference_root=self._roots[name], device=device
             )
             if name in shown:
-                line = replace(line, error=uncertainty.of_extrapolation(line, errors[name]))
+                line = replace(line, error=uncertainty.extrapolation_se(line, errors[name]))
         classes = self._per_class(sample, reference, around) if settings.per_class else ()
         return Scored(report.SetReport(sample.about, scores, classes, line), errors)
 
@@ -218,7 +218,7 @@ class Scorer:
             self._roots[name] = metrics.covariance_root(reference, self.algebra)
         root, device = self._roots[name], self.algebra
         if self.settings.errors and sample.rows is not None and len(sample.rows) >= 4:
-            errors[name] = uncertainty.of_frechet_distance(sample, reference, reference_root=root, device=device)
+            errors[name] = uncertainty.frechet_se(sample, reference, reference_root=root, device=device)
         for who, stats in (("sample", sample), ("reference", reference)):
             if stats.count is not None and stats.count <= stats.dim:
                 _warn(
@@ -343,7 +343,7 @@ def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
             for score in first.report.scores:
                 other, key = second.report.score(score.name), score.name
                 if other is not None and key in first.errors and key in second.errors:
-                    error, paired = uncertainty.of_difference(first.errors[key], second.errors[key])
+                    error, paired = uncertainty.paired_difference_se(first.errors[key], second.errors[key])
                     yield report.DifferenceReport(key, a, b, score.value - other.value, error, paired)
 
 

@@ -1,4 +1,4 @@
-"""What to compute and how. Loads no torch, so that the command line can be read at once."""
+"""What to compute and how. Loads no torch, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ PR_DTYPES = ("float32", "float16", "float64")
 
 @dataclass(frozen=True)
 class Settings:
-    """The command's options of the same names; ValueError for what is not allowed."""
+    """Evaluator options (progress = not --quiet). Raises ValueError for a bad dtype, pr_dtype, batch_size, k or split_size; names
+    in `metrics` are checked by Scorer."""
 
     weights: str | None = None
     allow_other_weights: bool = False

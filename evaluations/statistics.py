@@ -126,16 +126,18 @@ def from_features(features: Any) -> Statistics:
     return replace(moments.statistics(), rows=features)
 
 
-def checked(mu: Any, sigma: Any, *, name: str = "statistics") -> Statistics:
-    """Statistics from outside, mean [d] and covariance [d, d], as float64, after a check of finiteness and symmetry."""
+def validated(mu: Any, sigma: Any, *, name: str = "statistics") -> Statistics:
+    """Statistics from outside, mean [d] and covariance [d, d], as float64; ValueError unless they are finite
+    and the covariance symmetric and positive semi-definite."""
     mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{name}: mean or covariance holds values that are not finite")
     scale = float(np.abs(sigma).max(initial=0.0))
     if float(np.abs(sigma - sigma.T).max(initial=0.0)) > 1e-4 * scale:
         raise ValueError(f"{name}: the covariance is not symmetric")
-    # Rounding to float32 makes eigenvalues of some 1e-7 of the largest negative; no more can come from images.
+    # float32 rounding can leave negative eigenvalues of about 1e-7 times the largest; allow 1e-4 times the largest entry,
+    # reject anything beyond.
     slack = 1e-4 * scale * np.eye(len(mu))
     if scale and torch.linalg.cholesky_ex(torch.from_numpy(sigma + slack)).info:
-        raise ValueError(f"{name}: the covariance is that of no data (it has negative eigenvalues)")
+        raise ValueError(f"{name}: the covariance is not positive semi-definite (it has negative eigenvalues)")
     return Statistics(mu, sigma)

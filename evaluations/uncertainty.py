@@ -1,11 +1,12 @@
 """How far a number would move had other samples been drawn: one standard error for each metric, and paired differences.
 
-Every metric here is a smooth function of averages over images. To first order it moves by the mean of one number per
+Most metrics are smooth functions of averages over images. To first order such a metric moves by the mean of one number per
 image, its *influence*; the standard error is then that of a mean (the infinitesimal jackknife, Efron 1982). It needs no
 resampling, and influences of two sets give the error of their difference, which is what a comparison wants.
 
-Where there are no more images than features the Frechet distance has no such derivative; twenty groups are then left
-out in turn (the delete-a-group jackknife) and their pseudo-values play the part of the influences.
+Exceptions: recall and coverage (`group_jackknife_se`), and FID with no more images than features or a singular covariance
+(`_leave_groups_out`). There twenty groups are left out in turn (the delete-a-group jackknife), and their pseudo-values are
+used as influences.
 
 The reference is held fixed throughout: these are errors of "the score of this model against this reference". Bias is not
 in them: FID at few samples is too high by far more than its error bar (see `metrics.fid_infinity`).
@@ -32,7 +33,7 @@ class Uncertainty(NamedTuple):
     influence: np.ndarray
 
 
-def of_influence(influence: np.ndarray, method: str = "infinitesimal jackknife over images") -> Uncertainty:
+def mean_se(influence: np.ndarray, method: str = "infinitesimal jackknife over images") -> Uncertainty:
     """Standard error of a mean of `influence` [n]: root of sum of squares / (n (n - 1)), after centring."""
     influence = np.asarray(influence, dtype=np.float64)
     count = len(influence)
@@ -43,26 +44,26 @@ def of_influence(influence: np.ndarray, method: str = "infinitesimal jackknife o
     return Uncertainty(error, method, centred)
 
 
-def of_groups(by_group: np.ndarray) -> Uncertainty:
+def group_jackknife_se(by_group: np.ndarray) -> Uncertainty:
     """Standard error of recall or coverage over the samples.
 
     `by_group` [g, m] bool: the references that the samples of each group reach (`Neighbours.by_group`,
-    `.occupied_by_group`). Each group is left out in turn; for recall the balls of the others keep their radii. Both
-    scores hang on single samples at the rim, not on averages, so no such estimate is sharp: against the spread over
-    sample sets it came out 0.8 to 1.6 times as large. The binomial error over references, which has no chance of the
-    samples in it, came out 0.35 to 1.1 times the spread for recall.
+    `.occupied_by_group`); group i holds the samples i, i + g, i + 2g, ... Each group is left out in turn; for recall the
+    balls of the others keep their radii. Both scores depend on single samples at the rim, not on averages, so the estimate is
+    rough: 0.8 to 1.6 times the true standard deviation over repeated sample sets. The binomial error over references ignores
+    sampling variance and is 0.35 to 1.1 times it for recall.
     """
     parts = len(by_group)
     others = by_group.sum(axis=0) - by_group  # in how many groups beside each one
     left_out = (others > 0).mean(axis=1)
-    return of_influence((parts - 1) * (left_out.mean() - left_out), f"jackknife over {parts} groups of samples")
+    return mean_se((parts - 1) * (left_out.mean() - left_out), f"jackknife over {parts} groups of samples")
 
 
-def of_extrapolation(infinity: Extrapolation, distance: Uncertainty) -> float:
+def extrapolation_se(infinity: Extrapolation, distance: Uncertainty) -> float:
     """Standard error of `metrics.fid_infinity`, from that of the distance at all n samples (same influences).
 
-    The intercept is a weighted sum of distances of subsets, the weights w adding up to 1. All share the chance in the n
-    samples; drawing n_i of them adds a variance of error^2 (n / n_i - 1) of its own.
+    The intercept is a weighted sum of distances of subsets, the weights w adding up to 1. All subsets share the sampling error
+    of the n samples; drawing n_i of them adds a variance of error^2 (n / n_i - 1) of its own.
     """
     inverse = 1 / np.array(infinity.counts, dtype=np.float64)
     weights = np.linalg.pinv(np.stack([np.ones_like(inverse), inverse], axis=1))[0]
@@ -70,7 +71,7 @@ def of_extrapolation(infinity: Extrapolation, distance: Uncertainty) -> float:
     return float(distance.error * np.sqrt(1 + (weights**2 * extra).sum()))
 
 
-def of_frechet_distance(
+def frechet_se(
     sample: Statistics,
     reference: Statistics,
     *,
@@ -86,7 +87,7 @@ def of_frechet_distance(
     if len(features) > sample.dim:
         lower, info = torch.linalg.cholesky_ex(torch.from_numpy(np.ascontiguousarray(sample.sigma)).to(device))
         if int(info) == 0:
-            return of_influence(_frechet_influence(features, sample, reference, lower))
+            return mean_se(_frechet_influence(features, sample, reference, lower))
     root = covariance_root(reference, device) if reference_root is None else reference_root
     return _leave_groups_out(features, sample, reference, root)
 
@@ -116,7 +117,10 @@ def _frechet_influence(
 def _leave_groups_out(
     features: np.ndarray, sample: Statistics, reference: Statistics, reference_root: torch.Tensor
 ) -> Uncertainty:
-    """Delete-a-group jackknife with the exact (singular value) form of the distance on what is left."""
+    """Delete-a-group jackknife with the exact (singular value) form of the distance on what is left.
+
+    A group is a run of consecutive images (unlike the interleaved groups of `group_jackknife_se`).
+    """
     count, device = len(features), reference_root.device
     parts = min(GROUPS, count // 2)
     rows = torch.from_numpy(features.astype(np.float64) - sample.mu).to(device)
@@ -136,16 +140,16 @@ def _leave_groups_out(
         values.append(float(moved @ moved + spread - 2 * cross))
     left_out = np.array(values)
     scale = (count - size) / size * np.sqrt(parts * size / count)
-    return of_influence(scale * (left_out.mean() - left_out), f"jackknife over {parts} groups of images")
+    return mean_se(scale * (left_out.mean() - left_out), f"jackknife over {parts} groups of images")
 
 
-def of_difference(first: Uncertainty, second: Uncertainty) -> tuple[float, bool]:
-    """Standard error of the difference of two sets' scores against one reference, and whether their images were matched.
+def paired_difference_se(first: Uncertainty, second: Uncertainty) -> tuple[float, bool]:
+    """Standard error of the difference of two sets' scores against one reference, and whether it is of pairs.
 
-    With equally many influences the two are matched by position, so what the sets share (noise seeds and labels of
-    image i or of group i) cancels. Unrelated sets lose nothing by it.
+    Equally many influences are paired by position, on the assumption that image i (or group i) of both used the same seed
+    and label: what the two share then cancels. Nothing but the number is tested; unrelated sets lose nothing by it.
     """
     a, b = first.influence, second.influence
     if len(a) == len(b):
-        return of_influence(a - b).error, True
+        return mean_se(a - b).error, True
     return float(np.hypot(first.error, second.error)), False

@@ -1,1 +1,1 @@
-"""Flags to runs."""
+"""The command line: one module per command, from flags to a run."""

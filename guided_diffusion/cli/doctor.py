@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..runtime.doctor import Finding
     from ..runtime.world import World
-    from ..training.checks import Plan
+    from ..training.checks import StepPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = first.parse_known_args(argv)[0].kind
     extra = {
         "kind": ("diffusion", "diffusion, super_resolution or classifier"),
-        "out": ("", "the run folder, whose disk is looked at; empty = here"),
+        "out": ("", "the run folder, whose disk is looked at; empty = working directory"),
         "measure": (False, "also take a few training steps on noise: images per second, memory, days"),
     }
     sections = list(RunConfig.sections(kind).values())
@@ -41,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..runtime import doctor
 
     with runs.session(flags, timeout_s=300.0) as world:
-        local = [doctor.check_versions()] * world.is_main + [doctor.check_device(world)]
+        local = [doctor.check_device(world)]
+        if world.is_main:
+            local.insert(0, doctor.check_versions())
         shared = [doctor.check_all_reduce(world)]
         if world.is_main:
             shared += _check_run(kind, flags, world)
-        gathered = world.all_gather_object((local, shared * world.is_main), "doctor: findings")
+        gathered = world.all_gather_object((local, shared), "doctor: findings")
         findings = [
             finding._replace(what=f"device {rank}") if world.size > 1 and finding.what == "device" else finding
             for rank, (own, _) in enumerate(gathered)
@@ -121,7 +123,7 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
     return forward
 
 
-def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, Plan]:
+def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, StepPlan]:
     """The memory of steps of `images` at a time; `net` on the meta device."""
     from ..runtime.devices import available_memory, used_memory
     from ..training import checks
@@ -131,7 +133,7 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
     if train.memory_limit_gb:
         free = min(free, max(1, int(train.memory_limit_gb * 2**30) - used_memory(world.device)))
-    told = train.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
+    recompute = train.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
     state = checks.state_bytes(
         sum(p.numel() for p in net.parameters()),
         averages=len(train.ema_rates),
@@ -140,11 +142,11 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         shard_ema=train.shard_ema,
     )
     return checks.check_memory(
-        checks.Plan(images, told),
+        checks.StepPlan(images, recompute),
         lambda what: kept_bytes(forward_of(config, net, what, world.device), net.parameters()),
         state=state,
         free=free,
-        shrink=train.microbatch == 0 and (on_gpu or told == "auto"),
+        shrink=train.microbatch == 0 and (on_gpu or recompute == "auto"),
         compile=train.compile,
         precision=train.precision,
     )

@@ -1,4 +1,4 @@
-"""`nll`: the variational bound of images in bits per dimension, with an error bar and where the bits come from."""
+"""`nll`: the variational bound of images in bits per dimension, with an error bar and its breakdown by term."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> in
 
 
 def _measure(config: LikelihoodConfig, data: DataConfig, typed: dict[str, Any], out: str, world: World) -> None:
-    """`typed` are flags of the network."""
+    """Measure the bound on the first `num_samples` images drawn by seed, and write terms and summary into the folder `out`.
+
+    `typed`: flags of the network that were given.
+    """
     from ..data.classes import renumber
     from ..data.listing import list_records
     from ..sampling import bounds
@@ -87,7 +90,7 @@ def _measure(config: LikelihoodConfig, data: DataConfig, typed: dict[str, Any], 
         log.info(f"--num_samples is {config.num_samples}, but {data.data_dir} has {count} images: each is used once")
     folder, chosen = world.broadcast_object(runs.run_folder(out, "nll"), name="folder of results")
     log.info(f"{count} images, {len(model.process)} steps each, into {folder} ({chosen})")
-    found = bounds.measure(
+    bound = bounds.measure(
         model,
         records,
         count,
@@ -99,5 +102,5 @@ def _measure(config: LikelihoodConfig, data: DataConfig, typed: dict[str, Any], 
         on_error=data.on_error,
     )
     if world.is_main:
-        bounds.write(folder, found, {**config.to_dict(), **data.to_dict(), **typed})
-        log.info(bounds.summary(found))
+        bounds.write(folder, bound, {**config.to_dict(), **data.to_dict(), **typed})
+        log.info(bounds.summary(bound))

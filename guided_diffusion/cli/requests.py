@@ -31,7 +31,7 @@ class Entry:
     where: str
 
     def flags(self) -> dict[str, Any]:
-        """The fields that a file has."""
+        """All fields with their resolved values."""
         return {name: getattr(self, name) for name in FIELDS}
 
     def request(self, num_classes: int, class_names: Sequence[str]) -> Request:
@@ -44,8 +44,9 @@ class Entry:
         return Request(self.name, self.num_samples, self.seed, plan)
 
 
-def read(path: str, asked: Making) -> tuple[Entry, ...]:
-    """The requests of a JSON list, or of a file with one JSON object per line; what an object leaves open, the flags say.
+def read(path: str, options: Making) -> tuple[Entry, ...]:
+    """The requests of a JSON list, or of a file with one JSON object per line; missing fields come
+    from the flags.
 
     UsageError naming file, line (in a list: entry) and field.
     """
@@ -57,18 +58,18 @@ def read(path: str, asked: Making) -> tuple[Entry, ...]:
         raise FileNotFoundError(f"--requests {path}: there is no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UsageError(f"--requests {path} is no text file: {error}") from None
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for number, (where, value) in enumerate(_objects(path, text), start=1):
-        entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", asked)
+        entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", options)
         key = entry.name.casefold()  # some file systems hold Cats and cats for one folder
-        if key in found:
+        if key in entries:
             raise UsageError(
-                f"{entry.where}: name {entry.name!r} is that of {found[key].where.rpartition(', ')[2]} already"
+                f"{entry.where}: name {entry.name!r} is already used in {entries[key].where.rpartition(', ')[2]}"
             )
-        found[key] = entry
-    if not found:
+        entries[key] = entry
+    if not entries:
         raise UsageError(f"--requests {path} holds no requests; write one JSON object per line, or a list of them")
-    return tuple(found.values())
+    return tuple(entries.values())
 
 
 def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -77,7 +78,7 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise UsageError(f"--requests {path} begins as a JSON list and is none: {error}") from None
+            raise UsageError(f"--requests {path} starts with [ but is not valid JSON: {error}") from None
         yield from ((f"entry {number}", value) for number, value in enumerate(values, start=1))
         return
     for number, line in enumerate(text.splitlines(), start=1):
@@ -90,7 +91,7 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
-def _entry(value: Any, name: str, where: str, asked: Making) -> Entry:
+def _entry(value: Any, name: str, where: str, options: Making) -> Entry:
     """One request, checked by the rules of the flags of the same names."""
     if not isinstance(value, dict):
         raise UsageError(f"{where} is {value!r}; a request is an object such as {{'name': 'cats', 'num_samples': 3}}")
@@ -99,7 +100,7 @@ def _entry(value: Any, name: str, where: str, asked: Making) -> Entry:
             raise UsageError(f"{where}: {key} is one for all requests; give it as --{key}")
         if key not in FIELDS:
             raise UsageError(f"{where}: a request has no {key!r}{near(key, FIELDS)}; it has {', '.join(FIELDS)}")
-    if "num_samples" not in value and "num_samples" not in asked.typed:
+    if "num_samples" not in value and "num_samples" not in options.typed:
         raise UsageError(f"{where} has no num_samples; write it there, or give --num_samples for all that have none")
     name = value.get("name", name)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -107,9 +108,9 @@ def _entry(value: Any, name: str, where: str, asked: Making) -> Entry:
             f"{where}: name is {name!r}; it becomes the name of a folder: text of up to 100 letters, digits, - and _"
         )
     own = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
-    classes = _classes(value["classes"], where) if "classes" in value else asked.classes
+    classes = _classes(value["classes"], where) if "classes" in value else options.classes
     try:
-        checked = replace(asked, **own).validate()
+        checked = replace(options, **own).validate()
     except ValueError as error:
         raise UsageError(f"{where}: {str(error).removeprefix('--')}") from None
     return Entry(name, checked.seed, checked.num_samples, classes, checked.labels, where)

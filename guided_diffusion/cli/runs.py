@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..runtime import launchers, storage
-from .arguments import Parsed
 
 if TYPE_CHECKING:
     from ..runtime.world import World
@@ -105,8 +104,8 @@ def show(values: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def write_config(folder: str, parsed: Parsed, values: dict[str, object]) -> None:
-    """Write the full configuration and what was typed as `config.json`; `--config` reads it back."""
+def write_config(folder: str, values: dict[str, object]) -> None:
+    """Write the full configuration as `config.json`; `--config` reads it back."""
     storage.makedirs(folder)
     storage.write_json_atomic(storage.join(folder, "config.json"), values)
 
@@ -119,7 +118,7 @@ def session(flags: Mapping[str, Any], *, timeout_s: float = PATIENCE_S) -> Itera
     and can be started again ends with exit code 85.
     """
     from ..runtime import watch, world
-    from ..runtime.log import mute_unheard, setup_messages
+    from ..runtime.log import setup_messages, silence_closed_streams
     from ..sampling.queue import Interrupted
     from ..training.incident import TrainingDiverged
     from ..training.saver import SaveError
@@ -132,7 +131,7 @@ def session(flags: Mapping[str, Any], *, timeout_s: float = PATIENCE_S) -> Itera
         try:
             yield here
         except Interrupted as stopped:
-            mute_unheard()
+            silence_closed_streams()
             if here.is_main:
                 print(f"stopped on request: {stopped}")
             raise SystemExit(REQUEUE) from None

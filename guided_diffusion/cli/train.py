@@ -1,4 +1,5 @@
-"""`train` and `train-classifier`: flags -> a run folder with checkpoints, a log and pictures on the way."""
+"""`train`, `train-classifier`, `train-upsampler` and the training scripts of 2021: flags -> a run folder with checkpoints, a log and
+pictures on the way."""
 
 from __future__ import annotations
 
@@ -33,16 +34,16 @@ EXTRA: dict[str, tuple[Any, str]] = {
     "tensorboard": (False, "also write curves for TensorBoard"),
     "new_classes": (
         False,
-        "with --resume_checkpoint: the classes of the data; those the file has by name keep what was learned",
+        "train on the data's classes instead of the checkpoint's; classes with the same name keep their learned weights",
     ),
     "resume_from": (
         "",
         "with --resume_checkpoint: ema or model, these weights alone, at step 0; empty = all of a save",
     ),
-    "weights": ("", "as --resume_from"),
+    "weights": ("", "alias of --resume_from"),
 }
 _NO_FILE = ("", "auto", "none")  # values of --resume_checkpoint that are no path
-_MEASURED = 2000  # images at most in the table of accuracy by noise level
+MAX_ACCURACY_IMAGES = 2000  # in the table of accuracy by noise level
 _DESCRIPTIONS = {
     "diffusion": "Train a diffusion model on a folder of images.",
     "super_resolution": "Train a diffusion model that enlarges images.",
@@ -97,7 +98,7 @@ def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool =
 
 
 def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
-    """Train as the flags say; returns the exit code: 0; 85 where it was asked to stop early and start again later, 130 by Ctrl-C."""
+    """Train as the flags say; exit codes: 0 = finished, 85 = stopped on request and resumable, 130 = Ctrl-C."""
     parsed = flags(argv, kind, program=program, script=script)
     if parsed.flags["resume_checkpoint"] in _NO_FILE:
         RunConfig.from_flags(kind, parsed.flags)  # complain before torch is loaded and processes meet
@@ -155,8 +156,8 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     saved, start = started_from(
         find_save(folder, resume, kind=kind, world=world), folder, kind, parsed.flags, parsed.typed
     )
-    modern = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    config = configuration(kind, parsed.flags, parsed.typed, saved, modern=modern and not script)
+    default_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    config = configuration(kind, parsed.flags, parsed.typed, saved, default_bf16=default_bf16 and not script)
     if config.train.compile:
         require_compiler(world.device)
     if not config.data.data_dir:
@@ -203,7 +204,7 @@ def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) ->
 
 
 def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chosen: str) -> int:
-    from ..runtime.log import Log, mute_unheard, setup_messages
+    from ..runtime.log import Log, setup_messages, silence_closed_streams
     from ..training.saver import Checkpoints
 
     config, folder, saved = plan.config, plan.folder, plan.saved
@@ -225,7 +226,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chos
     setup_messages(world, log)
     if world.is_main:
         _announce(plan, chosen, world)
-        runs.write_config(folder, parsed, dict(config.to_dict()))
+        runs.write_config(folder, dict(config.to_dict()))
     trainer = _trainer(
         plan,
         world,
@@ -244,7 +245,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chos
     if failure is not None:
         raise failure
     if outcome == "stopped":
-        mute_unheard()
+        silence_closed_streams()
         _log.info(
             f"stopped on request after {trainer.steps_done} steps, all saved in {folder}; the same command goes on"
         )
@@ -330,7 +331,7 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
     from ..weights.load import Loaded
 
     config, train = plan.config, plan.config.train
-    found: list[Callback] = []
+    callbacks: list[Callback] = []
     if plan.held_out is not None:
         from .. import build
 
@@ -343,15 +344,15 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
             place: dict[str, Any] = {"rank": world.rank, "size": world.size, "start_step": first}
             return build.build_batches(held_out, config, batch_size=size, held_out=True, **place)
 
-        found.append((every, Validation(loss, batches, every=every, seed=train.seed, log=log)))
+        callbacks.append((every, Validation(loss, batches, every=every, seed=train.seed, log=log)))
     if train.sample_interval >= 0 and config.kind == "diffusion":
 
         def draw(net: nn.Module, path: str) -> None:
             model = Loaded(net, process, config, "", class_names=plan.names)
             write_preview(model, path, steps=train.sample_steps, seed=train.seed)
 
-        found.append((train.sample_interval or train.save_interval, SampleGrid(draw, plan.folder)))
-    return found
+        callbacks.append((train.sample_interval or train.save_interval, SampleGrid(draw, plan.folder)))
+    return callbacks
 
 
 def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
@@ -362,7 +363,7 @@ def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
     from ..training.losses import classifier_loss
 
     process = build.build_process(plan.config.diffusion).to(trainer.device)
-    count = min(len(held_out), _MEASURED)
+    count = min(len(held_out), MAX_ACCURACY_IMAGES)
     size = min(count, 64)
     batches = build.build_batches(held_out.take(range(count)), plan.config, batch_size=size, held_out=True)
     losses, seed = partial(classifier_loss, process), plan.config.train.seed

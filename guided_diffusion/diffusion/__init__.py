@@ -1,4 +1,4 @@
-"""The mathematics: tensors in, tensors out; torch and numpy only.
+"""The mathematics of diffusion: noise process, objectives, samplers and guidance, on tensors; torch and numpy only.
 
 The modules that the 2021 names open on are loaded when they are first touched: importing those names costs little.
 """

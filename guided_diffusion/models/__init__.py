@@ -1,1 +1,1 @@
-"""The networks: own weights, know (x, time, y), know nothing of diffusion."""
+"""The networks: U-Net, super-resolution U-Net and classifier, functions of (x, time, y) that know nothing of the noise process."""

@@ -1,1 +1,1 @@
-"""The world outside: processes, files, logs, random streams."""
+"""What surrounds the computation: processes and devices, files, logs, signals, random streams."""

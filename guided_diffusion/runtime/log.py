@@ -28,8 +28,8 @@ from .world import World
 FIRST_COLUMNS = ("step", "samples")
 
 
-def mute_unheard() -> None:
-    """Let words go nowhere where nobody hears them any more, instead of being errors: a pipe without a reader, a closed terminal."""
+def silence_closed_streams() -> None:
+    """Send output to the null device where its reader is gone (a pipe without a reader, a closed terminal), so that writing is no error."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # no file, or no poll (Windows)
             poll = select.poll()
@@ -318,7 +318,7 @@ class Log:
             action()
         except OSError as error:
             self.reader_left |= isinstance(error, BrokenPipeError)
-            mute_unheard()
+            silence_closed_streams()
             if id(writer) not in self._troubled:
                 self._troubled.add(id(writer))
                 print(f"warning: the log cannot be written: {error}. Training goes on", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .log import mute_unheard
+from .log import silence_closed_streams
 from .world import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 from .world import World
 
@@ -109,7 +109,7 @@ class Stop:
                 os.kill(os.getpid(), number)
             return
         self.request(f"received {name}")
-        mute_unheard()
+        silence_closed_streams()
         if name == "SIGINT":
             self.interrupted = True
             if not self.quiet:  # past Python's buffers, which the signal may have found in use

@@ -1,1 +1,1 @@
-"""Noise -> files: images by seed, sharded over processes, resumable; npz and png."""
+"""Sampling: images by seed, divided over processes, resumable, written as npz and png."""

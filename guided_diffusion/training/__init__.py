@@ -1,1 +1,1 @@
-"""Batches to weights."""
+"""Training: losses, the loop, precision, memory, averages of the weights, and saving."""

@@ -1,4 +1,4 @@
-"""What would become of a training run, asked before it starts: data, memory, speed."""
+"""Checks before a training run: data, memory and speed for `doctor`; `check_same_everywhere` in every start of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
 from ..runtime.world import World
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """A forward and backward pass of training: images at a time, and what is recomputed ("none", "norms", "all", "auto")."""
 
     images: int
@@ -62,14 +62,14 @@ def check_batches(make: Callable[[], Batches], records: Records, batch_size: int
 def state_bytes(
     parameters: int, *, averages: int, processes: int, shard_optimizer: bool = False, shard_ema: bool = False
 ) -> int:
-    """float32 weights, gradients and two moments of Adam; a copy per EMA; the buckets that gradients travel in."""
+    """float32 weights, gradients and two moments of Adam; a copy per EMA; all-reduce buckets."""
     moments = 8 / (processes if shard_optimizer else 1)
     copies = 4 * averages / (processes if shard_ema else 1)
     return int(parameters * (8 + moments + copies + (4 if processes > 1 else 0)))
 
 
 def check_memory(
-    wanted: Plan,
+    wanted: StepPlan,
     activations: Callable[[str], tuple[int, int]],
     *,
     state: int,
@@ -77,8 +77,10 @@ def check_memory(
     shrink: bool,
     compile: bool = False,
     precision: str = "fp32",
-) -> tuple[Finding, Plan]:
-    """Compare the memory of a step with what is free (0: unknown), and name what makes it fit; returns the passes as they will be.
+) -> tuple[Finding, StepPlan]:
+    """Compare the memory of a step with what is free (0: unknown), and name what makes it fit.
+
+    Returns (finding, plan): the plan after automatic recompute or microbatch, or `wanted` if nothing automatic helps.
 
     `activations`: (fixed bytes, bytes per image) by what is recomputed. `shrink`: training takes parts of the batch by itself.
     """
@@ -101,13 +103,13 @@ def check_memory(
     ways = ("all",) if compile else ("norms", "all")  # a compiled network chooses for itself in between
     enough = [way for way in ways if room(way) >= images]
     if recompute == "auto" and enough:
-        return Finding(WARN, "memory", f"{text}. --recompute auto will make it fit"), Plan(images, enough[0])
+        return Finding(WARN, "memory", f"{text}. --recompute auto will make it fit"), StepPlan(images, enough[0])
     final = "all" if recompute == "auto" else recompute
     if shrink and room(final):
         while images > room(final):
             images = -(-images // 2)
         finding = Finding(WARN, "memory", f"{text}. --microbatch auto will make it fit, {images} images at a time")
-        return finding, Plan(images, final)
+        return finding, StepPlan(images, final)
 
     remedies = [f"--recompute {way}" for way in enough if recompute != "auto"][:1]
     if room(final):
@@ -121,9 +123,9 @@ def check_memory(
 
 
 def check_speed(
-    net: nn.Module, forward: Callable[[], Any], plan: Plan, device: torch.device, *, last_step: int, own_batch: int
+    net: nn.Module, forward: Callable[[], Any], plan: StepPlan, device: torch.device, *, last_step: int, own_batch: int
 ) -> Finding:
-    """Time three steps of forward, backward and AdamW after one of warm-up; talk between processes is left out.
+    """Time three steps of forward, backward and AdamW after one of warm-up; communication between processes is not included.
 
     `forward` runs `net` on `plan.images` images; a run takes `last_step` steps (0: no end) of `own_batch` images on this process.
     """
@@ -160,10 +162,10 @@ def check_same_everywhere(world: World, records: Records, settings: Any) -> None
         return
     mine = (records.digest(), f"{len(records)} images in {records.root}", settings)
     rows = world.all_gather_object(mine, "do all see the same data?")
-    for rank, (digest, found, of_rank) in enumerate(rows):
+    for rank, (digest, images, of_rank) in enumerate(rows):
         if digest != rows[0][0]:
             raise ValueError(
-                f"the processes see different data: rank 0 has {rows[0][1]}, rank {rank} {found}, and names, order or labels "
+                f"the processes see different data: rank 0 has {rows[0][1]}, rank {rank} {images}, and names, order or labels "
                 "differ; give all of them the same folder, on storage that every machine sees, or complete the copies"
             )
         if of_rank != rows[0][2]:

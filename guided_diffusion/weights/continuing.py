@@ -38,18 +38,18 @@ def started_from(
 
 
 def configuration(
-    kind: str, flags: Mapping[str, Any], typed: Mapping[str, Any], saved: SavedRun | None, *, modern: bool
+    kind: str, flags: Mapping[str, Any], typed: Mapping[str, Any], saved: SavedRun | None, *, default_bf16: bool
 ) -> RunConfig:
     """Flags, completed by what the save that is continued was trained with; `typed` ones that contradict it are refused.
 
-    A new run of a U-Net that is `modern` computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of
+    With `default_bf16` a new run of a U-Net computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of
     the result: a later start goes on from the run's own saves.
     """
     chosen = any(name in typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
     begun = saved is not None and bool(saved.config and saved.config["train"])
     of_network = {**flags, **flatten(saved.config or {} if saved else {})}
     unet = {of_network.get(f"{prefix}architecture", UNET) for prefix in ("", "classifier_")} == {UNET}
-    flags = {**flags, **({"precision": "bf16"} if modern and unet and not chosen and not begun else {})}
+    flags = {**flags, **({"precision": "bf16"} if default_bf16 and unet and not chosen and not begun else {})}
     if saved is not None and saved.config:
         agree(RunConfig.from_dict(kind, saved.config), typed, saved.directory)
         stored = flatten(saved.config)
@@ -67,13 +67,13 @@ def already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | No
     That is the command of before, started again by a scheduler: it would make the same saves once more.
     """
     saved = None
-    if world.is_main and (found := find_latest(folder)) is not None and found.started_from == "none":
-        before, now = ({**flatten(c), **dict.fromkeys(_NOT_COMPARED)} for c in (found.config or {}, config.to_dict()))
+    if world.is_main and (latest := find_latest(folder)) is not None and latest.started_from == "none":
+        before, now = ({**flatten(c), **dict.fromkeys(_NOT_COMPARED)} for c in (latest.config or {}, config.to_dict()))
         # The precision that was chosen for a device is no setting: the next start may find another device.
         apart = {
             name for name in now if name in before and before[name] != now[name] and (name != "precision" or now[name])
         }
-        saved = None if apart else found
+        saved = None if apart else latest
         if apart:
             _log.info(
                 f"--resume_checkpoint none begins anew in {folder}: {', '.join(sorted(apart))} differ from the run there"
@@ -91,10 +91,10 @@ def with_classes(config: RunConfig, class_names: Sequence[str], where: str) -> R
     """The number of classes, from the data in `where`, if it was not given."""
     if config.kind != "classifier" and not getattr(config.model, "class_cond", False):
         return config
-    found = len(class_names)
-    if config.model.num_classes and found > config.model.num_classes:
-        raise ValueError(f"--num_classes is {config.model.num_classes}, but {where} has {found} classes")
-    return replace(config, model=replace(config.model, num_classes=config.model.num_classes or found))
+    count = len(class_names)
+    if config.model.num_classes and count > config.model.num_classes:
+        raise ValueError(f"--num_classes is {config.model.num_classes}, but {where} has {count} classes")
+    return replace(config, model=replace(config.model, num_classes=config.model.num_classes or count))
 
 
 def with_global_batch(config: RunConfig, processes: int, *, before: SavedRun | None = None) -> RunConfig:

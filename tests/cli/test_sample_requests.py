@@ -104,7 +104,7 @@ def test_without_pictures_and_without_classes(models: Path, tmp_path: Path) -> N
         ([], "holds no requests"),
         (["{'name': 'cats'}"], "line 1 is no JSON"),
         (["", '{"num_samples": 1}', "{"], "line 3 is no JSON"),
-        (['[{"num_samples": 1},'], "begins as a JSON list and is none"),
+        (['[{"num_samples": 1},'], "starts with [ but is not valid JSON"),
         ([[1, 2]], "entry 1 is 1; a request is an object"),
         (["7"], "line 1 is 7; a request is an object"),
         ([{"num_samples": 1}, {"seed": 4}], "line 2 has no num_samples; write it there, or give --num_samples"),
@@ -120,7 +120,10 @@ def test_without_pictures_and_without_classes(models: Path, tmp_path: Path) -> N
         ([{"num_samples": 1, "name": "../up"}], "line 1: name is '../up'; it becomes the name of a folder"),
         ([{"num_samples": 1, "name": ""}], "line 1: name is ''"),
         ([{"num_samples": 1, "name": 5}], "line 1: name is 5"),
-        ([{"num_samples": 1, "name": "a"}, {"num_samples": 1, "name": "A"}], "line 2: name 'A' is that of line 1"),
+        (
+            [{"num_samples": 1, "name": "a"}, {"num_samples": 1, "name": "A"}],
+            "line 2: name 'A' is already used in line 1",
+        ),
     ],
 )
 def test_bad_files_are_told_before_any_weights_are_read(

@@ -64,14 +64,14 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 def test_statistics_from_outside_are_looked_at() -> None:
-    assert statistics.checked(np.zeros(2, np.float32), np.eye(2)).mu.dtype == np.float64
+    assert statistics.validated(np.zeros(2, np.float32), np.eye(2)).mu.dtype == np.float64
     with pytest.raises(ValueError, match="not symmetric"):
-        statistics.checked(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
+        statistics.validated(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="not finite"):
-        statistics.checked(np.zeros(2), np.full((2, 2), np.nan))
+        statistics.validated(np.zeros(2), np.full((2, 2), np.nan))
     for no_covariance in (-np.eye(2), np.array([[1.0, 2.0], [2.0, 1.0]]), np.diag([1.0, -0.1])):
         with pytest.raises(ValueError, match="negative eigenvalues"):
-            statistics.checked(np.zeros(2), no_covariance)
+            statistics.validated(np.zeros(2), no_covariance)
     few = statistics.from_features(np.random.default_rng(0).standard_normal((20, 60)))  # rank 19 of 60
-    statistics.checked(few.mu.astype(np.float32), few.sigma.astype(np.float32))
-    statistics.checked(np.zeros(2), np.zeros((2, 2)))
+    statistics.validated(few.mu.astype(np.float32), few.sigma.astype(np.float32))
+    statistics.validated(np.zeros(2), np.zeros((2, 2)))

@@ -24,7 +24,7 @@ def test_frechet_error_is_the_spread_over_sets() -> None:
         x = draw(400, seed)
         stats = statistics.from_features(x)
         values.append(metrics.frechet_distance(stats, REFERENCE_STATISTICS))
-        errors.append(uncertainty.of_frechet_distance(stats, REFERENCE_STATISTICS).error)
+        errors.append(uncertainty.frechet_se(stats, REFERENCE_STATISTICS).error)
     assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.2)
 
 
@@ -32,7 +32,7 @@ def test_influence_is_the_derivative() -> None:
     """Against the distance itself with one image counted a little more."""
     x = draw(300, 1)
     stats = statistics.from_features(x)
-    found = uncertainty.of_frechet_distance(stats, REFERENCE_STATISTICS)
+    found = uncertainty.frechet_se(stats, REFERENCE_STATISTICS)
     value = metrics.frechet_distance(stats, REFERENCE_STATISTICS)
     for image in (0, 17):
         weight = np.full(300, 1 / 300) * (1 - 1e-6)
@@ -53,7 +53,7 @@ def test_few_images_take_the_group_jackknife() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values.append(metrics.frechet_distance(stats, reference))
-        found = uncertainty.of_frechet_distance(stats, reference)
+        found = uncertainty.frechet_se(stats, reference)
         errors.append(found.error)
     assert "20 groups" in found.method and len(found.influence) == 20
     assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.35)
@@ -62,20 +62,20 @@ def test_few_images_take_the_group_jackknife() -> None:
 def test_inception_score_error_is_the_spread_over_sets() -> None:
     weight = np.random.default_rng(5).standard_normal((10, 6)) * 2
     found = [metrics.inception_score(draw(500, seed), weight, split_size=250) for seed in range(100)]
-    errors = [uncertainty.of_influence(one.influence).error for one in found]
+    errors = [uncertainty.mean_se(one.influence).error for one in found]
     assert np.mean(errors) == pytest.approx(np.std([one.score for one in found], ddof=1), rel=0.2)
 
 
 def test_kernel_distance_error_is_the_spread_over_sets() -> None:
     found = [metrics.kernel_distance(draw(300, seed), REFERENCE[:300]) for seed in range(100)]
-    errors = [uncertainty.of_influence(one.influence).error for one in found]
+    errors = [uncertainty.mean_se(one.influence).error for one in found]
     assert np.mean(errors) == pytest.approx(np.std([one.value for one in found], ddof=1), rel=0.25)
 
 
 def test_precision_error_is_the_spread_over_sets() -> None:
     radii = neighbours.squared_radii(REFERENCE[:500])
     found = [neighbours.neighbours(draw(300, s), REFERENCE[:500], reference_radii=radii) for s in range(80)]
-    errors = [uncertainty.of_influence(one.inside_reference).error for one in found]
+    errors = [uncertainty.mean_se(one.inside_reference).error for one in found]
     assert np.mean(errors) == pytest.approx(np.std([one.precision for one in found], ddof=1), rel=0.25)
 
 
@@ -85,10 +85,10 @@ def test_recall_and_coverage_errors_are_near_the_spread_over_sets() -> None:
         y = REFERENCE[:references]
         radii = neighbours.squared_radii(y)
         found = [neighbours.neighbours(draw(samples, seed), y, reference_radii=radii) for seed in range(40)]
-        errors = [uncertainty.of_groups(one.by_group).error for one in found]
+        errors = [uncertainty.group_jackknife_se(one.by_group).error for one in found]
         spread = np.std([one.recall for one in found], ddof=1)
         assert 0.75 * spread < np.mean(errors) < 1.8 * spread
-        errors = [uncertainty.of_groups(one.occupied_by_group).error for one in found]
+        errors = [uncertainty.group_jackknife_se(one.occupied_by_group).error for one in found]
         spread = np.std([one.coverage for one in found], ddof=1)
         assert 0.75 * spread < np.mean(errors) < 1.8 * spread
 
@@ -99,14 +99,14 @@ def test_extrapolated_distance_error_is_the_spread_over_sets() -> None:
         x = draw(400, seed)
         stats = statistics.from_features(x)
         values.append(metrics.fid_infinity(x, REFERENCE_STATISTICS, points=5, seed=seed))
-        distance = uncertainty.of_frechet_distance(stats, REFERENCE_STATISTICS)
-        errors.append(uncertainty.of_extrapolation(values[-1], distance))
+        distance = uncertainty.frechet_se(stats, REFERENCE_STATISTICS)
+        errors.append(uncertainty.extrapolation_se(values[-1], distance))
     assert np.mean(errors) == pytest.approx(np.std([one.infinity for one in values], ddof=1), rel=0.25)
 
 
 def test_proportion_is_binomial() -> None:
     hits = np.arange(100) < 30
-    assert uncertainty.of_influence(hits).error == pytest.approx(np.sqrt(0.3 * 0.7 / 99), rel=1e-12)
+    assert uncertainty.mean_se(hits).error == pytest.approx(np.sqrt(0.3 * 0.7 / 99), rel=1e-12)
 
 
 def test_matched_sets_cancel_what_they_share() -> None:
@@ -114,11 +114,11 @@ def test_matched_sets_cancel_what_they_share() -> None:
     stats = statistics.from_features(x)
     near = x + 0.01 * np.random.default_rng(2).standard_normal(x.shape)
     near_stats = statistics.from_features(near)
-    a = uncertainty.of_frechet_distance(stats, REFERENCE_STATISTICS)
-    b = uncertainty.of_frechet_distance(near_stats, REFERENCE_STATISTICS)
-    error, paired = uncertainty.of_difference(a, b)
+    a = uncertainty.frechet_se(stats, REFERENCE_STATISTICS)
+    b = uncertainty.frechet_se(near_stats, REFERENCE_STATISTICS)
+    error, paired = uncertainty.paired_difference_se(a, b)
     assert paired and error < 0.1 * a.error
     other = draw(399, 9)
-    c = uncertainty.of_frechet_distance(statistics.from_features(other), REFERENCE_STATISTICS)
-    error, paired = uncertainty.of_difference(a, c)
+    c = uncertainty.frechet_se(statistics.from_features(other), REFERENCE_STATISTICS)
+    error, paired = uncertainty.paired_difference_se(a, c)
     assert not paired and error == pytest.approx(np.hypot(a.error, c.error))
