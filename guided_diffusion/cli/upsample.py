@@ -104,7 +104,10 @@ def _labels(asked: Upsampling, networks: making.Networks, small: Images) -> Labe
             f"--base_samples {small.path} has no labels (arr_1), and the networks want classes; "
             f"give --classes with one or more of 0 to {networks.num_classes - 1}"
         )
-    labels, note = small.labels_for(networks.num_classes, networks.class_names, networks.model.path)
+    try:
+        labels, note = small.labels_for(networks.num_classes, networks.class_names, networks.model.path)
+    except ValueError as error:
+        raise ValueError(f"--base_samples {error}") from None
     if note:
         log.info(note)
     return LabelPlan.fixed(labels)

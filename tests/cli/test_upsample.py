@@ -202,7 +202,10 @@ def test_classes_go_by_name(photos: Path, small: Path, tmp_path: Path, capsys: p
         ([np.zeros((2, 16, 16, 3), np.uint8)], r"holds uint8 images \[2, 16, 16, 3\]; the model takes uint8"),
         ([np.zeros((2, 8, 8, 3), np.float32)], "holds float32 images"),
         ([np.zeros((2, 8, 8, 3), np.uint8)], r"has no labels \(arr_1\), and the networks want classes; give --classes"),
-        ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 7])], "has the label 7; the networks know the classes 0 to 1"),
+        (
+            [np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 7])],
+            r"--base_samples \S+ has the label 7; the networks know the classes 0 to 1",
+        ),
         ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0])], r"2 images and labels arr_1 of shape \[1\]"),
         (
             [np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 0.5])],

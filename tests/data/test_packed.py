@@ -56,6 +56,29 @@ def test_packed_files_are_plain_numpy_and_checked(write_pictures, tmp_path):
     assert wrong == ["images-00000.npy", "labels.npy"]
 
 
+def test_a_missing_file_of_packed_data_is_no_unreadable_image(write_pictures, tmp_path):
+    done = packed.pack(list_records(write_pictures(*NAMES)), tmp_path / "out", 8, shard_bytes=8 * 8 * 3 * 2)
+    (tmp_path / "out" / "images-00001.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"images-00001\.npy"):
+        next(make_batches(done, image_size=8, batch_size=5, on_error="skip"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": None}, {"shape": [8, 8]}, {"shape": 8}, {"shards": None}, {"shards": ["images-00000.npy"]},
+        {"shards": [{"file": "images-00000.npy"}]}, {"labels": "labels.npy"}, {"labels": {"sha256": ""}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_index_is_named(write_pictures, tmp_path, change):
+    packed.pack(list_records(write_pictures(*NAMES)), tmp_path / "out", 8)
+    index = tmp_path / "out" / "packed.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(ValueError, match=r"packed\.json: not the index of packed data that `data pack` writes"):
+        list_records(tmp_path / "out")
+
+
 def test_packed_images_are_not_enlarged(write_pictures, tmp_path):
     done = packed.pack(list_records(write_pictures(*NAMES)), tmp_path / "out", 8)
     next(make_batches(done, image_size=4, batch_size=2))

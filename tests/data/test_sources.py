@@ -146,11 +146,18 @@ def test_damaged_archives_are_named(tmp_path):
     whole = make_tar(tmp_path / "whole.tar", CLASSES).read_bytes()
     locked = bytearray(make_zip(tmp_path / "locked.zip", [("a.png", picture(1))]).read_bytes())
     locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    bomb = bytearray(make_zip(tmp_path / "bomb.zip", [("a.png", picture(1))]).read_bytes())
+    at = bomb.index(b"PK\x01\x02") + 24  # where the directory says how long the member is once unpacked
+    bomb[at : at + 4] = (1 << 30).to_bytes(4, "little")
+    sparse = tarfile.TarInfo("a.png")
+    sparse.type = tarfile.GNUTYPE_SPARSE
     files = {
         "joined.tar": whole + whole,
         "cut.tar": whole[:1400],
         "short.tar": whole[:600],
         "locked.zip": bytes(locked),
+        "bomb.zip": bytes(bomb),
+        "sparse.tar": sparse.tobuf() + bytes(1024),
     }
     files |= {"bad.zip": b"nonsense" * 200, "bad.tar": b"nonsense" * 200, "a.rar": b""}
     make_folder(tmp_path, [*files.items(), ("empty/.hidden", b"")])
@@ -158,7 +165,8 @@ def test_damaged_archives_are_named(tmp_path):
     make_tar(tmp_path / "twice.tar", [("a.png", picture(1)), ("a.png", picture(2))])
     for name, words in {
         "joined.tar": "joined by cat", "cut.tar": "cut off", "short.tar": "unexpected end of data", "twice.zip": "'a.png' twice",
-        "twice.tar": "'a.png' twice", "locked.zip": "'a.png' is encrypted", "bad.zip": "not a readable", "bad.tar": "not a readable",
+        "twice.tar": "'a.png' twice", "locked.zip": "'a.png' is encrypted", "bomb.zip": "'a.png' claims 1073741824 bytes",
+        "sparse.tar": "'a.png' is stored with holes", "bad.zip": "not a readable", "bad.tar": "not a readable",
         "a.rar": r"is a file; must be a folder, or end with \.zip or \.tar", "gone.zip": "no such folder or file",
         "gone": "no such folder or file", "empty": r"looked for \.jpg",
     }.items():  # fmt: skip
@@ -193,7 +201,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     (root / "owl").symlink_to(tmp_path / "gone")
     (root / "cat" / "9.png").symlink_to(tmp_path / "gone.png")
     found = list_records(root)
-    assert found.left_out == "1 file was left out: without an ending 1" and found.empty_folders == ("owl",)
+    assert found.left_out == "1 file was left out: broken link 'owl' 1" and found.empty_folders == ("owl",)
     with pytest.raises(ValueError, match="'owl'"):
         found.require_labels()
     with pytest.raises(ValueError, match=r"9\.png': No such file"):
@@ -310,6 +318,12 @@ def test_a_new_kind_of_source_is_one_class_and_one_entry(tmp_path, monkeypatch):
     (tmp_path / "a.rar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"end with \.zip or \.tar or \.npz"):
         list_records(tmp_path / "a.rar")
+
+
+def test_an_lmdb_has_no_labels_of_its_own(tmp_path):
+    root = lmdb_of(tmp_path / "lmdb", [(f"{name}_{k}", picture(k)) for name in ("cat", "dog") for k in range(2)])
+    assert list_records(root).labels is None
+    assert list_records(root, labels="prefix").class_names == ("cat", "dog")
 
 
 def test_lmdb_without_the_package_names_the_remedy(tmp_path, monkeypatch):

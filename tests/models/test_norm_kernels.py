@@ -4,6 +4,8 @@ runs this file in a process of its own, because the interpreter is switched on b
 from __future__ import annotations
 
 import os
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -178,6 +180,24 @@ def test_scale_and_shift_weight_and_bias_get_their_gradients(batch: int, dtype: 
     for ours, theirs in zip((y, *found), (want, *expected)):
         bound = 1e-5 if ours.dtype == torch.float32 and dtype == torch.float32 else 4e-3  # bfloat16 keeps 8 bits
         assert (ours.double() - theirs).norm() < bound * theirs.norm()
+
+
+def test_scale_and_shift_of_different_batches_take_torchs_operators() -> None:
+    own, x = GroupNorm32(32, 32), channels_last(like((3, 32, 2, 2)))
+    one, three = like((1, 32, 1, 1), 1), like((3, 32, 1, 1), 2)
+    assert norm._kernels(x, three, three) is not None
+    for scale, shift in ((one, three), (three, one)):
+        assert norm._kernels(x, scale, shift) is None
+        want = torch.nn.functional.silu(own(x) * (1 + scale) + shift)
+        torch.testing.assert_close(norm.norm_silu(x, own, (scale, shift)), want)
+
+
+def test_a_gpu_takes_as_many_images_as_its_grid_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "on_gpu", lambda x: True)
+    monkeypatch.setattr(norm, "works", lambda device, dtype: True)
+    monkeypatch.setitem(sys.modules, "guided_diffusion.models.kernels.norm_triton", ModuleType("norm_triton"))
+    for batch, taken in ((65535, True), (65536, False)):
+        assert (norm._kernels(channels_last(torch.empty(batch, 1, 1, 1))) is not None) == taken
 
 
 def _norm_silu(x: Tensor, own: GroupNorm32, both: Tensor, kernels: Any) -> Tensor:

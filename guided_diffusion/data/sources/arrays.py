@@ -15,7 +15,7 @@ from ..labels import NONE, Labels
 from .source import Read, Source
 
 PACKED_INDEX = "packed.json"
-_KEYS = {"count", "shape", "preprocessing", "shards", "labels", "class_names", "label_source", "skipped"}
+_KEYS = {"format", "preprocessing", "class_names", "label_source", "skipped"}
 
 
 def read_packed_index(root: str) -> dict[str, Any]:
@@ -28,11 +28,25 @@ def read_packed_index(root: str) -> dict[str, Any]:
     version = index.get("format", 1) if isinstance(index, dict) else 1
     if version != 1:
         raise ValueError(f"{root!r}: packed data of format {version!r}; this version reads format 1: pack it again")
-    if not isinstance(index, dict) or not index.keys() >= _KEYS:
+    if not isinstance(index, dict) or not _is_whole(index):
         raise ValueError(f"{path}: not the index of packed data that `data pack` writes; give another folder")
     if storage.is_remote(root):
         raise ValueError(f"{root!r}: packed data is memory-mapped; copy it to a local disk first")
     return index
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Whether an index has all entries, of the types that are read from it."""
+    shape, shards, labels = index.get("shape"), index.get("shards"), index.get("labels")
+    return (
+        index.keys() >= _KEYS
+        and isinstance(index.get("count"), int)
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and isinstance(shards, list)
+        and all(isinstance(entry, dict) and entry.keys() >= {"file", "count", "sha256"} for entry in shards)
+        and (labels is None or (isinstance(labels, dict) and labels.keys() >= {"file", "sha256"}))
+    )
 
 
 class Packed(Source):
@@ -40,6 +54,7 @@ class Packed(Source):
 
     kind, marker = "packed", PACKED_INDEX
     all_images = threads_share = True
+    fatal = (OSError, EOFError)  # of a file that holds thousands of images
 
     @cached_property
     def _index(self) -> dict[str, Any]:

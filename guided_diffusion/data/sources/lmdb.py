@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...runtime import storage
+from ..labels import NONE, Labels
 from .source import Read, Source, is_hidden
 
 _TEXT = ("utf-8", "surrogateescape")
@@ -21,6 +22,9 @@ class Lmdb(Source):
         with _environment(self.root) as environment, environment.begin() as transaction:
             keys = [bytes(key).decode(*_TEXT) for key in transaction.cursor().iternext(values=False)]
         return {key: key for key in keys if not is_hidden(key)}
+
+    def own_labels(self) -> Labels:
+        return NONE  # a key is any text: what stands before a `_` or `/` in it is no class
 
     def open(self) -> Read:
         environment = _environment(self.root)

@@ -45,6 +45,7 @@ class Source:
     all_images = False  # every member is an image, whatever its name ends with
     labels_beside = True  # `.cls` and `.json` members with the key of an image hold its label (WebDataset)
     threads_share = False  # what `open` returned serves all threads of a process; else each has its own
+    fatal: tuple[type[Exception], ...] = ()  # errors of reading that say the source is damaged, not one image of it
     preprocessing = ""  # what was done to the images already; see `images.preprocessing_id`
     stored_size: tuple[int, int] | None = None  # (height, width), where it is the same for all
 
@@ -161,6 +162,8 @@ class Source:
                 if key not in self._opened:
                     self._opened[key] = self.open()
             return self._opened[key](path)
+        except self.fatal:
+            raise
         except Exception as error:  # damaged archives are answered with a dozen kinds: BadZipFile, zlib.error, ...
             raise images.unreadable(self.describe(path), error) from error
 

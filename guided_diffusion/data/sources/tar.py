@@ -101,6 +101,8 @@ def _read_directory(whole: str, left_out: list[str]) -> dict[str, str]:
     links: dict[str, str] = {}
     for info in infos:
         name = tidy(info.name)
+        if info.issparse():  # its bytes do not lie as they will be read
+            raise ValueError(f"{whole!r}: {info.name!r} is stored with holes; make the tar again")
         if info.isfile():
             places[name] = f"{info.offset_data}:{info.size}"
         else:  # a hard link gives the name of a member, a symbolic one a path from where it stands

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from .layout import channels_last, is_channels_last, recorded, transformed
 from .plain import gradients, group_norm, modulated
 
+_MOST_IMAGES = 65535  # the third axis of a CUDA grid, along which the kernels lay the images
+
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
     """silu(norm(x) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout. scale_shift: [N, C, 1, ...] both."""
@@ -70,12 +72,14 @@ def _kernels(x: Tensor, *given: Tensor) -> Any:
     """The module whose kernels compute `norm_silu` of x with the other tensors given; None where torch's operators have to."""
     if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *given):
         return None
-    if any(part.dim() > 1 and len(part) not in (1, len(x)) for part in given):
-        return None  # torch would make several images of one
+    rows = {len(part) for part in given if part.dim() > 1}
+    if len(rows) > 1 or rows - {1, len(x)}:
+        return None  # the kernels read scale and shift alike, and torch would make several images of one
     if on_gpu(x):
         # places within an image are counted in 32 bits
-        small = x.dim() == 4 and x[0].numel() < 2**31 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not small or not works(x.device, x.dtype):
+        small = x.dim() == 4 and x[0].numel() < 2**31 and len(x) <= _MOST_IMAGES
+        known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not small or not known or not works(x.device, x.dtype):
             return None
         from . import norm_triton
 
