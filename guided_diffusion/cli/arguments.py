@@ -76,12 +76,13 @@ def parse(
     extra: Mapping[str, tuple[Any, str]] | None = None,
     defaults: Mapping[str, Any] | None = None,
     groups: Mapping[str, str] = TRAINING,
+    given: Mapping[str, Any] | None = None,
 ) -> Parsed:
     """Read flags that belong to the dataclasses `configs` and to `extra` (name -> (default, help)).
 
     `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
-    `groups` are those of --help: title -> flags; the last group has all others.
+    `groups` are those of --help: title -> flags; the last group has all others. `given` counts as typed before `argv`.
     """
     from ..config.fields import RENAMED
 
@@ -100,15 +101,15 @@ def parse(
     arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv, renamed))
     if unknown:
         raise UsageError(_unknown(unknown[0], known))
-    typed = {key: value for key, value in vars(arguments).items() if key != "config"}
+    typed = {**(given or {}), **{key: value for key, value in vars(arguments).items() if key != "config"}}
     default = {name: entry.default for name, entry in known.items()}
     if arguments.config:
         from ..config import changed, laid_over
         from ..runtime.launchers import first_of_machine
 
-        stored, given = _from_file(arguments.config, known), typed
-        typed = laid_over(stored, given)
-        for sentence in changed(stored, given, {**default, **typed}) if first_of_machine(os.environ) else ():
+        stored, own = _from_file(arguments.config, known), typed
+        typed = laid_over(stored, own)
+        for sentence in changed(stored, own, {**default, **typed}) if first_of_machine(os.environ) else ():
             print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
     typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
     for name, value in typed.items():
@@ -193,7 +194,8 @@ def _underscored(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
     fixed = []
     for word in argv:
         name, equals, value = word.partition("=")
-        name = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+        if name.startswith("--") and " " not in name:  # with a space it is the quoted value of --upsampler_flags
+            name = "--" + name[2:].replace("-", "_")
         fixed.append(renamed.get(name, name) + equals + value)
     return fixed
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..config import ModelConfig, flag
-from . import arguments, making, runs, sample, upsample
+from . import making, runs, sample, upsample
 
 if TYPE_CHECKING:
     from ..runtime.signals import Stop
@@ -55,19 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _second(asked: Cascade) -> upsample.Upsampling:
     """The second stage's flags: `--upsampler_flags` over `--upsampler_...` over those that both stages share."""
-    own = {
+    words = shlex.split(asked.upsampler_flags)
+    if any(
+        word.startswith("--import") for word in words
+    ):  # the value may come from a file, and no file may run a program
+        raise ValueError("--upsampler_flags has --import; give it to cascade itself")
+    given = {name: asked.typed[name] for name in _SHARED if name in asked.typed}
+    given |= {
         "model_path": asked.upsampler_path,
         "use_ddim": asked.upsampler_use_ddim,
         "classifier_path": asked.upsampler_classifier_path,
         "classifier_scale": asked.upsampler_classifier_scale,
+        "timestep_respacing": asked.upsampler_timestep_respacing or given.get("timestep_respacing", ""),
+        "batch_size": asked.upsampler_batch_size or given.get("batch_size", ""),
         "num_samples": asked.num_samples,
     }
-    if asked.upsampler_timestep_respacing:
-        own["timestep_respacing"] = asked.upsampler_timestep_respacing
-    if asked.upsampler_batch_size:
-        own["batch_size"] = asked.upsampler_batch_size
-    shared = {name: asked.typed[name] for name in _SHARED if name in asked.typed}
-    words = shlex.split(asked.upsampler_flags)
-    parsed = upsample.flags(words, program="guided-diffusion cascade --upsampler_flags")
-    typed = {**shared, **own, **parsed.typed}
-    return upsample.Upsampling.of(arguments.Parsed({**parsed.flags, **typed}, typed))
+    given = {name: value for name, value in given.items() if value != ""}
+    program = "guided-diffusion cascade --upsampler_flags"
+    return upsample.Upsampling.of(upsample.flags(words, program=program, given=given))

@@ -58,9 +58,15 @@ class Making(SampleConfig):
 
 
 def flags(
-    argv: Sequence[str] | None, kind: type[Making], network: type[Section], *, program: str, script: bool = False
+    argv: Sequence[str] | None,
+    kind: type[Making],
+    network: type[Section],
+    *,
+    program: str,
+    script: bool = False,
+    given: Mapping[str, Any] | None = None,
 ) -> arguments.Parsed:
-    """The flags of a command that makes images with a network; scripts write into a folder of their own."""
+    """The flags of a command that makes images with a network; scripts write into a folder of their own. `given` as in `parse`."""
     return arguments.parse(
         argv,
         (kind, network, DiffusionConfig, ClassifierConfig),
@@ -68,6 +74,7 @@ def flags(
         description=kind.__doc__ or "",
         defaults={"out": runs.script_folder()} if script else {},
         groups=arguments.SAMPLING,
+        given=given,
     )
 
 
@@ -168,6 +175,8 @@ def job_of(asked: Making, networks: Networks, request: Request, world: World, fo
         limit = max(1, -(-request.num_samples // world.size))
         found = largest_batch(model, networks.guidance, limit) if world.is_main else 0
         batch_size = world.broadcast_object(found, name="images that fit")
+        if not batch_size:
+            raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
         log.info("--batch_size auto: %d images at a time", batch_size)
     typed = {name: value for name, value in asked.typed.items() if name not in ("out", "device", "debug", "requests")}
     job = Job(
@@ -205,7 +214,7 @@ def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -
     from ..diffusion.samplers import SAMPLERS
 
     return {
-        **_in_receipt(config, SampleConfig),
+        **_in_receipt(config, SampleConfig.names()),
         "sampler": config.method,
         "eta": config.eta if "eta" in SAMPLERS[config.method].options else None,
         "steps": len(model.process),
@@ -217,8 +226,10 @@ def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -
     }
 
 
-def _in_receipt(section: Section, kind: type[Section] | None = None) -> dict[str, Any]:
-    return {name: getattr(section, name) for name in (kind or section).names() if name not in NOT_IN_RECEIPT}
+def _in_receipt(section: Section, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What `to_dict` gives, so that the receipts of U-Nets stay what they were; of `names` only, if given."""
+    values = section.to_dict()
+    return {name: values[name] for name in names or values if name not in NOT_IN_RECEIPT}
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:

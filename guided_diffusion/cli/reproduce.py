@@ -70,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     npz = finished_npz(str(out))
     manifest = _manifest(asked.name, target, flags, out, npz)
     if asked.reference:
-        manifest["evaluation"] = _evaluate(asked.reference, npz, out, asked)
+        evaluation = _evaluate(asked.reference, npz, out, asked)
+        if evaluation is None:  # the report is the main process's
+            return 0
+        manifest["evaluation"] = evaluation
         manifest["comparison"] = _compare(target.recipe, manifest["evaluation"])
         print(comparison_table(manifest["comparison"]))
     else:
@@ -127,9 +130,9 @@ def _manifest(name: str, target: Target, flags: dict[str, Any], out: Path, npz: 
     }
 
 
-def _evaluate(reference: str, npz: str, out: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`."""
-    from evaluations.report import classic_lines
+def _evaluate(reference: str, npz: str, out: Path, asked: argparse.Namespace) -> dict[str, Any] | None:
+    """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`. None but on the main process."""
+    from evaluations.report import classic_lines, extra_lines
     from evaluations.scoring import Settings, evaluate
 
     settings = Settings(
@@ -139,8 +142,9 @@ def _evaluate(reference: str, npz: str, out: Path, asked: argparse.Namespace) ->
         errors=True,
     )
     found = evaluate(reference, npz, settings)
-    assert found is not None
-    print("\n".join(classic_lines(found.sets[0])), flush=True)
+    if found is None:
+        return None
+    print("\n".join(classic_lines(found.sets[0]) + extra_lines(found.sets[0])), flush=True)
     found.write(out / "evaluation.json")
     report: dict[str, Any] = json.loads(found.to_json())
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import SuperResConfig, flag
 from . import arguments, making, runs
@@ -43,9 +43,9 @@ def super_res_sample(argv: Sequence[str] | None = None) -> int:
     return runs.guarded(lambda words: run(words, program="super_res_sample.py", script=True), argv)
 
 
-def flags(argv: Sequence[str] | None, *, program: str, script: bool = False) -> arguments.Parsed:
-    """The flags of an upsampling command."""
-    return making.flags(argv, Upsampling, SuperResConfig, program=program, script=script)
+def flags(argv: Sequence[str] | None, *, program: str, script: bool = False, **options: Any) -> arguments.Parsed:
+    """The flags of an upsampling command. Options as `making.flags`."""
+    return making.flags(argv, Upsampling, SuperResConfig, program=program, script=script, **options)
 
 
 def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> int:

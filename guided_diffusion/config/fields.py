@@ -99,6 +99,7 @@ class Section:
     @classmethod
     def from_flags(cls: type[C], flags: Mapping[str, Any]) -> C:
         """Take from `flags` what belongs here, leave the rest; missing ones keep their default."""
+        flags = {RENAMED.get(name, name): value for name, value in flags.items()}
         return cls(**{name: flags[name] for name in cls.names() if name in flags}).validate()
 
     @classmethod

@@ -176,7 +176,7 @@ def make_pipeline(
 def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int) -> int:
     """How many images at a time, up to `limit`, fit into the memory of the model's device, found by one step of each size.
 
-    ValueError if not even one does.
+    0 if not even one does.
     """
     process, (channels, height, width) = model.process, model.shape
     if process.device.type == "cpu":
@@ -190,10 +190,7 @@ def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int
             cond["low_res"] = torch.zeros(count, channels, model.small_size, model.small_size, device=process.device)
         pipeline(noise, torch.randn_like, cond)
 
-    found = largest_that_fits(attempt, min(limit, _LARGEST_TRIED))
-    if not found:
-        raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
-    return found
+    return largest_that_fits(attempt, min(limit, _LARGEST_TRIED))
 
 
 def why_not_finite(networks: Sequence[Loaded]) -> str:

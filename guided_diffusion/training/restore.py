@@ -37,7 +37,7 @@ def load_tensors(
 def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[str]:
     if saved.model is None:
         raise ValueError(f"the save at step {saved.step} in {saved.directory} has no file of weights")
-    read = read_own_weights if saved.config else load_weights
+    read = load_weights if saved.is_unet else read_own_weights
     load_weights_into(net, read(saved.model), saved.model)
     lines = [f"resuming from {saved.directory} at step {saved.step}", f"weights: {saved.model}"]
     ema.reset()

@@ -45,7 +45,11 @@ def load_weights(path: str) -> dict[str, Tensor]:
 def read_own_weights(path: str) -> dict[str, Tensor]:
     """The state dict in a file that this package wrote, of any architecture, under the names that it has. Errors as `read_weights`."""
     found = _read(path)
-    _any_network(path, found)
+    _any_network(path, found)  # says what is wrong with a file of something else
+    if not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(
+            f"{path} holds its weights inside another mapping; save the state dict itself, as training does"
+        )
     return _whole(path, dict(found))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import build
-from ..config import WEIGHTS, RunConfig, classes_of
+from ..config import UNET, WEIGHTS, RunConfig, classes_of
 from ..diffusion.process import Process
 from ..runtime import storage
 from ..runtime.devices import choose_precision, compute_in
@@ -117,10 +117,14 @@ def read(
     `sizes`: flags of image sizes that need not be the file's, heeded where nothing else says for what size it is.
     """
     found, flags = find(path, weights=weights), dict(flags or {})
-    if found.config is None:
+    if found.config is not None and found.config.model.architecture != UNET:
+        held = Weights(read_own_weights(found.path))
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in held.tensors.items()}
+    else:
         one = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
         held = read_weights(found.path, which="" if one else weights)
         tensors = fitted(held.tensors)
+    if found.config is None:
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if sizes and identify.released_as(found.path, shapes) is None:
             flags |= sizes
@@ -128,8 +132,6 @@ def read(
     else:
         identify.require_kind(found.path, found.config.kind, kind)
         config = agree(found.config, flags, found.path)
-        held = Weights(read_own_weights(found.path))
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in held.tensors.items()}
     certain = found.config is not None or config.kind != "classifier"
     names = found.class_names if classes_of(config.model) else ()
     return replace(found, config=config, class_names=names, certain=certain), Weights(tensors, held.taken)

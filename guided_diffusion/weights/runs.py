@@ -67,6 +67,11 @@ class SavedRun:
     started_from: str = ""
     """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record, never an instruction."""
 
+    @property
+    def is_unet(self) -> bool:
+        """Whether the network is ours, whose names of tensors may have the prefixes of wrappers; those of others are as they are."""
+        return not any(name.endswith("architecture") for name in (self.config or {}).get("model", {}))
+
     def lacks(self) -> list[str]:
         """What a run that continues from here will have to start afresh, in words."""
         absent = []

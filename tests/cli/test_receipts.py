@@ -79,6 +79,12 @@ def test_every_field_reaches_the_receipt_or_says_why_not(section: Any, tmp_path:
         assert same == (field.name in making.NOT_IN_RECEIPT), field.name
 
 
+def test_receipts_of_a_unet_are_those_from_before_there_were_other_architectures(tmp_path: Path) -> None:
+    """Else a job that an earlier version began could not go on."""
+    found = making.receipt_of(SampleConfig(), loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig()))
+    assert not [name for part in ("model", "classifier") for name in found[part] if "arch" in name]
+
+
 def test_what_stands_there_in_another_form(tmp_path: Path) -> None:
     model, classifier = loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig())
     config = SampleConfig(use_ddim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from checkpoint_files import filled
 from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
+from guided_diffusion.cli import cascade, making
 from guided_diffusion.cli.main import main
+from guided_diffusion.config import ModelConfig
 from guided_diffusion.data.images import center_crop, low_res, read_image, to_float
 from guided_diffusion.data.samples import open_samples
 from guided_diffusion.diffusion.process import add_noise
@@ -278,6 +281,28 @@ def test_cascade_is_the_two_commands_in_one(models: Path, tmp_path: Path) -> Non
 def test_cascade_tells_what_is_missing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cascade", "--model_path", str(models / "base")]) == 2
     assert "--upsampler_path is empty" in capsys.readouterr().err
+
+
+def test_what_is_given_to_cascade_wins_over_a_file_of_the_second_stage(tmp_path: Path) -> None:
+    """A receipt holds a model, a seed and a number of images of its own; they count where cascade's command line is silent."""
+    stored = {"model_path": "other.pt", "num_samples": 7, "seed": 5, "precision": "fp16", "eta": 0.25}
+    (tmp_path / "file.json").write_text(json.dumps(stored))
+    words = f"--model_path base --upsampler_path up --num_samples 3 --seed 1 --upsampler_flags '--config {tmp_path}/file.json'"
+    asked = cascade.Cascade.of(making.flags(shlex.split(words), cascade.Cascade, ModelConfig, program="cascade"))
+    second = cascade._second(asked)
+    assert (second.model_path, second.num_samples, second.seed) == ("up", 3, 1)
+    assert (second.precision, second.eta) == ("fp16", 0.25)
+    words = words.replace("--config", "--num_samples 4 --config")
+    asked = cascade.Cascade.of(making.flags(shlex.split(words), cascade.Cascade, ModelConfig, program="cascade"))
+    assert cascade._second(asked).num_samples == 4
+
+
+def test_a_file_of_flags_runs_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "program.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for stored in ({"upsampler_flags": f"--import {tmp_path}/program.py"}, {"import": f"{tmp_path}/program.py"}):
+        (tmp_path / "file.json").write_text(json.dumps(stored))
+        assert main(f"cascade --config {tmp_path}/file.json --model_path a --upsampler_path b".split()) == 2
+        assert "import" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

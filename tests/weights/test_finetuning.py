@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,22 @@ def test_a_whole_save_of_another_run_is_continued(place: Path, tmp_path: Path) -
     before = load_weights(str(place / "diffusion" / "ema_0.9_000005.pt"))
     now = load_weights(str(after.parent / "ema_0.9_000006.pt"))
     assert not torch.equal(now["out.2.bias"], before["out.2.bias"] / 1.5)
+
+
+def test_a_whole_save_without_a_configuration_may_have_prefixed_names(place: Path, tmp_path: Path) -> None:
+    """As programs that saved a wrapped network left it."""
+    shutil.copytree(place / "diffusion", tmp_path / "again")
+    for path in [*(tmp_path / "again").glob("ema_*.pt"), *(tmp_path / "again").glob("model*.pt")]:
+        state = {
+            f"module.{name}": value.clone() for name, value in load_weights(str(path)).items()
+        }  # not of the mapped file
+        torch.save(state, path)
+    next((tmp_path / "again").glob("run*.json")).unlink()
+    words = [f"--{name}={value}" for name, value in KINDS["diffusion"][1].items()]
+    begin = start(tmp_path / "again" / "model000005.pt")
+    after = run("train", images_of(tmp_path / "data"), tmp_path / "out", *begin, *words, steps=6)
+    before = load_weights(str(place / "diffusion" / "model000005.pt"))
+    assert all(torch.equal(value, before[name]) for name, value in load_weights(str(after)).items())
 
 
 def test_flags_about_a_start_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

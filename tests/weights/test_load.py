@@ -125,6 +125,15 @@ def test_wrapped_files_load(name: str, tmp_path: Path, caplog: pytest.LogCapture
     assert any("which is left out" in text for text in caplog.messages)
 
 
+@pytest.mark.parametrize("name", ["ddp", "compiled", "state_dict"])
+def test_a_save_of_a_run_that_was_saved_again_loads(name: str, tmp_path: Path) -> None:
+    before = filled(*TWINS["256x256_diffusion_uncond"])
+    gd.save(before, str(tmp_path))
+    (weights,) = tmp_path.glob("model*.pt")
+    torch.save(WRAPPED[name](before.net.state_dict()), weights)
+    assert torch.equal(outputs(gd.load(str(weights))), outputs(before))
+
+
 BOTH: dict[str, Callable[[Any, Any], Any]] = {  # (raw, averaged) -> what a trainer saves
     "DiT": lambda raw, ema: {"model": raw, "ema": ema, "opt": {}, "args": argparse.Namespace(lr=1)},
     "timm": lambda raw, ema: {"model": raw, "model_ema": ema},
