@@ -20,6 +20,7 @@ COMMON: dict[str, tuple[Any, str]] = {
     "device": ("auto", "auto, cpu or cuda"),
     "debug": (False, "show where an error came from"),
 }
+LAST = "for weights that carry no configuration"  # the group of all other flags of a command that reads weights
 # The groups of --help: title -> flags. A command shows those that it has; flags in no group are in the last one.
 SAMPLING = {
     "what is made": "num_samples seed classes labels base_samples requests",
@@ -27,11 +28,13 @@ SAMPLING = {
     "sampler": "sampler use_ddim eta timestep_respacing clip_denoised upsampler_use_ddim upsampler_timestep_respacing",
     "speed": "batch_size upsampler_batch_size device precision classifier_precision use_fp16 classifier_use_fp16 compile cuda_graphs",
     "files": "model_path weights upsampler_path out grid config upsampler_flags debug",
-    "for weights that carry no configuration": "",
+    LAST: "",
 }
 MEASURING = {
-    "what is measured": "data_dir num_samples seed labels on_error workers val_data_dir val_fraction random_crop random_flip",
-    **{title: names for title, names in SAMPLING.items() if title not in ("what is made", "guidance")},
+    "what is measured": "data_dir num_samples seed labels on_error workers",
+    **{title: names for title, names in SAMPLING.items() if title not in ("what is made", "guidance", LAST)},
+    "of training alone, without a use here": "val_data_dir val_fraction random_crop random_flip",
+    LAST: "",
 }
 TRAINING = {
     "data": "data_dir val_data_dir val_fraction labels new_classes random_crop random_flip on_error noised",

@@ -1,7 +1,8 @@
 """`guided-diffusion doctor`: what would go wrong with this run on this machine, asked before it starts.
 
-Takes the flags of the training command. Starts the same processes (`torchrun ... doctor`, `mpiexec -n 8 ... doctor`), reads a little of
-the data, predicts memory and disk, prints one table; exit code 1 if something would fail.
+Takes the flags of the training command, `--kind` and `--measure`, and resolves them as it does. Starts the same processes (`torchrun ...
+doctor`, `mpiexec -n 8 ... doctor`), reads a little of the data, predicts memory and disk, prints one table; exit code 1 if something
+would fail.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
-from . import runs
-from .arguments import Parser, parse
+from . import runs, starting, train
+from .arguments import Parsed, Parser
 
 if TYPE_CHECKING:
     import torch
@@ -33,20 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kind": ("diffusion", "diffusion, super_resolution or classifier"),
         "out": ("", "the run folder, whose disk is looked at; empty = working directory"),
         "measure": (False, "also take a few training steps on noise: images per second, memory, days"),
+        "timeout_s": (300.0, train.EXTRA["timeout_s"][1]),
     }
-    sections = list(RunConfig.sections(kind).values())
-    defaults = {"microbatch": 0}  # as `train` has it
-    flags = parse(argv, sections, program="doctor", description=str(__doc__), extra=extra, defaults=defaults).flags
+    RunConfig.sections(kind)  # complains about an unknown kind
+    parsed = train.flags(argv, kind, program="doctor", description=str(__doc__), extra=extra)
 
     from ..runtime import doctor
 
-    with runs.session(flags, timeout_s=300.0) as world:
+    with runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as world:
         local = [doctor.check_device(world)]
         if world.is_main:
             local.insert(0, doctor.check_versions())
         shared = [doctor.check_all_reduce(world)]
         if world.is_main:
-            shared += _check_run(kind, flags, world)
+            shared += _check_run(kind, parsed, world)
         gathered = world.all_gather_object((local, shared), "doctor: findings")
         findings = [
             finding._replace(what=f"device {rank}") if world.size > 1 and finding.what == "device" else finding
@@ -58,23 +59,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(any(finding.status == doctor.FAIL for finding in findings))
 
 
-def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
+def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     """What follows from the flags: data, memory, speed, disk. Rank 0 alone."""
     import torch
 
     from ..build import build_batches, build_network
     from ..data.listing import list_records
     from ..runtime.doctor import FAIL, OK, WARN, Finding, check_disk, planned_saves
+    from ..runtime.world import World
     from ..training import checks
 
     try:
-        config = RunConfig.from_flags(kind, flags).validate()
+        starting.check_start(parsed, kind)
+        folder, _ = runs.run_folder(parsed.flags["out"], kind)
+        alone = World(device=world.device)  # the other processes take no part in reading what the run starts from
+        config = starting.configured(parsed, kind, alone, folder)[0].validate()
         with torch.device("meta"):  # shapes without numbers: a network of 500 million parameters costs nothing
             net = build_network(config.model, config.diffusion)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [Finding(FAIL, "flags", str(error))]
-    data, train = config.data, config.train
-    batch_size = train.global_batch_size or train.batch_size * world.size
+    data, options = config.data, config.train
+    batch_size = options.global_batch_size or options.batch_size * world.size
     labelled = getattr(config.model, "class_cond", kind == "classifier")
     findings = [Finding(WARN, "data", "no --data_dir given: not looked at")]
     if data.data_dir:
@@ -87,16 +92,16 @@ def _check_run(kind: str, flags: dict[str, Any], world: World) -> list[Finding]:
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
     own = batch_size // world.size
-    memory, plan = _check_memory(config, net, world, min(own, train.microbatch) if train.microbatch > 0 else own)
+    memory, plan = _check_memory(config, net, world, min(own, options.microbatch) if options.microbatch > 0 else own)
     findings.append(memory)
-    if flags["measure"] and memory.status != FAIL:
+    if parsed.flags["measure"] and memory.status != FAIL:
         real = build_network(config.model, config.diffusion, seed=0).to(world.device)
         forward = forward_of(config, real, plan.recompute, world.device)
-        options = {"last_step": train.last_step, "own_batch": own}
-        findings.append(checks.check_speed(real, partial(forward, plan.images), plan, world.device, **options))
-    one_save = 4 * count * (1 + len(train.ema_rates)) + 8 * count
-    saves = planned_saves(train.last_step, train.save_interval, train.keep_last, train.keep_every)
-    return [*findings, check_disk(flags["out"] or os.getcwd(), one_save, saves)]
+        run = {"last_step": options.last_step, "own_batch": own}
+        findings.append(checks.check_speed(real, partial(forward, plan.images), plan, world.device, **run))
+    one_save = 4 * count * (1 + len(options.ema_rates)) + 8 * count
+    saves = planned_saves(options.last_step, options.save_interval, options.keep_last, options.keep_every)
+    return [*findings, check_disk(parsed.flags["out"] or os.getcwd(), one_save, saves)]
 
 
 def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.device) -> Callable[[int], Any]:
@@ -129,24 +134,24 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     from ..training import checks
     from ..training.memory import kept_bytes
 
-    train, on_gpu = config.train, world.device.type == "cuda"
+    options, on_gpu = config.train, world.device.type == "cuda"
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
-    if train.memory_limit_gb:
-        free = min(free, max(1, int(train.memory_limit_gb * 2**30) - used_memory(world.device)))
-    recompute = train.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
+    if options.memory_limit_gb:
+        free = min(free, max(1, int(options.memory_limit_gb * 2**30) - used_memory(world.device)))
+    recompute = options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
     state = checks.state_bytes(
         sum(p.numel() for p in net.parameters()),
-        averages=len(train.ema_rates),
+        averages=len(options.ema_rates),
         processes=world.size,
-        shard_optimizer=train.shard_optimizer,
-        shard_ema=train.shard_ema,
+        shard_optimizer=options.shard_optimizer,
+        shard_ema=options.shard_ema,
     )
     return checks.check_memory(
         checks.StepPlan(images, recompute),
         lambda what: kept_bytes(forward_of(config, net, what, world.device), net.parameters()),
         state=state,
         free=free,
-        shrink=train.microbatch == 0 and (on_gpu or recompute == "auto"),
-        compile=train.compile,
-        precision=train.precision,
+        shrink=options.microbatch == 0 and (on_gpu or recompute == "auto"),
+        compile=options.compile,
+        precision=options.precision,
     )

@@ -55,6 +55,12 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> in
         groups=arguments.MEASURING,
     )
     config = LikelihoodConfig.from_flags(parsed.flags)
+    for name in ("random_crop", "random_flip", "val_data_dir", "val_fraction"):
+        if parsed.typed.get(name):
+            raise arguments.UsageError(
+                f"--{name} is {parsed.typed[name]!r}, which is for training; images are measured once each, cut at the centre and "
+                f"not mirrored: leave --{name} out"
+            )
     data = DataConfig.from_flags({**parsed.flags, "random_flip": False, "random_crop": False})
     if not config.model_path or not data.data_dir:
         name = "data_dir" if config.model_path else "model_path"

@@ -7,13 +7,13 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import WEIGHTS, RunConfig, classes_of
-from . import arguments, runs
+from ..config import RunConfig, classes_of
+from . import arguments, runs, starting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,6 @@ EXTRA: dict[str, tuple[Any, str]] = {
     ),
     "weights": ("", "alias of --resume_from"),
 }
-_NO_FILE = ("", "auto", "none")  # values of --resume_checkpoint that are no path
 MAX_ACCURACY_IMAGES = 2000  # in the table of accuracy by noise level
 _DESCRIPTIONS = {
     "diffusion": "Train a diffusion model on a folder of images.",
@@ -79,8 +78,16 @@ def super_res_train(argv: Sequence[str] | None = None) -> int:
     return runs.guarded(lambda words: run(words, "super_resolution", program="super_res_train.py", script=True), argv)
 
 
-def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> arguments.Parsed:
-    """The flags of a training command."""
+def flags(
+    argv: Sequence[str] | None,
+    kind: str,
+    *,
+    program: str,
+    script: bool = False,
+    description: str = "",
+    extra: Mapping[str, tuple[Any, str]] | None = None,
+) -> arguments.Parsed:
+    """The flags of a training command, and those of `doctor`, which has `extra` ones."""
     # As in 2021: the classifier learns from random crops.
     defaults: dict[str, Any] = {"random_crop": True} if kind == "classifier" else {}
     if script:
@@ -91,8 +98,8 @@ def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool =
         argv,
         list(RunConfig.sections(kind).values()),
         program=program,
-        description=_DESCRIPTIONS[kind],
-        extra=EXTRA,
+        description=description or _DESCRIPTIONS[kind],
+        extra={**EXTRA, **(extra or {})},
         defaults=defaults,
     )
 
@@ -100,15 +107,7 @@ def flags(argv: Sequence[str] | None, kind: str, *, program: str, script: bool =
 def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
     """Train as the flags say; exit codes: 0 = finished, 85 = stopped on request and resumable, 130 = Ctrl-C."""
     parsed = flags(argv, kind, program=program, script=script)
-    if parsed.flags["resume_checkpoint"] in _NO_FILE:
-        RunConfig.from_flags(kind, parsed.flags)  # complain before torch is loaded and processes meet
-        for name in ("new_classes", "resume_from", "weights"):
-            if parsed.flags[name]:
-                raise ValueError(f"--{name} is for starting from a file; give it as --resume_checkpoint")
-    if not {parsed.flags["resume_from"], parsed.flags["weights"]} <= set(WEIGHTS):
-        raise ValueError(
-            f"--resume_from is {parsed.flags['resume_from'] or parsed.flags['weights']!r}; it must be ema or model"
-        )
+    starting.check_start(parsed, kind)  # complain before torch is loaded and processes meet
     if not parsed.flags["data_dir"] and not parsed.flags["resume_checkpoint"] and not parsed.flags["out"]:
         raise ValueError("--data_dir is empty; give the folder of training images")
 
@@ -144,20 +143,13 @@ class _Plan(NamedTuple):
 
 
 def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool) -> _Plan:
-    import torch
-
     from ..data.classes import some
     from ..runtime.devices import require_compiler
     from ..training.checks import check_same_everywhere
-    from ..training.saver import find_save
-    from ..weights.continuing import already_begun, configuration, started_from, with_classes, with_global_batch
+    from ..weights.continuing import already_begun, with_classes, with_global_batch
 
     resume = parsed.flags["resume_checkpoint"] or "auto"
-    saved, start = started_from(
-        find_save(folder, resume, kind=kind, world=world), folder, kind, parsed.flags, parsed.typed
-    )
-    default_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    config = configuration(kind, parsed.flags, parsed.typed, saved, default_bf16=default_bf16 and not script)
+    config, saved, start = starting.configured(parsed, kind, world, folder, script=script)
     if config.train.compile:
         require_compiler(world.device)
     if not config.data.data_dir:

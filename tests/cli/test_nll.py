@@ -182,6 +182,19 @@ def test_mistakes_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "is a classifier; a diffusion model is needed here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["random_crop True", "random_flip True", "val_data_dir elsewhere", "val_fraction 0.5"])
+def test_flags_of_training_are_refused(flag: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"nll --model_path {place}/model --data_dir {place}/digits --{flag}".split()
+    assert main(command) == 2
+    assert f"--{flag.split()[0]} is " in (error := capsys.readouterr().err) and "is for training" in error
+
+
+def test_flags_of_training_that_ask_for_nothing_are_accepted(place: Path, tmp_path: Path, one_by_one: Path) -> None:
+    """As they stand in the summary of an earlier measurement, which `--config` reads."""
+    off = "--random_crop False --random_flip False --val_fraction 0 --timestep_respacing 3"
+    assert measure(place, tmp_path, *off.split(), "--val_data_dir", "")["images"] == 7
+
+
 @pytest.mark.parametrize(("value", "batch_size"), [(np.nan, "1"), (np.inf, "3")])
 def test_the_image_whose_bound_is_not_finite_is_named(
     place: Path,

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from guided_diffusion.build import build_network
+from guided_diffusion.cli import train
 from guided_diffusion.cli.doctor import forward_of, main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.models.kernels import norm
 from guided_diffusion.runtime import devices, doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
+from guided_diffusion.training.checks import StepPlan
 from guided_diffusion.training.memory import kept_bytes
 
 TINY = [
@@ -96,6 +98,71 @@ def test_the_other_kinds(capsys, kind):
         ],
     }[kind]
     assert main(["--kind", kind, "--device", "cpu", *sizes]) == 0
+    assert "million parameters" in capsys.readouterr().out
+
+
+def configuration_seen(monkeypatch, argv, device="cpu"):
+    """The configuration whose memory doctor predicts, on a pretended device."""
+    from guided_diffusion.cli import doctor as command
+
+    seen = []
+
+    def note(config, net, world, images):
+        seen.append(config)
+        return Finding(FAIL, "memory", ""), StepPlan(images, "none")
+
+    monkeypatch.setattr(command, "_check_memory", note)
+    kind = "classifier" if "classifier" in argv else "diffusion"
+    world = World(device=torch.device(device))
+    command._check_run(
+        kind, train.flags(argv, kind, program="doctor", extra={"kind": ("", ""), "measure": (False, "")}), world
+    )
+    return seen[0]
+
+
+def test_the_configuration_is_that_of_train(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert configuration_seen(monkeypatch, TINY).train.precision != "bf16"
+    assert configuration_seen(monkeypatch, TINY, "cuda").train.precision == "bf16"
+    assert configuration_seen(monkeypatch, [*TINY, "--precision", "fp32"], "cuda").train.precision == "fp32"
+    small = "--image_size 32 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 8"
+    assert configuration_seen(monkeypatch, ["--kind", "classifier", *small.split()]).data.random_crop
+
+
+def test_a_run_that_goes_on_is_examined_as_it_was_begun(pictures, tmp_path, capsys, monkeypatch):
+    words = [*TINY, "--max_steps", "1", "--save_interval", "1", "--sample_interval", "-1", "--batch_size", "2"]
+    out = str(tmp_path / "run")
+    assert train.main([*words, "--data_dir", str(pictures), "--out", out]) == 0
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
+    config = configuration_seen(monkeypatch, ["--out", out])
+    assert config.model.num_channels == 32 and config.train.batch_size == 2 and config.data.data_dir == str(pictures)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--new_classes True", "--new_classes needs --resume_checkpoint FILE"),
+        (
+            "--resume_checkpoint gone.pt --resume_from ema --weights foo",
+            "--resume_from is 'ema' and --weights is 'foo'",
+        ),
+        ("--resume_checkpoint gone.pt --resume_from ema --weights model", "give one of them"),
+        ("--resume_checkpoint gone.pt --weights foo", "--weights is 'foo'"),
+        ("--resume_checkpoint gone.pt --weights ema --resume_from ema", "gone.pt"),
+    ],
+)
+def test_flags_of_a_start_that_contradict_each_other(flags, words, pictures, tmp_path, capsys):
+    """`train` refuses them, `doctor` finds them."""
+    flags = [*TINY, *flags.split(), "--data_dir", str(pictures), "--out", str(tmp_path / "run")]
+    assert main(flags) == 1
+    assert words in lines_of(capsys.readouterr().out)["flags"]
+    with pytest.raises((ValueError, OSError), match=words):
+        train.main(flags)
+
+
+def test_flags_of_train_that_change_no_finding_are_accepted(capsys):
+    assert main([*TINY, "--progress", "False", "--timeout_s", "60", "--tensorboard", "False"]) == 0
     assert "million parameters" in capsys.readouterr().out
 
 
