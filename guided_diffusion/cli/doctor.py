@@ -92,13 +92,20 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
     own = batch_size // world.size
-    memory, plan = _check_memory(config, net, world, min(own, options.microbatch) if options.microbatch > 0 else own)
+    images = min(own, options.microbatch) if options.microbatch > 0 else own
+    try:
+        memory, plan = _check_memory(config, net, world, images)
+    except ValueError as error:  # of what this network cannot do
+        memory, plan = Finding(FAIL, "memory", str(error)), checks.StepPlan(images, "none")
     findings.append(memory)
-    if parsed.flags["measure"] and memory.status != FAIL:
+
+    def on_the_device() -> tuple[nn.Module, Callable[[], Any]]:
         real = build_network(config.model, config.diffusion, seed=0).to(world.device)
-        forward = forward_of(config, real, plan.recompute, world.device)
+        return real, partial(forward_of(config, real, plan.recompute, world.device), plan.images)
+
+    if parsed.flags["measure"] and memory.status != FAIL:
         run = {"last_step": options.last_step, "own_batch": own}
-        findings.append(checks.check_speed(real, partial(forward, plan.images), plan, world.device, **run))
+        findings.append(checks.check_speed(on_the_device, plan, world.device, **run))
     one_save = 4 * count * (1 + len(options.ema_rates)) + 8 * count
     saves = planned_saves(options.last_step, options.save_interval, options.keep_last, options.keep_every)
     return [*findings, check_disk(parsed.flags["out"] or os.getcwd(), one_save, saves)]
@@ -132,7 +139,7 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     """The memory of steps of `images` at a time; `net` on the meta device."""
     from ..runtime.devices import available_memory, used_memory
     from ..training import checks
-    from ..training.memory import kept_bytes
+    from ..training.memory import can_recompute, kept_bytes
 
     options, on_gpu = config.train, world.device.type == "cuda"
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
@@ -152,6 +159,7 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         state=state,
         free=free,
         shrink=options.microbatch == 0 and (on_gpu or recompute == "auto"),
+        can=can_recompute(net),
         compile=options.compile,
         precision=options.precision,
     )

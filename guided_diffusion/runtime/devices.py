@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 _log = logging.getLogger(__name__)
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -125,24 +126,23 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes free on a GPU, or of this host's memory (0: unknown)."""
+    """Bytes free on a GPU; or of this host's memory, within the limits of this container or job (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if found := _line_of("/proc/meminfo", "MemAvailable:"):
-        return found
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return min([_line_of("/proc/meminfo", "MemAvailable:") or whole, *_left_in_groups()])
 
 
 def used_memory(device: torch.device) -> int:
     """Bytes of a GPU that tensors of this process take; on the CPU what the whole process holds (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _line_of("/proc/self/status", "VmRSS:")
+    return _line_of("/proc/self/status", "VmRSS:") or _highest()
 
 
 def peak_memory() -> int:
-    """The most bytes of main memory that this process held since `restart_peak_memory` (0: unknown)."""
-    return _line_of("/proc/self/status", "VmHWM:")
+    """The most bytes of main memory that this process held since `restart_peak_memory`, or at all where that is False."""
+    return _line_of("/proc/self/status", "VmHWM:") or _highest()
 
 
 def give_back(device: torch.device) -> None:
@@ -169,6 +169,31 @@ def _line_of(path: str, name: str) -> int:
         return 0
     lines = (line.split() for line in Path(path).read_text().splitlines())
     return next((int(words[1]) * 1024 for words in lines if words[:1] == [name]), 0)
+
+
+def _highest() -> int:
+    """The most bytes that this process ever held, as systems other than Linux tell it; 0 on Windows."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _left_in_groups() -> list[int]:
+    """Bytes left below each memory limit that holds for this process, at least 1 (Linux control groups, version 2)."""
+    lines = _OWN_GROUP.read_text().splitlines() if _OWN_GROUP.exists() else []
+    names = [line[3:].strip("/") for line in lines if line.startswith("0::")]
+    left = []
+    for group in [place for name in names for place in (_GROUPS / name, *(_GROUPS / name).parents)]:
+        try:
+            most, now = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+            words = (group / "memory.stat").read_text().split()
+            # Files that were read count as memory, but make way for what asks for it.
+            left.append(max(1, int(most) - int(now) + int(words[words.index("inactive_file") + 1])))
+        except (OSError, ValueError):  # noqa: PERF203 - no such group, or "max": no limit
+            pass
+    return left
 
 
 def table(rows: list[dict[str, str]]) -> str:

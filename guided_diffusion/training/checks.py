@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,7 @@ def check_memory(
     state: int,
     free: int,
     shrink: bool,
+    can: Sequence[str] = ("none", "norms", "all"),
     compile: bool = False,
     precision: str = "fp32",
 ) -> tuple[Finding, StepPlan]:
@@ -82,7 +83,8 @@ def check_memory(
 
     Returns (finding, plan): the plan after automatic recompute or microbatch, or `wanted` if nothing automatic helps.
 
-    `activations`: (fixed bytes, bytes per image) by what is recomputed. `shrink`: training takes parts of the batch by itself.
+    `activations`: (fixed bytes, bytes per image) by what is recomputed, of what the network `can` recompute.
+    `shrink`: training takes parts of the batch by itself.
     """
     images, recompute = wanted
 
@@ -100,11 +102,11 @@ def check_memory(
     if not free or need <= free:
         return Finding(WARN if free and need > 0.85 * free else OK, "memory", text), wanted
 
-    ways = ("all",) if compile else ("norms", "all")  # a compiled network chooses for itself in between
-    enough = [way for way in ways if room(way) >= images]
+    ways = [way for way in can if way != "norms" or not compile]  # a compiled network chooses for itself in between
+    enough = [way for way in ways[1:] if room(way) >= images]
     if recompute == "auto" and enough:
         return Finding(WARN, "memory", f"{text}. --recompute auto will make it fit"), StepPlan(images, enough[0])
-    final = "all" if recompute == "auto" else recompute
+    final = ways[-1] if recompute == "auto" else recompute
     if shrink and room(final):
         while images > room(final):
             images = -(-images // 2)
@@ -114,8 +116,8 @@ def check_memory(
     remedies = [f"--recompute {way}" for way in enough if recompute != "auto"][:1]
     if room(final):
         remedies.append(f"--microbatch {room(final)}")
-    if not remedies and room("all"):
-        remedies.append(f"--recompute all --microbatch {room('all')}")
+    if not remedies and room(ways[-1]):
+        remedies.append(f"--recompute {ways[-1]} --microbatch {room(ways[-1])}")
     if remedies:
         return Finding(FAIL, "memory", f"{text}. {' or '.join(remedies)} would fit"), wanted
     smaller = "fewer channels" if precision == "bf16" else "--precision bf16, or fewer channels"
@@ -123,14 +125,21 @@ def check_memory(
 
 
 def check_speed(
-    net: nn.Module, forward: Callable[[], Any], plan: StepPlan, device: torch.device, *, last_step: int, own_batch: int
+    make: Callable[[], tuple[nn.Module, Callable[[], Any]]],
+    plan: StepPlan,
+    device: torch.device,
+    *,
+    last_step: int,
+    own_batch: int,
 ) -> Finding:
     """Time three steps of forward, backward and AdamW after one of warm-up; communication between processes is not included.
 
-    `forward` runs `net` on `plan.images` images; a run takes `last_step` steps (0: no end) of `own_batch` images on this process.
+    `make` returns a network on the device, and what runs it on `plan.images` images;
+    a run takes `last_step` steps (0: no end) of `own_batch` images on this process.
     """
     steps = 3
     try:
+        net, forward = make()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
         for step in range(steps + 1):
             if step == 1:

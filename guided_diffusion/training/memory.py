@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -54,34 +55,40 @@ def fit(
 
     With `recompute` the network keeps everything, then computes its norms again (if `norms`), then whole blocks. Where that is
     not enough, with `shrink`, the images go through by halves, quarters ... of the batch. A trial is a real forward and backward
-    pass, with room for the optimizer's moments. (The system ends a process that takes too much main memory, so on the CPU nothing
-    is tried whose kept tensors, counted on a few examples, are too many already.) All processes try and choose the same; weights
-    and gradients stay as they are. `limit_gb`: GiB that this process may use, on a GPU from now on; 0 = what is free. Call it
-    before the network is compiled. ValueError where nothing fits.
+    pass, with room for the optimizer's moments. (The system ends a process that takes too much main memory, so on the CPU trials
+    grow from few examples, and stop before they would need too much.) All processes try and choose the same; weights and
+    gradients stay as they are. `limit_gb`: GiB that this process may use; 0 = what is free. Call it before the network is
+    compiled. ValueError where nothing fits.
     """
     net, device = trainer.net, trainer.device
-    if limit_gb and device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / whole), device)
     ways = [way for way in can_recompute(net) if norms or way != "norms"] if recompute else [""]
     size = min(trainer.microbatch or batching.length(batch), batching.length(batch))
     attempts = [(way, size) for way in ways]
     while shrink and size > 1:
         size = -(-size // 2)
         attempts.append((ways[-1], size))
-    for way, size in attempts:
-        if way:
-            set_recompute(net, way)
-        if trainer.world.any_true(not _fits(trainer, batch, size, limit_gb), name="does a step fit into memory?"):
-            continue
-        if size < batching.length(batch):
-            trainer.microbatch = size
-        passes = f"{size} images per forward and backward pass"
-        if way:
-            _log.info(f"--recompute auto: {_CHOSEN[way]}" + f"; {passes}" * (size < batching.length(batch)))
-        else:
-            _log.info(f"--microbatch auto: {passes} fit")
-        return
+    limit = _limit(trainer, limit_gb)
+    limited = bool(limit_gb) and device.type == "cuda"
+    if limited:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)
+    try:
+        for way, size in attempts:
+            if way:
+                set_recompute(net, way)
+            if trainer.world.any_true(not _fits(trainer, batch, size, limit), name="does a step fit into memory?"):
+                continue
+            if size < batching.length(batch):
+                trainer.microbatch = size
+            passes = f"{size} images per forward and backward pass"
+            if way:
+                _log.info(f"--recompute auto: {_CHOSEN[way]}" + f"; {passes}" * (size < batching.length(batch)))
+            else:
+                _log.info(f"--microbatch auto: {passes} fit")
+            return
+    finally:
+        if limited:  # it guides the choice only
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
     remedies = ["--memory_limit_gb 0 or more"] * bool(limit_gb) + ["--recompute all"] * (not recompute)
     remedies += ["--microbatch auto"] * (not shrink) + ["--precision bf16", "fewer --num_channels"]
     raise ValueError(
@@ -90,33 +97,56 @@ def fit(
     )
 
 
-def _fits(trainer: Trainer, batch: Any, count: int, limit_gb: float) -> bool:
-    """Whether a step with `count` examples at a time fits into the device's memory, on this process."""
+def _fits(trainer: Trainer, batch: Any, count: int, limit: float) -> bool:
+    """Whether a step with `count` examples at a time fits into the device's memory, on the CPU `limit` bytes, on this process."""
     trainer.net.train()
     try:
         if trainer.device.type == "cuda":
             _try(trainer, batch, count)
             return True
-        limit = _limit(trainer, limit_gb)
         if _counted(trainer, batch, count) > limit:
             return False
-        if restart_peak_memory():
-            _try(trainer, batch, count)
-        return peak_memory() + _copies(trainer) <= limit
+        return _grown(trainer, batch, count, limit - _copies(trainer))
     except torch.OutOfMemoryError:
         return False
     finally:
         give_back(trainer.device)
 
 
-def _try(trainer: Trainer, batch: Any, count: int) -> None:
+def _grown(trainer: Trainer, batch: Any, count: int, limit: float) -> bool:
+    """Whether the process's peak stays below `limit` bytes in trials of few examples, then of four times as many ... `count`.
+
+    Each size is tried only if the line through the last two peaks allows it: the count of what forward keeps does not know
+    what backward recomputes. Where the system does not restart a peak, the count alone decides.
+    """
+    sizes = [count]
+    while sizes[0] > 2:
+        sizes.insert(0, max(2, -(-sizes[0] // 4)))
+    passes = 1 if count >= batching.length(batch) else 2
+    gradients = sum(p.nbytes for p in trainer.params)
+    tried = [(0, used_memory(trainer.device) + gradients + _moment_bytes(trainer))]  # without examples
+    for size in sizes:
+        if len(tried) > 1:
+            (fewer, low), (more, high) = tried[-2:]
+            if high + (size - more) * (high - low) / (more - fewer) > limit:
+                return False
+        give_back(trainer.device)
+        if not restart_peak_memory():
+            return True
+        _try(trainer, batch, size, passes)
+        tried.append((size, peak_memory()))
+    return tried[-1][1] <= limit
+
+
+def _try(trainer: Trainer, batch: Any, count: int, passes: int = 2) -> None:
     """What the largest moment of a step needs: the pass of a second microbatch, with gradients and moments in memory.
 
+    `passes`: 1 where there is no second one.
     Gradients are taken without `backward`, so that no wrapper for several processes waits for the others.
     """
     room = torch.zeros(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
     gradients = []
-    for part, ids in itertools.islice(_parts(trainer, batch, count), 2):
+    for part, ids in itertools.islice(_parts(trainer, batch, count), passes):
         loss = trainer.precision.scale(trainer.losses_of(trainer.net, part, ids).loss.float().sum())
         gradients.append(torch.autograd.grad(loss, trainer.params, allow_unused=True))
     del room, gradients
@@ -144,8 +174,11 @@ def _copies(trainer: Trainer) -> int:
 
 
 def _limit(trainer: Trainer, limit_gb: float) -> float:
+    """Bytes that this process may hold. All processes ask before any tries, and may add as much as the one with the least room."""
     device, sharers = trainer.device, max(1, trainer.world.local_size)
-    return limit_gb * _GIB or used_memory(device) + _SHARE_OF_FREE * available_memory(device) / sharers
+    room = _SHARE_OF_FREE * (available_memory(device) or math.inf) / sharers
+    least = min(trainer.world.all_gather_object(room, "how much memory is free?"))
+    return limit_gb * _GIB or used_memory(device) + least
 
 
 def _parts(trainer: Trainer, batch: Any, count: int) -> Any:

@@ -12,11 +12,12 @@ from guided_diffusion.build import build_network
 from guided_diffusion.cli import train
 from guided_diffusion.cli.doctor import forward_of, main
 from guided_diffusion.config import RunConfig
+from guided_diffusion.models.architectures import ARCHITECTURES
 from guided_diffusion.models.kernels import norm
 from guided_diffusion.runtime import devices, doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
-from guided_diffusion.training.checks import StepPlan
+from guided_diffusion.training.checks import StepPlan, check_speed
 from guided_diffusion.training.memory import kept_bytes
 
 TINY = [
@@ -286,6 +287,42 @@ def test_what_makes_a_batch_fit_is_named(monkeypatch, capsys, flags, status, wor
     code = main([*TINY, *flags.split()])
     line = lines_of(capsys.readouterr().out)["memory"]
     assert line.startswith(status) and words in line and code == (status == FAIL), line
+
+
+class Plain(torch.nn.Module):
+    """A network of a user, which recomputes nothing and computes in float32 only."""
+
+    def __init__(self, in_channels, out_channels, **shape):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x, time, y=None):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--batch_size 100000000", "--microbatch"),
+        ("--batch_size 100000000 --recompute auto --microbatch -1", "--microbatch"),
+        ("--recompute all", "Plain can do none only"),
+        ("--precision bf16", "Plain cannot compute in bf16"),
+    ],
+)
+def test_what_a_network_cannot_do_is_a_finding(monkeypatch, capsys, flags, words):
+    monkeypatch.setitem(ARCHITECTURES, "plain", Plain)
+    assert main(["--device", "cpu", "--image_size", "16", "--architecture", "plain", *flags.split()]) == 1
+    lines = lines_of(capsys.readouterr().out)
+    assert lines["memory"].startswith(FAIL) and words in lines["memory"] and "disk" in lines
+    assert "--recompute norms" not in lines["memory"] and "--recompute all would" not in lines["memory"]
+
+
+def test_a_network_too_large_for_the_device_is_a_finding():
+    def make():
+        raise torch.OutOfMemoryError("out of memory: weights")
+
+    finding = check_speed(make, StepPlan(4, "none"), torch.device("cpu"), last_step=1, own_batch=4)
+    assert finding == Finding(FAIL, "speed", "4 images at a time: out of memory: weights")
 
 
 TWO = "import sys\nfrom guided_diffusion.cli.doctor import main\nsys.exit(main(sys.argv[1:]))\n"

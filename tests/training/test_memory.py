@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.config import RunConfig
 from guided_diffusion.models.unet import EncoderUNetModel, UNetModel
+from guided_diffusion.runtime.devices import peak_memory
 from guided_diffusion.runtime.streams import Streams
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training import memory
@@ -124,7 +125,11 @@ def test_networks_that_cannot_recompute_are_named() -> None:
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from (what is recomputed, examples at a time) to a limit in GiB between that and the next larger need."""
-    for name, answer in (("used_memory", lambda device: 0), ("restart_peak_memory", bool), ("peak_memory", int)):
+    for name, answer in (
+        ("used_memory", lambda device: 0),
+        ("restart_peak_memory", bool),
+        ("peak_memory", lambda: 2**60),
+    ):
         monkeypatch.setattr(memory, name, answer)
 
     def between(what: str, count: int) -> float:
@@ -193,6 +198,31 @@ def test_trials_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process as Linux tells it")
+def test_trials_on_the_cpu_grow_until_the_next_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With whole blocks recomputed the backward pass needs several times what forward keeps, and what is counted."""
+    trainer, batch = trainer_of(unet(), 48), batch_of(48, 32)
+    trainer.net.train()
+    set_recompute(trainer.net, "all")
+    tried: list[tuple[int, int]] = []
+
+    def observed(trainer: Trainer, batch: Batch, count: int, passes: int) -> None:
+        one_try(trainer, batch, count, passes)
+        tried.append((count, peak_memory()))
+
+    one_try = memory._try
+    monkeypatch.setattr(memory, "_try", observed)
+    counted = memory._counted(trainer, batch, 48)
+    assert memory._grown(trainer, batch, 48, 1000 * GIB)
+    assert [count for count, _ in tried] == [2, 3, 12, 48]
+    (_, few), (_, peak) = tried[0], tried[-1]
+    assert peak > counted
+    tried.clear()
+    limit = (few + 2 * peak) / 3
+    assert not memory._grown(trainer, batch, 48, limit)
+    assert tried[-1][0] < 48 and all(most < limit for _, most in tried)
+
+
 _PROCESS = """
 import sys
 sys.path[:0] = {paths!r}
@@ -258,6 +288,7 @@ def test_a_gpu_says_itself_when_there_is_no_more() -> None:
             chosen = trainer()
             fit(chosen, batch_of(256, 64), recompute=True, shrink=False, limit_gb=limit)
             assert recomputed_by(chosen.net) == wanted
+            torch.empty(int(limit * GIB), dtype=torch.uint8, device="cuda")  # the limit held for the trials only
             chosen.step(batch_of(256, 64))
             del chosen
         chosen = trainer()

@@ -106,17 +106,19 @@ def proofs(folder, world):
 def fitting(folder, world):
     """Only the second process is short of memory; both choose alike, and train as without."""
     from guided_diffusion.training import memory
-    from training.test_memory import GIB, batch_of, recomputed_by, trainer_of, unet
+    from training.test_memory import batch_of, recomputed_by, trainer_of, unet
 
     whole = batch_of(8)
     mine = whole._replace(images=whole.images[world.rank :: 2], positions=whole.positions[world.rank :: 2])
     options = {"world": world, "ddp_options": {"static_graph": True}}
     trainer, other = trainer_of(unet(), 8, **options), trainer_of(unet(), 8, **options)
     memory.used_memory = lambda device: 0
-    memory.restart_peak_memory, memory.peak_memory = bool, int  # what is counted decides
+    memory.restart_peak_memory = bool  # what is counted decides
     memory.set_recompute(trainer.net, "norms")
-    limit = 1.02 * memory._counted(trainer, mine, 4) / GIB
-    memory.fit(trainer, mine, recompute=True, shrink=True, limit_gb=[1000.0, limit][world.rank])
+    limit = 1.02 * memory._counted(trainer, mine, 4)
+    memory.available_memory = lambda device: [2**50, int(2 * limit / memory._SHARE_OF_FREE)][world.rank]
+    assert memory._limit(trainer, 0.0) < 1.01 * limit  # the first learns of it before it tries
+    memory.fit(trainer, mine, recompute=True, shrink=True)
     (folder / f"chosen{world.rank}.json").write_text(json.dumps([recomputed_by(trainer.net), trainer.microbatch]))
     for _ in range(3):
         for each in (trainer, other):
