@@ -218,7 +218,7 @@ def test_trials_on_the_cpu_grow_until_the_next_would_be_too_large(monkeypatch: p
     (_, few), (_, peak) = tried[0], tried[-1]
     assert peak > counted
     tried.clear()
-    limit = (few + 2 * peak) / 3
+    limit = (few + peak) / 2
     assert not memory._grown(trainer, batch, 48, limit)
     assert tried[-1][0] < 48 and all(most < limit for _, most in tried)
 
