@@ -116,7 +116,8 @@ def _fits(trainer: Trainer, batch: Any, count: int, limit: float) -> bool:
 def _grown(trainer: Trainer, batch: Any, count: int, limit: float) -> bool:
     """Whether the process's peak stays below `limit` bytes in trials of few examples, then of four times as many ... `count`.
 
-    Each size is tried only if the line through the last two peaks allows it, give or take a tenth: the count of what forward keeps does not know
+    Each size is tried only if the line through the last two peaks allows it, give or take a tenth:
+    the count of what forward keeps does not know
     what backward recomputes. Where the system does not restart a peak, the count alone decides.
     """
     sizes = [count]
