@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.devices import available_memory, give_back, peak_memory, restart_peak_memory, used_memory
+from ..runtime.devices import (
+    available_memory,
+    give_back,
+    give_back_at_once,
+    peak_memory,
+    restart_peak_memory,
+    used_memory,
+)
 from . import batching
 from .parallel import unwrapped
 
@@ -67,6 +74,7 @@ def fit(
     while shrink and size > 1:
         size = -(-size // 2)
         attempts.append((ways[-1], size))
+    give_back_at_once(device)
     limit = _limit(trainer, limit_gb)
     limited = bool(limit_gb) and device.type == "cuda"
     if limited:
