@@ -3,12 +3,12 @@
 The keys of the dicts and the positional parameters are frozen: programs build calls from them by inspection. What is new is keyword-only.
 """
 
-import argparse  # noqa: F401
+import argparse
 import inspect  # noqa: F401
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import gaussian_diffusion as gd
-from .cli.arguments import add_dict_to_argparser, args_to_dict, str2bool  # noqa: F401
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
 from .respace import SpacedDiffusion, space_timesteps
 
@@ -287,3 +287,22 @@ def create_gaussian_diffusion(
 def _diffusion(given: dict[str, Any]) -> SpacedDiffusion:
     flags = {name: given[name] for name in _DIFFUSION}
     return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
+
+
+def str2bool(v: str | bool) -> bool:
+    """Read a boolean: yes true t y 1, no false f n 0, in any case."""
+    from .cli import arguments
+
+    return arguments.str2bool(v)
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add one `--key` per entry, of the type of its default; None reads as text, booleans through `str2bool`."""
+    for key, default in default_dict.items():
+        read: Any = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        parser.add_argument(f"--{key}", default=default, type=read)
+
+
+def args_to_dict(args: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The attributes `keys` of parsed arguments (or any object) as a dict."""
+    return {key: getattr(args, key) for key in keys}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
 
-from guided_diffusion.cli.sample import classifier_sample
+from guided_diffusion.cli.main import script
 
 if __name__ == "__main__":
-    sys.exit(classifier_sample())
+    sys.exit(script("classifier_sample"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
 
-from guided_diffusion.cli.likelihood import image_nll
+from guided_diffusion.cli.main import script
 
 if __name__ == "__main__":
-    sys.exit(image_nll())
+    sys.exit(script("image_nll"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without installation, from any folder
 
-from guided_diffusion.cli.upsample import super_res_sample
+from guided_diffusion.cli.main import script
 
 if __name__ == "__main__":
-    sys.exit(super_res_sample())
+    sys.exit(script("super_res_sample"))

@@ -8,18 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, NamedTuple, NoReturn
 
+from ..config import Section, changed, flag, flatten, laid_over
+from ..config.fields import RENAMED
+from ..runtime import launchers, storage
 from .extensions import ImportProgram, names_of
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-
-# Flags of every command that starts processes.
-COMMON: dict[str, tuple[Any, str]] = {
-    "device": ("auto", "auto, cpu or cuda"),
-    "debug": (False, "show where an error came from"),
-}
 LAST = "for weights that carry no configuration"  # the group of all other flags of a command that reads weights
 # The groups of --help: title -> flags. A command shows those that it has; flags in no group are in the last one.
 SAMPLING = {
@@ -48,8 +45,12 @@ TRAINING = {
 }
 
 
-class UsageError(ValueError):
-    """A flag that does not exist or has an impossible value; the message is for the user."""
+@dataclass(frozen=True)
+class Common(Section):
+    """Flags of every command that starts processes."""
+
+    device: str = flag("auto", "auto, cpu or cuda")
+    debug: bool = flag(False, "show where an error came from")
 
 
 class Parsed(NamedTuple):
@@ -62,12 +63,20 @@ class Parsed(NamedTuple):
 class Parser(argparse.ArgumentParser):
     """argparse that raises instead of ending the process, with the flag `--import`."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, program: str = "", description: str | None = None, **options: Any) -> None:
+        super().__init__(program, description=description, **{"allow_abbrev": False, **options})
         self.add_argument("--import", action=ImportProgram)
 
+    def flag(self, name: str, default: Any, help: str, **options: Any) -> None:
+        """Add `--NAME`, of the type of its default; one whose default is False takes no value."""
+        if default is False:
+            self.add_argument(f"--{name}", action="store_true", help=help)
+        else:
+            help += f" (default {default})" if default != "" else ""
+            self.add_argument(f"--{name}", default=default, help=help, **{"type": type(default), **options})
+
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message.removeprefix("argument "))
+        raise ValueError(message.removeprefix("argument "))
 
 
 def parse(
@@ -76,51 +85,51 @@ def parse(
     *,
     program: str,
     description: str,
-    extra: Mapping[str, tuple[Any, str]] | None = None,
     defaults: Mapping[str, Any] | None = None,
     groups: Mapping[str, str] = TRAINING,
     given: Mapping[str, Any] | None = None,
 ) -> Parsed:
-    """Read flags that belong to the dataclasses `configs` and to `extra` (name -> (default, help)).
+    """Read the flags of the dataclasses `configs` and of `Common`; where two have a field of one name, the first counts.
 
     `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
     `groups` are those of --help: title -> flags; the last group has all others. `given` counts as typed before `argv`.
     """
-    from ..config.fields import RENAMED
-
-    known = _table(configs, {**COMMON, **(extra or {})}, defaults or {})
-    parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help)
-    helps = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)  # only then tables are read
+    argv = sys.argv[1:] if argv is None else argv
+    known: dict[str, Field[Any]] = {}
+    for field in (field for config in (*configs, Common) for field in fields(config) if "help" in field.metadata):
+        known.setdefault(field.name, field)
+    default = {name: (defaults or {}).get(name, field.default) for name, field in known.items()}
+    parser = Parser(program, description, formatter_class=_Help)
+    in_help = not {"-h", "--help"}.isdisjoint(argv)  # only then tables are read
+    grouped = " ".join(groups.values()).split()
     for title, names in groups.items():
         group = parser.add_argument_group(title)
-        listed = names.split() or [name for name in known if name not in " ".join(groups.values()).split()]
-        for name in listed:
+        for name in names.split() or [name for name in known if name not in grouped]:
             if name == "config":
                 group.add_argument("--config", metavar="FILE", help="JSON file with values for these flags")
             elif name in known:
-                _add(group, name, known[name], names_of(known[name].table) if helps and known[name].table else ())
+                _add(group, known[name], default[name], in_help)
     renamed = {f"--{old}": f"--{now}" for old, now in RENAMED.items() if now in known}
-    arguments, unknown = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv, renamed))
+    arguments, unknown = parser.parse_known_args(_underscored(argv, renamed))
     if unknown:
-        raise UsageError(_unknown(unknown[0], known))
+        raise ValueError(_unknown(unknown[0], known))
     typed = {**(given or {}), **{key: value for key, value in vars(arguments).items() if key != "config"}}
-    default = {name: entry.default for name, entry in known.items()}
     if arguments.config:
-        from ..config import changed, laid_over
-        from ..runtime.launchers import first_of_machine
-
-        stored, own = _from_file(arguments.config, known), typed
-        typed = laid_over(stored, own)
-        for sentence in changed(stored, own, {**default, **typed}) if first_of_machine(os.environ) else ():
-            print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
-    typed = {name: _without_auto(name, value, known[name].auto) for name, value in typed.items()}
+        stored, typed_now = _from_file(arguments.config, known), typed
+        typed = laid_over(stored, typed_now)
+        if launchers.first_of_machine(os.environ):
+            for sentence in changed(stored, typed_now, {**default, **typed}):
+                print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
     for name, value in typed.items():
-        choices = known[name].choices
-        if choices and value not in choices:
-            raise UsageError(
-                f"--{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{near(value, choices)}"
-            )
+        auto, choices = (known[name].metadata[key] for key in ("auto", "choices"))
+        if auto is not None and str(value).lower() == "auto":
+            if isinstance(auto, str):
+                raise ValueError(f"--{name} is 'auto', but {auto}")
+            typed[name] = auto
+        elif choices and value not in choices:
+            listed = ", ".join(map(repr, choices))
+            raise ValueError(f"--{name} is {value!r}; it must be one of {listed}{near(value, choices)}")
     return Parsed({**default, **typed}, typed)
 
 
@@ -143,45 +152,15 @@ def int_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
 
 
-def _without_auto(name: str, value: Any, auto: int | str | None) -> Any:
-    """`value`, or the number that the word auto stands for; UsageError if `auto` says why it stands for none."""
-    if auto is None or not isinstance(value, str) or value.lower() != "auto":
-        return value
-    if isinstance(auto, str):
-        raise UsageError(f"--{name} is 'auto', but {auto}")
-    return auto
-
-
 class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=120)
 
 
-class _Entry(NamedTuple):
-    default: Any
-    help: str
-    choices: tuple[Any, ...] | None = None
-    auto: int | str | None = None  # as in config.fields.flag, like the next
-    table: str = ""
-
-
-def _table(
-    configs: Sequence[type], extra: Mapping[str, tuple[Any, str]], defaults: Mapping[str, Any]
-) -> dict[str, _Entry]:
-    known: dict[str, _Entry] = {}
-    for f in (f for config in configs for f in fields(config)):
-        if f.name not in known and "help" in f.metadata:
-            own = {key: f.metadata[key] for key in _Entry._fields[1:]}
-            known[f.name] = _Entry(defaults.get(f.name, f.default), **own)
-    known.update({name: _Entry(defaults.get(name, default), help) for name, (default, help) in extra.items()})
-    return known
-
-
-def _add(group: Any, name: str, entry: _Entry, in_table: Sequence[str]) -> None:
-    default, help, choices, auto, _ = entry
-    listed = (
-        f" [{', '.join(str(choice) or 'empty' for choice in in_table or choices or ())}]" if in_table or choices else ""
-    )
+def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
+    help, choices, auto, table = (field.metadata[key] for key in ("help", "choices", "auto", "table"))
+    choices = names_of(table) if in_help and table else choices
+    listed = f" [{', '.join(str(choice) or 'empty' for choice in choices)}]" if choices else ""
     if isinstance(default, bool):  # a bare --flag means True
         options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
     elif auto is not None:
@@ -189,7 +168,7 @@ def _add(group: Any, name: str, entry: _Entry, in_table: Sequence[str]) -> None:
     else:
         options = {"type": type(default), "metavar": type(default).__name__}
     text = f"{help}{listed} (default {default!r})".replace("%", "%%")
-    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
+    group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
 
 
 def _underscored(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
@@ -203,18 +182,15 @@ def _underscored(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
     return fixed
 
 
-def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
-    from ..config import flatten
-    from ..runtime import storage
-
+def _from_file(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     try:
         values = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"--config {path}: there is no such file") from None
     except ValueError as error:
-        raise UsageError(f"--config {path} is no JSON file: {error}") from None
+        raise ValueError(f"--config {path} is no JSON file: {error}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"--config {path} must hold an object of flags or sections, not a {type(values).__name__}")
+        raise ValueError(f"--config {path} must hold an object of flags or sections, not a {type(values).__name__}")
     values = values["config"] if isinstance(values.get("config"), dict) else values
     # In the file of another command (a training run's, given to `sample`) the sections on data and training are not meant.
     foreign = [
@@ -230,11 +206,11 @@ def _from_file(path: str, known: Mapping[str, _Entry]) -> dict[str, Any]:
         flat.pop("resume_checkpoint", None)
     for name in flat:
         if name not in known:
-            raise UsageError(f"--config {path}: {_unknown('--' + name, known)}")
+            raise ValueError(f"--config {path}: {_unknown('--' + name, known)}")
     return flat
 
 
-def _unknown(word: str, known: Mapping[str, _Entry]) -> str:
+def _unknown(word: str, known: Mapping[str, Field[Any]]) -> str:
     name = word.partition("=")[0]
     if not name.startswith("--"):
         return f"{word!r} is neither a flag nor the value of one; flags are spelled --name value"
@@ -245,15 +221,3 @@ def near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
     """ " (did you mean ...?)" if one of the `allowed` is similar, else nothing."""
     found = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
     return f" (did you mean {prefix}{found[0]}?)" if found else ""
-
-
-def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
-    """Add one `--key` per entry, of the type of its default; None reads as text, booleans through `str2bool`."""
-    for key, default in default_dict.items():
-        read: Any = str2bool if isinstance(default, bool) else str if default is None else type(default)
-        parser.add_argument(f"--{key}", default=default, type=read)
-
-
-def args_to_dict(args: Any, keys: Iterable[str]) -> dict[str, Any]:
-    """The attributes `keys` of parsed arguments (or any object) as a dict."""
-    return {key: getattr(args, key) for key in keys}

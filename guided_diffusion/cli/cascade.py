@@ -5,14 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from ..config import ModelConfig, flag
+from ..config import flag
 from . import making, runs, sample, upsample
-
-if TYPE_CHECKING:
-    from ..runtime.signals import Stop
-    from ..runtime.world import World
 
 
 @dataclass(frozen=True)
@@ -33,43 +28,39 @@ class Cascade(making.Making):
 _SHARED = ("num_samples", "batch_size", "seed", "precision", "clip_denoised", "timestep_respacing", "grid", "device")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`guided-diffusion cascade`."""
-    asked = Cascade.of(making.flags(argv, Cascade, ModelConfig, program="guided-diffusion cascade"))
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion cascade") -> int:
+    """Make small images, then enlarge them; returns the exit code."""
+    from ..runtime import storage
+
+    options = Cascade.of(Cascade.flags(argv, program))
     for name, what in (("model_path", "the base model"), ("upsampler_path", "the upsampler")):
-        if not getattr(asked, name):
+        if not getattr(options, name):
             raise ValueError(f"--{name} is empty; give the weights of {what}, or the folder of its run")
-    second = _second(asked)  # an impossible value is an error now, not after the first stage
-    out, _ = runs.run_folder(asked.out, "cascade")
-
-    def work(world: World, stop: Stop) -> None:
-        from ..runtime import storage
-
-        folder = world.broadcast_object(out, name="folder of the cascade")
-        own = {name: value for name, value in asked.typed.items() if not name.startswith("upsampler_")}
-        npz = sample.make(replace(asked, out=storage.join(folder, "base"), typed=own), world, stop)
-        upsample.make(replace(second, out=storage.join(folder, "upsampled"), base_samples=npz), world, stop)
-
-    return making.in_session(asked, work)
+    second = _second(options)  # an impossible value is an error now, not after the first stage
+    out, _ = runs.run_folder(options.out, "cascade")
+    typed = {name: value for name, value in options.typed.items() if not name.startswith("upsampler_")}
+    with making.session(options) as (world, stop):
+        out = world.broadcast_object(out, name="folder of the cascade")
+        npz = sample.make(replace(options, out=storage.join(out, "base"), typed=typed), world, stop)
+        upsample.make(replace(second, out=storage.join(out, "upsampled"), base_samples=npz), world, stop)
+    return 0
 
 
-def _second(asked: Cascade) -> upsample.Upsampling:
+def _second(options: Cascade) -> upsample.Upsampling:
     """The second stage's flags: `--upsampler_flags` over `--upsampler_...` over those that both stages share."""
-    words = shlex.split(asked.upsampler_flags)
-    if any(
-        word.startswith("--import") for word in words
-    ):  # the value may come from a file, and no file may run a program
+    words = shlex.split(options.upsampler_flags)
+    if any(word.startswith("--import") for word in words):  # the value may be a file's, and no file may run a program
         raise ValueError("--upsampler_flags has --import; give it to cascade itself")
-    given = {name: asked.typed[name] for name in _SHARED if name in asked.typed}
+    given = {name: options.typed[name] for name in _SHARED if name in options.typed}
     given |= {
-        "model_path": asked.upsampler_path,
-        "use_ddim": asked.upsampler_use_ddim,
-        "classifier_path": asked.upsampler_classifier_path,
-        "classifier_scale": asked.upsampler_classifier_scale,
-        "timestep_respacing": asked.upsampler_timestep_respacing or given.get("timestep_respacing", ""),
-        "batch_size": asked.upsampler_batch_size or given.get("batch_size", ""),
-        "num_samples": asked.num_samples,
+        "model_path": options.upsampler_path,
+        "use_ddim": options.upsampler_use_ddim,
+        "classifier_path": options.upsampler_classifier_path,
+        "classifier_scale": options.upsampler_classifier_scale,
+        "timestep_respacing": options.upsampler_timestep_respacing or given.get("timestep_respacing", ""),
+        "batch_size": options.upsampler_batch_size or given.get("batch_size", ""),
+        "num_samples": options.num_samples,
     }
     given = {name: value for name, value in given.items() if value != ""}
     program = "guided-diffusion cascade --upsampler_flags"
-    return upsample.Upsampling.of(upsample.flags(words, program=program, given=given))
+    return upsample.Upsampling.of(upsample.Upsampling.flags(words, program, given=given))

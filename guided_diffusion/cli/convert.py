@@ -10,16 +10,14 @@ from .arguments import Parser
 FORMS = ("safetensors", "pt", "diffusers")  # weights.convert.FORMS, here without loading torch
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion convert") -> int:
     """`guided-diffusion convert SOURCE TARGET`: the target's form is that of its name, or --to."""
-    parser = Parser(prog="guided-diffusion convert", description=__doc__, allow_abbrev=False)
+    parser = Parser(program, __doc__)
     parser.add_argument("source", help="weights: .pt, .safetensors, a run folder, or a folder that diffusers wrote")
     parser.add_argument("target", help="NAME.safetensors, NAME.pt, or a folder for --to diffusers")
-    parser.add_argument("--to", choices=FORMS, default="", help="the form; default: by the target's name")
-    parser.add_argument(
-        "--noise_schedule", default="linear", help="of a diffusers source, which does not carry it (default linear)"
-    )
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help=WEIGHTS_HELP)
+    parser.flag("to", "", "the form; default: by the target's name", choices=FORMS)
+    parser.flag("noise_schedule", "linear", "of a diffusers source, which does not carry it")
+    parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
     args = parser.parse_args(argv)
 
     from ..runtime.log import setup_messages

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _SHOWN = 50
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str], program: str = "guided-diffusion data") -> int:
     """`argv` after the word `data`; the exit code."""
     commands = {"check": check, "pack": pack}
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: guided-diffusion data {{{','.join(commands)}}} ...\n\n{__doc__}")
+        print(f"usage: {program} {{{','.join(commands)}}} ...\n\n{__doc__}")
         return 0 if argv else 2
     if argv[0] not in commands:
         raise ValueError(f"data: unknown command {argv[0]!r}; must be one of {', '.join(commands)}")
@@ -43,11 +43,9 @@ def pack(argv: Sequence[str]) -> int:
     parser = _parser("pack", pack.__doc__)
     parser.add_argument("out", help="new folder to write")
     side = "side in pixels, or HEIGHTxWIDTH; for random crops 1.25 x the training size"
-    parser.add_argument("--size", type=_size, required=True, help=side)
-    modes = "1 grey, 2 grey + alpha, 3 RGB, 4 RGBA"
-    parser.add_argument("--channels", type=int, default=3, choices=(1, 2, 3, 4), help=modes)
-    leave_out = "leave out images that cannot be read instead of stopping"
-    parser.add_argument("--skip-unreadable", action="store_true", help=leave_out)
+    parser.flag("size", "", side, type=_size, required=True)
+    parser.flag("channels", 3, "1 grey, 2 grey + alpha, 3 RGB, 4 RGBA", choices=(1, 2, 3, 4))
+    parser.flag("skip-unreadable", False, "leave out images that cannot be read instead of stopping")
     arguments = parser.parse_args(argv)
     records, bar = _list(arguments)
     from ..data import packed
@@ -63,13 +61,12 @@ def pack(argv: Sequence[str]) -> int:
 
 
 def _parser(command: str, description: str | None) -> Parser:
-    parser = Parser(f"guided-diffusion data {command}", description=description)
+    parser = Parser(f"guided-diffusion data {command}", description)
     source_help = "folder of images, .zip with dataset.json, (folder of) WebDataset .tar, LSUN lmdb, packed folder"
     parser.add_argument("source", help=source_help)
-    labels_help = "auto, folders, prefix, none, or a csv/json file (default: auto)"
-    parser.add_argument("--labels", default="auto", help=labels_help)
-    parser.add_argument("--workers", type=int, default=4, help="threads that decode (default: 4)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.flag("labels", "auto", "auto, folders, prefix, none, or a csv/json file")
+    parser.flag("workers", 4, "threads that decode")
+    parser.flag("quiet", False, "no progress bar")
     return parser
 
 

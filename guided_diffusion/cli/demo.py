@@ -19,13 +19,13 @@ SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 HELD_OUT = 5  # every fifth digit is kept from training, for the classifier's validation
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion demo") -> int:
     """Run the demo; returns 0. `--quick` is the same journey with a network and a patience too small to be good."""
-    parser = Parser(prog="guided-diffusion demo", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", default="runs/demo", help="folder for everything that is made (default runs/demo)")
-    parser.add_argument("--quick", action="store_true", help="a minute instead of ten, digits not yet readable")
-    parser.add_argument("--seed", type=int, default=0, help="seed of training and of the samples (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser = Parser(program, __doc__)
+    parser.flag("out", "runs/demo", "folder for everything that is made")
+    parser.flag("quick", False, "a minute instead of ten, digits not yet readable")
+    parser.flag("seed", 0, "seed of training and of the samples")
+    parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
     out = Path(args.out)
     plan = Plan.quick() if args.quick else Plan()
@@ -147,7 +147,7 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
     from ..weights.load import load
 
     rows = []
-    with runs.session({"device": device, "debug": False}) as here:
+    with runs.session(device) as here:
         classifier = load(str(out / "classifier"), kind="classifier", device=here.device)
         real, _ = classifier_features(classifier, read_images(data_dir, classifier, 100)[0])
         for scale in SCALES:

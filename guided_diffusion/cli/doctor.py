@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..config import RunConfig
-from . import runs, starting, train
+from ..config import RunConfig, flag
+from . import runs, train
 from .arguments import Parsed, Parser
 
 if TYPE_CHECKING:
@@ -25,23 +26,28 @@ if TYPE_CHECKING:
     from ..training.checks import StepPlan
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class DoctorFlags(train.StartFlags):
+    """Flags of one examination."""
+
+    kind: str = flag("diffusion", "diffusion, super_resolution or classifier")
+    out: str = flag("", "the run folder, whose disk is looked at; empty = working directory")
+    measure: bool = flag(False, "also take a few training steps on noise: images per second, memory, days")
+    timeout_s: float = flag(300.0, "seconds that a process waits for the others before it ends with an error")
+
+
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion doctor") -> int:
     """Examine device, processes, data, memory and disk; returns 0, or 1 if a check failed."""
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--kind", default="diffusion")
     kind = first.parse_known_args(argv)[0].kind
-    extra = {
-        "kind": ("diffusion", "diffusion, super_resolution or classifier"),
-        "out": ("", "the run folder, whose disk is looked at; empty = working directory"),
-        "measure": (False, "also take a few training steps on noise: images per second, memory, days"),
-        "timeout_s": (300.0, train.EXTRA["timeout_s"][1]),
-    }
     RunConfig.sections(kind)  # complains about an unknown kind
-    parsed = train.flags(argv, kind, program="doctor", description=str(__doc__), extra=extra)
+    parsed = train.flags(argv, kind, program=program, start=DoctorFlags, description=str(__doc__))
 
     from ..runtime import doctor
 
-    with runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as world:
+    values = parsed.flags
+    with runs.session(values["device"], debug=values["debug"], timeout_s=values["timeout_s"]) as world:
         local = [doctor.check_device(world)]
         if world.is_main:
             local.insert(0, doctor.check_versions())
@@ -70,10 +76,10 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     from ..training import checks
 
     try:
-        starting.check_start(parsed, kind)
+        train.check_start(parsed, kind)
         folder, _ = runs.run_folder(parsed.flags["out"], kind)
         alone = World(device=world.device)  # the other processes take no part in reading what the run starts from
-        config = starting.configured(parsed, kind, alone, folder)[0].validate()
+        config = train.configured(parsed, kind, alone, folder)[0].validate()
         with torch.device("meta"):  # shapes without numbers: a network of 500 million parameters costs nothing
             net = build_network(config.model, config.diffusion)
     except (ValueError, OSError) as error:

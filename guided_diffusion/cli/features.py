@@ -12,15 +12,15 @@ from .arguments import Parser
 log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion features") -> int:
     """`guided-diffusion features`: IMAGES (a folder, or an npz with arr_0) -> npz with `features`, `arr_1` labels and `predicted`."""
-    parser = Parser(prog="guided-diffusion features", description=__doc__, allow_abbrev=False)
+    parser = Parser(program, __doc__)
     parser.add_argument("images", help="a folder of images, or an npz with arr_0")
-    parser.add_argument("--classifier_path", required=True, help="weights of a classifier, or the folder of its run")
-    parser.add_argument("--out", required=True, help="the npz to write")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per pass (default 64)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    asked = parser.parse_args(argv)
+    parser.flag("classifier_path", "", "weights of a classifier, or the folder of its run", required=True)
+    parser.flag("out", "", "the npz to write", required=True)
+    parser.flag("batch_size", 64, "images per pass")
+    parser.flag("device", "auto", "auto, cpu or cuda")
+    args = parser.parse_args(argv)
 
     import io
 
@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..sampling.features import classifier_features, read_images
     from ..weights.load import load
 
-    with runs.session({"device": asked.device, "debug": False}) as world:
-        classifier = load(asked.classifier_path, kind="classifier", device=world.device)
-        images, labels = read_images(asked.images, classifier, asked.batch_size)
+    with runs.session(args.device) as world:
+        classifier = load(args.classifier_path, kind="classifier", device=world.device)
+        images, labels = read_images(args.images, classifier, args.batch_size)
         features, predicted = classifier_features(classifier, images)
         arrays: dict[str, Any] = {"features": features, "predicted": predicted}
         if labels is not None:
@@ -40,6 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         if world.is_main:
-            storage.write_bytes_atomic(asked.out, buffer.getvalue())
-            log.info("%s: %d features of %d images", asked.out, features.shape[1], features.shape[0])
+            storage.write_bytes_atomic(args.out, buffer.getvalue())
+            log.info("%s: %d features of %d images", args.out, features.shape[1], features.shape[0])
     return 0

@@ -14,29 +14,22 @@ if TYPE_CHECKING:
     import torch
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion inspect") -> int:
     """`guided-diffusion inspect FILE [--probe FOLDER]`."""
-    parser = Parser(prog="guided-diffusion inspect", description=__doc__, allow_abbrev=False)
+    parser = Parser(program, __doc__)
     parser.add_argument("path", help="a file of weights, or the folder of a run")
-    parser.add_argument(
-        "--probe", metavar="FOLDER", help="images like those of its training; decides heads and schedule"
-    )
-    parser.add_argument("--probe_images", type=int, default=4, help="how many of them are used (default 4)")
-    parser.add_argument(
-        "--image_size",
-        type=int,
-        default=0,
-        help="for --probe, where the channel multipliers belong to no standard size",
-    )
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help=WEIGHTS_HELP)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.flag("probe", "", "folder of images like those of its training; decides heads and schedule")
+    parser.flag("probe_images", 4, "how many of them are used")
+    parser.flag("image_size", 0, "for --probe, where the channel multipliers belong to no standard size")
+    parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
+    parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
     if args.probe_images < 1:
         raise ValueError(f"--probe_images is {args.probe_images}; it must be at least 1")
 
     from . import runs
 
-    with runs.session({"device": args.device, "debug": False}) as here:
+    with runs.session(args.device) as here:
         for line in report(args, here.device) if here.is_main else ():
             print(line)
     return 0

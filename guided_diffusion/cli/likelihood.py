@@ -29,35 +29,27 @@ class LikelihoodConfig(Section):
     precision: str = flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
 
 
-EXTRA: dict[str, tuple[Any, str]] = {"out": ("", "folder for the files of terms and the summary")}
-_CONFIGS = (LikelihoodConfig, ModelConfig, DiffusionConfig, DataConfig)
+@dataclass(frozen=True)
+class Measuring(LikelihoodConfig):
+    """Measure the bits per dimension of images."""
+
+    out: str = flag("", "folder for the files of terms and the summary")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`guided-diffusion nll`."""
-    return run(argv, program="guided-diffusion nll")
-
-
-def image_nll(argv: Sequence[str] | None = None) -> int:
-    """`scripts/image_nll.py`, with the flags and defaults of 2021."""
-    return runs.guarded(lambda words: run(words, program="image_nll.py", script=True), argv)
-
-
-def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion nll", *, script: bool = False) -> int:
     """Measure as the flags say; returns the exit code."""
     parsed = arguments.parse(
         argv,
-        _CONFIGS,
+        (Measuring, ModelConfig, DiffusionConfig, DataConfig),
         program=program,
-        description="Bits per dimension of images.",
-        extra=EXTRA,
+        description=str(Measuring.__doc__),
         defaults={"out": runs.script_folder()} if script else {},
         groups=arguments.MEASURING,
     )
     config = LikelihoodConfig.from_flags(parsed.flags)
     for name in ("random_crop", "random_flip", "val_data_dir", "val_fraction"):
         if parsed.typed.get(name):
-            raise arguments.UsageError(
+            raise ValueError(
                 f"--{name} is {parsed.typed[name]!r}, which is for training; images are measured once each, cut at the centre and "
                 f"not mirrored: leave --{name} out"
             )
@@ -68,7 +60,7 @@ def run(argv: Sequence[str] | None, *, program: str, script: bool = False) -> in
     typed = {
         name: parsed.typed[name] for name in (*ModelConfig.names(), *DiffusionConfig.names()) if name in parsed.typed
     }
-    with runs.session(parsed.flags) as world:
+    with runs.session(parsed.flags["device"], debug=parsed.flags["debug"]) as world:
         _measure(config, data, typed, parsed.flags["out"], world)
     return 0
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig, Section, flag
+from ..config import (
+    NETWORKS,
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SampleConfig,
+    Section,
+    SuperResConfig,
+    flag,
+)
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -43,56 +53,73 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Making(SampleConfig):
+class Making(SampleConfig, arguments.Common):
     """All flags of a command that makes images; those of its networks are in `typed`, if they were given."""
 
+    network: ClassVar[type[ModelConfig] | type[SuperResConfig]] = ModelConfig
     out: str = flag("", "folder for the npz, the picture and the receipt")
-    device: str = "auto"
-    debug: bool = False
     typed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
+    def flags(
+        cls,
+        argv: Sequence[str] | None,
+        program: str,
+        *,
+        script: bool = False,
+        given: Mapping[str, Any] | None = None,
+    ) -> arguments.Parsed:
+        """The flags of a command line; scripts write into a folder of their own. `given` as in `parse`."""
+        return arguments.parse(
+            argv,
+            (cls, cls.network, DiffusionConfig, ClassifierConfig),
+            program=program,
+            description=cls.__doc__ or "",
+            defaults={"out": runs.script_folder()} if script else {},
+            groups=arguments.SAMPLING,
+            given=given,
+        )
+
+    @classmethod
     def of(cls: type[M], parsed: arguments.Parsed) -> M:
-        """The flags of a command line. ValueError for an impossible value."""
+        """ValueError for an impossible value."""
         return replace(cls.from_flags(parsed.flags), typed=parsed.typed)
 
 
-def flags(
-    argv: Sequence[str] | None,
-    kind: type[Making],
-    network: type[Section],
-    *,
-    program: str,
-    script: bool = False,
-    given: Mapping[str, Any] | None = None,
-) -> arguments.Parsed:
-    """The flags of a command that makes images with a network; scripts write into a folder of their own. `given` as in `parse`."""
-    return arguments.parse(
-        argv,
-        (kind, network, DiffusionConfig, ClassifierConfig),
-        program=program,
-        description=kind.__doc__ or "",
-        defaults={"out": runs.script_folder()} if script else {},
-        groups=arguments.SAMPLING,
-        given=given,
-    )
-
-
-def in_session(asked: Making, work: Callable[[World, Stop], object]) -> int:
-    """Call `work(world, stop)` on every process; returns the exit code 0."""
+@contextmanager
+def session(options: Making) -> Iterator[tuple[World, Stop]]:
+    """The processes of a command, and whether it was asked to stop."""
     from ..runtime import signals
 
-    with signals.Stop() as stop, runs.session({"device": asked.device, "debug": asked.debug}) as world:
-        work(world, stop)
-    return 0
+    with signals.Stop() as stop, runs.session(options.device, debug=options.debug) as world:
+        yield world, stop
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The model, and the guidance by a classifier if one is asked for."""
+class Setup:
+    """What makes the images of a command: its flags, the model, and the guidance by a classifier if one is asked for."""
 
+    options: Making
+    world: World
     model: Loaded
-    guidance: ClassifierGuidance | None
+    guidance: ClassifierGuidance | None = None
+
+    @classmethod
+    def read(cls, options: Making, world: World) -> Setup:
+        """Read the weights; ValueError if model and classifier do not fit together."""
+        from ..runtime.devices import require_compiler
+        from ..sampling import pipeline
+        from ..weights.load import check_pair
+
+        if options.compile:
+            require_compiler(world.device)
+        model = _load(options.model_path, options.network.kind, options, world)
+        if not (options.classifier_path and options.classifier_scale):
+            return cls(options, world, model)
+        classifier = _load(options.classifier_path, "classifier", options, world)
+        check_pair(model, classifier)
+        log.info("guided by %s at scale %g", classifier.path, options.classifier_scale)
+        return cls(options, world, model, pipeline.classifier(classifier, scale=options.classifier_scale))
 
     @property
     def classifier(self) -> Loaded | None:
@@ -107,106 +134,85 @@ class Networks:
     def class_names(self) -> tuple[str, ...]:
         return self.model.class_names or (self.classifier.class_names if self.classifier else ())
 
+    def labels(self, options: Making | None = None, where: str = "--classes") -> LabelPlan:
+        """The classes that `--classes` names, all if it names none, dealt out as `--labels` says. ValueError beginning with `where`."""
+        from ..data.classes import choose_classes
+        from ..sampling.jobs import LabelPlan
 
-def read_networks(asked: Making, kind: str, world: World) -> Networks:
-    """Read the model of `kind`, and the classifier if one is asked for; ValueError if they do not fit together."""
-    from ..runtime.devices import require_compiler
-    from ..sampling import pipeline
-    from ..weights.load import check_pair
+        options = options or self.options
+        classes = choose_classes(options.classes, self.num_classes, self.class_names, where)
+        return LabelPlan(classes, options.labels == "balanced", options.seed)
 
-    if asked.compile:
-        require_compiler(world.device)
-    model = _load(asked.model_path, kind, asked, world)
-    if not (asked.classifier_path and asked.classifier_scale):
-        return Networks(model, None)
-    classifier = _load(asked.classifier_path, "classifier", asked, world)
-    check_pair(model, classifier)
-    log.info("guided by %s at scale %g", classifier.path, asked.classifier_scale)
-    return Networks(model, pipeline.classifier(classifier, scale=asked.classifier_scale))
+    def pipeline(self) -> Pipeline:
+        """The sampler that the flags ask for."""
+        from ..sampling.pipeline import make_pipeline
+
+        return make_pipeline(
+            self.model,
+            guidance=self.guidance,
+            sampler=self.options.method,
+            eta=self.options.eta,
+            clip=self.options.clip_denoised,
+            compile=self.options.compile,
+            graphs=self.options.cuda_graphs,
+        )
+
+    def job(self, request: Request, kind: str, **receipt: Any) -> Job:
+        """The job of a request; `kind` begins the folder's name if none is given, `receipt` is what else its images depend on."""
+        from ..sampling.jobs import Job
+        from ..sampling.pipeline import largest_batch
+
+        options, model, classifier, world = self.options, self.model, self.classifier, self.world
+        out, chosen = world.broadcast_object(runs.run_folder(options.out, kind), name=f"folder of {kind}")
+        batch_size = options.batch_size
+        if not batch_size:
+            limit = max(1, -(-request.num_samples // world.size))
+            fitting = largest_batch(model, self.guidance, limit) if world.is_main else 0
+            batch_size = world.broadcast_object(fitting, name="images that fit")
+            if not batch_size:
+                raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
+            log.info("--batch_size auto: %d images at a time", batch_size)
+        (_, height, width), classes = model.shape, len(request.labels.classes)
+        what = f"images of {height}x{width}, {options.method}, {len(model.process)} steps, seed {options.seed}"
+        what += f", {classes} classes" if classes else ""
+        log.info("%d %s, into %s (%s)", request.num_samples, what, out, chosen)
+        here = ("out", "device", "debug", "requests")  # flags of this start alone
+        typed = {name: value for name, value in options.typed.items() if name not in here}
+        return Job(
+            request,
+            out,
+            model.shape,
+            batch_size,
+            receipt={**receipt_of(options, model, classifier), **receipt},
+            about={"model": model.path, "classifier": classifier and classifier.path, "device": str(world.device)},
+            config={**{name: getattr(options, name) for name in SampleConfig.names()}, **typed},
+            grid=options.grid,
+            class_names=self.class_names,
+        )
+
+    def make(self, job: Job, stop: Stop) -> str:
+        """Make the images of a job and return the path of their npz."""
+        from ..sampling.queue import generate
+
+        return generate(self.pipeline(), job, world=self.world, should_stop=lambda: stop.requested)
 
 
-def _load(path: str, kind: str, asked: Making, world: World) -> Loaded:
+def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
     from ..weights.load import load
 
-    typed, shared, precision = dict(asked.typed), set(DiffusionConfig.names()), asked.precision
+    typed, names, precision, weights = (
+        dict(options.typed),
+        set(DiffusionConfig.names()),
+        options.precision,
+        options.weights,
+    )
     if kind == "classifier":
-        shared = set(_SHARED_PROCESS)  # respacing and the meaning of the output are the generator's business
+        names = set(_SHARED_PROCESS)  # respacing and the meaning of the output are the generator's business
         typed["image_size"] = typed.get("large_size", typed.get("image_size"))
-        precision = asked.classifier_precision or precision
-    own = shared | set(NETWORKS[kind].names())
-    given = {name: value for name, value in typed.items() if name in own and value is not None}
-    options = {"precision": precision, "weights": asked.weights if kind != "classifier" else ""}
-    return load(path, kind=kind, flags=given, device=world.device, **options)
-
-
-def label_plan(asked: Making, networks: Networks) -> LabelPlan:
-    """The classes that `--classes` names, all if it names none, dealt out as `--labels` says."""
-    from ..data.classes import choose_classes
-    from ..sampling.jobs import LabelPlan
-
-    classes = choose_classes(asked.classes, networks.num_classes, networks.class_names)
-    return LabelPlan(classes, asked.labels == "balanced", asked.seed)
-
-
-def pipeline_of(asked: Making, networks: Networks) -> Pipeline:
-    """The sampler that the flags ask for."""
-    from ..sampling.pipeline import make_pipeline
-
-    return make_pipeline(
-        networks.model,
-        guidance=networks.guidance,
-        sampler=asked.method,
-        eta=asked.eta,
-        clip=asked.clip_denoised,
-        compile=asked.compile,
-        graphs=asked.cuda_graphs,
-    )
-
-
-def job_of(asked: Making, networks: Networks, request: Request, world: World, folder: str) -> tuple[Job, str]:
-    """(the job of a request, how its folder was chosen); `folder` begins the folder's name if none is given."""
-    from ..sampling.jobs import Job
-    from ..sampling.pipeline import largest_batch
-
-    model, classifier = networks.model, networks.classifier
-    out, chosen = world.broadcast_object(runs.run_folder(asked.out, folder), name=f"folder of {folder}")
-    batch_size = asked.batch_size
-    if not batch_size:
-        limit = max(1, -(-request.num_samples // world.size))
-        found = largest_batch(model, networks.guidance, limit) if world.is_main else 0
-        batch_size = world.broadcast_object(found, name="images that fit")
-        if not batch_size:
-            raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
-        log.info("--batch_size auto: %d images at a time", batch_size)
-    typed = {name: value for name, value in asked.typed.items() if name not in ("out", "device", "debug", "requests")}
-    job = Job(
-        request,
-        out,
-        model.shape,
-        batch_size,
-        receipt=receipt_of(asked, model, classifier),
-        about={"model": model.path, "classifier": classifier and classifier.path, "device": str(world.device)},
-        config={**{name: getattr(asked, name) for name in SampleConfig.names()}, **typed},
-        grid=asked.grid,
-        class_names=networks.class_names,
-    )
-    return job, chosen
-
-
-def make(asked: Making, networks: Networks, job: Job, chosen: str, world: World, stop: Stop) -> str:
-    """Make the images of a job and return the path of their npz."""
-    from ..sampling.queue import generate
-
-    labels = job.request.labels
-    what = what_is_made(asked, networks) + (f", {len(labels.classes)} classes" if labels.classes else "")
-    log.info("%d %s, seed %d, into %s (%s)", job.request.num_samples, what, asked.seed, job.out, chosen)
-    return generate(pipeline_of(asked, networks), job, world=world, should_stop=lambda: stop.requested)
-
-
-def what_is_made(asked: Making, networks: Networks) -> str:
-    """ "images of 64x64, ddim, 25 steps"."""
-    _, height, width = networks.model.shape
-    return f"images of {height}x{width}, {asked.method}, {len(networks.model.process)} steps"
+        precision, weights = options.classifier_precision or precision, ""
+    names |= set(NETWORKS[kind].names())
+    flags = {name: value for name, value in typed.items() if name in names and value is not None}
+    return load(path, kind=kind, flags=flags, device=world.device, precision=precision, weights=weights)
 
 
 def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -> dict[str, Any]:

@@ -36,41 +36,38 @@ def targets() -> dict[str, Target]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion reproduce") -> int:
     """`guided-diffusion reproduce NAME --num_samples 50000 --reference REF.npz`."""
     known = targets()
-    parser = Parser(prog="guided-diffusion reproduce", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("name", help=f"one of {', '.join(known)}")
-    add("--num_samples", type=int, default=50000, help="images to make and score (default 50000)")
-    add("--batch_size", type=int_or_auto, default=16, help="images per pass and process, or auto (default 16)")
-    add("--reference", default="", help="reference npz of the data set; without it images are made but not scored")
-    add("--inception", default="", help="Inception weights (default: looked for as the evaluator does)")
-    add("--allow_other_weights", action="store_true", help="accept Inception weights of others")
-    add("--model_path", default="", help="the released model (default: from the cache, or downloaded)")
-    add("--classifier_path", default="", help="the released classifier (default: likewise)")
-    add("--precision", default="", help="fp32, bf16 or fp16 (default: as released)")
-    add("--out", default="", help="folder (default runs/reproduce/NAME)")
-    add("--seed", type=int, default=0, help="seed of noise and labels (default 0)")
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    asked = parser.parse_args(argv)
-    if asked.name not in known:
-        raise ValueError(f"there is no published figure called {asked.name!r}; there are {', '.join(known)}")
-    target = known[asked.name]
-    out = Path(asked.out or f"runs/reproduce/{asked.name}")
+    parser = Parser(program, __doc__)
+    parser.add_argument("name", help=f"one of {', '.join(known)}")
+    parser.flag("num_samples", 50000, "images to make and score")
+    parser.flag("batch_size", 16, "images per pass and process, or auto", type=int_or_auto)
+    parser.flag("reference", "", "reference npz of the data set; without it images are made but not scored")
+    parser.flag("inception", "", "Inception weights (default: looked for as the evaluator does)")
+    parser.flag("allow_other_weights", False, "accept Inception weights of others")
+    parser.flag("model_path", "", "the released model (default: from the cache, or downloaded)")
+    parser.flag("classifier_path", "", "the released classifier (default: likewise)")
+    parser.flag("precision", "", "fp32, bf16 or fp16 (default: as released)")
+    parser.flag("out", "", "folder (default runs/reproduce/NAME)")
+    parser.flag("seed", 0, "seed of noise and labels")
+    parser.flag("device", "auto", "auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.name not in known:
+        raise ValueError(f"there is no published figure called {args.name!r}; there are {', '.join(known)}")
+    target = known[args.name]
+    out = Path(args.out or f"runs/reproduce/{args.name}")
 
     from ..runtime import storage
     from ..sampling.jobs import finished_npz
     from . import sample
 
-    flags = _flags(target, asked, str(out))
-    code = sample.start(sample.Sampling.of(Parsed(flags, flags)))
-    if code:
-        return code
+    flags = _flags(target, args, str(out))
+    sample.run(sample.Sampling.of(Parsed(flags, flags)))
     npz = finished_npz(str(out))
-    manifest = _manifest(asked.name, target, flags, out, npz)
-    if asked.reference:
-        evaluation = _evaluate(asked.reference, npz, out, asked)
+    manifest = _manifest(args.name, target, flags, out, npz)
+    if args.reference:
+        evaluation = _evaluate(args.reference, npz, out, args)
         if evaluation is None:  # the report is the main process's
             return 0
         manifest["evaluation"] = evaluation
@@ -84,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _flags(target: Target, asked: argparse.Namespace, out: str) -> dict[str, Any]:
+def _flags(target: Target, args: argparse.Namespace, out: str) -> dict[str, Any]:
     """The flags of `sample` for a published figure; its weights are downloaded if they are not there."""
     from ..runtime import storage
     from ..weights.download import fetch
@@ -92,19 +89,19 @@ def _flags(target: Target, asked: argparse.Namespace, out: str) -> dict[str, Any
     cache = storage.cache_folder()
     recipe = target.recipe
     flags = {
-        "model_path": asked.model_path or fetch(target.preset, cache),
-        "num_samples": asked.num_samples,
-        "batch_size": 0 if asked.batch_size == "auto" else asked.batch_size,
+        "model_path": args.model_path or fetch(target.preset, cache),
+        "num_samples": args.num_samples,
+        "batch_size": 0 if args.batch_size == "auto" else args.batch_size,
         "timestep_respacing": recipe.respacing,
         "use_ddim": recipe.use_ddim,
         "classifier_scale": float(recipe.scale),
-        "seed": asked.seed,
-        "device": asked.device,
+        "seed": args.seed,
+        "device": args.device,
         "out": out,
-        "precision": asked.precision,
+        "precision": args.precision,
     }
     if recipe.scale:
-        flags["classifier_path"] = asked.classifier_path or fetch(get(target.preset.classifier), cache)
+        flags["classifier_path"] = args.classifier_path or fetch(get(target.preset.classifier), cache)
     return flags
 
 
@@ -130,15 +127,15 @@ def _manifest(name: str, target: Target, flags: dict[str, Any], out: Path, npz: 
     }
 
 
-def _evaluate(reference: str, npz: str, out: Path, asked: argparse.Namespace) -> dict[str, Any] | None:
+def _evaluate(reference: str, npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`. None but on the main process."""
     from evaluations.report import classic_lines, extra_lines
     from evaluations.scoring import Settings, evaluate
 
     settings = Settings(
-        weights=asked.inception or None,
-        allow_other_weights=asked.allow_other_weights,
-        device=None if asked.device == "auto" else asked.device,
+        weights=args.inception or None,
+        allow_other_weights=args.allow_other_weights,
+        device=None if args.device == "auto" else args.device,
         errors=True,
     )
     found = evaluate(reference, npz, settings)

@@ -5,50 +5,36 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import SampleConfig
-from .arguments import UsageError, near
+from .arguments import near
 
 if TYPE_CHECKING:
-    from ..sampling.jobs import Request
     from .making import Making
 
 FIELDS = ("name", "seed", "num_samples", "classes", "labels")
 _NAME = re.compile(r"[\w-]{1,100}")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One request as it stands in the file, completed by the flags. `where` names its place, for error messages."""
+class Entry(NamedTuple):
+    """One request: `where` it stands in the file, for error messages, and the flags with its values."""
 
     name: str
-    seed: int
-    num_samples: int
-    classes: str
-    labels: str
     where: str
+    options: Making
 
     def flags(self) -> dict[str, Any]:
-        """All fields with their resolved values."""
-        return {name: getattr(self, name) for name in FIELDS}
-
-    def request(self, num_classes: int, class_names: Sequence[str]) -> Request:
-        """With the classes that the networks know; ValueError naming the place of one that does not exist."""
-        from ..data.classes import choose_classes
-        from ..sampling.jobs import LabelPlan, Request
-
-        classes = choose_classes(self.classes, num_classes, class_names, f"{self.where}: classes")
-        plan = LabelPlan(classes, self.labels == "balanced", self.seed)
-        return Request(self.name, self.num_samples, self.seed, plan)
+        """The values that a request may have besides its name."""
+        return {name: getattr(self.options, name) for name in FIELDS[1:]}
 
 
 def read(path: str, options: Making) -> tuple[Entry, ...]:
     """The requests of a JSON list, or of a file with one JSON object per line; missing fields come
     from the flags.
 
-    UsageError naming file, line (in a list: entry) and field.
+    ValueError naming file, line (in a list: entry) and field.
     """
     from ..runtime import storage
 
@@ -57,18 +43,18 @@ def read(path: str, options: Making) -> tuple[Entry, ...]:
     except FileNotFoundError:
         raise FileNotFoundError(f"--requests {path}: there is no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UsageError(f"--requests {path} is no text file: {error}") from None
+        raise ValueError(f"--requests {path} is no text file: {error}") from None
     entries: dict[str, Entry] = {}
     for number, (where, value) in enumerate(_objects(path, text), start=1):
         entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", options)
         key = entry.name.casefold()  # some file systems hold Cats and cats for one folder
         if key in entries:
-            raise UsageError(
+            raise ValueError(
                 f"{entry.where}: name {entry.name!r} is already used in {entries[key].where.rpartition(', ')[2]}"
             )
         entries[key] = entry
     if not entries:
-        raise UsageError(f"--requests {path} holds no requests; write one JSON object per line, or a list of them")
+        raise ValueError(f"--requests {path} holds no requests; write one JSON object per line, or a list of them")
     return tuple(entries.values())
 
 
@@ -78,7 +64,7 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise UsageError(f"--requests {path} starts with [ but is not valid JSON: {error}") from None
+            raise ValueError(f"--requests {path} starts with [ but is not valid JSON: {error}") from None
         yield from ((f"entry {number}", value) for number, value in enumerate(values, start=1))
         return
     for number, line in enumerate(text.splitlines(), start=1):
@@ -86,7 +72,7 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"line {number}", json.loads(line)
             except ValueError as error:
-                raise UsageError(
+                raise ValueError(
                     f"--requests {path}, line {number} is no JSON ({error}); write one object per line, or a list"
                 ) from None
 
@@ -94,31 +80,30 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
 def _entry(value: Any, name: str, where: str, options: Making) -> Entry:
     """One request, checked by the rules of the flags of the same names."""
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}; a request is an object such as {{'name': 'cats', 'num_samples': 3}}")
+        raise ValueError(f"{where} is {value!r}; a request is an object such as {{'name': 'cats', 'num_samples': 3}}")
     for key in value:
         if key in SampleConfig.names() and key not in FIELDS:
-            raise UsageError(f"{where}: {key} is one for all requests; give it as --{key}")
+            raise ValueError(f"{where}: {key} is one for all requests; give it as --{key}")
         if key not in FIELDS:
-            raise UsageError(f"{where}: a request has no {key!r}{near(key, FIELDS)}; it has {', '.join(FIELDS)}")
+            raise ValueError(f"{where}: a request has no {key!r}{near(key, FIELDS)}; it has {', '.join(FIELDS)}")
     if "num_samples" not in value and "num_samples" not in options.typed:
-        raise UsageError(f"{where} has no num_samples; write it there, or give --num_samples for all that have none")
+        raise ValueError(f"{where} has no num_samples; write it there, or give --num_samples for all that have none")
     name = value.get("name", name)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(
+        raise ValueError(
             f"{where}: name is {name!r}; it becomes the name of a folder: text of up to 100 letters, digits, - and _"
         )
-    own = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
+    values = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
     classes = _classes(value["classes"], where) if "classes" in value else options.classes
     try:
-        checked = replace(options, **own).validate()
+        return Entry(name, where, replace(options, **values, classes=classes).validate())
     except ValueError as error:
-        raise UsageError(f"{where}: {str(error).removeprefix('--')}") from None
-    return Entry(name, checked.seed, checked.num_samples, classes, checked.labels, where)
+        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
 
 
 def _classes(value: Any, where: str) -> str:
     """7, "3,7", [3, "cat"] -> as the flag --classes is written."""
     words: Sequence[Any] = value if isinstance(value, list) else [value]
     if not words or any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
-        raise UsageError(f'{where}: classes is {value!r}; write 7, "3,7", or a list of numbers or names')
+        raise ValueError(f'{where}: classes is {value!r}; write 7, "3,7", or a list of numbers or names')
     return ",".join(str(word) for word in words)

@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..runtime import launchers, storage
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 REQUEUE = 85  # stopped on request, everything saved: start me again
 USER_ERROR = 2
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
 PATIENCE_S = 3600.0  # how long a process waits for the others; a batch of large images can take long
-Command = Callable[[Sequence[str] | None], int]
 
 
-def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
+def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
     words = storage.command_words(sys.argv[1:] if argv is None else argv)
     share_the_processor()
@@ -40,17 +40,18 @@ def guarded(command: Command, argv: Sequence[str] | None = None) -> int:
         if leaving.code != REQUEUE:  # of --help
             raise
         return REQUEUE
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        return _report(error, words)
-    except RuntimeError as error:
-        # What torch raises for memory and devices; the names of ours end in Error too (SaveError, TrainingDiverged).
-        if type(error) is RuntimeError:
-            raise
-        return _report(error, words)
     except Exception as error:
-        if type(error).__module__.split(".")[0] != "blobfile":  # a remote path that cannot be reached
+        # RuntimeError itself is what torch raises for memory and devices; classes of ours are derived from it (SaveError ...).
+        derived = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+        remote = type(error).__module__.split(".")[0] == "blobfile"  # a remote path that cannot be reached
+        if not (isinstance(error, USER_ERRORS) or derived or remote):
             raise
-        return _report(error, words)
+        elsewhere = not isinstance(error, RuntimeError) and launchers.leave_it_to_the_first(os.environ)
+        if not elsewhere and not getattr(error, "told_elsewhere", False):
+            if any(word.startswith("--debug") for word in words):
+                traceback.print_exc()
+            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return USER_ERROR
 
 
 def share_the_processor() -> None:
@@ -61,17 +62,6 @@ def share_the_processor() -> None:
     setting is read when torch is loaded, which is later than this.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def _report(error: Exception, words: Sequence[str]) -> int:
-    if getattr(error, "told_elsewhere", False):
-        return USER_ERROR
-    if not isinstance(error, RuntimeError) and launchers.leave_it_to_the_first(os.environ):
-        return USER_ERROR
-    if any(word.startswith("--debug") for word in words):
-        traceback.print_exc()
-    print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-    return USER_ERROR
 
 
 def run_folder(out: str, kind: str) -> tuple[str, str]:
@@ -87,35 +77,16 @@ def script_folder() -> str:
     """Where the scripts write if no flag says it: as in 2021, a new folder named by the time in the temporary directory."""
     if os.environ.get("OPENAI_LOGDIR"):
         return ""
-    return os.path.join(
-        tempfile.gettempdir(), time.strftime("openai-%Y-%m-%d-%H-%M-%S") + f"-{time.time_ns() // 1000 % 1000000:06d}"
-    )
-
-
-def show(values: dict[str, object]) -> str:
-    """A configuration as a readable block: one flag per line, by section."""
-    lines = []
-    for section, content in values.items():
-        lines.append(f"[{section}]")
-        if isinstance(content, dict):
-            lines += [f"  {name} = {value!r}" for name, value in content.items()]
-        else:
-            lines[-1] += f" {content!r}"
-    return "\n".join(lines)
-
-
-def write_config(folder: str, values: dict[str, object]) -> None:
-    """Write the full configuration as `config.json`; `--config` reads it back."""
-    storage.makedirs(folder)
-    storage.write_json_atomic(storage.join(folder, "config.json"), values)
+    name = time.strftime("openai-%Y-%m-%d-%H-%M-%S") + f"-{time.time_ns() // 1000 % 1000000:06d}"
+    return os.path.join(tempfile.gettempdir(), name)
 
 
 @contextmanager
-def session(flags: Mapping[str, Any], *, timeout_s: float = PATIENCE_S) -> Iterator[World]:
-    """`runtime.world.session` for a command with the flags `device` and `debug`, and its messages on the main process.
+def session(device: str, *, debug: bool = False, timeout_s: float = PATIENCE_S) -> Iterator[World]:
+    """`runtime.world.session` for a command: messages come from the main process.
 
-    With several processes, a user's error ends the job with one line, not with a page from each. A command that was asked to stop
-    and can be started again ends with exit code 85.
+    With several processes, a user's error ends the job with one line, not with a page from each, unless `debug`. A command that was
+    asked to stop and can be started again ends with exit code 85.
     """
     from ..runtime import watch, world
     from ..runtime.log import setup_messages, silence_closed_streams
@@ -123,10 +94,8 @@ def session(flags: Mapping[str, Any], *, timeout_s: float = PATIENCE_S) -> Itera
     from ..training.incident import TrainingDiverged
     from ..training.saver import SaveError
 
-    ours = (SaveError, TrainingDiverged, world.CollectiveError)
-
     setup_messages()
-    with world.session(flags["device"], timeout_s=timeout_s) as here:
+    with world.session(device, timeout_s=timeout_s) as here:
         setup_messages(here)
         try:
             yield here
@@ -135,8 +104,8 @@ def session(flags: Mapping[str, Any], *, timeout_s: float = PATIENCE_S) -> Itera
             if here.is_main:
                 print(f"stopped on request: {stopped}")
             raise SystemExit(REQUEUE) from None
-        except (ValueError, OSError, ImportError, NotImplementedError, *ours) as error:
-            if here.size == 1 or flags["debug"]:
+        except (*USER_ERRORS, SaveError, TrainingDiverged, world.CollectiveError) as error:
+            if here.size == 1 or debug:
                 raise
             earlier = watch.post_note(here.context, f"{here.context.where()} failed: {error}")
             same = earlier is not None and earlier.endswith(f" failed: {error}")

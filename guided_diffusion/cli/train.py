@@ -7,13 +7,15 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import RunConfig, classes_of
-from . import arguments, runs, starting
+from ..config import WEIGHTS, RunConfig, Section, classes_of, flag
+from ..runtime import storage
+from . import arguments, runs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,55 +29,59 @@ if TYPE_CHECKING:
     from ..weights.finetuning import Origin
     from ..weights.runs import SavedRun
 
-EXTRA: dict[str, tuple[Any, str]] = {
-    "out": ("", "run folder for checkpoints, log and pictures"),
-    "progress": (True, "show a progress bar"),
-    "timeout_s": (600.0, "seconds that a process waits for the others before it ends with an error"),
-    "tensorboard": (False, "also write curves for TensorBoard"),
-    "new_classes": (
+
+@dataclass(frozen=True)
+class StartFlags(Section):
+    """Flags of one start, which are no part of the run's configuration."""
+
+    out: str = flag("", "run folder for checkpoints, log and pictures")
+    progress: bool = flag(True, "show a progress bar")
+    timeout_s: float = flag(600.0, "seconds that a process waits for the others before it ends with an error")
+    tensorboard: bool = flag(False, "also write curves for TensorBoard")
+    new_classes: bool = flag(
         False,
         "train on the data's classes instead of the checkpoint's; classes with the same name keep their learned weights",
-    ),
-    "resume_from": (
-        "",
-        "with --resume_checkpoint: ema or model, these weights alone, at step 0; empty = all of a save",
-    ),
-    "weights": ("", "alias of --resume_from"),
-}
+    )
+    resume_from: str = flag(
+        "", "with --resume_checkpoint: ema or model, these weights alone, at step 0; empty = all of a save"
+    )
+    weights: str = flag("", "alias of --resume_from")
+
+
 MAX_ACCURACY_IMAGES = 2000  # in the table of accuracy by noise level
 _DESCRIPTIONS = {
     "diffusion": "Train a diffusion model on a folder of images.",
     "super_resolution": "Train a diffusion model that enlarges images.",
     "classifier": "Train a classifier of noised images, for guidance.",
 }
-
-
 _log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`guided-diffusion train`."""
-    return run(argv, "diffusion", program="guided-diffusion train")
+def main(
+    argv: Sequence[str] | None = None,
+    program: str = "guided-diffusion train",
+    *,
+    kind: str = "diffusion",
+    script: bool = False,
+) -> int:
+    """Train as the flags say; exit codes: 0 = finished, 85 = stopped on request and resumable, 130 = Ctrl-C."""
+    parsed = flags(argv, kind, program=program, script=script)
+    check_start(parsed, kind)  # complain before torch is loaded and processes meet
+    values = parsed.flags
+    if not values["data_dir"] and not values["resume_checkpoint"] and not values["out"]:
+        raise ValueError("--data_dir is empty; give the folder of training images")
 
+    from ..runtime import signals
 
-def main_classifier(argv: Sequence[str] | None = None) -> int:
-    """`guided-diffusion train-classifier`."""
-    return run(argv, "classifier", program="guided-diffusion train-classifier")
-
-
-def image_train(argv: Sequence[str] | None = None) -> int:
-    """`scripts/image_train.py`, with the flags and defaults of 2021."""
-    return runs.guarded(lambda words: run(words, "diffusion", program="image_train.py", script=True), argv)
-
-
-def classifier_train(argv: Sequence[str] | None = None) -> int:
-    """`scripts/classifier_train.py`, with the flags and defaults of 2021."""
-    return runs.guarded(lambda words: run(words, "classifier", program="classifier_train.py", script=True), argv)
-
-
-def super_res_train(argv: Sequence[str] | None = None) -> int:
-    """`scripts/super_res_train.py`, with the flags and defaults of 2021."""
-    return runs.guarded(lambda words: run(words, "super_resolution", program="super_res_train.py", script=True), argv)
+    # A signal that comes while the processes meet must not be lost.
+    with (
+        signals.Stop(signals.TRAINING_SIGNALS) as stop,
+        runs.session(values["device"], debug=values["debug"], timeout_s=values["timeout_s"]) as world,
+    ):
+        stop.quiet = not world.is_main
+        folder, chosen = world.broadcast_object(runs.run_folder(values["out"], kind), name="run folder")
+        plan = _plan(parsed, kind, world, folder, script=script)
+        return _train(plan, parsed, stop, f"{folder} ({chosen})")
 
 
 def flags(
@@ -84,49 +90,57 @@ def flags(
     *,
     program: str,
     script: bool = False,
+    start: type[StartFlags] = StartFlags,
     description: str = "",
-    extra: Mapping[str, tuple[Any, str]] | None = None,
 ) -> arguments.Parsed:
-    """The flags of a training command, and those of `doctor`, which has `extra` ones."""
+    """The flags of a training command, and those of `doctor`, which has more in `start`."""
     # As in 2021: the classifier learns from random crops.
     defaults: dict[str, Any] = {"random_crop": True} if kind == "classifier" else {}
     if script:
         defaults["out"] = runs.script_folder()
     else:
         defaults["microbatch"] = 0  # as fits: a batch too large for the device's memory is no reason to fail
-    return arguments.parse(
-        argv,
-        list(RunConfig.sections(kind).values()),
-        program=program,
-        description=description or _DESCRIPTIONS[kind],
-        extra={**EXTRA, **(extra or {})},
-        defaults=defaults,
-    )
+    configs = (start, *RunConfig.sections(kind).values())
+    description = description or _DESCRIPTIONS[kind]
+    return arguments.parse(argv, configs, program=program, description=description, defaults=defaults)
 
 
-def run(argv: Sequence[str] | None, kind: str, *, program: str, script: bool = False) -> int:
-    """Train as the flags say; exit codes: 0 = finished, 85 = stopped on request and resumable, 130 = Ctrl-C."""
-    parsed = flags(argv, kind, program=program, script=script)
-    starting.check_start(parsed, kind)  # complain before torch is loaded and processes meet
-    if not parsed.flags["data_dir"] and not parsed.flags["resume_checkpoint"] and not parsed.flags["out"]:
-        raise ValueError("--data_dir is empty; give the folder of training images")
+def check_start(parsed: arguments.Parsed, kind: str) -> None:
+    """ValueError where flags contradict each other in what training starts from."""
+    if parsed.flags["resume_checkpoint"] in ("", "auto", "none"):
+        RunConfig.from_flags(kind, parsed.flags)
+        for name in ("new_classes", "resume_from", "weights"):
+            if parsed.flags[name]:
+                raise ValueError(f"--{name} needs --resume_checkpoint FILE, the weights to start from")
+    given = {name: parsed.flags[name] for name in ("resume_from", "weights") if parsed.flags[name]}
+    if not set(given.values()) <= set(WEIGHTS) or len(set(given.values())) > 1:
+        values = " and ".join(f"--{name} is {value!r}" for name, value in given.items())
+        raise ValueError(
+            f"{values}; it must be ema or model (--weights is an alias of --resume_from: give one of them)"
+        )
 
-    from ..runtime import signals
 
-    # A signal that comes while the processes meet must not be lost.
-    with (
-        signals.Stop(signals.TRAINING_SIGNALS) as stop,
-        runs.session(parsed.flags, timeout_s=parsed.flags["timeout_s"]) as world,
-    ):
-        stop.quiet = not world.is_main
-        folder, chosen = world.broadcast_object(runs.run_folder(parsed.flags["out"], kind), name="run folder")
-        plan = _plan(parsed, kind, world, folder, script=script)
-        return _train(plan, parsed, world, stop, chosen)
+def configured(
+    parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool = False
+) -> tuple[RunConfig, SavedRun | None, Origin | None]:
+    """What a start in `folder` trains with: flags, completed by the save or file that it goes on from; that save, and what is known of
+    that file."""
+    import torch
+
+    from ..training.saver import find_save
+    from ..weights.continuing import configuration, started_from
+
+    saved = find_save(folder, parsed.flags["resume_checkpoint"] or "auto", kind=kind, world=world)
+    saved, start = started_from(saved, folder, kind, parsed.flags, parsed.typed)
+    on_gpu = world.device.type == "cuda"
+    default_bf16 = not script and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return configuration(kind, parsed.flags, parsed.typed, saved, default_bf16=default_bf16), saved, start
 
 
 class _Plan(NamedTuple):
     """What is to be trained, on what, and from where."""
 
+    world: World
     folder: str
     config: RunConfig
     records: Records
@@ -141,6 +155,13 @@ class _Plan(NamedTuple):
         """Of all processes together."""
         return self.config.train.global_batch_size
 
+    def batches(self, records: Records, batch_size: int, first: int, **options: Any) -> Batches:
+        """This process's part of the batches from step `first` on."""
+        from ..build import build_batches
+
+        share: dict[str, Any] = {"rank": self.world.rank, "size": self.world.size}
+        return build_batches(records, self.config, batch_size=batch_size, start_step=first, **share, **options)
+
 
 def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool) -> _Plan:
     from ..data.classes import some
@@ -149,7 +170,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     from ..weights.continuing import already_begun, with_classes, with_global_batch
 
     resume = parsed.flags["resume_checkpoint"] or "auto"
-    config, saved, start = starting.configured(parsed, kind, world, folder, script=script)
+    config, saved, start = configured(parsed, kind, world, folder, script=script)
     if config.train.compile:
         require_compiler(world.device)
     if not config.data.data_dir:
@@ -169,7 +190,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     before = saved if resume == "none" and "global_batch_size" not in parsed.typed else None
     config = with_global_batch(config, world.size, before=before)
     check_same_everywhere(world, records, config.to_dict())
-    return _Plan(folder, config, records, held_out, names, resume, saved, start)
+    return _Plan(world, folder, config, records, held_out, names, resume, saved, start)
 
 
 def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
@@ -195,11 +216,11 @@ def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) ->
     return hold_out(records, data.val_data_dir, data.labels, fraction=data.val_fraction, seed=config.train.seed)
 
 
-def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chosen: str) -> int:
+def _train(plan: _Plan, parsed: arguments.Parsed, stop: Stop, where: str) -> int:
     from ..runtime.log import Log, setup_messages, silence_closed_streams
     from ..training.saver import Checkpoints
 
-    config, folder, saved = plan.config, plan.folder, plan.saved
+    config, folder, saved, world = plan.config, plan.folder, plan.saved, plan.world
     checkpoints = Checkpoints(
         folder,
         kind=config.kind,
@@ -217,16 +238,10 @@ def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chos
     log = Log(folder, world=world, writers=writers, continuing=saved is not None)
     setup_messages(world, log)
     if world.is_main:
-        _announce(plan, chosen, world)
-        runs.write_config(folder, dict(config.to_dict()))
-    trainer = _trainer(
-        plan,
-        world,
-        checkpoints=checkpoints,
-        log=log,
-        stop=stop,
-        progress=parsed.flags["progress"] and sys.stderr.isatty(),
-    )
+        _announce(plan, where)
+        storage.write_json_atomic(storage.join(folder, "config.json"), config.to_dict())
+    progress = parsed.flags["progress"] and sys.stderr.isatty()
+    trainer = _trainer(plan, checkpoints=checkpoints, log=log, stop=stop, progress=progress)
     try:
         outcome = trainer.run(config.train.last_step)
         if outcome == "finished" and plan.held_out is not None and world.is_main:
@@ -245,7 +260,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, world: World, stop: Stop, chos
     return 0
 
 
-def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
+def _trainer(plan: _Plan, **options: Any) -> Trainer:
     """The trainer at its first step: weights filled, memory fitted, network compiled."""
     from .. import build
     from ..runtime.devices import choose_precision
@@ -255,7 +270,7 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
     from ..training.trainer import Trainer
     from ..weights import finetuning
 
-    config, start = plan.config, plan.start
+    config, start, world = plan.config, plan.start, plan.world
     train = config.train
     net = build.build_network(config.model, config.diffusion, seed=train.seed)
     if start is not None and start.tensors is not None and plan.saved is None:
@@ -270,9 +285,7 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
         loss = diffusion_loss(process, timesteps, **build.loss_options(config))
 
     def batches(step: int) -> Batches:
-        place: dict[str, Any] = {"rank": world.rank, "size": world.size, "start_step": step}
-        images = trainer.samples_seen if step else None
-        return build.build_batches(plan.records, config, batch_size=plan.batch_size, start_image=images, **place)
+        return plan.batches(plan.records, plan.batch_size, step, start_image=trainer.samples_seen if step else None)
 
     batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
     trainer = Trainer(
@@ -282,7 +295,7 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
         precision=precision,
         batch_size=plan.batch_size,
         schedule_sampler=timesteps if config.kind != "classifier" else None,
-        callbacks=_callbacks(plan, process, world, options["log"]),
+        callbacks=_callbacks(plan, process, options["log"]),
         world=world,
         **options,
         **build.trainer_options(train),
@@ -294,20 +307,13 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
     if train.recompute and not auto:
         set_recompute(net, train.recompute)
     if auto or (shrink and world.device.type == "cuda"):
+        norms = not train.compile  # a compiler chooses for itself what to keep between norms
         with contextlib.closing(batches(trainer.steps_done)) as trial:
-            # A compiler chooses for itself what to keep between norms.
-            fit(
-                trainer,
-                next(trial),
-                recompute=auto,
-                shrink=shrink,
-                norms=not train.compile,
-                limit_gb=train.memory_limit_gb,
-            )
-    own = plan.batch_size // world.size
-    if train.static_graph and world.size > 1 and 0 < trainer.microbatch < own:
+            fit(trainer, next(trial), recompute=auto, shrink=shrink, norms=norms, limit_gb=train.memory_limit_gb)
+    share = plan.batch_size // world.size
+    if train.static_graph and world.size > 1 and 0 < trainer.microbatch < share:
         raise ValueError(
-            f"--static_graph True asks for one pass per step, but {own} images on each process go in passes of "
+            f"--static_graph True asks for one pass per step, but {share} images on each process go in passes of "
             f"{trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --recompute auto)"
         )
     if train.compile:
@@ -315,27 +321,22 @@ def _trainer(plan: _Plan, world: World, **options: Any) -> Trainer:
     return trainer
 
 
-def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callback]:
+def _callbacks(plan: _Plan, process: Any, log: Log) -> list[Callback]:
     """What to call every n steps."""
+    from ..build import build_timesteps
     from ..sampling.preview import write_preview
     from ..training.callbacks import SampleGrid, Validation
     from ..training.losses import classifier_loss
     from ..weights.load import Loaded
 
-    config, train = plan.config, plan.config.train
+    config, train, held_out = plan.config, plan.config.train, plan.held_out
     callbacks: list[Callback] = []
-    if plan.held_out is not None:
-        from .. import build
-
-        timesteps = build.build_timesteps("uniform", len(process))
+    if held_out is not None:
+        timesteps = build_timesteps("uniform", len(process))
         loss = classifier_loss(process, timesteps, noised=getattr(train, "noised", True), prefix="val")
-        every, held_out = getattr(train, "eval_interval", 5), plan.held_out
-        size = max(world.size, min(plan.batch_size, len(held_out) // world.size * world.size))
-
-        def batches(first: int) -> Batches:
-            place: dict[str, Any] = {"rank": world.rank, "size": world.size, "start_step": first}
-            return build.build_batches(held_out, config, batch_size=size, held_out=True, **place)
-
+        every, processes = getattr(train, "eval_interval", 5), plan.world.size
+        size = max(processes, min(plan.batch_size, len(held_out) // processes * processes))
+        batches = partial(plan.batches, held_out, size, held_out=True)
         callbacks.append((every, Validation(loss, batches, every=every, seed=train.seed, log=log)))
     if train.sample_interval >= 0 and config.kind == "diffusion":
 
@@ -350,7 +351,6 @@ def _callbacks(plan: _Plan, process: Any, world: World, log: Log) -> list[Callba
 def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
     """`accuracy_by_noise.json`: the classifier's accuracy on held-out images by noise level."""
     from .. import build
-    from ..runtime import storage
     from ..training.callbacks import accuracy_by_noise
     from ..training.losses import classifier_loss
 
@@ -358,22 +358,24 @@ def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
     count = min(len(held_out), MAX_ACCURACY_IMAGES)
     size = min(count, 64)
     batches = build.build_batches(held_out.take(range(count)), plan.config, batch_size=size, held_out=True)
-    losses, seed = partial(classifier_loss, process), plan.config.train.seed
-    table = accuracy_by_noise(
-        trainer.net, losses, islice(batches, math.ceil(count / size)), len(process), seed=seed, device=trainer.device
+    some, losses, seed = (
+        islice(batches, math.ceil(count / size)),
+        partial(classifier_loss, process),
+        plan.config.train.seed,
     )
+    table = accuracy_by_noise(trainer.net, losses, some, len(process), seed=seed, device=trainer.device)
     storage.write_json_atomic(storage.join(plan.folder, "accuracy_by_noise.json"), table)
 
 
-def _announce(plan: _Plan, chosen: str, world: World) -> None:
-    records = plan.records
-    _log.info(runs.show(dict(plan.config.to_dict())))
-    _log.info(f"run folder: {plan.folder} ({chosen})")
+def _announce(plan: _Plan, where: str) -> None:
+    records, each = plan.records, plan.batch_size // plan.world.size
+    for section, values in plan.config.to_dict().items():
+        _log.info("\n".join([f"[{section}]", *(f"  {name} = {value!r}" for name, value in values.items())]))
+    _log.info(f"run folder: {where}")
     of = "no labels" if records.labels is None else f"{len(records.class_names)} classes from {records.label_source}"
     _log.info(f"{len(records):,} images in {plan.config.data.data_dir}, {of}")
     if records.left_out:
         _log.warning(records.left_out)
-    each = plan.batch_size // world.size
-    _log.info(f"global batch size {plan.batch_size}: {each} on each of {world.size} processes")
+    _log.info(f"global batch size {plan.batch_size}: {each} on each of {plan.world.size} processes")
     if not plan.config.train.last_step:
         _log.info("no end is set: training goes on until it is stopped; --max_steps sets one")

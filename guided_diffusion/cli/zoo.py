@@ -9,18 +9,13 @@ from ..weights.released import PRESETS, Preset, get
 from .arguments import Parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion zoo") -> int:
     """`guided-diffusion zoo [list]`, `zoo show NAME`, `zoo get NAME`."""
-    parser = Parser(prog="guided-diffusion zoo", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "action", nargs="?", default="list", choices=("list", "show", "get"), help="what to do (default list)"
-    )
+    parser = Parser(program, __doc__)
+    actions = ("list", "show", "get")
+    parser.add_argument("action", nargs="?", default="list", choices=actions, help="what to do (default list)")
     parser.add_argument("name", nargs="?", default="", help="a model's name, for show and get")
-    parser.add_argument(
-        "--cache",
-        default="",
-        help="folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)",
-    )
+    parser.flag("cache", "", "folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)")
     args = parser.parse_args(argv)
     if args.action == "list":
         print(table())

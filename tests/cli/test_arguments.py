@@ -30,6 +30,8 @@ def test_words_for_true(word: str) -> None:
 @pytest.mark.parametrize("word", ["no", "false", "f", "n", "0", "False"])
 def test_words_for_false(word: str) -> None:
     assert arguments.str2bool(word) is False
+    with pytest.raises(argparse.ArgumentTypeError):
+        arguments.str2bool("perhaps")
 
 
 def test_a_bare_boolean_says_true_and_dashes_are_underscores() -> None:
@@ -79,15 +81,6 @@ def test_bad_files_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match="c.json"):
         parse("--config", str(path))
-
-
-def test_dict_helpers_are_those_of_2021() -> None:
-    parser = argparse.ArgumentParser()
-    arguments.add_dict_to_argparser(parser, {"a": 1, "b": False, "c": None, "d": "x", "e": 0.5})
-    args = parser.parse_args(["--a", "2", "--b", "y", "--c", "3"])
-    assert arguments.args_to_dict(args, "abcde") == {"a": 2, "b": True, "c": "3", "d": "x", "e": 0.5}
-    with pytest.raises(argparse.ArgumentTypeError):
-        arguments.str2bool("perhaps")
 
 
 def test_a_training_run_s_file_gives_sample_its_network_and_nothing_else(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,10 +121,8 @@ def mistake(run: object, words: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_every_command_and_script_accepts_local_rank(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`torch.distributed.launch` puts it before the other words; the mistake behind it is the one that is told."""
     from evaluations import evaluator
-    from guided_diffusion.cli import likelihood, sample, train, upsample
 
-    scripts = [train.image_train, train.classifier_train, train.super_res_train, sample.image_sample]
-    scripts += [sample.classifier_sample, upsample.super_res_sample, likelihood.image_nll]
+    scripts = [partial(cli.script, name) for name in cli.SCRIPTS]
     for run in [*scripts, evaluator.main]:
         words = ["a.npz", "b.npz"] if run is evaluator.main else []
         plain = mistake(run, [*words, "--no_such_flag", "1"], capsys)

@@ -16,7 +16,7 @@ from checkpoint_files import BASE, CRITIC, filled
 
 import guided_diffusion as gd
 from guided_diffusion.cli import making
-from guided_diffusion.cli.main import main
+from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import (
     ClassifierConfig,
     DiffusionConfig,
@@ -291,16 +291,15 @@ def test_sampling_into_a_run_folder_leaves_the_run_as_it_is(
     Image.new("RGB", (8, 8), (9, 99, 199)).save(tmp_path / "data" / "c" / "a.png")
     unlabelled = f"{TOO} --out {run}"
     monkeypatch.setenv("OPENAI_LOGDIR", str(run))
-    from guided_diffusion.cli.sample import classifier_sample, image_sample
-
     assert main(f"sample --model_path {run} {unlabelled}".split()) == 0
     assert main(f"sample --model_path {run} --requests {tmp_path}/r.json {unlabelled}".split()) == 0
     assert main(f"upsample --model_path {models}/large --base_samples {tmp_path}/small.npz {unlabelled}".split()) == 0
     assert main(f"cascade --model_path {run} --upsampler_path {models}/large {unlabelled}".split()) == 0
-    assert image_sample(f"--model_path {run} {TOO} --seed 1".split()) == 0
+    assert script("image_sample", f"--model_path {run} {TOO} --seed 1".split()) == 0
     assert (
-        classifier_sample(
-            f"--model_path {run} --classifier_path {models}/classifier {TOO} --classifier_scale 1 --seed 2".split()
+        script(
+            "classifier_sample",
+            f"--model_path {run} --classifier_path {models}/classifier {TOO} --classifier_scale 1 --seed 2".split(),
         )
         == 0
     )

@@ -79,14 +79,18 @@ def test_every_request_is_what_sample_makes_alone(
     assert main(["sample", *words]) == 0
     assert "all 3 requests are there already" in capsys.readouterr().out
     # What was understood is written down, complete, and reads back as it is.
-    told = sample.Sampling.of(sample.flags(["--model_path", "m"], program="p"))
+    told = sample.Sampling.of(sample.Sampling.flags(["--model_path", "m"], "p"))
     again = requests.read(str(tmp_path / "out" / "requests.json"), told)
-    assert [(one.name, one.seed, one.num_samples) for one in again] == [
+    assert [(one.name, one.options.seed, one.options.num_samples) for one in again] == [
         ("threes", 5, 3),
         ("mixed", 8, 6),
         ("0003", 2, 2),
     ]
-    assert [(one.classes, one.labels) for one in again] == [("3", "random"), ("0,2", "balanced"), ("1,2", "random")]
+    assert [(one.options.classes, one.options.labels) for one in again] == [
+        ("3", "random"),
+        ("0,2", "balanced"),
+        ("1,2", "random"),
+    ]
 
 
 def test_without_pictures_and_without_classes(models: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ SCRIPTS = [*KINDS, "image_sample", "classifier_sample"]
 def parsed(script: str, words: list[str]) -> Any:
     if script in KINDS:
         return train.flags(words, KINDS[script], program=script, script=True)
-    return sample.flags(words, program=script, script=True)
+    return sample.Sampling.flags(words, script, script=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -42,6 +42,15 @@ def test_the_call_through_inspection_and_flags() -> None:
     su.create_model_and_diffusion(**su.args_to_dict(args, names))
 
 
+def test_types_of_flags_are_those_of_their_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    su.add_dict_to_argparser(parser, {"a": 1, "b": False, "c": None, "d": "x", "e": 0.5})
+    args = parser.parse_args(["--a", "2", "--b", "y", "--c", "3"])
+    assert su.args_to_dict(args, "abcde") == {"a": 2, "b": True, "c": "3", "d": "x", "e": 0.5}
+    with pytest.raises(argparse.ArgumentTypeError):
+        su.str2bool("perhaps")
+
+
 def test_num_classes_of_the_module_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(su, "NUM_CLASSES", 7)
     assert su.create_model(16, 32, 1, channel_mult="1,2", class_cond=True).num_classes == 7

@@ -115,9 +115,7 @@ def configuration_seen(monkeypatch, argv, device="cpu"):
     monkeypatch.setattr(command, "_check_memory", note)
     kind = "classifier" if "classifier" in argv else "diffusion"
     world = World(device=torch.device(device))
-    command._check_run(
-        kind, train.flags(argv, kind, program="doctor", extra={"kind": ("", ""), "measure": (False, "")}), world
-    )
+    command._check_run(kind, train.flags(argv, kind, program="doctor", start=command.DoctorFlags), world)
     return seen[0]
 
 

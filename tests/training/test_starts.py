@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from guided_diffusion.cli.main import main
-from guided_diffusion.cli.train import image_train
 from guided_diffusion.config import laid_over
 
 NETWORK = (
@@ -67,7 +66,7 @@ def test_a_file_of_the_run_itself_is_left_for_newer_saves_and_a_stored_one_is_fo
     line = f"{COMMANDS['train']} {MORE} --data_dir {photos}"
 
     def script(words: str) -> str:
-        assert image_train(f"{line} {words}".split()) == 0
+        assert script("image_train", f"{line} {words}".split()) == 0
         return capsys.readouterr().out
 
     script("--max_steps 4")

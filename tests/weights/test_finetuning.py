@@ -15,8 +15,7 @@ from PIL import Image
 
 import guided_diffusion as gd
 from guided_diffusion import build
-from guided_diffusion.cli import train
-from guided_diffusion.cli.main import main
+from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import classes_of
 from guided_diffusion.weights import convert, identify
 from guided_diffusion.weights.load import check_pair
@@ -263,10 +262,10 @@ def test_the_scripts_of_2021_start_the_same_way(
     data = images_of(tmp_path / "data")
     source = start(place / "diffusion.safetensors", "--sample_interval -1 --max_steps 1")
     words = ["--data_dir", data, *FIXED, *source, "--out", str(tmp_path / "out")]
-    assert train.image_train([*words, "--image_size", "8", "--num_channels", "32"]) == 0
+    assert script("image_train", [*words, "--image_size", "8", "--num_channels", "32"]) == 0
     before = gd.load(str(place / "diffusion.safetensors"))
     assert torch.equal(outputs(gd.load(str(tmp_path / "out"))), outputs(before))
-    assert train.image_train([*words, "--out", str(tmp_path / "no"), "--noise_schedule", "cosine"]) == 2
+    assert script("image_train", [*words, "--out", str(tmp_path / "no"), "--noise_schedule", "cosine"]) == 2
     assert "noise_schedule linear; you asked for cosine" in capsys.readouterr().err
 
 
