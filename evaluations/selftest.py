@@ -75,7 +75,7 @@ def synthetic_features(seed: int, n: int, d: int, k: int = 8, **change: float) -
     points = shift + change.get("noise", 0.2) * source.standard_normal((n, d))
     for axis in range(k):
         points = points + place[:, axis : axis + 1] * plane[axis : axis + 1]
-    return np.maximum(points, 0).astype(np.float32)
+    return (np.maximum(points, 0) * change.get("scale", 1.0)).astype(np.float32)
 
 
 def synthetic_images(seed: int, n: int, height: int, width: int) -> np.ndarray:

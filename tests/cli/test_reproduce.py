@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +11,11 @@ import torch
 from checkpoint_files import filled
 
 import guided_diffusion as gd
+from evaluations.selftest import synthetic_network
 from guided_diffusion.cli import reproduce
 from guided_diffusion.cli.main import main
 from guided_diffusion.weights.released import PRESETS
 
-TESTS = Path(__file__).resolve().parents[1]
 SMALL = {
     "image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "8", "num_res_blocks": 1,
     "num_head_channels": 16, "learn_sigma": True, "class_cond": True, "num_classes": 10, "noise_schedule": "linear",
@@ -46,13 +44,8 @@ def test_unknown_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the published layout, numbers from a seed."""
-    place = TESTS / "golden" / "evaluation" / "recipes.py"
-    spec = importlib.util.spec_from_file_location("recipes_of_evaluation", place)
-    assert spec and spec.loader
-    recipes: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipes)
-    path = tmp_path_factory.mktemp("inception") / "classify_image_graph_def.pb"
-    recipes.write_synthetic_graphdef(path, recipes.synthetic_weights(1234))
+    path = tmp_path_factory.mktemp("inception") / "synthetic.pth"
+    torch.save(synthetic_network().state_dict(), path)
     return path
 
 

@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import warnings
 from pathlib import Path
-from types import ModuleType
 
+import inception_files
 import numpy as np
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation"
+from evaluations.inception import InceptionV3
+from evaluations.weights import load_inception
 
 
 @pytest.fixture(scope="session")
-def recipes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluation_recipes", GOLDEN / "recipes.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def synthetic_constants() -> dict[str, np.ndarray]:
+    return inception_files.synthetic_constants()
 
 
 @pytest.fixture(scope="session")
-def golden() -> dict:
-    return json.loads((GOLDEN / "golden.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def synthetic_constants(recipes) -> dict[str, np.ndarray]:
-    return recipes.synthetic_weights(1234)
-
-
-@pytest.fixture(scope="session")
-def synthetic_pb(recipes, synthetic_constants, tmp_path_factory) -> Path:
+def synthetic_pb(synthetic_constants, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("inception_pb") / "classify_image_graph_def.pb"
-    recipes.write_synthetic_graphdef(path, synthetic_constants)
+    inception_files.write_graph(path, synthetic_constants)
     return path
 
 
-def load(path: Path, *, folded: bool):
+def load(path: Path, *, folded: bool) -> InceptionV3:
     """Load synthetic weights without the warning that they are nobody's."""
-    from evaluations.weights import load_inception
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "scores rest on unknown Inception weights")
         return load_inception(path, folded=folded, allow_unknown=True)
@@ -58,12 +41,12 @@ def synthetic_pth(synthetic_pb, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def net(synthetic_pb):
+def net(synthetic_pb) -> InceptionV3:
     """The folded network on synthetic weights, as commands use it."""
     return load(synthetic_pb, folded=True)
 
 
 @pytest.fixture(scope="session")
-def plain_net(synthetic_pth):
+def plain_net(synthetic_pth) -> InceptionV3:
     """The network as published, nothing folded."""
     return load(synthetic_pth, folded=False)

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from image_files import all_of, store
 
 from evaluations.inputs import open_images
+from evaluations.selftest import synthetic_images
 
 
 @pytest.fixture
-def images(recipes) -> np.ndarray:
-    return recipes.images(7, 7, 12, 10)
+def images() -> np.ndarray:
+    return synthetic_images(7, 7, 12, 10)
 
 
 class Bomb:

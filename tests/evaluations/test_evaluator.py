@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from inception_files import GOLDEN
 
 from evaluations import evaluator, selftest, statistics
 from evaluations.features import extract
@@ -24,16 +26,17 @@ PROGRESS = [
     "computing/reading sample batch statistics...",
     "Computing evaluations...",
 ]
+RECORDED = GOLDEN["end_to_end"]["evaluator_run"]
 EXACT = {"FID": 17.5258301184, "sFID": 85.343085351}
 
 
 @pytest.fixture(scope="module")
-def place(recipes, net, synthetic_pb, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(net, synthetic_pb, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a user has it: weights, two npz files; and the features in a cache, computed once."""
     folder = tmp_path_factory.mktemp("evaluator")
     os.link(synthetic_pb, folder / "classify_image_graph_def.pb")
-    np.savez(folder / "ref.npz", recipes.images(41, 96, 64, 64))
-    np.savez(folder / "smp.npz", recipes.images(42, 80, 64, 64), np.arange(80) % 2)
+    np.savez(folder / "ref.npz", selftest.synthetic_images(41, 96, 64, 64))
+    np.savez(folder / "smp.npz", selftest.synthetic_images(42, 80, 64, 64), np.arange(80) % 2)
     reference = extract(str(folder / "ref.npz"), net, Settings(shard_dir=str(folder / "cache")))
     extract(str(folder / "smp.npz"), net, Settings(shard_dir=str(folder / "cache")))
     pool, spatial = statistics.from_features(reference.pool), statistics.from_features(reference.spatial)
@@ -69,32 +72,31 @@ def numbers(lines: list[str]) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("reference", ["ref.npz", "ref_stats.npz"])
-def test_prints_what_the_original_prints(place: Path, golden: dict, reference: str) -> None:
+def test_prints_what_the_original_prints(place: Path, reference: str) -> None:
     done = run(place, reference, "smp.npz")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:6] == PROGRESS and len(lines) == 11
     assert [line.split(": ")[0] for line in lines[6:]] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    found, recorded = numbers(lines[6:]), golden["end_to_end"]["evaluator_run"]
+    found = numbers(lines[6:])
     assert all(line.split(": ")[1] == repr(found[line.split(": ")[0]]) for line in lines[6:])
-    assert found["Inception Score"] == pytest.approx(recorded["inception_score"], rel=1e-5)
+    assert found["Inception Score"] == pytest.approx(RECORDED["inception_score"], rel=1e-5)
     for name, key in (("FID", "fid"), ("sFID", "sfid")):
-        assert found[name] == pytest.approx(recorded[key], rel=5e-5)
+        assert found[name] == pytest.approx(RECORDED[key], rel=5e-5)
         assert found[name] == pytest.approx(EXACT[name], rel=2e-6)
-    assert (found["Precision"], found["Recall"]) == (0.9625, recorded["recall"])
+    assert (found["Precision"], found["Recall"]) == (0.9625, RECORDED["recall"])
     assert "rank deficient" in done.stderr and "unknown Inception weights" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_all_options_and_the_published_half_precision(place: Path, golden: dict) -> None:
+def test_all_options_and_the_published_half_precision(place: Path) -> None:
     done = run(place, "ref.npz", "smp.npz", "--all", "--pr_dtype", "float16", "--json", "a.json", "--plot", "a.png")
     assert done.returncode == 0, done.stderr
-    recorded = golden["end_to_end"]["evaluator_run"]
     loaded = json.loads((place / "a.json").read_text())
     scores = {score["name"]: score for score in loaded["sets"][0]["scores"]}
-    assert scores["Precision"]["value"] == pytest.approx(recorded["precision"], abs=1.01 / 80)
-    assert scores["Recall"]["value"] == pytest.approx(recorded["recall"], abs=1.01 / 96)
+    assert scores["Precision"]["value"] == pytest.approx(RECORDED["precision"], abs=1.01 / 80)
+    assert scores["Recall"]["value"] == pytest.approx(RECORDED["recall"], abs=1.01 / 96)
     assert {"KID", "Density", "Coverage"} <= set(scores) and all(score["error"] > 0 for score in scores.values())
     assert loaded["sets"][0]["fid_infinity"]["counts"][-1] == 80 and len(loaded["sets"][0]["per_class"]) == 2
     assert len(loaded["encoder"]["weights_sha256"]) == 64 and loaded["encoder"]["weights_published"] is False
@@ -220,20 +222,13 @@ def test_runs_as_a_module_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_selftest_passes_here_and_would_notice() -> None:
-    for check in selftest._metric_checks(evaluator_device()):
+    for check in selftest._metric_checks(torch.device("cpu")):
         assert check.passed, check.line()
     assert not selftest.Check("x", 1.0, 1.1, 1e-3).passed
     assert selftest.Check("x", 1.0, 1.1, 1e-3).line().startswith("FAIL x: 1.0, expected 1.1")
 
 
-def evaluator_device() -> object:
-    import torch
-
-    return torch.device("cpu")
-
-
-def test_selftest_knows_the_recorded_inputs(recipes, plain_net) -> None:
-    np.testing.assert_array_equal(selftest.synthetic_images(41, 3, 5, 7), recipes.images(41, 3, 5, 7))
+def test_selftest_has_the_recorded_weights(plain_net) -> None:
     ours = selftest.synthetic_network().state_dict()
     theirs = plain_net.state_dict()
     assert ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)

@@ -18,6 +18,7 @@ from evaluations import features, shards
 from evaluations.features import Features, extract, extract_blocks, pick_device
 from evaluations.inception import POOL_FEATURES, SPATIAL_FEATURES, InceptionOutputs
 from evaluations.inputs import open_images
+from evaluations.selftest import synthetic_images
 from evaluations.settings import Settings
 from guided_diffusion.runtime.launchers import Place
 
@@ -54,12 +55,12 @@ def run(source, net, **settings) -> Features | None:
 
 
 @pytest.fixture
-def images(recipes) -> np.ndarray:
-    return recipes.images(3, 11, 20, 24)
+def images() -> np.ndarray:
+    return synthetic_images(3, 11, 20, 24)
 
 
-def test_real_network_batch_size_threads_and_shards(recipes, net, tmp_path):
-    images = recipes.images(3, 5, 20, 24)
+def test_real_network_batch_size_threads_and_shards(net, tmp_path):
+    images = synthetic_images(3, 5, 20, 24)
     expected = run(images, net, chunk=2)
     assert expected is not None
     assert [value.shape for value in expected] == [(5, 2048), (5, 2023)]
@@ -90,9 +91,9 @@ PROCESS = """
 """
 
 
-def test_real_processes_agree(recipes, net, synthetic_pb, tmp_path):
+def test_real_processes_agree(net, synthetic_pb, tmp_path):
     """Two processes started as torchrun and as mpiexec do, sharing the folder beside the file."""
-    images = recipes.images(3, 5, 20, 24)
+    images = synthetic_images(3, 5, 20, 24)
     np.savez(tmp_path / "x.npz", images)
     expected = run(images, net, chunk=2)
     running = []
@@ -147,12 +148,12 @@ def test_batches_in_one_reused_buffer_and_read_only_arrays(images, recwarn):
     assert not recwarn.list
 
 
-def test_mixed_sizes_go_through_together(recipes, tmp_path):
+def test_mixed_sizes_go_through_together(tmp_path):
     from PIL import Image
 
     expected = []
     for i, (height, width) in enumerate([(20, 20), (20, 20), (31, 9), (299, 299), (20, 20)]):
-        image = recipes.images(i, 1, height, width)
+        image = synthetic_images(i, 1, height, width)
         Image.fromarray(image[0]).save(tmp_path / f"{i}.png")
         expected.append(run(image, Toy(1), chunk=1).spatial)
     assert np.array_equal(run(tmp_path, Toy(2), chunk=2).spatial, np.concatenate(expected))
@@ -222,10 +223,10 @@ def test_shards_of_other_work_are_not_used(images, tmp_path):
     assert chunk.calls == 3
 
 
-def test_notes_told_while_reading_do_not_change_the_identity(tmp_path, recipes):
+def test_notes_told_while_reading_do_not_change_the_identity(tmp_path):
     from PIL import Image
 
-    for i, image in enumerate(recipes.images(1, 3, 9, 8)):
+    for i, image in enumerate(synthetic_images(1, 3, 9, 8)):
         Image.fromarray(image[..., 0] if i else image).save(tmp_path / f"{i}.png")
     source = open_images(tmp_path)
     shards = tmp_path / "shards"
@@ -291,8 +292,8 @@ def test_what_cannot_be_done_is_refused(images, tmp_path):
         run([images], Toy(2), world=Place(0, 2), shard_dir=tmp_path)
 
 
-def test_bfloat16_is_near(recipes, net):
-    images = recipes.images(3, 1, 20, 24)
+def test_bfloat16_is_near(net):
+    images = synthetic_images(3, 1, 20, 24)
     exact, quick = run(images, net, chunk=1), run(images, net, chunk=1, dtype="bfloat16")
     assert quick.pool.dtype == np.float32
     difference = np.abs(quick.pool - exact.pool).max() / exact.pool.max()
@@ -335,10 +336,10 @@ def test_the_device_without_a_gpu():
 
 
 @pytest.mark.gpu
-def test_graphics_card_agrees_with_the_processor(recipes, synthetic_pb):
+def test_graphics_card_agrees_with_the_processor(synthetic_pb):
     from evaluations.weights import load_inception
 
-    images = recipes.images(3, 5, 20, 24)
+    images = synthetic_images(3, 5, 20, 24)
     with pytest.warns(UserWarning, match="unknown Inception weights"):
         net = load_inception(synthetic_pb, allow_unknown=True)
     expected = run(images, net)
@@ -395,7 +396,7 @@ def test_a_gpus_turn_by_turn_gives_the_same_features(images, monkeypatch) -> Non
     assert worker.order == ["start", "start", "finish", "start", "finish", "finish"]
 
 
-def test_a_compiled_network_gives_the_features_of_the_plain_one(recipes, net, tmp_path, monkeypatch) -> None:
+def test_a_compiled_network_gives_the_features_of_the_plain_one(net, tmp_path, monkeypatch) -> None:
     torch.compiler.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -405,7 +406,7 @@ def test_a_compiled_network_gives_the_features_of_the_plain_one(recipes, net, tm
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **options: compiler(net, backend=backend, **options))
-    images = recipes.images(3, 5, 20, 24)
+    images = synthetic_images(3, 5, 20, 24)
     found = run(images, net, chunk=2, compile=True, shard_dir=tmp_path)
     assert len(graphs) == 1  # one graph for all chunks, the filled-up last one too
     assert same(found, run(images, net, chunk=2))
@@ -416,8 +417,8 @@ def test_a_compiled_network_gives_the_features_of_the_plain_one(recipes, net, tm
 
 
 @pytest.mark.gpu
-def test_on_a_graphics_card(recipes, net) -> None:
-    images = recipes.images(3, 70, 20, 24)
+def test_on_a_graphics_card(net) -> None:
+    images = synthetic_images(3, 70, 20, 24)
     on_cpu = run(images, net)
     on_gpu = run(images, net.cuda())
     net.cpu()

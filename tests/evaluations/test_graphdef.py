@@ -9,36 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inception_files import const, message, number, shape, varint
 
 from evaluations.graphdef import read_constants
 
 TIME_CAP_S = 5.0
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    value &= (1 << 64) - 1
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def message(field: int, payload: bytes) -> bytes:
-    return varint(field << 3 | 2) + varint(len(payload)) + payload
-
-
-def number(field: int, value: int) -> bytes:
-    return varint(field << 3) + varint(value)
-
-
-def shape(*sizes: int) -> bytes:
-    return message(2, b"".join(message(2, number(1, size)) for size in sizes))
-
-
-def const(name: str, tensor: bytes, op: str = "Const") -> bytes:
-    value = message(5, message(1, b"value") + message(2, message(8, tensor)))
-    return message(1, message(1, name.encode()) + message(2, op.encode()) + value)
 
 
 def read(tmp_path, data: bytes):

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from inception_files import FOLDER, GOLDEN, images_of
 
 from evaluations.features import extract
 from evaluations.inception import Conv, InceptionV3
 from evaluations.resize import tf1_bilinear, to_inception_range
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation"
-
 SIZES = ("32x32", "64x64", "256x256", "299x299", "512x512", "50x80")
 
 
-def first_image(recipes, golden, size: str) -> torch.Tensor:
-    facts = golden["end_to_end"][size]
-    images = recipes.images(**facts["images"])
-    assert recipes.sha(images) == facts["sha256_images"]
-    return to_inception_range(tf1_bilinear(torch.from_numpy(images[:1])))
+def first_image(size: str) -> torch.Tensor:
+    return to_inception_range(tf1_bilinear(torch.from_numpy(images_of(GOLDEN["end_to_end"][size])[:1])))
 
 
 def relative(found: torch.Tensor, expected: np.ndarray) -> float:
@@ -30,15 +24,15 @@ def relative(found: torch.Tensor, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", ["plain_net", "net"])
 @pytest.mark.parametrize("size", SIZES)
-def test_activations_equal_tensorflow(kind, size, recipes, golden, request):
+def test_activations_equal_tensorflow(kind, size, request):
     """From the .pb, folded, and from the .pth, as published: within 5e-6 of the largest, all 4071 numbers."""
-    outputs = request.getfixturevalue(kind)(first_image(recipes, golden, size))
-    expected = np.load(GOLDEN / "activations.npz")
+    outputs = request.getfixturevalue(kind)(first_image(size))
+    expected = np.load(FOLDER / "activations.npz")
     assert outputs.pool.shape == (1, 2048)
     assert outputs.spatial.shape == (1, 2023)
     assert relative(outputs.pool, expected[f"{size}_pool"]) < 5e-6
     assert relative(outputs.spatial, expected[f"{size}_spatial"]) < 5e-6
-    facts = golden["end_to_end"][size]
+    facts = GOLDEN["end_to_end"][size]
     assert outputs.pool.double().sum() == pytest.approx(facts["pool_sum"][0], rel=2e-6)
     assert outputs.spatial.double().sum() == pytest.approx(facts["spatial_sum"][0], rel=2e-6)
     weight = request.getfixturevalue(kind).fc.weight  # without the bias
@@ -46,9 +40,9 @@ def test_activations_equal_tensorflow(kind, size, recipes, golden, request):
     assert softmax == pytest.approx(np.array(facts["softmax_head"]), rel=5e-5)
 
 
-def test_extract_equals_tensorflow_for_every_image(recipes, golden, net):
-    facts = golden["end_to_end"]["64x64"]
-    features = extract(recipes.images(**facts["images"]), net)
+def test_extract_equals_tensorflow_for_every_image(net):
+    facts = GOLDEN["end_to_end"]["64x64"]
+    features = extract(images_of(facts), net)
     assert features is not None
     assert features.pool.astype(np.float64).sum(1) == pytest.approx(np.array(facts["pool_sum"]), rel=2e-6)
     assert features.spatial.astype(np.float64).sum(1) == pytest.approx(np.array(facts["spatial_sum"]), rel=2e-6)
@@ -64,10 +58,10 @@ def test_state_dict_has_the_published_layout():
     assert state["fc.weight"].shape == (1008, 2048)
 
 
-def test_spatial_is_row_column_channel_of_the_first_seven(net, recipes, golden):
+def test_spatial_is_row_column_channel_of_the_first_seven(net):
     seen = []
     hook = net.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
-    outputs = net(first_image(recipes, golden, "32x32"))
+    outputs = net(first_image("32x32"))
     hook.remove()
     grid = outputs.spatial.view(17, 17, 7)
     assert seen[0].shape == (1, 192, 17, 17)

@@ -19,13 +19,14 @@ from PIL import Image
 
 from evaluations import reference
 from evaluations.inputs import open_images
+from evaluations.selftest import synthetic_images
 from guided_diffusion.data.listing import list_records
 from guided_diffusion.data.sources import open_source
 
 
 @pytest.fixture
-def images(recipes) -> np.ndarray:
-    return recipes.images(7, 7, 12, 10)
+def images() -> np.ndarray:
+    return synthetic_images(7, 7, 12, 10)
 
 
 ARRAYS = ["npz", "deflated", "fortran", "fortran deflated", "npy", "npy 2.0", "array"]

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation_cases import features, golden, recipes
+from inception_files import GOLDEN, features_of
 
 from evaluations import metrics, statistics
+from evaluations.selftest import synthetic_features as features
 
-FID_CASES = [name for name, case in golden()["fid"].items() if "ref" in case]
+FID_CASES = [name for name, case in GOLDEN["fid"].items() if "ref" in case]
 EXACT = {"fid_d64_rank_deficient": 8.08618885264578, "fid_d2048_rank_deficient": 326.181855372992}
 
 
@@ -16,9 +17,8 @@ def fid(sample: np.ndarray, reference: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", FID_CASES)
 def test_fid_equals_the_original(name: str) -> None:
-    case = golden()["fid"][name]
-    sample, reference = features(**case["sample"]), features(**case["ref"])
-    value = fid(sample, reference)
+    case = GOLDEN["fid"][name]
+    value = fid(features_of(case, "sample"), features_of(case, "ref"))
     if name in EXACT:
         assert value == pytest.approx(EXACT[name], rel=1e-9)
         assert value == pytest.approx(case["fid"], rel=5e-5)
@@ -30,8 +30,8 @@ def test_fid_dead_channels_and_constants() -> None:
     reference, sample = features(seed=1, n=500, d=16), features(seed=2, n=400, d=16)
     reference[:, 3] = 0
     sample[:, [3, 5]] = 0
-    assert fid(sample, reference) == pytest.approx(golden()["fid"]["fid_dead_channels"]["fid"], rel=1e-6)
-    assert fid(np.full((40, 8), 0.75), np.full((50, 8), 0.5)) == golden()["fid"]["fid_constant_features"]["fid"]
+    assert fid(sample, reference) == pytest.approx(GOLDEN["fid"]["fid_dead_channels"]["fid"], rel=1e-6)
+    assert fid(np.full((40, 8), 0.75), np.full((50, 8), 0.5)) == GOLDEN["fid"]["fid_constant_features"]["fid"]
 
 
 def by_eigenvalues(a: statistics.Statistics, b: statistics.Statistics) -> float:
@@ -79,11 +79,11 @@ def test_features_of_other_sizes_are_refused() -> None:
         fid(features(seed=1, n=20, d=16), features(seed=2, n=20, d=8))
 
 
-@pytest.mark.parametrize("name", list(golden()["inception_score"]))
+@pytest.mark.parametrize("name", list(GOLDEN["inception_score"]))
 def test_inception_score_equals_the_original(name: str) -> None:
-    case = golden()["inception_score"][name]
-    pool = features(**case["features"])
-    weight = recipes().softmax_weights().T.copy()
+    case = GOLDEN["inception_score"][name]
+    weight = (np.random.RandomState(5).standard_normal((2048, 1008)) * 0.05).astype(np.float32).T.copy()
+    pool = features_of(case, "features")
     result = metrics.inception_score(pool, weight, split_size=case.get("split_size", 5000))
     assert result.score == pytest.approx(case["float64"], rel=1e-9)
     if "float64_per_split" in case:
@@ -151,8 +151,8 @@ def test_the_score_of_random_orders_is_that_of_shuffled_files() -> None:
 
 
 def test_exact_kernel_distance() -> None:
-    case = golden()["precision_recall"]["pr_d2048_inception_like"]
-    value = metrics.kernel_distance(features(**case["sample"]), features(**case["ref"])).value
+    case = GOLDEN["precision_recall"]["pr_d2048_inception_like"]
+    value = metrics.kernel_distance(features_of(case, "sample"), features_of(case, "ref")).value
     assert value == pytest.approx(0.009080192090928918, rel=1e-9)
 
 

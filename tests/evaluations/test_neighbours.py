@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import features, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inception_files import GOLDEN, features_of
 
 from evaluations.neighbours import neighbours, squared_radii
+from evaluations.selftest import synthetic_features as features
 
-CASES = {name: case for name, case in golden()["precision_recall"].items() if "ref" in case}
+CASES = {name: case for name, case in GOLDEN["precision_recall"].items() if "ref" in case}
 
 
 def brute(x: np.ndarray, y: np.ndarray, k: int) -> tuple[float, float, float, float]:
@@ -30,7 +31,7 @@ def all_four(x: np.ndarray, y: np.ndarray, **options: object) -> tuple[float, fl
 @pytest.mark.parametrize("name", CASES)
 def test_float32_equals_the_recorded_values(name: str) -> None:
     case = CASES[name]
-    x, y = features(**case["sample"]), features(**case["ref"])
+    x, y = features_of(case, "sample"), features_of(case, "ref")
     found = neighbours(x, y)
     for recorded in (case["fp32_numpy"], case["fp64_numpy"]):
         assert (found.precision, found.recall) == (recorded["precision"], recorded["recall"])
@@ -43,7 +44,7 @@ def test_float32_equals_the_recorded_values(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_float16_is_near_the_original(name: str) -> None:
     case = CASES[name]
-    x, y = features(**case["sample"]), features(**case["ref"])
+    x, y = features_of(case, "sample"), features_of(case, "ref")
     found = neighbours(x, y, dtype=torch.float16)
     original = case["original_tf_cpu"]
     if name.endswith("big_norm_fp32_branch"):  # every block overflows, so the original itself used float32
@@ -70,7 +71,7 @@ def test_one_overflowing_block_does_not_make_everything_near() -> None:
 )
 def test_density_and_coverage_equal_the_reference_package(k: int, expected: tuple[float, ...]) -> None:
     case = CASES["pr_d2048_inception_like"]
-    assert all_four(features(**case["sample"]), features(**case["ref"]), k=k) == pytest.approx(expected, abs=1e-9)
+    assert all_four(features_of(case, "sample"), features_of(case, "ref"), k=k) == pytest.approx(expected, abs=1e-9)
 
 
 def test_repeated_points_stay_inside() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inception_files import FOLDER, images_of, sha
 
 from evaluations.resize import tf1_bilinear, to_inception_range
+from evaluations.selftest import synthetic_images
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation"
-
-CASES = json.loads((GOLDEN / "resize.json").read_text())["cases"]
+CASES = json.loads((FOLDER / "resize.json").read_text())["cases"]
 
 
 def _name(case: dict) -> str:
@@ -23,16 +22,16 @@ def _name(case: dict) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
-def test_equals_tensorflow(case, recipes):
+def test_equals_tensorflow(case):
     if "images" in case:
-        images = recipes.images(**case["images"])
+        images = images_of(case)
     else:
         images = (np.random.RandomState(3).standard_normal((1, 37, 41, 3)) * 3).astype(np.float32)
-    assert recipes.sha(images) == case["sha256_images"]
+    assert sha(images) == case["sha256_images"]
     resized = tf1_bilinear(torch.from_numpy(images))
     assert resized.dtype == torch.float32
     assert resized.shape == (len(images), 3, 299, 299)
-    assert recipes.sha(resized.permute(0, 2, 3, 1).numpy()) == case["sha256_resized"]
+    assert sha(resized.permute(0, 2, 3, 1).numpy()) == case["sha256_resized"]
 
 
 def one_by_one(image: np.ndarray, size: int) -> np.ndarray:
@@ -61,14 +60,14 @@ def test_equals_the_formula_one_pixel_at_a_time(height, width, size, seed):
     assert np.array_equal(fast[0, 0].numpy(), one_by_one(image, size))
 
 
-def test_one_image_is_independent_of_the_others(recipes):
-    images = torch.from_numpy(recipes.images(5, 3, 20, 31))
+def test_one_image_is_independent_of_the_others():
+    images = torch.from_numpy(synthetic_images(5, 3, 20, 31))
     together = tf1_bilinear(images, 64)
     assert torch.equal(together, torch.cat([tf1_bilinear(image[None], 64) for image in images]))
 
 
-def test_same_size_passes_unchanged_and_input_is_kept(recipes):
-    images = torch.from_numpy(recipes.images(5, 1, 299, 299)).float()
+def test_same_size_passes_unchanged_and_input_is_kept():
+    images = torch.from_numpy(synthetic_images(5, 1, 299, 299)).float()
     before = images.clone()
     scaled = to_inception_range(tf1_bilinear(images))
     assert torch.equal(images, before)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inception_files import conv_specs
 
 from evaluations import weights
 from evaluations.weights import Published, load_inception, scope_names
@@ -27,13 +28,13 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_scopes_cover_the_94_convolutions_in_the_order_of_the_graph(recipes):
+def test_scopes_cover_the_94_convolutions_in_the_order_of_the_graph():
     names = scope_names()
-    specs = recipes.conv_specs()
-    assert set(names) == {spec[0] for spec in specs}
+    specs = conv_specs()
+    assert list(names) == list(specs)
     assert len(set(names.values())) == len(specs) == 94
     state = weights.InceptionV3().state_dict()
-    for scope, height, width, channels_in, channels_out, *_ in specs:
+    for scope, (height, width, channels_in, channels_out) in specs.items():
         assert state[f"{names[scope]}.conv.weight"].shape == (channels_out, channels_in, height, width), scope
 
 
