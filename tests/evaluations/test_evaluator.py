@@ -13,9 +13,10 @@ import pytest
 import torch
 from inception_files import GOLDEN
 
-from evaluations import evaluator, selftest, statistics
+from evaluations import evaluator, selftest
 from evaluations.features import extract
 from evaluations.settings import Settings
+from guided_diffusion.runtime import launchers
 
 SCRIPT = Path(evaluator.__file__).resolve()
 PROGRESS = [
@@ -37,49 +38,39 @@ def place(net, synthetic_pb, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.link(synthetic_pb, folder / "classify_image_graph_def.pb")
     np.savez(folder / "ref.npz", selftest.synthetic_images(41, 96, 64, 64))
     np.savez(folder / "smp.npz", selftest.synthetic_images(42, 80, 64, 64), np.arange(80) % 2)
-    reference = extract(str(folder / "ref.npz"), net, Settings(shard_dir=str(folder / "cache")))
-    extract(str(folder / "smp.npz"), net, Settings(shard_dir=str(folder / "cache")))
-    pool, spatial = statistics.from_features(reference.pool), statistics.from_features(reference.spatial)
-    np.savez(
-        folder / "ref_stats.npz",
-        arr_0=np.load(folder / "ref.npz")["arr_0"],
-        mu=pool.mu,
-        sigma=pool.sigma,
-        mu_s=spatial.mu,
-        sigma_s=spatial.sigma,
-    )
+    for name in ("ref.npz", "smp.npz"):
+        extract(str(folder / name), net, Settings(shard_dir=str(folder / "cache")))
     return folder
 
 
 def run(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python evaluator.py ...` as a plain file, in a folder that knows nothing of the package."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    common = ["--allow_other_weights", "--device", "cpu", "--quiet", "--shard_dir", "cache"]
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments, *common],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1000,
-    )
-
-
-def numbers(lines: list[str]) -> dict[str, float]:
-    return {name: float(value) for name, value in (line.split(": ", 1) for line in lines)}
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        *arguments,
+        "--allow_other_weights",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--shard_dir",
+        "cache",
+    ]
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1000)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("reference", ["ref.npz", "ref_stats.npz"])
-def test_prints_what_the_original_prints(place: Path, reference: str) -> None:
-    done = run(place, reference, "smp.npz")
+def test_prints_what_the_original_prints(place: Path) -> None:
+    done = run(place, "ref.npz", "smp.npz")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:6] == PROGRESS and len(lines) == 11
-    assert [line.split(": ")[0] for line in lines[6:]] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    found = numbers(lines[6:])
-    assert all(line.split(": ")[1] == repr(found[line.split(": ")[0]]) for line in lines[6:])
+    printed = dict(line.split(": ", 1) for line in lines[6:])
+    assert list(printed) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    found = {name: float(value) for name, value in printed.items()}
+    assert all(value == repr(found[name]) for name, value in printed.items())
     assert found["Inception Score"] == pytest.approx(RECORDED["inception_score"], rel=1e-5)
     for name, key in (("FID", "fid"), ("sFID", "sfid")):
         assert found[name] == pytest.approx(RECORDED[key], rel=5e-5)
@@ -105,100 +96,86 @@ def test_all_options_and_the_published_half_precision(place: Path) -> None:
     assert "FID infinity: " in done.stdout and "KID standard error: " in done.stdout
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command that fails says on stderr."""
+    capsys.readouterr()
+    assert evaluator.main(words) == 2
+    return capsys.readouterr().err
+
+
 def test_help_and_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         evaluator.main(["--help"])
     assert stopped.value.code == 0 and "compare" in capsys.readouterr().out
-    assert evaluator.main(["compare", "a.json", "b.json"]) == 2
-    assert "error: a.json cannot be read" in capsys.readouterr().err
-    assert evaluator.main(["x.npz", "y.npz", "--json", "nowhere/a.json"]) == 2
-    assert "no folder to write" in capsys.readouterr().err
-    assert evaluator.main(["x.npz", "y.npz", "--features", "npz"]) == 2
-    assert "there is no file 'x.npz'" in capsys.readouterr().err
+    assert "error: a.json cannot be read" in refusal(capsys, "compare", "a.json", "b.json")
+    assert "there is no file 'x.npz'" in refusal(capsys, "x.npz", "y.npz", "--features", "npz")
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # before any work
+    told = refusal(capsys, "x.npz", "y.npz", "--plot", "a.png")
+    assert told == "error: --plot needs matplotlib: pip install matplotlib\n"
+    for error in (TimeoutError("2 shards did not come"), PermissionError(13, "Permission denied", "x.npz")):
+        monkeypatch.setattr(evaluator, "_score", lambda arguments, error=error: (_ for _ in ()).throw(error))
+        assert refusal(capsys, "x.npz", "y.npz") == f"error: {error}\n"
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("names", "rank", "size", "words"),
     [
-        (
-            {"WORLD_SIZE": "2", "RANK": "1"},
-            "process 1 of 2, as RANK=1 and WORLD_SIZE=2 say: process 0 prints the scores",
-        ),
-        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, "as PMI_RANK=0 and PMI_SIZE=3 say: it waits for the shares of 2 more"),
-        ({"WORLD_SIZE": "", "RANK": ""}, ""),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
-        ({"WORLD_SIZE": "2", "RANK": "7"}, "RANK=7 and WORLD_SIZE=2 disagree"),
+        ("RANK WORLD_SIZE", "1", "2", "process 1 of 2, as RANK=1 and WORLD_SIZE=2 say: process 0 prints the scores"),
+        ("PMI_RANK PMI_SIZE", "0", "3", "as PMI_RANK=0 and PMI_SIZE=3 say: it waits for the shares of 2 more"),
+        ("RANK WORLD_SIZE", "", "", ""),
+        ("RANK WORLD_SIZE", "0", "two", "WORLD_SIZE is 'two'"),
+        ("RANK WORLD_SIZE", "7", "2", "RANK=7 and WORLD_SIZE=2 disagree"),
     ],
 )
 def test_says_which_variables_make_it_one_of_several(
+    names: str,
+    rank: str,
+    size: str,
+    words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    variables: dict[str, str],
-    words: str,
 ) -> None:
-    for name, value in variables.items():
+    monkeypatch.setattr(launchers, "_FIRST_SPEAKS_S", 0)
+    for name, value in zip(names.split(), (rank, size)):
         monkeypatch.setenv(name, value)
-    asked = [str(tmp_path / "x.npz"), "--weights", "w.pb"]
+    given = [str(tmp_path / "x.npz"), "--weights", "w.pb"]
     for command in (
-        [*asked[:1], *asked],
-        ["reference", *asked, "--image_size", "8", "--out", str(tmp_path / "out.npz")],
+        [*given[:1], *given],
+        ["reference", *given, "--image_size", "8", "--out", str(tmp_path / "out.npz")],
     ):
-        assert evaluator.main(command) == 2
-        first = capsys.readouterr().err.splitlines()[0]
+        first = refusal(capsys, *command).splitlines()[0]
         assert words in first and first.startswith("process") == words.startswith(("process", "as PMI"))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--json", "folder"], "--json folder: is a folder"),
-        (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder"),
-        (["--json", "ref.npz"], "--json ref.npz: would replace a file that is read"),
-        (["--plot", "folder"], "--plot folder: is a folder"),
-        (["--plot", "a.mp3"], "--plot a.mp3: a picture cannot be of the kind 'mp3'"),
-        (["--shard_dir", "ref.npz"], "is a file; give a folder"),
-        (["--shard_dir", "ref.npz/below"], "is a file; give a folder"),
-        (["--device", "gpu"], "--device gpu: cannot be used here"),
-        (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+        ("--json folder", "--json folder: is a folder"),
+        ("--json nowhere/a.json", "--json nowhere/a.json: there is no folder"),
+        ("--json ref.npz", "--json ref.npz: would replace a file that is read"),
+        ("--plot folder", "--plot folder: is a folder"),
+        ("--plot a.mp3", "--plot a.mp3: a picture cannot be of the kind 'mp3'"),
+        ("--shard_dir ref.npz", "is a file; give a folder"),
+        ("--shard_dir ref.npz/below", "is a file; give a folder"),
+        ("--device gpu", "--device gpu: cannot be used here"),
+        ("--device cuda:99", "--device cuda:99: cannot be used here"),
     ],
 )
 def test_what_cannot_be_written_or_used_is_refused_before_the_work(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    words: str,
+    options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     np.savez("ref.npz", np.random.default_rng(0).standard_normal((9, 4)))
-    assert evaluator.main(["ref.npz", "ref.npz", "--features", "npz", *options]) == 2
+    assert evaluator.main(["ref.npz", "ref.npz", "--features", "npz", *options.split()]) == 2
     told = capsys.readouterr()
     assert words in told.err and len(told.err.splitlines()) == 1 and "activations" not in told.out
-    if options[0] in ("--json", "--shard_dir"):
-        options = [option.replace("--json", "--out") for option in options]
-        out = [] if "--out" in options else ["--out", "out.npz"]
-        assert evaluator.main(["reference", "ref.npz", "--image_size", "8", *options, *out]) == 2
-        assert words.replace("--json", "--out") in capsys.readouterr().err
-
-
-def test_a_plot_without_matplotlib_is_refused_before_the_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    assert evaluator.main(["x.npz", "y.npz", "--plot", "a.png"]) == 2
-    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
-
-
-def test_an_error_of_the_system_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for error in (TimeoutError("2 shards did not come"), PermissionError(13, "Permission denied", "x.npz")):
-        monkeypatch.setattr(evaluator, "_score", lambda arguments, error=error: (_ for _ in ()).throw(error))
-        assert evaluator.main(["x.npz", "y.npz"]) == 2
-        assert capsys.readouterr().err == f"error: {error}\n"
+    if options.startswith(("--json", "--shard_dir")):
+        options, words = options.replace("--json", "--out"), words.replace("--json", "--out")
+        out = "" if "--out" in options else "--out out.npz"
+        assert words in refusal(capsys, *f"reference ref.npz --image_size 8 {options} {out}".split())
 
 
 def test_a_file_wins_over_a_command_of_the_same_name(
