@@ -50,10 +50,9 @@ class Validation:
         assert losses.i is not None
         quarter = losses.i * QUARTILES // losses.num_steps
         for name, values in losses.terms.items():
-            self._log.mean(name, values)
+            self._log.mean(name, values, quarter >= 0)
             for q in range(QUARTILES):
-                here = quarter == q
-                self._log.total(f"{name}_q{q}", torch.where(here, values, 0.0).sum(), here.sum())
+                self._log.mean(f"{name}_q{q}", values, quarter == q)
 
 
 class SampleGrid:

@@ -120,7 +120,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
-        self.stop, self._agreement = stop, Agreement(self.world, stop)
+        self.stop, self._agreement = stop, Agreement(self.world, stop or Stop())
 
         self.steps_done = self.samples_seen = 0
         self._feed = batching.Feed(batches)
@@ -255,7 +255,7 @@ class Trainer:
                 if batch is None:
                     _log.info("the data ended")
                     break
-                self.world.at_step(self.steps_done)
+                self.world.context.step = self.steps_done
                 self.step(batch)
                 clock.count(batching.length(batch) * self.world.size)
                 self._after_step(clock)
@@ -296,9 +296,7 @@ class Trainer:
         row.update(clock.read())
         clock.show(row.get("loss"))
         if self.log is not None:
-            for name, value in {"step": self.steps_done, "samples": self.samples_seen, **row}.items():
-                self.log.put(name, value)
-            self.log.dump(self.steps_done)
+            self.log.dump({"step": self.steps_done, "samples": self.samples_seen, **row})
         clock.hint(row["data_wait_share"])
 
     def _should_leave(self) -> bool:
