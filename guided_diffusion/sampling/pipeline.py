@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from ..diffusion.process import Process, respace, space_timesteps
 from ..diffusion.samplers import SAMPLERS, NotFinite, last
 from ..models.layers import lay_out_convolution
 from ..models.network import Network as Torso
-from ..runtime.fitting import largest_that_fits
 from ..runtime.streams import key_of
 from ..weights.load import Loaded, check_pair
 from .execution import Compiled, Conditioned, Graphed
@@ -191,6 +191,22 @@ def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int
         pipeline(noise, torch.randn_like, cond)
 
     return largest_that_fits(attempt, min(limit, _LARGEST_TRIED))
+
+
+def largest_that_fits(attempt: Callable[[int], object], limit: int) -> int:
+    """The largest power of two up to `limit`, or `limit` itself, for which `attempt` has memory enough; 0 if not even 1 does."""
+    fitting, size = 0, 1
+    while fitting < limit:
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        fitting, size = size, min(2 * size, limit)
+    return fitting
 
 
 def why_not_finite(networks: Sequence[Loaded]) -> str:

@@ -17,7 +17,6 @@ from guided_diffusion import build
 from guided_diffusion.config import RunConfig
 from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
-from guided_diffusion.runtime import fitting
 from guided_diffusion.sampling import pipeline
 from guided_diffusion.sampling.execution import Compiled, Graphed
 from guided_diffusion.sampling.jobs import Job, LabelPlan, Request
@@ -207,7 +206,7 @@ def out_of_memory_above(limit: int, tried: list[int]) -> Any:
 @pytest.mark.parametrize(("limit", "most", "expected"), [(0, 64, 0), (1, 64, 1), (20, 64, 16), (100, 50, 50)])
 def test_the_largest_batch_that_fits(limit: int, most: int, expected: int) -> None:
     tried: list[int] = []
-    assert fitting.largest_that_fits(out_of_memory_above(limit, tried), most) == expected
+    assert pipeline.largest_that_fits(out_of_memory_above(limit, tried), most) == expected
     assert max(tried) <= most
 
 
@@ -216,7 +215,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        fitting.largest_that_fits(attempt, 4)
+        pipeline.largest_that_fits(attempt, 4)
 
 
 @pytest.fixture
