@@ -39,7 +39,7 @@ def settings_of(asked: argparse.Namespace) -> Settings:
 
 def place() -> launchers.Place:
     """Rank and number of processes from the variables of torchrun, Open MPI, MPICH/Intel MPI or srun; one process without them."""
-    return launchers.discover(os.environ, ask_mpi=False)
+    return launchers.discover(os.environ)
 
 
 def announce_place() -> None:

@@ -264,7 +264,7 @@ class Logger:
 
 def get_rank_without_mpi_import() -> int:
     """This process's rank by the launcher's environment variables alone."""
-    return _launchers.discover(os.environ, ask_mpi=False).rank
+    return _launchers.discover(os.environ).rank
 
 
 def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple[Any, float]]) -> dict[str, float]:

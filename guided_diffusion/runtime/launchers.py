@@ -11,7 +11,7 @@ import re
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,25 @@ class Place:
     """The variables that say rank and size."""
 
 
+# The variables of rank, size, local rank and local size, in the order in which launchers are looked for.
+_VARIABLES = (
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("openmpi", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+    ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+)
 # Traces of an MPI launcher whose rank and size variables we do not know by name: worth asking MPI itself.
 _MPI_TRACES = ("PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID")
 _FIRST_SPEAKS_S = 10.0
 
 
-def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
+def discover(environ: Mapping[str, str]) -> Place:
     """Find this process's place: torchrun, Open MPI, MPICH/Hydra (PMI), Slurm, any other MPI through mpi4py, or alone.
 
     The MPI launchers are asked before Slurm, because `mpirun` inside a Slurm job starts its own daemons through `srun`: there the
     Slurm variables describe the daemon and not this process. `sbatch` and `salloc` shells are not job steps (`SLURM_STEP_ID` is
     missing), so a plain `python` in a batch script is alone, whatever `--ntasks` says.
-    `ask_mpi=False` never imports mpi4py (importing it initialises MPI).
     """
 
     def number(name: str) -> int | None:
@@ -52,44 +59,32 @@ def discover(environ: Mapping[str, str], *, ask_mpi: bool = True) -> Place:
             )
         return int(text) if text else None
 
-    def place(launcher: str, rank: str, size: str, local_rank: str, local_size: str) -> Place | None:
-        if not all(environ.get(name, "").strip() for name in (rank, size)):
-            return None  # one without the other is of something else
-        r, n = number(rank), number(size)
-        assert r is not None and n is not None
-        if not 0 <= r < n:
-            raise ValueError(f"{rank}={r} and {size}={n} disagree; a rank is 0 to {size}-1: unset both to run alone")
-        alone = n == 1
-        local = (0, 1) if alone else (number(local_rank), number(local_size))
-        return Place(r, n, *local, launcher, (rank, size))
-
-    if found := place("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        return found
-    ompi = "OMPI_COMM_WORLD_"
-    if found := place("openmpi", ompi + "RANK", ompi + "SIZE", ompi + "LOCAL_RANK", ompi + "LOCAL_SIZE"):
-        return found
-    if found := place("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"):
-        same = environ.get("SLURM_PROCID") == environ.get("PMI_RANK")  # srun --mpi=pmi2 sets PMI_*, but not MPI_LOCAL*
-        if found.local_rank is None and same:
-            return replace(found, local_rank=number("SLURM_LOCALID"), local_size=None)
-        return found
-    if "SLURM_STEP_ID" in environ:
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-        if found := place("slurm", "SLURM_PROCID", size, "SLURM_LOCALID", ""):
-            return found
-    if (
-        any(name in environ for name in _MPI_TRACES)
-        and (comm := mpi_communicator()) is not None
-        and comm.Get_size() > 1
-    ):
-        return Place(comm.Get_rank(), comm.Get_size(), None, None, "mpi4py")
+    for launcher, of_rank, of_size, of_local_rank, of_local_size in _VARIABLES:
+        if not all(environ.get(name, "").strip() for name in (of_rank, of_size)):
+            continue  # one without the other is of something else
+        if launcher == "slurm" and "SLURM_STEP_ID" not in environ:
+            continue
+        rank, size = number(of_rank), number(of_size)
+        assert rank is not None and size is not None
+        if rank >= size:
+            raise ValueError(
+                f"{of_rank}={rank} and {of_size}={size} disagree; a rank is 0 to {of_size}-1: unset both to run alone"
+            )
+        local_rank, local_size = (0, 1) if size == 1 else (number(of_local_rank), number(of_local_size))
+        if launcher == "mpich" and local_rank is None and environ.get("SLURM_PROCID") == environ["PMI_RANK"]:
+            local_rank = number("SLURM_LOCALID")  # srun --mpi=pmi2 sets PMI_*, but not MPI_LOCAL*
+        return Place(rank, size, local_rank, local_size, launcher, (of_rank, of_size))
+    if any(name in environ for name in _MPI_TRACES):
+        comm = mpi_communicator()
+        if comm is not None and comm.Get_size() > 1:
+            return Place(comm.Get_rank(), comm.Get_size(), None, None, "mpi4py")
     return Place()
 
 
 def first_of_machine(environ: Mapping[str, str]) -> bool:
     """Whether no other process of the job on this machine is there to say what is wrong with a command line."""
     try:
-        place = discover(environ, ask_mpi=False)
+        place = discover(environ)
     except ValueError:
         return True
     return not (place.rank if place.local_rank is None else place.local_rank)
@@ -104,7 +99,7 @@ def leave_it_to_the_first(environ: Mapping[str, str]) -> bool:
     if first_of_machine(environ):
         return False
     time.sleep(_FIRST_SPEAKS_S)
-    return discover(environ, ask_mpi=False).launcher != "torchrun"
+    return discover(environ).launcher != "torchrun"
 
 
 def mpi_communicator() -> Any | None:
@@ -163,13 +158,3 @@ def _mpi_job(environ: Mapping[str, str]) -> str:
     except (OSError, IndexError):
         started = ""
     return f"{parent}-{started}"
-
-
-def no_address_message(place: Place) -> str:
-    """What to do where processes have no agreed address."""
-    return (
-        f"{place.size} processes were started by {place.launcher}, not all on this host, and nothing says where they can meet. "
-        "Either install mpi4py, or pass MASTER_ADDR (the name of the first host) and MASTER_PORT (any free port) to every process: "
-        "`mpiexec -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 ...` (MPICH), "
-        "`mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ...` (Open MPI); or start with torchrun or srun."
-    )
