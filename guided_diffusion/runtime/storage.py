@@ -186,8 +186,13 @@ def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
     and uploaded once complete.
     """
     if is_remote(path):
-        with _atomic_upload(os.fspath(path)) as file:
-            yield file
+        blobfile = _blobfile(path)
+        # Closing a remote file publishes whatever was written so far, even after an error; hence the detour over a local file.
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, "upload")
+            with open(local, "xb") as file:
+                yield file
+            blobfile.copy(local, os.fspath(path), overwrite=True)
         return
     # Through a link to the file it stands for: a rename would replace the link itself.
     target = os.path.realpath(expand(path))
@@ -211,17 +216,6 @@ def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and not network and error.filename in (None, temporary, folder):
             raise _explained(error, path, "write") from error
         raise
-
-
-@contextlib.contextmanager
-def _atomic_upload(path: str) -> Iterator[IO[bytes]]:
-    blobfile = _blobfile(path)
-    # Closing a remote file publishes whatever was written so far, even after an error; hence the detour over a local file.
-    with tempfile.TemporaryDirectory() as folder:
-        local = os.path.join(folder, "upload")
-        with open(local, "xb") as file:
-            yield file
-        blobfile.copy(local, path, overwrite=True)
 
 
 def remove_unfinished(folder: PathLike, names: Collection[str] | None = None) -> int:
@@ -372,8 +366,12 @@ def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:
     try:
         lock.acquire(timeout=_LOCK_WAIT_S)
     except filelock.Timeout:
+        holder = ""  # as far as the file says
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            held = json.loads(read_bytes(path))
+            holder = f": process {held['pid']} on {held['host']} since {held['since']}"
         raise ValueError(
-            f"another job writes to {os.fspath(folder)}{_holder(path)}; choose another folder, or end that job first"
+            f"another job writes to {os.fspath(folder)}{holder}; choose another folder, or end that job first"
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _CANNOT_LOCK:
@@ -383,13 +381,3 @@ def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # Windows locks the bytes as well
         file.write(to_json({"pid": os.getpid(), "host": platform.node(), "since": since}))
     return lock
-
-
-def _holder(path: str) -> str:
-    """Which process holds a lock, as far as its file says."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            held = json.load(file)
-        return f": process {held['pid']} on {held['host']} since {held['since']}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
