@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,11 @@ def setup_dist() -> None:
     global _current
     if dist.is_initialized():
         return
-    _current = _rooms.start(group_of_one=True)
+    _current = _rooms.start()
+    if _current.size == 1:  # code of 2021 calls torch.distributed itself
+        backend = _rooms.backend_of(_current.device)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _current = replace(_current, backend=backend)
     atexit.register(_leave)
     if _current.size > 1:
         context, hook = _current.context, sys.excepthook
@@ -44,7 +49,7 @@ def setup_dist() -> None:
 
 def _leave() -> None:
     """At exit: gloo threads that outlive the interpreter can abort it. No barrier here, the others may be gone."""
-    if _current is not None and dist.is_initialized() and _current.context.owns_group:
+    if _current is not None and dist.is_initialized():
         if _current.context.watch is not None:
             _current.context.watch.stop()
         _rooms.take_down()

@@ -21,14 +21,6 @@ _ALONE = 4 << 20  # bytes from which on an allocation is the system's own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class AgreedError(ValueError):
-    """A user's error that all ranks raise alike. `told_elsewhere`: another rank is the one to say it."""
-
-    def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
-        super().__init__(message)
-        self.told_elsewhere = told_elsewhere
-
-
 def require_compiler(device: torch.device) -> None:
     """ValueError unless torch.compile will find the C++ compiler that it needs for code on a CPU: CXX, or the usual one."""
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")

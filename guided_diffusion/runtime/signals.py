@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ from .world import World
 
 AGREE_S = 2.0
 """About how often several processes ask each other whether to stop; each time costs one wait for the device."""
-
-INTERRUPTED_EXIT_CODE = 130
 
 # Names, because Windows has neither SIGUSR1 nor SIGHUP
 DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")
@@ -63,24 +61,17 @@ class Stop:
     @property
     def exit_code(self) -> int:
         """What a command that stopped early ends with."""
-        return INTERRUPTED_EXIT_CODE if self.interrupted else REQUEUE_EXIT_CODE
+        return 130 if self.interrupted else REQUEUE_EXIT_CODE
 
     @property
     def requested(self) -> bool:
-        """True once this process was asked to stop. Other ranks may not have been: see `agreed`."""
+        """True once this process was asked to stop. Other ranks may not have been: see `Agreement`."""
         return self.reason is not None
 
     def request(self, reason: str) -> None:
         """Set the flag without a signal (a time budget, say)."""
         if self.reason is None:
             self.reason = reason
-
-    def agreed(self, world: World) -> bool:
-        """True on every rank if any rank was asked. A collective: all ranks call it at the same steps."""
-        stop = world.any_true(self.requested, "agreement to stop")
-        if stop:
-            self.request("another rank was asked to stop")
-        return stop
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -91,9 +82,7 @@ class Stop:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._before = {}
@@ -153,28 +142,28 @@ _LOOK_S = 0.5
 class Agreement:
     """At which steps the processes ask each other whether to stop: steps that all know without talking, about `AGREE_S` apart."""
 
-    def __init__(self, world: World, stop: Stop | None) -> None:
+    def __init__(self, world: World, stop: Stop) -> None:
         self._world, self._stop = world, stop
-        self._next: int | None = None
-        self._asked = (0, 0.0)
+        self._next = 0  # the first step from which on they ask again
+        self._last: tuple[int, float] | None = None  # step and time of the last question
 
     def due(self, step: int) -> bool:
         """Whether this is such a step, the same answer on all processes."""
-        return self._world.size == 1 or self._next is None or step >= self._next
+        return self._world.size == 1 or step >= self._next
 
     def stop(self, step: int) -> bool:
         """Whether anybody was asked to stop. A collective, for steps that are due."""
-        requested = self._stop is not None and self._stop.requested
-        if self._world.size == 1:
-            return requested
-        now, (asked_step, asked_at) = time.monotonic(), self._asked
-        pace = (now - asked_at) / max(1, step - asked_step) if self._next is not None else AGREE_S
-        interrupted = self._stop is not None and self._stop.interrupted
-        told = torch.tensor([float(requested), float(interrupted), pace], device=self._world.device)
-        count, by_hand, pace = self._world.all_reduce_sum_(told, "agreement to stop").tolist()
-        self._next = step + min(100, max(1, int(AGREE_S * self._world.size / max(pace, 1e-6))))
-        self._asked = (step, now)
-        if count and self._stop is not None:
-            self._stop.request("another rank was asked to stop")
-            self._stop.interrupted = bool(by_hand)
-        return bool(count)
+        stop, world, now = self._stop, self._world, time.monotonic()
+        if world.size == 1:
+            return stop.requested
+        pace = AGREE_S  # seconds per step; unknown at first
+        if self._last is not None:
+            pace = (now - self._last[1]) / max(1, step - self._last[0])
+        sums = torch.tensor([float(stop.requested), float(stop.interrupted), pace], device=world.device)
+        requests, interrupts, paces = world.all_reduce_sum_(sums, "agreement to stop").tolist()
+        self._next = step + min(100, max(1, int(AGREE_S * world.size / max(paces, 1e-6))))
+        self._last = (step, now)
+        if requests:
+            stop.request("another rank was asked to stop")
+            stop.interrupted = bool(interrupts)
+        return bool(requests)

@@ -12,8 +12,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -39,7 +37,6 @@ class Context:
     pending: list[tuple[str, float, Any]] = field(default_factory=list)  # NCCL works that the host has not waited for
     store: Any = None
     watch: Watch | None = None
-    owns_group: bool = False
 
     def where(self) -> str:
         """`rank 1 of 4, step 1200`."""
@@ -137,7 +134,7 @@ def timeout_message(context: Context, operation: str, waited: float) -> str:
 def post_note(context: Context, reason: str) -> str | None:
     """Leave the reason of this rank's death for the others. Returns an earlier rank's reason, which stays, or None.
 
-    Write what there is to say next, and then `linger`: as soon as another rank has heard and left, the launcher may end this one.
+    Then `leave` with `after`: as soon as another rank has read it and left, the launcher may end this one.
     """
     if context.store is None:
         return None
@@ -149,22 +146,17 @@ def post_note(context: Context, reason: str) -> str | None:
     return None if standing == own else standing.partition("\n")[2]
 
 
-def linger(context: Context) -> None:
-    """Wait until the others have had time to read a note and to write their words; longest where the store is hosted."""
-    if context.store is not None:
-        time.sleep((3 if context.rank == 0 else 2) * POLL_S)
-
-
 def leave(message: str, code: int = 1, *, after: Context | None = None) -> NoReturn:
-    """Say `message` on stderr and end at once, or when the others have read the note that was posted in `after`.
+    """Write `message` to stderr and end: at once, or when the others have had time to read the note of `after` and to write their words.
 
     Without Python's clean-up: after a lost rank it can hang or abort in gloo, NCCL and MPI.
     """
     sys.stderr.write(message)
     sys.stderr.flush()
     sys.stdout.flush()
-    if after is not None:
-        linger(after)
+    if after is not None and after.store is not None:
+        # Longest where the store is hosted.
+        time.sleep((3 if after.rank == 0 else 2) * POLL_S)
     os._exit(code)
 
 
@@ -179,15 +171,3 @@ def die(context: Context, error: BaseException) -> NoReturn:
     sys.stderr.flush()
     earlier = post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
     leave(f"{mark}ends because {earlier}\n" if earlier else "", 1, after=context)
-
-
-@contextmanager
-def guarded(context: Context, quiet_codes: tuple[int, ...] = (0,)) -> Iterator[None]:
-    """Run the body; with several ranks, an exception ends the whole job (`die`). A `SystemExit` with a quiet code passes."""
-    try:
-        yield
-    except BaseException as error:
-        quiet = isinstance(error, SystemExit) and (error.code is None or error.code in quiet_codes)
-        if context.size == 1 or quiet:
-            raise
-        die(context, error)

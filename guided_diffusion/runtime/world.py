@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import launchers, watch
-from .devices import AgreedError, check_devices, choose_device, describe, table
+from .devices import check_devices, choose_device, describe, table
 
 T = TypeVar("T")
 
@@ -55,6 +55,12 @@ class CollectiveError(RuntimeError):
     """A collective failed or timed out; the message names rank, operation and step."""
 
 
+class _ToldElsewhere(ValueError):
+    """A user's error that all ranks raise alike, and rank 0 reports."""
+
+    told_elsewhere = True
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place. `World()` is the world of one process on the CPU."""
@@ -72,10 +78,6 @@ class World:
     def is_main(self) -> bool:
         """True on rank 0, the one that writes files and speaks."""
         return self.rank == 0
-
-    def at_step(self, step: int) -> None:
-        """Tell error messages where the run is."""
-        self.context.step = step
 
     @contextmanager
     def operation(self, name: str) -> Iterator[None]:
@@ -101,40 +103,24 @@ class World:
         finally:
             context.operation, context.since = outer
 
-    def guard(self, quiet_codes: tuple[int, ...] = (0, REQUEUE_EXIT_CODE)) -> Any:
-        """Context manager: an exception in the body is printed with its rank and ends the whole job within seconds."""
-        return watch.guarded(self.context, quiet_codes)
-
     def barrier(self, name: str = "barrier") -> None:
-        """Wait until every rank is here. An all-reduce that is read on the host, so that it really waits on CUDA too."""
-        if self.size > 1:
-            with self.operation(name):
-                flag = torch.zeros(1, device=self.device)
-                dist.all_reduce(flag)
-                flag.item()
+        """Wait until every rank is here. A sum that is read on the host, so that it really waits on CUDA too."""
+        self.any_true(False, name)
 
     def broadcast_(self, tensors: Iterable[Tensor], src: int = 0, name: str = "broadcast") -> None:
         """Overwrite `tensors` (same shapes and dtypes on all ranks) with rank `src`'s values, in a few large messages."""
-        if self.size == 1:
-            return
-        groups: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            groups.setdefault(tensor.dtype, []).append(tensor.detach())
-        for dtype, members in groups.items():
-            for bucket in _buckets(members):
-                flat = torch.cat([t.reshape(-1) for t in bucket]).to(self.device)
-                wire = flat.view(torch.uint8) if dtype == torch.bool else flat
-                with self.operation(name):
-                    self._run(dist.broadcast, wire, src=src)
-                for t, piece in zip(bucket, flat.split([t.numel() for t in bucket])):
-                    t.copy_(piece.view_as(t))
+        for bucket in _buckets(tensors) if self.size > 1 else ():
+            flat = torch.cat([t.reshape(-1) for t in bucket]).to(self.device)
+            wire = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
+            self._run(dist.broadcast, wire, name, src=src)
+            for t, piece in zip(bucket, flat.split([t.numel() for t in bucket])):
+                t.copy_(piece.view_as(t))
 
     def all_reduce_sum_(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
         """Replace `tensor` by its sum over the ranks, in place; returns it. Stays asynchronous to the host on CUDA."""
         if self.size > 1:
             wire = tensor.detach().to(self.device).contiguous()
-            with self.operation(name):
-                self._run(dist.all_reduce, wire)
+            self._run(dist.all_reduce, wire, name)
             if wire.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(wire)
         return tensor
@@ -143,24 +129,21 @@ class World:
         """All ranks' tensors joined along dim 0 in rank order. Their first dimensions may differ, also be 0; the others may not."""
         if self.size == 1:
             return tensor
-        kind, device = tensor.dtype, tensor.device
-        mine = tensor.detach().to(self.device).contiguous()
-        if kind == torch.bool:
-            mine = mine.to(torch.uint8)
-        counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        counts[self.rank] = mine.shape[0]
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = tensor.shape[0]
         with self.operation(f"{name} (lengths)"):
-            self._run(dist.all_reduce, counts)
-            lengths = counts.tolist()
-        longest = max(lengths)
-        if longest == 0:
+            counts = self.all_reduce_sum_(lengths).tolist()
+        if not any(counts):
             return tensor
-        padded = mine.new_zeros((longest, *mine.shape[1:]))
-        padded[: mine.shape[0]] = mine
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        wire = tensor.detach().to(self.device).contiguous()
+        if wire.dtype == torch.bool:
+            wire = wire.to(torch.uint8)
+        padded = wire.new_zeros((max(counts), *wire.shape[1:]))
+        padded[: wire.shape[0]] = wire
+        parts = [torch.empty_like(padded) for _ in counts]
         with self.operation(name):
             dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, lengths)]).to(device=device, dtype=kind)
+        return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(tensor)
 
     def broadcast_object(self, value: T, src: int = 0, name: str = "broadcast_object") -> T:
         """Rank `src`'s picklable `value`, on every rank."""
@@ -184,76 +167,56 @@ class World:
         """True on every rank if `flag` is true on any: one number travels."""
         if self.size == 1:
             return bool(flag)
-        count = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
         with self.operation(name):
-            self._run(dist.all_reduce, count)
-            return bool(count.item() > 0)
+            return bool(self.all_reduce_sum_(torch.tensor(int(flag)), name).item())
 
-    def _run(self, collective: Callable[..., Any], tensor: Tensor, **options: Any) -> None:
-        """Start `collective`, note it for the watch, and wait (on CUDA only the stream waits)."""
-        work = collective(tensor, async_op=True, **options)
-        if self.device.type == "cuda":
-            name = self.context.operation or "collective"
-            self.context.pending.append((name, time.monotonic(), work))
-        work.wait()
+    def _run(self, collective: Callable[..., Any], tensor: Tensor, name: str, **options: Any) -> None:
+        """Start `collective` as the operation `name`, note it for the watch, and wait (on CUDA only the stream waits)."""
+        with self.operation(name):
+            work = collective(tensor, async_op=True, **options)
+            if self.device.type == "cuda":
+                self.context.pending.append((name, time.monotonic(), work))
+            work.wait()
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in lists of one dtype and about `_BUCKET_BYTES` each."""
+    buckets: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
-        if size >= _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
+        bucket = buckets.setdefault(tensor.dtype, [])
+        bucket.append(tensor.detach())
+        if sum(t.nbytes for t in bucket) >= _BUCKET_BYTES:
+            yield buckets.pop(tensor.dtype)
+    yield from buckets.values()
 
 
-def start(
-    device: str | torch.device = "auto",
-    *,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-    environ: Mapping[str, str] | None = None,
-    group_of_one: bool = False,
-    watching: bool = True,
-) -> World:
+def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     """Find out who we are and join the other processes.
 
     `device`: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", or one device such as "cuda:1" for one process.
     `timeout_s`: how long a rank waits in a collective before it ends with an error that names it.
     Rank 0 logs a table of rank, host, device and memory.
-    `group_of_one`: make a process group even for one process, for code that calls torch.distributed itself.
     A process group that exists already is used as it is, and `stop` leaves it alone.
     """
-    environ = os.environ if environ is None else environ
+    place = launchers.discover(os.environ)
     if dist.is_available() and dist.is_initialized():
-        return _adopt(device, environ)
-    place = launchers.discover(environ)
+        return _adopt(device, place)
     if place.size == 1:
-        chosen = choose_device(device, 0, 1)
-        context = watch.Context()
-        backend = None
-        if group_of_one:
-            backend = _backend(chosen)
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            context.owns_group = True
-        world = World(device=chosen, backend=backend, launcher=place.launcher, context=context)
+        world = World(device=choose_device(device, 0, 1), launcher=place.launcher)
         _log.info(table([_describe(world)]))
         return world
-    store = _meet(place, environ, min(timeout_s, DEFAULT_TIMEOUT_S))
+    store = _meet(place, min(timeout_s, DEFAULT_TIMEOUT_S))
     hosts = _exchange(store, "hosts", place, platform.node())
     same_host = [r for r, host in enumerate(hosts) if host == hosts[place.rank]]
     local_rank = same_host.index(place.rank) if place.local_rank is None else place.local_rank
     local_size = len(same_host) if place.local_size is None else place.local_size
-    context = watch.Context(rank=place.rank, size=place.size, store=store, owns_group=True)
+    context = watch.Context(rank=place.rank, size=place.size, store=store)
     row, chosen = {}, torch.device("cpu")
     try:
         chosen = choose_device(device, local_rank, local_size)
     except ValueError as error:  # told to the others, who would wait for us
         row = {"problem": str(error)}
-    backend = _backend(chosen)
+    backend = backend_of(chosen)
     world = World(place.rank, place.size, local_rank, local_size, chosen, backend, place.launcher, context)
     rows = _exchange(store, "devices", place, row or _describe(world))
     try:
@@ -261,21 +224,19 @@ def start(
             raise ValueError(problems[0])
         check_devices(rows)
     except ValueError as error:
-        raise AgreedError(str(error), told_elsewhere=not world.is_main) from None
+        raise (ValueError if world.is_main else _ToldElsewhere)(str(error)) from None
     # gloo raises its own timeout in the main thread; NCCL would abort the process without our words, so there the watch comes first.
     nccl = backend == "nccl"
     context.patience_s = timeout_s if nccl else timeout_s + watch.GRACE_S
     context.silence_s = min(watch.SILENCE_S, timeout_s)
-    if watching:
-        context.watch = watch.Watch(context, store.clone())
+    context.watch = watch.Watch(context, store.clone())
     limit = timedelta(seconds=timeout_s + watch.GRACE_S if nccl else timeout_s)
     device_id = chosen if nccl else None
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.size, timeout=limit, device_id=device_id
     )
-    if context.watch is not None:
-        context.watch.start()
-        atexit.register(context.watch.stop)  # a thread inside the store at the interpreter's end would abort it
+    context.watch.start()
+    atexit.register(context.watch.stop)  # a thread inside the store at the interpreter's end would abort it
     if world.is_main:
         _log.info(table(rows))
     return world
@@ -286,17 +247,16 @@ def stop(world: World) -> None:
 
     gloo threads that outlive the interpreter can abort the process, so a group must not be left to the exit.
     """
-    if not world.context.owns_group or not dist.is_initialized():
+    context = world.context
+    if context.watch is None or not dist.is_initialized():
         return
     try:
         # In this order: a rank that waits here for the others must go on saying that it lives.
         world.barrier("last barrier before the end")
-        if world.context.watch is not None:
-            world.context.watch.stop()
+        context.watch.stop()
     finally:
         take_down()
-        world.context.owns_group = False
-        world.context.store = None
+        context.watch = context.store = None
 
 
 def take_down() -> None:
@@ -310,23 +270,32 @@ def take_down() -> None:
 
 
 @contextmanager
-def session(device: str | torch.device = "auto", **options: Any) -> Iterator[World]:
-    """`start`, guard the body, `stop`. The whole life of a command: `with session() as world: ...`."""
-    world = start(device, **options)
-    with world.guard():
+def session(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[World]:
+    """`start` and `stop` around the body. The whole life of a command: `with session() as world: ...`.
+
+    With several ranks, an exception in the body is printed with its rank and ends the whole job within seconds.
+    """
+    world = start(device, timeout_s=timeout_s)
+    leaving = None
+    try:
         try:
             yield world
-        except SystemExit as leaving:
-            if leaving.code in (None, 0, REQUEUE_EXIT_CODE):
-                stop(world)
-            raise
+        except SystemExit as error:
+            if error.code not in (None, 0, REQUEUE_EXIT_CODE):
+                raise
+            leaving = error
         stop(world)
+    except BaseException as error:
+        if world.size == 1:
+            raise
+        watch.die(world.context, error)
+    if leaving is not None:
+        raise leaving
 
 
-def _adopt(device: str | torch.device, environ: Mapping[str, str]) -> World:
+def _adopt(device: str | torch.device, place: launchers.Place) -> World:
     """The world of a process group that somebody else has made."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    place = launchers.discover(environ)
     local_rank = place.local_rank if place.size == size and place.local_rank is not None else rank
     local_size = place.local_size if place.size == size and place.local_size is not None else size
     chosen = choose_device(device, local_rank, local_size)
@@ -334,15 +303,15 @@ def _adopt(device: str | torch.device, environ: Mapping[str, str]) -> World:
     return World(rank, size, local_rank, local_size, chosen, dist.get_backend(), place.launcher, context)
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
-def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) -> Any:
+def _meet(place: launchers.Place, timeout_s: float) -> Any:
     """The store through which all processes of the job find each other."""
     limit = timedelta(seconds=timeout_s)
     try:
-        known = launchers.known_address(place, environ)
+        known = launchers.known_address(place, os.environ)
         if (place, known) not in _STORES:
             if place.launcher == "torchrun":  # as a rule torchrun itself has opened a store
                 store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=limit)))[0]
@@ -354,7 +323,7 @@ def _meet(place: launchers.Place, environ: Mapping[str, str], timeout_s: float) 
         _STORES[place, known].set_timeout(limit)
         # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
         # the addresses of gloo, is not ours.
-        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", _STORES[place, known])
     except (RuntimeError, TimeoutError) as error:
         raise CollectiveError(
@@ -366,7 +335,12 @@ def _meet_through_mpi(place: launchers.Place, limit: timedelta) -> Any:
     """Several hosts: rank 0 opens any free port, and MPI tells the others where."""
     comm = launchers.mpi_communicator()
     if comm is None or comm.Get_size() != place.size:
-        raise ValueError(launchers.no_address_message(place))
+        raise ValueError(
+            f"{place.size} processes were started by {place.launcher}, not all on this host, and nothing says where they can meet. "
+            "Either install mpi4py, or pass MASTER_ADDR (the name of the first host) and MASTER_PORT (any free port) to every process: "
+            "`mpiexec -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 ...` (MPICH), "
+            "`mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ...` (Open MPI); or start with torchrun or srun."
+        )
     store = _tcp_store(platform.node(), 0, place, limit) if place.rank == 0 else None
     host, port = comm.bcast((platform.node(), store.port) if store is not None else None)
     return _tcp_store(host, port, place, limit) if store is None else store

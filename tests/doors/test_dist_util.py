@@ -82,6 +82,16 @@ def test_a_script_of_2021(tmp_path, launcher):
     assert files == ["log-rank001.txt", "log.txt", "progress.csv"][-size - 1 :]
 
 
+@pytest.mark.gpu
+def test_a_group_of_one_on_a_gpu():
+    code = (
+        "import torch; from guided_diffusion import dist_util; dist_util.setup_dist(); "
+        "torch.distributed.all_reduce(torch.ones(1, device=dist_util.dev())); print(torch.distributed.get_backend())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "nccl", done.stderr
+
+
 def test_a_dying_rank_ends_an_old_script_too(tmp_path):
     done = run(tmp_path, mpiexec(), "2", "die")
     assert done.returncode != 0 and "fine" not in done.stdout

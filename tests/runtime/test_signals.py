@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from guided_diffusion.runtime import signals
-from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Stop
+from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Agreement, Stop
 from guided_diffusion.runtime.world import World
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 on this system")
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUS
 def test_a_signal_sets_the_flag_and_the_old_handlers_come_back(name):
     before = signal.getsignal(getattr(signal, name))
     with Stop() as stop:
-        assert not stop.requested and not stop.agreed(World())
+        assert not stop.requested and not Agreement(World(), stop).stop(1)
         os.kill(os.getpid(), getattr(signal, name))
-        assert stop.requested and stop.agreed(World())
+        assert stop.requested and Agreement(World(), stop).stop(1)
         assert stop.reason == f"received {name}"
     assert signal.getsignal(getattr(signal, name)) is before
 
@@ -65,15 +65,14 @@ def test_what_nohup_and_shells_have_ignored_stays_ignored(name):
 
 AGREE = """
 import os, signal, sys
-from guided_diffusion.runtime import signals
-from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Stop
+from guided_diffusion.runtime.signals import REQUEUE_EXIT_CODE, Agreement, Stop
 from guided_diffusion.runtime.world import session
 with session("cpu", timeout_s=90) as world, Stop() as stop:
+    agreement = Agreement(world, stop)
     for step in range(100):
-        world.at_step(step)
         if world.rank == 1 and step == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
-        if step % 5 == 4 and stop.agreed(world):
+        if step % 5 == 4 and agreement.stop(step):
             print(f"rank {world.rank} saved at {step}: {stop.reason}", flush=True)
             sys.exit(REQUEUE_EXIT_CODE)
 """

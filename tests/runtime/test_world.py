@@ -8,11 +8,12 @@ import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from guided_diffusion.runtime import launchers
 from guided_diffusion.runtime.devices import check_devices, choose_device
 from guided_diffusion.runtime.launchers import Place, discover, first_slurm_host, known_address
-from guided_diffusion.runtime.world import CollectiveError, World, start, stop
+from guided_diffusion.runtime.world import CollectiveError, World, session, start, stop
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPENMPI = {
@@ -136,24 +137,31 @@ def test_an_mpi_job_on_one_host_agrees_on_a_port_without_talking():
 
 def test_without_an_address_it_is_said_what_to_set(monkeypatch):
     monkeypatch.setattr(launchers, "mpi_communicator", lambda: None)
+    set_variables(monkeypatch, OPENMPI)
     with pytest.raises(ValueError, match="4 processes were started by openmpi.*mpi4py.*MASTER_ADDR.*MASTER_PORT"):
-        start("cpu", environ=OPENMPI)
+        start("cpu")
 
 
-def test_a_missing_process_is_named():
+def set_variables(monkeypatch, environ):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_missing_process_is_named(monkeypatch):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    known = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    set_variables(monkeypatch, SRUN | here)
     with pytest.raises(CollectiveError, match="no word from rank 1, 2"):
-        start("cpu", environ=known, timeout_s=1)
+        start("cpu", timeout_s=1)
 
 
 def test_one_process_makes_no_group_and_collectives_change_nothing(caplog):
     caplog.set_level("INFO", "guided_diffusion")
-    world = start("cpu", environ={})
+    world = start("cpu")
     assert (world.rank, world.size, world.backend, world.is_main) == (0, 1, None, True)
-    assert not torch.distributed.is_initialized()
+    assert not dist.is_initialized()
     assert caplog.text.count(platform.node()) == 1
     tensor = torch.arange(3.0)
     assert world.all_reduce_sum_(tensor) is tensor and world.all_gather_cat(tensor) is tensor
@@ -162,18 +170,19 @@ def test_one_process_makes_no_group_and_collectives_change_nothing(caplog):
     world.broadcast_([tensor])
     world.barrier()
     stop(world)
-    with pytest.raises(RuntimeError, match="plain"), world.guard():
+    with pytest.raises(RuntimeError, match="plain"), session("cpu"):
         raise RuntimeError("plain")
 
 
-def test_group_of_one_serves_code_that_calls_torch_distributed():
-    world = start("cpu", environ={}, group_of_one=True)
+def test_a_process_group_made_elsewhere_is_used_and_left():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert torch.distributed.get_world_size() == 1
-        assert start("cpu", environ={}).backend == "gloo"  # adopts what exists
-    finally:
+        world = start("cpu")
+        assert (world.size, world.backend) == (1, "gloo")
         stop(world)
-    assert not torch.distributed.is_initialized()
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def row(rank, host, identity):
@@ -277,7 +286,7 @@ DYING = """
 import sys, time, torch
 from guided_diffusion.runtime.world import session
 with session("cpu", timeout_s=100) as world:
-    world.at_step(7)
+    world.context.step = 7
     if world.rank == int(sys.argv[1]):
         raise KeyError("the reason")
     if sys.argv[2] == "collective":
@@ -306,7 +315,7 @@ LATE = """
 import time, torch
 from guided_diffusion.runtime.world import session
 with session("cpu", timeout_s=2) as world:
-    world.at_step(12)
+    world.context.step = 12
     if world.rank == 1:
         time.sleep(60)
     world.all_reduce_sum_(torch.zeros(1), name="mean of the losses")
@@ -318,16 +327,6 @@ def test_a_collective_nobody_answers_names_rank_operation_and_step(launch):
     assert done.code != 0 and done.seconds < 60
     assert "[rank 0 of 2, step 12] mean of the losses got no answer for 2 s" in done.text
     assert "[rank 1 of 2, step 12] ends because rank 0 of 2, step 12 failed" in done.text
-
-
-@pytest.mark.gpu
-def test_group_of_one_on_a_gpu():
-    world = start("cuda", environ={}, group_of_one=True)
-    try:
-        assert world.backend == "nccl" and world.device.index is not None
-        torch.distributed.all_reduce(torch.ones(1, device=world.device))
-    finally:
-        stop(world)
 
 
 def test_world_is_a_value():
