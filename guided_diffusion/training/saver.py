@@ -1,21 +1,26 @@
-"""Saving while training goes on: copies taken at the step, written by a thread, errors brought back to the loop."""
+"""Saving while training goes on (copied at the step, written by a thread, errors raised in the loop), and going on from a save."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..runtime import storage
 from ..runtime.world import World
 from ..weights import runs as checkpoint
+from ..weights.files import load_object, load_weights, load_weights_into, read_own_weights
 from ..weights.runs import SavedRun
+from .ema import EMA
+from .optimizer import load_state
 
+T = TypeVar("T")
 ON_ERROR = ("warn", "stop")
 _log = logging.getLogger(__name__)
 
@@ -59,8 +64,8 @@ class Checkpoints:
         self.last_good: str | None = None
         """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
         self._good_step: int | None = None  # of `last_good`, where that lies in this folder
-        self._about: dict[str, Any] = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
-        self._about["started_from"] = started_from
+        about = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
+        self._about: dict[str, Any] = {**about, "started_from": started_from}
         self._keep_last, self._keep_every = keep_last, keep_every
         self.on_error = on_error
         self._background = background
@@ -68,16 +73,11 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._errors: list[tuple[int, Exception]] = []
         self._lock: Any = None
-        refused = ""
-        if self.world.is_main:
-            try:
-                self._lock = storage.lock_folder(directory)
-                storage.remove_unfinished(directory)  # nobody else writes here now
-            except (ValueError, OSError) as error:
-                refused = str(error)
-        refused = self.world.broadcast_object(refused, name="opening the run folder")
-        if refused:
-            raise ValueError(refused)
+        _on_main(self.world, self._open, "opening the run folder")
+
+    def _open(self) -> None:
+        self._lock = storage.lock_folder(self.directory)
+        storage.remove_unfinished(self.directory)  # nobody else writes here now
 
     def find(self, resume: str) -> SavedRun | None:
         """`find_save` in this folder, for a run that goes on with `continue_from`."""
@@ -186,8 +186,8 @@ class Checkpoints:
     def _remove_old(self, newest: int) -> None:
         if not self._keep_last:
             return
-        names = (checkpoint.parse_name(name) for name in storage.listdir(self.directory))
-        steps = sorted(found[1] for found in names if found is not None and found[0] == "run" and found[1] <= newest)
+        saves = checkpoint.saves_in(self.directory)
+        steps = [step for step, files in saves.items() if "run" in files and step <= newest]
         for step in steps[: -self._keep_last]:
             milestone = self._keep_every > 0 and step % self._keep_every == 0
             if not milestone and step != self._good_step:
@@ -201,53 +201,94 @@ def find_save(directory: str, resume: str, *, kind: str, world: World | None = N
     `resume`, if it is a path. `resume` "" or "none" asks for nothing at all, "auto" for the newest here. ValueError where what
     is asked for does not exist, is of another kind, or where saves are here but none of them is whole.
     """
+    if resume in ("", "none"):
+        return None
     world = World() if world is None else world
-    found: SavedRun | None = None
-    problem = ""
-    if world.is_main and resume not in ("", "none"):
-        try:
-            found = _find(directory, resume, kind)
-        except ValueError as error:
-            problem = str(error)
-    found, problem = world.broadcast_object((found, problem), name="choosing the save to resume from")
-    if problem:
-        raise ValueError(problem)
-    return found
+    return _on_main(world, lambda: _find(directory, resume, kind), "choosing the save to resume from")
 
 
 def _find(directory: str, resume: str, kind: str) -> SavedRun | None:
     here = checkpoint.find_latest(directory)
-    if here is None and storage.isdir(directory) and (damaged := checkpoint.steps_of(directory)):
+    damaged = [files for files in checkpoint.saves_in(directory).values() if "run" in files]
+    if here is None and damaged:
         raise ValueError(
             f"{directory} holds {len(damaged)} saves and none of them is whole (the reasons are above); repair one, give another "
             "--out, or start afresh with --resume_checkpoint none"
         )
-    found = here if here is not None or resume == "auto" else checkpoint.load_run(resume)
-    if found is None and resume != "auto":
+    saved = here if here is not None or resume == "auto" else checkpoint.load_run(resume)
+    if saved is None and resume != "auto":
         raise ValueError(f"cannot resume from {resume}: there is no whole save in it")
-    if found is not None and found.kind not in (None, kind):
+    if saved is not None and saved.kind not in (None, kind):
+        source, flag = (directory, "--out") if saved is here else (resume, "--resume_checkpoint")
         raise ValueError(
-            f"cannot resume from {directory if found is here else resume}: {found.directory} holds a run of kind {found.kind!r}, "
-            f"this one is {kind!r}; give another {'--out' if found is here else '--resume_checkpoint'}"
+            f"cannot resume from {source}: {saved.directory} holds a run of kind {saved.kind!r}, this one is {kind!r}; "
+            f"give another {flag}"
         )
-    if here is not None and resume != "auto" and not _means(resume, here):
+    if here is not None and resume != "auto" and not _is_of(resume, here):
         _log.info(
             f"{directory} has saves of its own, up to step {here.step}: going on from there and not from {resume}, as the "
             "run's newest save always comes first. To start from that file again, give another --out"
         )
-    return found
+    return saved
 
 
-def _means(resume: str, saved: SavedRun) -> bool:
-    """Whether the path `resume` is the folder of a save, or one of its files."""
-    if storage.same_folder(resume, saved.directory):
-        return True
-    parsed = checkpoint.parse_name(resume)
-    return (
-        parsed is not None
-        and parsed[1] == saved.step
-        and storage.same_folder(os.path.dirname(resume) or ".", saved.directory)
-    )
+def _is_of(path: str, saved: SavedRun) -> bool:
+    """Whether a path is the folder of a save, or one of its files."""
+    if (checkpoint.parse_name(path) or ("", None))[1] == saved.step:
+        path = os.path.dirname(path) or "."
+    return storage.same_folder(path, saved.directory)
+
+
+def _on_main(world: World, make: Callable[[], T], name: str) -> T:
+    """What `make` returns on the main process, on all; its ValueError or OSError is a ValueError on all."""
+    made, problem = None, ""
+    if world.is_main:
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    made, problem = world.broadcast_object((made, problem), name=name)
+    if problem:
+        raise ValueError(problem)
+    return made  # type: ignore[return-value]
+
+
+def load_tensors(
+    saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter], *, world: World
+) -> list[str]:
+    """Fill `net`, `ema` and `optimizer` from `saved`; returns what came from where. EMA weights that it lacks start from the weights.
+
+    Every process of `world` reads the files itself, and all fail together if one cannot.
+    """
+    problem: ValueError | OSError | None = None
+    lines: list[str] = []
+    try:
+        lines = _load(saved, net, ema, optimizer, params)
+    except (ValueError, OSError) as error:
+        problem = error
+    if world.any_true(problem is not None, name="could all processes read the save?"):
+        raise problem or ValueError(
+            f"another process cannot read {saved.directory}; put it on storage that all machines see, or see its message"
+        )
+    return lines
+
+
+def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[str]:
+    if saved.model is None:
+        raise ValueError(f"the save at step {saved.step} in {saved.directory} has no file of weights")
+    read = load_weights if saved.is_unet else read_own_weights
+    load_weights_into(net, read(saved.model), saved.model)
+    lines = [f"resuming from {saved.directory} at step {saved.step}", f"weights: {saved.model}"]
+    ema.reset()
+    for decay in ema.decays:
+        if decay in saved.ema:
+            ema.load_state_dict_of(decay, read(saved.ema[decay]))
+        lines.append(f"EMA {decay}: {saved.ema.get(decay, 'not saved, starts from the weights')}")
+    lines += [f"EMA {decay}: saved, but not kept by this run" for decay in saved.ema if decay not in ema.decays]
+    if saved.optimizer is not None:
+        load_state(optimizer, load_object(saved.optimizer), params)
+        lines.append(f"optimizer: {saved.optimizer}")
+    return lines
 
 
 def _on_host(value: Any) -> Any:

@@ -35,8 +35,7 @@ from .lr import learning_rate, stop_step
 from .optimizer import total_norm
 from .parallel import distributed, repacks, unwrapped
 from .precision import Precision
-from .restore import load_tensors
-from .saver import Checkpoints
+from .saver import Checkpoints, load_tensors
 
 Callback = tuple[int, Callable[["Trainer"], None]]
 _log = logging.getLogger(__name__)

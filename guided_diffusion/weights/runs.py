@@ -89,29 +89,23 @@ class SavedRun:
 
 
 class _Hashing:
-    """A file that also computes size and SHA-256 of what passes through, so that nothing is read twice."""
+    """A file that also counts and hashes what passes through, so that nothing is read twice; `error`: the last of `write`."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._sha = hashlib.sha256()
-        self._bytes = 0
+        self.file, self.sha, self.bytes = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self._sha.update(data)
-        self._bytes += len(data)
+        self.sha.update(data)
+        self.bytes += len(data)
         try:
-            self._file.write(data)
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
-        return len(data)
 
     def flush(self) -> None:
-        self._file.flush()
-
-    def receipt(self) -> dict[str, Any]:
-        return {"bytes": self._bytes, "sha256": self._sha.hexdigest()}
+        self.file.flush()
 
 
 def save_run(
@@ -149,7 +143,7 @@ def save_run(
                 if hashing.error is None:
                     raise
                 raise hashing.error from None
-        receipts[name] = hashing.receipt()
+        receipts[name] = {"bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
 
     run = {
         "format": FORMAT,
@@ -168,24 +162,21 @@ def save_run(
 
 
 def remove_run(directory: str, step: int) -> None:
-    """Delete one save that has a JSON file; the JSON goes first, so that a half-deleted save never looks whole."""
-    path = storage.join(directory, file_name("run", step))
-    names = list(_read_json(path)["files"])
-    for name in [file_name("run", step), *names]:
-        full = storage.join(directory, name)
-        if parse_name(name) is not None and storage.exists(full):
-            storage.remove(full)
+    """Delete one save; its JSON file goes first, so that a half-deleted save never looks whole."""
+    files = saves_in(directory)[step]
+    for role in sorted(files, key=lambda role: role != "run"):
+        storage.remove(files[role])
 
 
 def set_aside(directory: str) -> str | None:
     """Move every file of a save into a new folder within `directory`, `before_DATE`; returns its path, None where there are none."""
-    names = [name for name in storage.listdir(directory) if parse_name(name)] if storage.isdir(directory) else []
-    if not names:
+    paths = [path for files in saves_in(directory).values() for path in files.values()]
+    if not paths:
         return None
     aside = storage.join(directory, time.strftime("before_%Y%m%d-%H%M%S"))
     storage.makedirs(aside)
-    for name in names:
-        storage.move(storage.join(directory, name), storage.join(aside, name))
+    for path in paths:
+        storage.move(path, storage.join(aside, os.path.basename(path)))
     return aside
 
 
@@ -193,11 +184,17 @@ def set_aside(directory: str) -> str | None:
 # Reading
 
 
+def saves_in(directory: str) -> dict[int, dict[str, str]]:
+    """The saves in a folder by step, the oldest first: the path of each file by its role. {} where there is no such folder."""
+    saves: dict[int, dict[str, str]] = {}
+    for name in storage.listdir(directory) if storage.isdir(directory) else ():
+        if (parsed := parse_name(name)) is not None:
+            saves.setdefault(parsed[1], {})[parsed[0]] = storage.join(directory, name)
+    return dict(sorted(saves.items()))
+
+
 def read_run_json(path: str) -> dict[str, Any] | None:
-    """The JSON of the save that the file `path` belongs to (any of its files, or a folder: its newest), or None."""
-    if storage.isdir(path):
-        newest = max(steps_of(path), default=None)
-        return None if newest is None else _read_json(storage.join(path, file_name("run", newest)))
+    """The JSON of the save that the file `path` belongs to, or None."""
     parsed = parse_name(path)
     if parsed is None:
         return None
@@ -210,10 +207,11 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
 
     Its files are not looked at: no more is asked of a save than what stands in its JSON file.
     """
-    for earlier in sorted((s for s in steps_of(directory) if s <= step), reverse=True):
-        with contextlib.suppress(ValueError):
-            if not _read_json(storage.join(directory, file_name("run", earlier)))["state"].get("bad_in_a_row"):
-                return earlier
+    for earlier, files in reversed(saves_in(directory).items()):
+        if earlier <= step and "run" in files:
+            with contextlib.suppress(ValueError):
+                if not _read_json(files["run"])["state"].get("bad_in_a_row"):
+                    return earlier
     return None
 
 
@@ -222,22 +220,17 @@ def find_latest(directory: str) -> SavedRun | None:
 
     Folders written by 2021 code have no JSON; there the newest `model*.pt` that can be read counts.
     """
-    if not storage.isdir(directory):
-        return None
-    complete = sorted(steps_of(directory), reverse=True)
-    for step in sorted(steps_of(directory, "model"), reverse=True):
-        if complete and step > complete[0]:
-            path = storage.join(directory, file_name("model", step))
-            _log.warning("passing over %s: its save was interrupted (no %s)", path, file_name("run", step))
-    candidates = complete or sorted(steps_of(directory, "model"), reverse=True)
-    for step in candidates:
+    saves = saves_in(directory)
+    of_2021 = not any("run" in files for files in saves.values())
+    for step, files in reversed(saves.items()):
         try:
-            if complete:
+            if "run" in files:
                 return _open_complete(directory, step)
-            load_weights(
-                storage.join(directory, file_name("model", step))
-            )  # without sizes and hashes all that can be checked
-            return _open_2021(directory, step)
+            if "model" in files:
+                if not of_2021:
+                    raise ValueError(f"it was interrupted (no {file_name('run', step)})")
+                load_weights(files["model"])  # without sizes and hashes all that can be checked
+                return _opened(directory, step, files)
         except ValueError as error:  # noqa: PERF203 - a loop over few saves
             _log.warning("passing over the save at step %d: %s", step, error)
     return None
@@ -246,7 +239,7 @@ def find_latest(directory: str) -> SavedRun | None:
 def load_run(resume: str) -> SavedRun | None:
     """The save that `resume` means: a folder (its newest whole save, None if it has none), or any file of a save but its EMA weights.
 
-    Averaged weights, and a file that belongs to no save, such as a released checkpoint, give their weights at step 0.
+    EMA weights, and a file that belongs to no save, such as a released checkpoint, give their weights at step 0.
     """
     resume = storage.expand(resume)
     if storage.isdir(resume):
@@ -255,23 +248,24 @@ def load_run(resume: str) -> SavedRun | None:
         raise ValueError(
             f"cannot resume from {resume}: it does not exist; give a folder or a file of a save, or 'auto'"
         )
-    directory, parsed = os.path.dirname(resume) or ".", parse_name(resume)
-    if parsed is not None and parsed[0].startswith("ema_"):
-        _log.info("%s holds EMA weights: taking them, at step 0", resume)
-        return SavedRun(directory=directory, step=0, model=resume)
-    if parsed is not None and storage.exists(storage.join(directory, file_name("run", parsed[1]))):
-        return _open_complete(directory, parsed[1])
-    if parsed is not None and storage.exists(storage.join(directory, file_name("model", parsed[1]))):
-        return _open_2021(directory, parsed[1])
-    if parsed is not None and parsed[0] == "opt":
-        raise ValueError(f"cannot resume from {resume}: {file_name('model', parsed[1])} is not beside it")
-    _log.info("%s belongs to no save: taking its weights, at step 0", resume)
+    directory, (role, step) = os.path.dirname(resume) or ".", parse_name(resume) or ("", 0)
+    is_ema = role.startswith("ema_")
+    files = saves_in(directory).get(step, {}) if role and not is_ema else {}
+    if "run" in files:
+        return _open_complete(directory, step)
+    if "model" in files:
+        return _opened(directory, step, files)
+    if role == "opt":
+        raise ValueError(f"cannot resume from {resume}: {file_name('model', step)} is not beside it")
+    what = "holds EMA weights: taking them" if is_ema else "belongs to no save: taking its weights"
+    _log.info("%s %s, at step 0", resume, what)
     return SavedRun(directory=directory, step=0, model=resume)
 
 
 def _open_complete(directory: str, step: int) -> SavedRun:
     """A save with its JSON, every file checked for size and SHA-256. ValueError names the first file that fails."""
     run = _read_json(storage.join(directory, file_name("run", step)))
+    files = {}
     for name, receipt in run["files"].items():
         path = storage.join(directory, name)
         if not storage.exists(path):
@@ -280,41 +274,28 @@ def _open_complete(directory: str, step: int) -> SavedRun:
             raise ValueError(f"{path} has {storage.size(path)} bytes instead of {receipt['bytes']}")
         if storage.sha256_of(path) != receipt["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
-    paths = {(parse_name(name) or (name,))[0]: storage.join(directory, name) for name in run["files"]}
-    return SavedRun(
-        directory=directory,
-        step=run["step"],
-        model=paths.get("model"),
-        ema=_ema(paths),
-        optimizer=paths.get("opt"),
+        files[(parse_name(name) or (name,))[0]] = path
+    return _opened(
+        directory,
+        run["step"],
+        files,
         kind=run["kind"],
         config=run["config"],
         class_names=tuple(run["class_names"]),
-        state=_decode(run["state"]),
+        state=run["state"],
         started_from=run.get("started_from", ""),
     )
 
 
-def _open_2021(directory: str, step: int) -> SavedRun:
-    """The files of one step without a JSON, as 2021 code leaves them."""
-    parsed = [(parse_name(name), storage.join(directory, name)) for name in storage.listdir(directory)]
-    paths = {found[0]: path for found, path in parsed if found is not None and found[1] == step}
-    return SavedRun(directory, step, paths.get("model"), _ema(paths), paths.get("opt"))
-
-
-def _ema(paths: Mapping[str, str]) -> dict[str, str]:
-    return {role.removeprefix("ema_"): path for role, path in paths.items() if role.startswith("ema_")}
-
-
-def steps_of(directory: str, role: str = "run") -> list[int]:
-    """The steps of the files of one role in a folder, which must exist, in the order of their names."""
-    parsed = (parse_name(name) for name in storage.listdir(directory))
-    return [found[1] for found in parsed if found is not None and found[0] == role]
+def _opened(directory: str, step: int, files: Mapping[str, str], **about: Any) -> SavedRun:
+    """The save of these files, by role; those of 2021 say nothing else `about` it."""
+    ema = {role.removeprefix("ema_"): path for role, path in files.items() if role.startswith("ema_")}
+    return SavedRun(directory, step, files.get("model"), ema, files.get("opt"), **about)
 
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        run = json.loads(storage.read_bytes(path))
+        run = json.loads(storage.read_bytes(path), object_hook=_decode)
         version = run["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: cut short or not the JSON file of a run ({error})") from error
@@ -331,14 +312,10 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {
-            "__tensor__": str(value.dtype).removeprefix("torch."),
-            "shape": list(value.shape),
-            "data": _encode(value.flatten().tolist()),
-        }
-    if isinstance(value, np.ndarray):
-        return {"__array__": str(value.dtype), "shape": list(value.shape), "data": _encode(value.ravel().tolist())}
+    if isinstance(value, (Tensor, np.ndarray)):
+        kind = "__tensor__" if isinstance(value, Tensor) else "__array__"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {kind: dtype, "shape": list(value.shape), "data": _encode(value.flatten().tolist())}
     if isinstance(value, np.generic):
         return _encode(value.item())
     if isinstance(value, Mapping):
@@ -350,15 +327,10 @@ def _encode(value: Any) -> Any:
     return value
 
 
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
+def _decode(value: dict[str, Any]) -> Any:
+    """What one JSON object stands for; those within it are decoded already."""
     if "__tensor__" in value:
-        return torch.tensor(_decode(value["data"]), dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
+        return torch.tensor(value["data"], dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
     if "__array__" in value:
-        return np.array(_decode(value["data"]), dtype=value["__array__"]).reshape(value["shape"])
-    if "__float__" in value:
-        return float(value["__float__"])
-    return {key: _decode(item) for key, item in value.items()}
+        return np.array(value["data"], dtype=value["__array__"]).reshape(value["shape"])
+    return float(value["__float__"]) if "__float__" in value else value
