@@ -44,13 +44,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 def read_own_weights(path: str) -> dict[str, Tensor]:
     """The state dict in a file that this package wrote, of any architecture, under the names that it has. Errors as `read_weights`."""
-    found = _read(path)
-    _any_network(path, found)  # says what is wrong with a file of something else
-    if not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(
-            f"{path} holds its weights inside another mapping; save the state dict itself, as training does"
-        )
-    return _whole(path, dict(found))
+    return _whole(path, _named_tensors(path, _read(path)))
 
 
 def read_weights(path: str, *, which: str = "") -> Weights:
@@ -62,16 +56,20 @@ def read_weights(path: str, *, which: str = "") -> Weights:
     taken, or what `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
     another kind, or would run code.
     """
-    found = _read(path)
-    flat = dict(_flattened(found))
+    content = _read(path)
+    flat = dict(_flattened(content))
     prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
+    if not prefixes:
+        return Weights(_whole(path, _any_network(path, content)))
     unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
     unread -= {prefix.split(".")[0] for prefix in prefixes}
-    if unread and prefixes:
+    if unread:
         _log.info("%s: %s cannot be read as a network's EMA weights", path, ", ".join(sorted(unread)))
-    prefix, taken = _choose(path, prefixes, which) if prefixes else ("", "")
-    state = _without(flat, prefix, prefixes) if prefixes else _any_network(path, found)
-    return Weights(_whole(path, state), taken)
+    prefix, taken = _choose(path, prefixes, which)
+    # Without those of networks further down.
+    deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    names = [name for name in flat if name.startswith(prefix) and not name.startswith(deeper)]
+    return Weights(_whole(path, {name.removeprefix(prefix): flat[name] for name in names}), taken)
 
 
 def _read(path: str) -> Any:
@@ -113,52 +111,53 @@ def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
     by_role: dict[str, list[str]] = {}
     for prefix in sorted(prefixes, key=lambda prefix: prefix.count(".")):
         by_role.setdefault(_role(prefix), []).append(prefix)
+    named = {
+        role: f"{_KINDS[role]} ({', '.join(repr(p.removesuffix('.')) for p in held)})" for role, held in by_role.items()
+    }
     role = which or ("ema" if "ema" in by_role else "model")
-    names = {each: ", ".join(repr(p.removesuffix(".")) for p in found) for each, found in by_role.items()}
+    other = "model" if role == "ema" else "ema"
     if role not in by_role:
-        other = "model" if role == "ema" else "ema"
-        if other == "model" and by_role[other] == [""]:  # a plain file does not say which it holds
+        if by_role == {"model": [""]}:  # a plain file does not say which it holds
             _log.info("%s holds one set of weights, so there is nothing to choose for --weights %s", path, which)
             return "", ""
-        raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only ({names[other]})")
-    nearest = [p for p in by_role[role] if p.count(".") == by_role[role][0].count(".")]
+        raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only: {named[other]}")
+    prefix = by_role[role][0]
+    nearest = [repr(p.removesuffix(".")) for p in by_role[role] if p.count(".") == prefix.count(".")]
     if len(nearest) > 1:
-        raise ValueError(f"{path} holds several networks, {names[role]}; save the one you mean in a file of its own")
+        raise ValueError(
+            f"{path} holds several networks, {', '.join(nearest)}; save the one you mean in a file of its own"
+        )
     if len(by_role) > 1:
-        rest = "model" if role == "ema" else "ema"
-        other = "" if which else f"; --weights {rest} takes the others"
-        _log.info(
-            "%s holds %s (%s) and %s (%s): taking the %s%s",
-            path, _KINDS[role], names[role], _KINDS[rest], names[rest], _KINDS[role].split()[0], other,
-        )  # fmt: skip
-    elif role == "ema":
-        _log.info("%s holds EMA weights only (%s)", path, names[role])
-    elif nearest[0]:
-        _log.info("%s: the network's tensors are those below %r, which is left out of their names", path, nearest[0])
-    return nearest[0], role if len(by_role) > 1 else ""
+        rest = "" if which else f"; --weights {other} takes the others"
+        _log.info("%s holds %s and %s: taking the %s%s", path, named[role], named[other], _KINDS[role], rest)
+        return prefix, role
+    if role == "ema":
+        _log.info("%s holds EMA weights only: %s", path, named[role])
+    elif prefix:
+        _log.info("%s: the network's tensors are those below %r, which is left out of their names", path, prefix)
+    return prefix, ""
 
 
 _KINDS = {"ema": "EMA weights", "model": "raw weights"}
 
 
-def _without(flat: Mapping[str, Tensor], prefix: str, prefixes: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it, and without those of networks further down."""
-    deeper = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
-    mine = {name: value for name, value in flat.items() if name.startswith(prefix)}
-    return {
-        name.removeprefix(prefix): value for name, value in mine.items() if not (deeper and name.startswith(deeper))
-    }
-
-
-def _any_network(path: str, found: Any) -> dict[str, Tensor]:
+def _any_network(path: str, content: Any) -> dict[str, Tensor]:
     """A state dict of a network of another family, in one wrapper or none."""
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        held = f"a mapping with keys {list(found)[:4]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise ValueError(f"{path} holds {held}, not weights by name; was this an optimizer file (opt*.pt)?")
-    return {WRAPPERS.sub("", str(name)): value for name, value in found.items()}
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return {WRAPPERS.sub("", str(name)): value for name, value in _named_tensors(path, content).items()}
+
+
+def _named_tensors(path: str, content: Any) -> dict[str, Tensor]:
+    """`content` as a state dict; ValueError for anything else."""
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        kind = f"a {type(content).__name__}"
+        held = f"a mapping with keys {list(content)[:4]}" if isinstance(content, Mapping) else kind
+        raise ValueError(
+            f"{path} holds {held}, not weights by name; save the state dict itself (an optimizer's file, opt*.pt, has none)"
+        )
+    return dict(content)
 
 
 def load_object(path: str) -> Any:
@@ -167,19 +166,20 @@ def load_object(path: str) -> Any:
         raise ValueError(f"{path} does not exist; give the path of a saved .pt file")
     if storage.isdir(path):
         raise ValueError(f"{path} is a folder; give the path of one .pt file in it")
-    remote = storage.is_remote(path)
-    source: Any = io.BytesIO(storage.read_bytes(path)) if remote else path
-    zipped = zipfile.is_zipfile(source)
-    if remote:
-        source.seek(0)
+    remote = storage.read_bytes(path) if storage.is_remote(path) else None
+
+    def source() -> Any:
+        return path if remote is None else io.BytesIO(remote)
+
+    zipped = zipfile.is_zipfile(source())
     if zipped:
-        _refuse_bomb(path, source)
+        _refuse_bomb(path, source())
     try:
         # Trainers keep their flags beside the weights; a Namespace is a plain container.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
-            mapped = True if zipped and not remote else None
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+            mapped = True if zipped and remote is None else None
+            return torch.load(source(), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
         if any(word in reason for word in ("lobal", "class", "reduce", "function")):
@@ -199,10 +199,7 @@ def _refuse_bomb(path: str, source: Any) -> None:
             members = archive.infolist()
     except zipfile.BadZipFile:
         return  # torch says what is wrong with it
-    finally:
-        if not isinstance(source, str):
-            source.seek(0)
-    size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else storage.size(path)
+    size = storage.size(path)
     claimed = sum(member.file_size for member in members)
     if claimed > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError(

@@ -61,14 +61,14 @@ def origin(
     asked = _asked(kind, typed)
     fixed = {name: value for name, value in asked.items() if name not in (*_SIZES, *_CLASSES)}
     sizes = {name: value for name, value in asked.items() if name in _SIZES}
-    found, held = read(path, kind=kind, flags=fixed, weights=which, sizes=sizes)
+    found, tensors = read(path, kind=kind, flags=fixed, weights=which, sizes=sizes)
     assert found.config is not None
     config = _resized(found.config, sizes, path)
     old = config.model
     config = _with_classes(config, asked, path, new_classes)
     whole = not (plain or weights or new_classes)
-    tensors = None if whole else held.tensors
-    return Origin(path, config, found.class_names, old, tensors, new_classes, whole and not saved.config)
+    as_2021 = whole and not saved.config
+    return Origin(path, config, found.class_names, old, None if whole else tensors, new_classes, as_2021)
 
 
 def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
@@ -122,12 +122,8 @@ def _with_classes(config: RunConfig, asked: Mapping[str, Any], path: str, new_cl
     """The configuration with the classes that are asked for; ValueError where they are others than the file's for no reason."""
     wanted = {name: value for name, value in asked.items() if name in _CLASSES}
     if not new_classes:
-        found = identify.contradictions(config.model, wanted)
-        if found:
-            raise ValueError(
-                f"{path} is another network than the flags say: {'; '.join(found.values())}. Leave these flags out, or give "
-                "--new_classes True: the network gets the classes of the data"
-            )
+        remedy = "Leave these flags out, or give --new_classes True: the network gets the classes of the data"
+        identify.refuse(path, identify.contradictions(config, wanted), remedy)
         return replace(config, model=replace(config.model, num_classes=classes_of(config.model)))
     changed: dict[str, Any] = {"num_classes": wanted.get("num_classes", 0)}
     if "class_cond" in config.model.names():

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..config import DiffusionConfig, Network, RunConfig
-from .recognise import SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys
+from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
+from .recognise import OPEN, SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys
 from .released import PRESETS, Preset
 
 _log = logging.getLogger(__name__)
@@ -40,13 +40,8 @@ KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "
 FREE = {
     "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
 }  # fmt: skip
-# What no shape can tell about a generator; how the output is read, which is nearly always the default; what sizes there are.
-_OPEN = (
-    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "rescale_timesteps", "diffusion_steps",
-)  # fmt: skip
-_ASSUMED = ("num_heads_upsample", "predict", "predict_xstart", "sigma_small")
-_SIZES = ("image_size", "large_size", "small_size")
-_CLASSIFIER_HEADS = "classifier_num_head_channels"
+# What no shape can tell about a generator, however it was released.
+_OPEN = ("num_heads", "num_head_channels", *OPEN)
 
 
 def signature(shapes: Shapes) -> str:
@@ -64,10 +59,10 @@ def released_as(path: str, shapes: Shapes) -> tuple[Preset, bool] | None:
     return PRESETS[stem if stem in names else names[0]], stem in names
 
 
-def require_kind(path: str, found: str, wanted: str | None) -> None:
+def require_kind(path: str, kind: str, needed: str | None) -> None:
     """ValueError, in words, where a file is of another kind than the one needed."""
-    if wanted is not None and found != wanted:
-        raise ValueError(f"{path} is {KINDS[found]}; {KINDS[wanted]} is needed here")
+    if needed not in (None, kind):
+        raise ValueError(f"{path} is {KINDS[kind]}; {KINDS[needed]} is needed here")
 
 
 def identify(
@@ -80,167 +75,147 @@ def identify(
     something that shapes cannot tell was not typed (the candidates, and the flags to choose with).
     """
     flags = dict(flags or {})
-    layout = _read_as(inspect_shapes(shapes), flags, kind)
-    require_kind(path, layout.kind, kind)
+    layout = inspect_shapes(shapes, kind=kind, image_channels=flags.get("image_channels"))
+    kind, needed = layout.kind, kind
+    require_kind(path, kind, needed)
+    names = {*NETWORKS[kind].names(), *DiffusionConfig.names()}
+    # A classifier's tensors say nothing of the noise that it was trained on.
+    free = {*FREE, *(DiffusionConfig.names() if kind == "classifier" else ())}
+    use = {name: value for name, value in flags.items() if name in names & free}
+    typed = {name: value for name, value in flags.items() if name in names - free}
     known = flags_of(layout, flags)
     preset, named = released_as(path, shapes) or (None, False)
-    if preset is not None and preset.kind != layout.kind:
+    if preset is not None and preset.kind != kind:
         preset, named = None, False
 
-    # A classifier's tensors say nothing of the noise that it was trained on.
-    free = {*FREE, *(DiffusionConfig.names() if layout.kind == "classifier" else ())}
-    asked = {name: value for name, value in flags.items() if name not in free}
-    as_released = _denied(preset.model, preset.diffusion, asked) if preset else {}
     # Of a file under its released name all is known, of another one what its shapes fix: to deny that is an error.
-    if preset is not None and named:
-        wrong, own = as_released, dict(preset.flags)
-    else:
-        found = RunConfig.from_flags(layout.kind, _with_sizes(known, layout.kind))
-        denied = _denied(found.model, found.diffusion, asked)
-        wrong = {name: words for name, words in denied.items() if name in known}
-        own = {**known, **(_open_of(preset.flags) if preset else {})}
-    if wrong:
-        raise ValueError(
-            f"{path} is another network than the flags say: {'; '.join(wrong.values())}. Its own flags are: {flag_line(own)}"
-        )
-    use = {name: value for name, value in flags.items() if name in free}
+    as_released = contradictions(RunConfig(preset.model, preset.diffusion), typed) if preset else {}
+    wrong = as_released
+    if not named:
+        size = 2 ** (len(layout.multipliers) + 2)  # one that the levels allow, where none is known
+        config = RunConfig.from_flags(kind, {"image_size": size, "large_size": size, "small_size": 1, **known})
+        wrong = {name: each for name, each in contradictions(config, typed).items() if name in known}
+    refuse(path, wrong, f"Its own flags are: {flag_line(preset.flags if preset else known)}")
     if preset is None or (as_released and not named):  # the layout of a released model, perhaps, but another training
-        return RunConfig.from_flags(layout.kind, {**known, **_settle(path, layout, known, flags), **use})
+        _check_choices(path, layout, known, typed)
+        return RunConfig.from_flags(kind, {**typed, **use, **known})
     if not named:
         _log.warning(
             "%s has the names and shapes of the released %s and is taken for it, with its heads, attention order and schedule "
             "(%s). If it was trained with others, give them: %s",
-            path, preset.file, flag_line(_open_of(preset.flags)), ", ".join(f"--{name}" for name in _OPEN),
-        )  # fmt: skip
-    return RunConfig.from_flags(layout.kind, {**preset.flags, **use})
-
-
-def _denied(model: Network, diffusion: DiffusionConfig, asked: Mapping[str, Any]) -> dict[str, str]:
-    return contradictions(model, asked) | contradictions(diffusion, asked)
-
-
-def _read_as(layout: Layout, flags: Mapping[str, Any], kind: str | None) -> Layout:
-    """Of the readings that the channels allow, the one that the user's number of image channels fixes, else the likeliest."""
-    asked = flags.get("image_channels")
-    for reading, channels, learned in layout.readings:
-        if channels == asked and kind in (None, reading):
-            known = {**layout.flags, "image_channels": channels, "learn_sigma": learned}
-            return replace(layout, kind=reading, flags=known)
-    return layout
-
-
-def _open_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: flags[name] for name in _OPEN if name in flags}
+            path,
+            preset.file,
+            flag_line({name: preset.flags[name] for name in _OPEN if name in preset.flags}),
+            ", ".join(f"--{name}" for name in _OPEN),
+        )
+    return RunConfig.from_flags(kind, {**preset.flags, **use})
 
 
 def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Every flag that the layout fixes, given (or knowing from the multipliers) the image size."""
-    known = dict(layout.flags)
-    upsampler, prefix = layout.kind == "super_resolution", "classifier_" if layout.kind == "classifier" else ""
-    size_flag = "large_size" if upsampler else "image_size"
+    """Every flag that the layout fixes, with the sizes of `flags`, or the image size that its multipliers belong to."""
+    known, upsampler = dict(layout.flags), layout.kind == "super_resolution"
+    prefix, size_flag = "classifier_" * (layout.kind == "classifier"), "large_size" if upsampler else "image_size"
     size: Any = known.get("image_size") or flags.get(size_flag) or SIZE_OF_MULTIPLIERS.get(layout.multipliers)
-    if upsampler and layout.multipliers == (1, 1, 2, 2, 4, 4) and layout.attention_ds == (16, 32):
-        size = flags.get(size_flag, 512)  # the released 128 -> 512 upsampler has the levels of a 256 network
+    if upsampler:
+        if layout.multipliers == (1, 1, 2, 2, 4, 4) and layout.attention_ds == (16, 32):
+            size = flags.get("large_size", 512)  # the released 128 -> 512 upsampler has the levels of a 256 network
+        if "small_size" in flags:
+            known["small_size"] = flags["small_size"]
     if size:
         known[size_flag] = size
         known[f"{prefix}attention_resolutions"] = ",".join(str(size // ds) for ds in layout.attention_ds)
-    if upsampler and "small_size" in flags:
-        known["small_size"] = flags["small_size"]
     known[f"{prefix}channel_mult"] = ",".join(f"{m:g}" for m in layout.multipliers)
     return known
 
 
-def _with_sizes(known: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """`known` with sizes that its levels allow, where none is known."""
-    prefix = "classifier_" if kind == "classifier" else ""
-    any_size = 2 ** (str(known[f"{prefix}channel_mult"]).count(",") + 3)
-    return {"image_size": any_size, "large_size": any_size, "small_size": 1, **known}
+class Contradiction(NamedTuple):
+    """What the file has where a typed flag denies it, and a sentence about both."""
+
+    value: Any
+    text: str
 
 
-def contradictions(values: Network | DiffusionConfig, flags: Mapping[str, Any]) -> dict[str, str]:
-    """By flag, in words: what the file has and the typed flags deny. Other spellings of the same network are none."""
-    return {
-        name: _in_words(values, name, flags[name])
-        for name in values.names()
-        if name in flags and flags[name] != getattr(values, name) and not _same(values, name, flags[name])
-    }
+def refuse(path: str, wrong: Mapping[str, Contradiction], remedy: str = "") -> None:
+    """ValueError, in words, where flags contradict the file."""
+    if wrong:
+        own = flag_line({name: each.value for name, each in wrong.items()})
+        raise ValueError(
+            f"{path} is another network than the flags say: {'; '.join(each.text for each in wrong.values())}. "
+            f"{remedy or f'Leave these flags out, or give its own: {own}'}"
+        )
 
 
-def _same(values: Any, name: str, asked: Any) -> bool:
-    """Whether the flag, though spelled otherwise, asks for what is there."""
+def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, Contradiction]:
+    """By flag: what network and process have and typed flags deny. Other spellings of the same network are none."""
+    wrong = {}
+    sections: tuple[Any, ...] = (config.model, config.diffusion)
+    for values in sections:
+        for name in (name for name in values.names() if name in flags and flags[name] != getattr(values, name)):
+            typed = flags[name]
+            other = replace(values, **({"predict": ""} if name == "predict_xstart" else {}), **{name: typed})
+            if _meaning(values, name) != _meaning(other, name) and (typed or name != "num_classes"):
+                value = values.reading["predicts"] if name == "predict" else getattr(values, name)
+                wrong[name] = Contradiction(value, _text(values, name, value, typed))
+    return wrong
+
+
+def _meaning(values: Any, name: str) -> Any:
+    """What a flag's value says, the same for all its spellings."""
     if name.endswith("attention_resolutions"):  # sizes that the network never reaches change nothing
-        reached = {2**level for level in range(len(values.multipliers))}
-        other = replace(values, **{name: asked})
-        return bool(reached & set(other.attention_downsamplings) == reached & set(values.attention_downsamplings))
+        return {2**level for level in range(len(values.multipliers))} & set(values.attention_downsamplings)
     if name.endswith("channel_mult"):
-        return bool(replace(values, **{name: asked}).multipliers == values.multipliers)
+        return values.multipliers
     if name == "num_classes":
-        return not asked or not getattr(values, "class_cond", True)
+        return classes_of(values)
     if name in ("predict", "predict_xstart"):
-        wanted = asked or "eps" if name == "predict" else "x0" if asked else "eps"
-        return bool(wanted == values.reading["predicts"])
-    if name == "num_heads_upsample":
-        return values.num_head_channels != -1 or {asked, values.num_heads_upsample} == {-1, values.num_heads}
-    return name == "num_heads" and values.num_head_channels != -1
+        return values.reading["predicts"]
+    if name in ("num_heads", "num_heads_upsample") and values.num_head_channels != -1:
+        return None  # heads go by their channels
+    if name == "num_heads_upsample" and values.num_heads_upsample == -1:
+        return values.num_heads
+    return getattr(values, name)
 
 
-def value_of(values: Any, name: str) -> Any:
-    """A flag's value, where an empty one says something too."""
-    return values.reading["predicts"] if name == "predict" else getattr(values, name)
-
-
-def _in_words(values: Any, name: str, asked: Any) -> str:
-    has = value_of(values, name)
+def _text(values: Any, name: str, has: Any, typed: Any) -> str:
     if name == "class_cond":
         has = f"{values.num_classes} classes" if has else "no classes"
-        return f"the file has {has}; you asked for --class_cond {asked}"
+        return f"the file has {has}; you asked for --class_cond {typed}"
     if name.endswith("attention_resolutions"):
-        return f"the file has attention at {_spaced(has)}; you asked for {_spaced(asked)}"
+        return f"the file has attention at {_spaced(has)}; you asked for {_spaced(typed)}"
     if name.endswith("channel_mult"):
         has = ", ".join(f"{m:g}" for m in values.multipliers)
-        return f"the file has channel multipliers {has}; you asked for {_spaced(asked)}"
-    return f"the file has {name} {has}; you asked for {asked}"
+        return f"the file has channel multipliers {has}; you asked for {_spaced(typed)}"
+    return f"the file has {name} {has}; you asked for {typed}"
 
 
 def _spaced(text: object) -> str:
     return ", ".join(part.strip() for part in str(text).split(",") if part.strip()) or "none"
 
 
-def _settle(path: str, layout: Layout, known: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Typed values of what shapes leave open; ValueError lists what is missing, with candidates.
+def _check_choices(path: str, layout: Layout, known: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """ValueError with the candidates where something that shapes leave open was not typed.
 
     A user who typed any flag that shapes fix has typed a line of 2021, whose untyped flags have the defaults of 2021; the log
     says which.
     """
-    settled = {name: flags[name] for name in (*_OPEN, *_ASSUMED, *_SIZES, _CLASSIFIER_HEADS) if name in flags}
-    if layout.kind == "classifier" and _CLASSIFIER_HEADS not in flags:
+    heads = "classifier_num_head_channels"
+    if layout.kind == "classifier" and heads not in typed:
         _log.warning(
-            "%s: taken to have 64 channels per attention head, as every classifier of 2021; --%s says otherwise",
-            path, _CLASSIFIER_HEADS,
-        )  # fmt: skip
-    missing: dict[tuple[str, ...], str] = {}
-    for name, candidates in layout.open.items():
-        if name == "heads":
-            names: tuple[str, ...] = ("num_heads", "num_head_channels")
-        else:
-            names = ("large_size" if name == "image_size" and layout.kind == "super_resolution" else name,)
-            candidates = tuple(f"--{names[0]} {value}" for value in candidates)
-        if not any(flag in flags or flag in known for flag in names):
-            missing[names] = " | ".join(map(str, candidates))
+            f"{path}: taken to have 64 channels per attention head, as every classifier of 2021; --{heads} says otherwise"
+        )
+    missing = [choice for choice in layout.open if not any(flag in {**typed, **known} for flag, _ in choice)]
     if not missing:
-        return settled
-    if not any(name in layout.flags for name in flags if name not in ("num_classes", "image_channels")):
-        lines = "\n  ".join(missing.values())
+        return
+    if not any(name in layout.flags for name in typed if name not in ("num_classes", "image_channels")):
+        lines = "\n  ".join(" | ".join(f"--{flag} {value}" for flag, value in choice) for choice in missing)
         raise ValueError(
             f"{path} carries no configuration, and names and shapes cannot tell everything about it. Known from them: "
             f"{flag_line(known)}\nChoose one of each line (or let `guided-diffusion inspect {path} "
             f"--probe FOLDER_OF_IMAGES` decide by the denoising loss):\n  {lines}"
         )
-    config = RunConfig.from_flags(layout.kind, {**known, **settled})
-    values = {**config.model.to_dict(), **config.diffusion.to_dict()}
-    assumed = {flag: values[flag] for names in missing for flag in names if flag in values}
+    values = flatten(RunConfig.from_flags(layout.kind, {**typed, **known}).to_dict())
+    assumed = {flag: values[flag] for choice in missing for flag, _ in choice}
     _log.warning("%s: not typed and in no tensor's shape, so as by default in 2021: %s", path, flag_line(assumed))
-    return settled
 
 
 def flag_line(flags: Mapping[str, Any]) -> str:

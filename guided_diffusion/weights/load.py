@@ -19,7 +19,7 @@ from ..diffusion.process import Process
 from ..runtime import storage
 from ..runtime.devices import choose_precision, compute_in
 from . import identify
-from .files import Weights, load_weights_into, read_metadata, read_own_weights, read_weights
+from .files import load_weights_into, read_metadata, read_own_weights, read_weights
 from .recognise import squeezed_attention
 from .runs import find_latest, parse_name, read_run_json, save_run
 
@@ -36,7 +36,8 @@ class Found:
     step: int | None = None
     sha256: str = ""
     certain: bool = True
-    """As `Loaded.certain`."""
+    weights: str = ""
+    """These two as in `Loaded`."""
 
 
 def find(path: str, *, weights: str = "") -> Found:
@@ -53,16 +54,14 @@ def find(path: str, *, weights: str = "") -> Found:
         role = (parse_name(path) or (weights,))[0].partition("_")[0]
         if weights and role in ("ema", "model") and role != weights:
             raise ValueError(f"--weights is {weights!r}, but {path} holds the other ones; give the file you mean")
-    run = _inside(path) if path.endswith(".safetensors") else read_run_json(path)
+    run = (_inside if path.endswith(".safetensors") else read_run_json)(path)
     if run is None:
         return Found(path, None, step=step)
-    names = tuple(run["class_names"])
-    if not run["config"]:
-        return Found(path, None, names, run["step"])
-    config = RunConfig.from_dict(run["kind"], run["config"])
+    config = RunConfig.from_dict(run["kind"], run["config"]) if run["config"] else None
     sha256 = run.get("files", {}).get(os.path.basename(path), {}).get("sha256", "")
     # A network without classes has no class names, whatever the files of its images are called.
-    return Found(path, config, names if classes_of(config.model) else (), run["step"], sha256)
+    names = tuple(run["class_names"]) if config is None or classes_of(config.model) else ()
+    return Found(path, config, names, run["step"], sha256)
 
 
 def _in_folder(folder: str, weights: str) -> tuple[str, int]:
@@ -111,19 +110,19 @@ def read(
     flags: Mapping[str, Any] | None = None,
     weights: str = "",
     sizes: Mapping[str, int] | None = None,
-) -> tuple[Found, Weights]:
+) -> tuple[Found, dict[str, Tensor]]:
     """(what the weights of `path` are, with their configuration; their tensors, float32). Arguments and errors as `load`.
 
     `sizes`: flags of image sizes that need not be the file's, heeded where nothing else says for what size it is.
     """
     found, flags = find(path, weights=weights), dict(flags or {})
     if found.config is not None and found.config.model.architecture != UNET:
-        held = Weights(read_own_weights(found.path))
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in held.tensors.items()}
+        tensors, taken = read_own_weights(found.path), ""
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     else:
         one = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
-        held = read_weights(found.path, which="" if one else weights)
-        tensors = fitted(held.tensors)
+        tensors, taken = read_weights(found.path, which="" if one else weights)
+        tensors = fitted(tensors)
     if found.config is None:
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if sizes and identify.released_as(found.path, shapes) is None:
@@ -134,27 +133,19 @@ def read(
         config = agree(found.config, flags, found.path)
     certain = found.config is not None or config.kind != "classifier"
     names = found.class_names if classes_of(config.model) else ()
-    return replace(found, config=config, class_names=names, certain=certain), Weights(tensors, held.taken)
+    return replace(found, config=config, class_names=names, certain=certain, weights=taken), tensors
 
 
 def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
     """The file's configuration with those of `flags` that concern its use; ValueError where another one contradicts the file."""
-    changed: dict[str, Any] = {}
-    complaints: list[str] = []
-    own: dict[str, Any] = {}
-    for section in ("model", "diffusion"):
-        values = getattr(config, section)
-        free = {name: flags[name] for name in identify.FREE if name in flags and name in values.names()}
-        changed[section] = replace(values, **free).validate()
-        found = identify.contradictions(values, {name: v for name, v in flags.items() if name not in identify.FREE})
-        complaints += found.values()
-        own.update({name: identify.value_of(values, name) for name in found})
-    if complaints:
-        raise ValueError(
-            f"{path} is another network than the flags say: {'; '.join(complaints)}. "
-            f"Leave these flags out, or give its own: {identify.flag_line(own)}"
-        )
-    return replace(config, **changed)
+    fixed = {name: value for name, value in flags.items() if name not in identify.FREE}
+    identify.refuse(path, identify.contradictions(config, fixed))
+
+    def used(values: Any) -> Any:
+        names = identify.FREE & set(flags) & set(values.names())
+        return replace(values, **{name: flags[name] for name in names}).validate()
+
+    return replace(config, model=used(config.model), diffusion=used(config.diffusion))
 
 
 @dataclass(frozen=True)
@@ -223,18 +214,17 @@ def load(
     EMA is taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
     """
     device = torch.device(device)
-    found, held = read(path, kind=kind, flags=flags, weights=weights)
+    found, tensors = read(path, kind=kind, flags=flags, weights=weights)
     config = found.config
     assert config is not None
     net = build.build_empty(config.model, config.diffusion)
-    load_weights_into(net, held.tensors, found.path, assign=True)
+    load_weights_into(net, tensors, found.path, assign=True)
     net = net.to(device).eval().requires_grad_(False)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     chosen = choose_precision(precision, half, device)
     compute_in(net, chosen, store=chosen != "fp32")
     process = build.build_process(config.diffusion).to(device)
-    about = (found.path, found.class_names, found.step, found.sha256, found.certain)
-    return Loaded(net, process, config, *about, held.taken)
+    return Loaded(net, process, **vars(found))
 
 
 def metadata_of(loaded: Loaded) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..config import ModelConfig, Network, RunConfig, SuperResConfig, classes_of
 from ..runtime.streams import EVALUATE, Streams
 from .files import load_weights_into
 from .identify import flag_line, flags_of
-from .recognise import Layout, Shapes, inspect_shapes
+from .recognise import OPEN, Layout, Shapes, inspect_shapes
 
 LEVELS = (0.99, 0.9, 0.6, 0.3, 0.05)  # alpha-bar: the part of the signal in the variance of a noised image
 
@@ -72,25 +72,16 @@ def probe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], x0: Tensor) -
 
 def readings(layout: Layout) -> Iterator[dict[str, object]]:
     """Candidates that differ in what they compute; two ways of saying the same heads count once."""
-    heads: dict[tuple[int, ...], dict[str, object]] = {}
-    for text in layout.open["heads"]:
-        name, value = str(text).removeprefix("--").split()
-        number = int(value)
+    by_count: dict[tuple[int, ...], dict[str, object]] = {}
+    for name, number in layout.open[0]:
         counts = tuple(w // number if name == "num_head_channels" else number for w in layout.attention_widths)
-        heads.setdefault(counts, {name: number})
-    for counts, flags in heads.items():
-        # With one head everywhere both orders are the same.
-        orders = (False, True) if max(counts) > 1 else (False,)
-        for order, schedule, scaled, steps in product(orders, ("linear", "cosine"), (False, True), (1000, 4000)):
-            if scaled and steps == 1000:
-                continue  # a thousand steps scaled to a thousand are themselves
-            yield {
-                **flags,
-                "use_new_attention_order": order,
-                "noise_schedule": schedule,
-                "diffusion_steps": steps,
-                "rescale_timesteps": scaled,
-            }
+        by_count.setdefault(counts, {name: number})
+    for counts, values in product(by_count, product(*OPEN.values())):
+        flags = {**by_count[counts], **dict(zip(OPEN, values))}
+        # With one head everywhere both orders are the same, and a thousand steps scaled to a thousand are themselves.
+        one_head = flags["use_new_attention_order"] and max(counts) == 1
+        if not one_head and not (flags["rescale_timesteps"] and flags["diffusion_steps"] == 1000):
+            yield flags
 
 
 # Readings whose errors differ by less than this part cannot be told apart by a few images.

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
+Choice = tuple[tuple[str, Any], ...]
+"""Candidates, as (flag, value), of which one is right."""
 
 # Image size that the 2021 default multipliers belong to (level widths relative to num_channels).
 SIZE_OF_MULTIPLIERS: dict[tuple[float, ...], int] = {
@@ -19,14 +22,14 @@ SIZE_OF_MULTIPLIERS: dict[tuple[float, ...], int] = {
     (1, 1, 2, 3, 4): 128,
     (1, 2, 3, 4): 64,
 }
-# What no shape tells of a generator, with the usual values.
-_OPEN: dict[str, tuple[object, ...]] = {
+# What no shape tells of a generator besides its heads, with the usual values.
+OPEN: dict[str, tuple[object, ...]] = {
     "use_new_attention_order": (False, True),
     "noise_schedule": ("linear", "cosine"),
     "rescale_timesteps": (False, True),
     "diffusion_steps": (1000, 4000),
 }
-_USUAL_SIZES = (32, 64, 128, 256, 512)
+_SIZES = (32, 64, 128, 256, 512)
 
 
 class NotThisFamily(ValueError):
@@ -41,8 +44,7 @@ class Layout:
     flags           2021 flags (and num_classes, image_channels) that the shapes fix
     attention_ds    downsampling factors with attention, as fractions of the image size
     attention_widths  channels of every attention block: head counts must divide them
-    open            flags that shapes cannot tell, each with its candidates
-    readings        every (kind, image channels, learned variance) that the channels allow, the likeliest first
+    open            what shapes cannot tell; of a generator the heads are first
     """
 
     kind: str
@@ -50,8 +52,7 @@ class Layout:
     multipliers: tuple[float, ...]
     attention_ds: tuple[int, ...]
     attention_widths: tuple[int, ...]
-    open: dict[str, tuple[object, ...]] = field(default_factory=dict)
-    readings: tuple[tuple[str, int, bool], ...] = ()
+    open: tuple[Choice, ...]
 
 
 # What DDP and torch.compile put before a name.
@@ -69,17 +70,19 @@ def squeezed_attention(shapes: Shapes) -> list[str]:
     return [name for name, shape in shapes.items() if name.endswith(ends) and len(shape) == 4 and shape[2:] == (1, 1)]
 
 
-def inspect_shapes(shapes: Shapes) -> Layout:
+def inspect_shapes(shapes: Shapes, *, kind: str | None = None, image_channels: int | None = None) -> Layout:
     """Read the flags off a state dict's names and shapes.
 
+    Where the channels of a generator can be read in several ways, it is that of `image_channels` (and `kind`), else the likeliest.
     Raises NotThisFamily (a ValueError) that names the first thing missing or unexpected.
     """
     shapes = normalise_keys(shapes)
     width = _require(shapes, "time_embed.0.weight", 2)[1]
     _require(shapes, "input_blocks.0.0.weight", 4)
     _require(shapes, "middle_block.1.qkv.weight")
-    generates = any(name.startswith("output_blocks.") for name in shapes)
-    return _generator(shapes, width) if generates else _classifier(shapes, width)
+    if any(name.startswith("output_blocks.") for name in shapes):
+        return _generator(shapes, width, kind, image_channels)
+    return _classifier(shapes, width)
 
 
 def _require(shapes: Shapes, name: str, ndim: int | None = None) -> tuple[int, ...]:
@@ -132,7 +135,7 @@ def _scale_shift(shapes: Shapes) -> bool:
     return embedding == 2 * channels
 
 
-def _generator(shapes: Shapes, width: int) -> Layout:
+def _generator(shapes: Shapes, width: int, kind: str | None, image_channels: int | None) -> Layout:
     blocks, blocks_up = _count_blocks(shapes, "input_blocks"), _count_blocks(shapes, "output_blocks")
     if blocks_up != blocks:
         raise NotThisFamily(f"{blocks} input blocks but {blocks_up} output blocks; they come in pairs")
@@ -143,8 +146,10 @@ def _generator(shapes: Shapes, width: int) -> Layout:
     if depth < 1 or blocks % (depth + 1) or ups != list(range(depth, blocks - 1, depth + 1)):
         raise NotThisFamily(f"upsampling after output blocks {ups} of {blocks}: not the regular levels of this family")
     multipliers, attention, widths = _levels(shapes, width, depth, blocks)
-    readings = _readings(shapes["input_blocks.0.0.weight"][1], _require(shapes, "out.2.weight", 4)[0])
-    kind, image_channels, learn_sigma = readings[0]
+    channels_in, channels_out = shapes["input_blocks.0.0.weight"][1], _require(shapes, "out.2.weight", 4)[0]
+    readings = _readings(channels_in, channels_out)
+    fitting = [reading for reading in readings if reading[1] == image_channels and kind in (None, reading[0])]
+    kind, image_channels, learn_sigma = (fitting or readings)[0]
     flags: dict[str, object] = {
         "num_channels": width,
         "num_res_blocks": depth,
@@ -157,34 +162,40 @@ def _generator(shapes: Shapes, width: int) -> Layout:
     if "label_emb.weight" in shapes:
         flags["num_classes"] = shapes["label_emb.weight"][0]
     # Heads: either flag, where it divides every width with attention.
-    heads = [f"--num_head_channels {c}" for c in (16, 32, 64, 128) if all(w % c == 0 for w in widths)]
-    heads += [f"--num_heads {h}" for h in (1, 2, 4, 8) if all(w % h == 0 for w in widths)]
-    open_ = {"heads": tuple(heads), **_OPEN}
+    usual = [("num_head_channels", c) for c in (16, 32, 64, 128)] + [("num_heads", h) for h in (1, 2, 4, 8)]
+    choices = [tuple((name, number) for name, number in usual if all(w % number == 0 for w in widths))]
+    choices += [_choice(name, values) for name, values in OPEN.items()]
     if multipliers not in SIZE_OF_MULTIPLIERS:
-        open_["image_size"] = _USUAL_SIZES
+        choices.append(_choice("large_size" if kind == "super_resolution" else "image_size", _SIZES))
     if kind == "super_resolution":
-        open_["small_size"] = (64, 128)
-    return Layout(kind, flags, multipliers, attention, widths, open_, readings)
+        choices.append(_choice("small_size", (64, 128)))
+    return Layout(kind, flags, multipliers, attention, widths, tuple(choices))
 
 
-def _readings(channels_in: int, channels_out: int) -> tuple[tuple[str, int, bool], ...]:
-    """`Layout.readings`: the upsampler gets two images, one above the other; a learned variance doubles the output."""
+def _choice(name: str, values: tuple[object, ...]) -> Choice:
+    return tuple((name, value) for value in values)
+
+
+def _readings(channels_in: int, channels_out: int) -> list[tuple[str, int, bool]]:
+    """Every (kind, image channels, learned variance) that the channels allow, the likeliest first.
+
+    An upsampler gets two images, one above the other; a learned variance doubles the output.
+    """
     kinds = [("diffusion", channels_in)]
     if channels_in % 2 == 0:
         kinds.append(("super_resolution", channels_in // 2))
     if channels_in in (2, 6):  # upsamplers of grey and RGB images; images of two or six channels are rarer
         kinds.reverse()
-    found = [
-        (kind, channels, learned)
+    readings = [
+        (kind, channels, channels_out == 2 * channels)
         for kind, channels in kinds
-        for learned in (True, False)
-        if channels_out == channels * (1 + learned)
+        if channels_out in (channels, 2 * channels)
     ]
-    if not found:
+    if not readings:
         raise NotThisFamily(
             f"{channels_in} input and {channels_out} output channels fit neither a generator nor an upsampler"
         )
-    return tuple(found)
+    return readings
 
 
 def _classifier(shapes: Shapes, width: int) -> Layout:
@@ -195,19 +206,19 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
     if not depths:
         raise NotThisFamily(f"{blocks} input blocks do not form the regular levels of this family")
     # The 2021 multipliers settle which of several regular readings it is.
-    usual = [depth for depth in depths if _levels(shapes, width, depth, blocks)[0] in SIZE_OF_MULTIPLIERS]
-    depths = usual[:1] or depths
-    multipliers, attention, widths = _levels(shapes, width, depths[0], blocks)
+    usual = (depth for depth in depths if _levels(shapes, width, depth, blocks)[0] in SIZE_OF_MULTIPLIERS)
+    depth = next(usual, depths[0])
+    multipliers, attention, widths = _levels(shapes, width, depth, blocks)
     flags: dict[str, object] = {
         "classifier_width": width,
-        "classifier_depth": depths[0],
+        "classifier_depth": depth,
         "classifier_use_scale_shift_norm": _scale_shift(shapes),
         "classifier_resblock_updown": not convolutions,
         "classifier_pool": pool,
         "image_channels": shapes["input_blocks.0.0.weight"][1],
         "num_classes": classes,
     }
-    open_: dict[str, tuple[object, ...]] = {"classifier_depth": tuple(depths)} if len(depths) > 1 else {}
+    choices: tuple[Choice, ...] = ()
     if pool == "attention":
         places = shapes["out.2.positional_embedding"][1] - 1
         side = round(places**0.5)
@@ -217,8 +228,8 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
     elif multipliers in SIZE_OF_MULTIPLIERS:
         flags["image_size"] = SIZE_OF_MULTIPLIERS[multipliers]
     else:
-        open_["image_size"] = _USUAL_SIZES
-    return Layout("classifier", flags, multipliers, attention, widths, open_)
+        choices = (_choice("image_size", _SIZES),)
+    return Layout("classifier", flags, multipliers, attention, widths, choices)
 
 
 def _pool(shapes: Shapes) -> tuple[str, int]:
@@ -243,16 +254,13 @@ def _depth_fits(shapes: Shapes, depth: int, blocks: int, convolutions: list[int]
     halving = list(range(depth + 1, blocks, depth + 1))
     if convolutions:
         return convolutions == halving
-
-    def widths(block: int) -> tuple[int, ...]:
-        return shapes[f"input_blocks.{block}.0.in_layers.2.weight"][:2]
-
-    def attends(block: int) -> bool:
-        return f"input_blocks.{block}.1.qkv.weight" in shapes
-
-    if any(f"input_blocks.{block}.0.in_layers.2.weight" not in shapes for block in range(1, blocks)):
-        return False
-    if any(len(set(widths(block))) > 1 or attends(block) for block in halving):
+    widths, attends = {}, {}
+    for block in range(1, blocks):
+        if f"input_blocks.{block}.0.in_layers.2.weight" not in shapes:
+            return False
+        widths[block] = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][:2]
+        attends[block] = f"input_blocks.{block}.1.qkv.weight" in shapes
+    if any(len(set(widths[block])) > 1 or attends[block] for block in halving):
         return False
     levels = (range(first, first + depth) for first in range(1, blocks, depth + 1))
-    return all(len({(widths(block)[0], attends(block)) for block in level}) == 1 for level in levels)
+    return all(len({(widths[block][0], attends[block]) for block in level}) == 1 for level in levels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from checkpoint_files import layouts, meta_shapes
 
-from guided_diffusion.weights.recognise import NotThisFamily, inspect_shapes, normalise_keys, squeezed_attention
+from guided_diffusion.weights.recognise import Layout, NotThisFamily, inspect_shapes, normalise_keys, squeezed_attention
 
 LAYOUTS = layouts()
 Shapes = dict[str, tuple[int, ...]]
@@ -13,6 +13,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 def shapes_of(name: str) -> Shapes:
     return {key: tuple(shape) for key, shape in LAYOUTS[name]["keys"].items()}
+
+
+def open_flags(layout: Layout) -> set[str]:
+    return {flag for choice in layout.open for flag, _ in choice}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -35,7 +39,7 @@ def test_released_layouts_say_what_they_were_made_with(name: str) -> None:
         assert found.flags["image_size"] == size and not found.open
         assert found.flags["classifier_pool"] == flags["classifier_pool"]
     else:
-        assert {"heads", "noise_schedule", "use_new_attention_order"} <= set(found.open)
+        assert {"num_heads", "noise_schedule", "use_new_attention_order"} <= open_flags(found)
 
 
 @pytest.mark.parametrize("name", ["64x64_diffusion", "64_256_upsampler", "128x128_classifier"])
@@ -94,14 +98,22 @@ def test_generators_of_every_shape(depth: int, updown: bool, scale_shift: bool) 
         "resblock_updown": updown, "use_scale_shift_norm": scale_shift, "learn_sigma": depth == 2, "image_size": 16,
         "class_cond": updown, "num_classes": 7 if updown else 0, "image_channels": 4 - depth,
     }  # fmt: skip
-    found = inspect_shapes(meta_shapes("diffusion", {**flags, "num_channels": 64}))
-    assert found.multipliers == (0.5, 1, 2) and found.attention_ds == (2,)
-    expected = {**flags, "num_channels": 64}
-    assert all(found.flags[name] == expected[name] for name in ("num_res_blocks", "resblock_updown", "class_cond"))
-    assert found.flags["use_scale_shift_norm"] is scale_shift
-    if (found.kind, depth) != ("super_resolution", 2):  # two channels in, four out: also an upsampler of grey images
-        assert found.flags["image_channels"] == 4 - depth and found.flags["learn_sigma"] == (depth == 2)
-    assert ("diffusion", 4 - depth, depth == 2) in found.readings
+    flags["num_channels"] = 64
+    found = inspect_shapes(meta_shapes("diffusion", flags))
+    assert found.kind == "diffusion" and found.multipliers == (0.5, 1, 2) and found.attention_ds == (2,)
+    assert found.flags == {name: flags[name] for name in found.flags}
+
+
+def test_channels_that_can_be_read_in_two_ways() -> None:
+    shapes = meta_shapes(
+        "diffusion", {"image_size": 16, "num_channels": 32, "channel_mult": "1,2", "image_channels": 6}
+    )
+    read = {"likeliest": inspect_shapes(shapes), "typed": inspect_shapes(shapes, image_channels=6)}
+    read["wanted"] = inspect_shapes(shapes, image_channels=6, kind="super_resolution")
+    upsampler, generator = ("super_resolution", 3, True), ("diffusion", 6, False)
+    found = {name: (of.kind, of.flags["image_channels"], of.flags["learn_sigma"]) for name, of in read.items()}
+    assert found == {"likeliest": upsampler, "typed": generator, "wanted": upsampler}
+    assert "small_size" in open_flags(read["likeliest"]) and "small_size" not in open_flags(read["typed"])
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
@@ -130,13 +142,13 @@ def test_upsamplers_are_told_from_generators(channels: int, learned: bool) -> No
     found = inspect_shapes(meta_shapes("super_resolution", flags))
     assert found.kind == "super_resolution"
     assert found.flags["image_channels"] == channels and found.flags["learn_sigma"] == learned
-    assert "small_size" in found.open
+    assert "small_size" in open_flags(found)
 
 
 def test_head_candidates_divide_every_attention_width() -> None:
     found = inspect_shapes(shapes_of("64x64_diffusion"))  # 384, 576 and 768 channels
-    assert "--num_head_channels 64" in found.open["heads"] and "--num_head_channels 128" not in found.open["heads"]
-    assert {"--num_heads 1", "--num_heads 4"} <= set(found.open["heads"])
+    assert {("num_head_channels", 64), ("num_heads", 1), ("num_heads", 4)} <= set(found.open[0])
+    assert ("num_head_channels", 128) not in found.open[0]
 
 
 def test_attention_kept_as_convolutions_of_two_dimensions() -> None:
