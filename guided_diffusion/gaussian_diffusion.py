@@ -12,15 +12,25 @@ import enum
 import functools
 import math  # noqa: F401  star imports of this module rely on it
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module as _import_module
 from typing import Any
 
 import numpy as np
 import torch as th
 
-from . import diffusion as _rooms
 from .diffusion.densities import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
 Output = dict[str, Any]
+
+
+class _Rooms:
+    """The modules of `diffusion`, each loaded when it is first touched: importing this module costs little."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _import_module(f".diffusion.{name}", __package__)
+
+
+_rooms = _Rooms()
 
 
 def betas_for_alpha_bar(
@@ -67,8 +77,8 @@ class LossType(enum.Enum):
 
 
 # Enumerations are compared by name: a vendored copy's members, or those unpickled from an old file, mean the same.
-_VARIANCE: dict[str, _rooms.denoiser.Variance] = {name: name.lower() for name in ModelVarType.__members__}  # type: ignore[misc]
-_LOSS: dict[str, _rooms.objectives.Loss] = {name: name.lower() for name in LossType.__members__}  # type: ignore[misc]
+_VARIANCE = {name: name.lower() for name in ModelVarType.__members__}
+_LOSS = {name: name.lower() for name in LossType.__members__}
 
 _ATTRIBUTES = {
     "betas": "beta",
@@ -664,7 +674,7 @@ class GaussianDiffusion:
             pairs = ((out["pred_xstart"], x_start), (eps, noise))
             rows.append((out["output"], *(_squared_error(*pair) for pair in pairs)))
         vb, xstart_mse, mse = (th.stack(column, dim=1) for column in zip(*rows))
-        bound = _rooms.likelihood.bound_of(self._prior_bpd(x_start), vb, xstart_mse, mse)
+        bound = _rooms.likelihood.Bound(self._prior_bpd(x_start), vb, xstart_mse, mse)
         return {"total_bpd": bound.total, "prior_bpd": bound.prior, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
 
 

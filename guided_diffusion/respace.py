@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 
-from . import diffusion as _rooms
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, _rooms
+
+if TYPE_CHECKING:
+    from .diffusion.process import Process
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | int | Iterable[int]) -> set[int]:
@@ -72,7 +74,7 @@ class _WrappedModel:
 class _Door(ModuleType):
     """`guided_diffusion.respace` is this module and, called, the function of the same name that acts on a Process."""
 
-    def __call__(self, process: _rooms.process.Process, keep: Iterable[int]) -> _rooms.process.Process:
+    def __call__(self, process: Process, keep: Iterable[int]) -> Process:
         return _rooms.process.respace(process, keep)
 
 

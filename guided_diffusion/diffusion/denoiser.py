@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from .process import Process, Tables, x0_from_eps, x0_from_previous_x, x0_from_v
 
 Predicts = Literal["eps", "x0", "previous_x", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
-PREDICTS: tuple[Predicts, ...] = ("eps", "x0", "previous_x", "v")
-VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned", "learned_range")
+PREDICTS: tuple[Predicts, ...] = get_args(Predicts)
+VARIANCES: tuple[Variance, ...] = get_args(Variance)
 
 
 class Net(Protocol):
@@ -78,12 +78,11 @@ def make_denoiser(
     named = dict(cond or {})
 
     def denoise(x: Tensor, i: Tensor) -> Denoised:
-        output = net(x, process.time_at(i), **named)
-        prediction = output.narrow(1, 0, x.shape[1]) if checked_width(output, x, variance) else output
+        prediction, raw = split_variance(net(x, process.time_at(i), **named), x, variance)
         x0 = x0_from_output(process, prediction, x, i, predicts)
         if clip:  # would make an infinite value an ordinary one, of an image that looks like one
             x0 = torch.where(x0.isfinite(), x0, torch.nan)
-        return Denoised(bounded(x0, clip, transform_x0), partial(_spread_from, process, output, x, i, variance))
+        return Denoised(bounded(x0, clip, transform_x0), partial(step_spread, process, raw, x, i, variance))
 
     return denoise
 
@@ -96,40 +95,30 @@ def check_reading(predicts: str, variance: str) -> None:
         raise ValueError(f"variance={variance!r} is not one of {', '.join(VARIANCES)}")
 
 
-def _spread_from(process: Process, output: Tensor, x: Tensor, i: Tensor, variance: Variance) -> Spread:
-    return step_spread(process, split_variance(output, x, variance)[1], x, i, variance)
-
-
-def checked_width(output: Tensor, x: Tensor, variance: Variance) -> bool:
-    """Whether the output also codes a variance; ValueError where it has another number of channels than that would give it."""
-    channels, learned = x.shape[1], variance in ("learned", "learned_range")
-    if output.shape[1] != channels * (2 if learned else 1):
-        raise ValueError(
-            f"the network returned {output.shape[1]} channels for an input of {channels}; with variance={variance!r} "
-            f"it should return {channels * (2 if learned else 1)} (does learn_sigma match the weights?)"
-        )
-    return learned
-
-
 def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
     """Cut a network output into its prediction and, where the variance is learned, the equally wide channels that code it."""
-    if not checked_width(output, x, variance):
-        return output, None
-    channels = x.shape[1]
-    return output.narrow(1, 0, channels), output.narrow(1, channels, channels)
+    channels, learned = x.shape[1], variance in ("learned", "learned_range")
+    width = channels * (2 if learned else 1)
+    if output.shape[1] != width:
+        raise ValueError(
+            f"the network returned {output.shape[1]} channels for an input of {channels}; with variance={variance!r} "
+            f"it should return {width} (does learn_sigma match the weights?)"
+        )
+    return (output.narrow(1, 0, channels), output.narrow(1, channels, channels)) if learned else (output, None)
+
+
+# Prediction -> the clean data that it stands for.
+_X0_FROM: dict[Predicts, Callable[[Tables, Tensor, Tensor, Tensor], Tensor]] = {
+    "eps": x0_from_eps,
+    "x0": lambda tables, x, i, prediction: prediction,
+    "previous_x": x0_from_previous_x,
+    "v": x0_from_v,
+}
 
 
 def x0_from_output(tables: Tables, prediction: Tensor, x: Tensor, i: Tensor, predicts: Predicts) -> Tensor:
     """The clean data that a network's prediction stands for."""
-    match predicts:
-        case "eps":
-            return x0_from_eps(tables, x, i, prediction)
-        case "x0":
-            return prediction
-        case "previous_x":
-            return x0_from_previous_x(tables, x, i, prediction)
-        case "v":
-            return x0_from_v(tables, x, i, prediction)
+    return _X0_FROM[predicts](tables, x, i, prediction)
 
 
 def bounded(x0: Tensor, clip: bool, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-import numpy as np  # noqa: F401  `from guided_diffusion.losses import *` has always brought `np` and `th`; that door opens on this room
 import torch
-import torch as th  # noqa: F401  as above
 from torch import Tensor
 
 

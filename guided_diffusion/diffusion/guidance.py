@@ -31,8 +31,8 @@ def log_prob_gradient(net: Net, labels: Tensor) -> GradLogProb:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
             # backward keeps no tensor of inference mode
-            told, chosen = (value.clone() if value.is_inference() else value for value in (time, labels))
-            return torch.autograd.grad(total(x, told, chosen), x)[0]
+            inputs = (value.clone() if value.is_inference() else value for value in (time, labels))
+            return torch.autograd.grad(total(x, *inputs), x)[0]
 
     return gradient
 
@@ -44,7 +44,8 @@ def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, 
     def guided(x: Tensor, i: Tensor) -> Denoised:
         plain = denoise(x, i)
         gradient = grad_log_prob(x, process.time_at(i))
-        return Denoised(score_shifted_x0(process, plain.x0, x, i, gradient, scale), plain.spread)
+        # Where eps moves by -sqrt(1 - alpha_bar) gradient, x0 moves by (1 - alpha_bar) / sqrt(alpha_bar) gradient.
+        return Denoised(torch.addcmul(plain.x0, process.at("score_to_x0", i, x), gradient, value=scale), plain.spread)
 
     return guided
 
@@ -56,16 +57,8 @@ def check_scale(scale: float) -> float:
     return scale
 
 
-def score_shifted_x0(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
-    """The clean prediction after the score has moved by `scale * gradient` (Song et al. 2020, arXiv 2011.13456).
-
-    eps moves by -sqrt(1 - alpha_bar) gradient, and so x0 by (1 - alpha_bar) / sqrt(alpha_bar) gradient.
-    """
-    return torch.addcmul(x0, tables.at("score_to_x0", i, x), gradient, value=scale)
-
-
 def score_shifted_eps(tables: Tables, eps: Tensor, x: Tensor, i: Tensor, gradient: Tensor) -> Tensor:
-    """The same move said of eps: it falls by sqrt(1 - alpha_bar) gradient."""
+    """eps after the score has moved by `gradient` (Song et al. 2020, arXiv 2011.13456): less by sqrt(1 - alpha_bar) gradient."""
     return torch.addcmul(eps, (1 - tables.at("alpha_bar", i, x)).sqrt(), gradient, value=-1)
 
 

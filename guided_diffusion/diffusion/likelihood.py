@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,53 +40,32 @@ def prior_term(tables: Tables, x0: Tensor, last_step: Tensor) -> Tensor:
     return in_bits(mean_flat(normal_kl(end.mean, end.log_variance, zero, zero)))
 
 
-class BoundStep(NamedTuple):
-    """One step of the walk; values are `[B]`."""
-
-    i: int
-    vb: Tensor  # this step's share of the bound, bits per dimension
-    x0_mse: Tensor
-    eps_mse: Tensor
-
-
 class Bound(NamedTuple):
     """The variational bound in bits per dimension, per example. Step axes run from T-1 down to 0."""
 
-    total: Tensor  # [B] = prior + sum of vb
     prior: Tensor  # [B]
-    vb: Tensor  # [B, T]
+    vb: Tensor  # [B, T]: each step's share
     x0_mse: Tensor  # [B, T]
     eps_mse: Tensor  # [B, T]
 
-
-@torch.no_grad()
-def bound_steps(
-    denoise: Denoiser, process: Process, x0: Tensor, *, noise: Noise = torch.randn_like
-) -> Iterator[BoundStep]:
-    """Walk the bound of `x0` `[B, ...]` in [-1, 1] from the noisiest step to the cleanest, one draw of noise for each."""
-    steps = torch.arange(len(process), device=x0.device)
-    for k in reversed(range(len(process))):
-        i, eps = steps[k].expand(x0.shape[0]), noise(x0)
-        x = add_noise(process, x0, i, eps)
-        denoised = denoise(x, i)
-        mean = posterior(process, denoised.x0, x, i).mean
-        yield BoundStep(
-            k,
-            bound_between(process, x0, x, i, mean, denoised.log_variance),
-            squared_error(denoised.x0, x0),
-            squared_error(eps_from_x0(process, x, i, denoised.x0), eps),
-        )
+    @property
+    def total(self) -> Tensor:
+        """The whole bound, `[B]`."""
+        return self.prior + self.vb.sum(dim=1)
 
 
 @torch.no_grad()
 def bits_per_dim(denoise: Denoiser, process: Process, x0: Tensor, *, noise: Noise = torch.randn_like) -> Bound:
-    """The whole variational bound of `x0` `[B, ...]` and its terms; T evaluations of the network."""
-    walk = list(bound_steps(denoise, process, x0, noise=noise))
-    vb, x0_mse, eps_mse = (torch.stack(rows, dim=1) for rows in zip(*(step[1:] for step in walk)))
-    end = torch.full((x0.shape[0],), len(process) - 1, device=x0.device)
-    return bound_of(prior_term(process, x0, end), vb, x0_mse, eps_mse)
-
-
-def bound_of(prior: Tensor, vb: Tensor, x0_mse: Tensor, eps_mse: Tensor) -> Bound:
-    """The bound from its prior term `[B]` and step terms `[B, T]`."""
-    return Bound(prior + vb.sum(dim=1), prior, vb, x0_mse, eps_mse)
+    """The bound of `x0` `[B, ...]` in [-1, 1], one draw of noise and one evaluation of the network for each step."""
+    steps = torch.arange(len(process), device=x0.device)
+    rows = []
+    for step in steps.flip(0):
+        i, eps = step.expand(x0.shape[0]), noise(x0)
+        x = add_noise(process, x0, i, eps)
+        denoised = denoise(x, i)
+        mean = posterior(process, denoised.x0, x, i).mean
+        vb = bound_between(process, x0, x, i, mean, denoised.log_variance)
+        errors = squared_error(denoised.x0, x0), squared_error(eps_from_x0(process, x, i, denoised.x0), eps)
+        rows.append((vb, *errors))
+    last_step = steps[-1].expand(x0.shape[0])
+    return Bound(prior_term(process, x0, last_step), *(torch.stack(column, dim=1) for column in zip(*rows)))

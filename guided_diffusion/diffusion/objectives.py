@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from .process import Process, Tables, add_noise, posterior_mean, v_from_x0
 
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Weight = Callable[[Process, Tensor, Predicts], Tensor]
-LOSSES: tuple[Loss, ...] = ("mse", "rescaled_mse", "kl", "rescaled_kl")
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 def training_losses(
@@ -39,17 +39,19 @@ def training_losses(
     check_objective(predicts, variance, loss, weight)
     x = add_noise(process, x0, i, noise)
     prediction, raw = split_variance(net(x, process.time_at(i), **(cond or {})), x, variance)
-    if loss in ("kl", "rescaled_kl"):
-        vb = variational_term(process, prediction, raw, x0, x, i, predicts, variance)
-        return {"loss": vb * bound_scale(loss, len(process))}
 
+    def bound(prediction: Tensor) -> Tensor:
+        """The bound's term for a prediction that is not clipped."""
+        mean = posterior_mean(process, x0_from_output(process, prediction, x, i, predicts), x, i)
+        log_variance = step_spread(process, raw, x, i, variance).log_variance
+        return bound_between(process, x0, x, i, mean, log_variance) * bound_scale(loss, len(process))
+
+    if loss in ("kl", "rescaled_kl"):
+        return {"loss": bound(prediction)}
     mse = squared_error(mse_target(process, x0, x, i, noise, predicts), prediction)
-    terms = {"mse": mse, "loss": mse}
-    if weight is not None:
-        terms["loss"] = mse * weight(process, i, predicts)
+    terms = {"mse": mse, "loss": mse if weight is None else mse * weight(process, i, predicts)}
     if raw is not None:
-        vb = variational_term(process, prediction.detach(), raw, x0, x, i, predicts, variance)
-        terms["vb"] = vb * bound_scale(loss, len(process))
+        terms["vb"] = bound(prediction.detach())
         terms["loss"] = terms["loss"] + terms["vb"]
     return terms
 
@@ -76,21 +78,6 @@ def mse_target(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, noise: Tensor, 
             return posterior_mean(tables, x0, x, i)
         case "v":
             return v_from_x0(tables, x0, i, noise)
-
-
-def variational_term(
-    tables: Tables,
-    prediction: Tensor,
-    raw: Tensor | None,
-    x0: Tensor,
-    x: Tensor,
-    i: Tensor,
-    predicts: Predicts,
-    variance: Variance,
-) -> Tensor:
-    """The bound's term for a prediction that is not clipped, in bits per dimension, `[B]`."""
-    mean = posterior_mean(tables, x0_from_output(tables, prediction, x, i, predicts), x, i)
-    return bound_between(tables, x0, x, i, mean, step_spread(tables, raw, x, i, variance).log_variance)
 
 
 def bound_scale(loss: Loss, num_steps: int) -> float:

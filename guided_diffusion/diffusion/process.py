@@ -29,9 +29,7 @@ class Process:
 
     betas: np.ndarray
     time: Tensor  # what the network is told at step i: respacing and rescaling live here
-    time_span: (
-        float  # the length of the axis `time` counts on: number of steps before any respacing, or 1000 once rescaled
-    )
+    time_span: float  # length of the axis of `time`: number of steps before any respacing, or 1000 once rescaled
     beta: Tensor
     log_beta: Tensor
     log_snr: Tensor
@@ -50,9 +48,7 @@ class Process:
     posterior_mean_x: Tensor
     fixed_large_variance: Tensor
     fixed_large_log_variance: Tensor
-    whole: Process | None = (
-        None  # before any respacing: what the network is told between the steps kept; None: this one
-    )
+    whole: Process | None = None  # before any respacing, for the times between the steps kept; None: this one
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -83,15 +79,12 @@ class Process:
             return _looked_up(self.time, i)
         if self.whole is None:
             return self._between("time", self.time, i)
-        told = self.whole._time_of(self._between("log_snr", self.log_snr, i))
-        return torch.where(i == i.round(), self._between("time", self.time, i), told)
-
-    def _time_of(self, log_snr: Tensor) -> Tensor:
-        above = torch.searchsorted(-self.log_snr, -log_snr).clamp(1, len(self) - 1)
-        cleaner, noisier = self.log_snr[above - 1], self.log_snr[above]
-        return torch.lerp(
-            self.time[above - 1], self.time[above], ((cleaner - log_snr) / (cleaner - noisier)).clamp(0, 1)
-        )
+        log_snr, time = self.whole.log_snr, self.whole.time
+        here = self._between("log_snr", self.log_snr, i)
+        above = torch.searchsorted(-log_snr, -here).clamp(1, len(time) - 1)
+        share = (log_snr[above - 1] - here) / (log_snr[above - 1] - log_snr[above])
+        between = torch.lerp(time[above - 1], time[above], share.clamp(0, 1))
+        return torch.where(i == i.round(), self._between("time", self.time, i), between)
 
     def _between(self, name: str, table: Tensor, i: Tensor) -> Tensor:
         i = i.clamp(0, len(self) - 1)
@@ -173,10 +166,12 @@ def _process(betas: np.ndarray, time: Tensor, span: float, device: torch.device,
 def make_process(betas: Any, time: Any = None) -> Process:
     """A process on the CPU from its betas; `time` `[T]` is what the network is told at each step (default: the step's own number)."""
     betas = check_betas(betas)
-    told = torch.arange(len(betas)) if time is None else torch.as_tensor(time)
-    if told.shape != (len(betas),):
-        raise ValueError(f"time must hold one number for each of the {len(betas)} betas; got shape {tuple(told.shape)}")
-    return _process(betas, told.to(torch.float32), float(len(betas)), torch.device("cpu"), torch.float32)
+    times = torch.arange(len(betas)) if time is None else torch.as_tensor(time)
+    if times.shape != (len(betas),):
+        raise ValueError(
+            f"time must hold one number for each of the {len(betas)} betas; got shape {tuple(times.shape)}"
+        )
+    return _process(betas, times.to(torch.float32), float(len(betas)), torch.device("cpu"), torch.float32)
 
 
 def rescale_time(process: Process, span: float = 1000.0) -> Process:
@@ -220,18 +215,30 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
     "250" or 250: that many, evenly from first to last. "90,60,60,20,20" or a list: cut the steps into equal sections (the first is the
     least noisy) and take so many from each. "ddim25": every k-th step from 0, with the whole number k that gives 25. "": all.
     """
+    parts: Iterable[Any] = sections if isinstance(sections, Iterable) else [sections]
+    strided = False
     if isinstance(sections, str):
         text = sections.strip()
         if not text:
             return list(range(num_steps))
-        if text.startswith("ddim"):
-            return _strided(num_steps, _whole(text[len("ddim") :], sections), sections)
-        counts = [_whole(part, sections) for part in text.split(",")]
-    else:
-        counts = [int(sections)] if isinstance(sections, (int, np.integer)) else [int(count) for count in sections]
-    _check_count(num_steps, sum(counts), sections)
+        strided = text.startswith("ddim")
+        parts = [text.removeprefix("ddim")] if strided else text.split(",")
+    try:
+        counts = [int(part) for part in parts]
+    except ValueError:
+        raise ValueError(
+            f"timestep_respacing {sections!r} is not understood; write a number of steps as in '250', numbers for equal sections as in "
+            "'90,60,60,20,20', 'ddim25' for an even stride, or '' for all steps"
+        ) from None
+    if not 1 <= sum(counts) <= num_steps:
+        raise ValueError(
+            f"timestep_respacing {sections!r} asks for {sum(counts)} of {num_steps} steps; give at least 1 and at most {num_steps}, "
+            "as in '250', '90,60,60,20,20' or 'ddim25', or '' for all"
+        )
     if min(counts) < 0:
         raise ValueError(f"timestep_respacing {sections!r} has a negative count; a section gives 0 steps or more")
+    if strided:
+        return _strided(num_steps, counts[0], sections)
 
     steps: list[int] = []
     start = 0
@@ -251,27 +258,7 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
     return steps
 
 
-def _check_count(num_steps: int, count: int, sections: Any) -> None:
-    if 1 <= count <= num_steps:
-        return
-    raise ValueError(
-        f"timestep_respacing {sections!r} asks for {count} of {num_steps} steps; give at least 1 and at most {num_steps}, as in '250', "
-        "'90,60,60,20,20' or 'ddim25', or '' for all"
-    )
-
-
-def _whole(text: str, sections: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(
-            f"timestep_respacing {sections!r} is not understood; write a number of steps as in '250', numbers for equal sections as in "
-            "'90,60,60,20,20', 'ddim25' for an even stride, or '' for all steps"
-        ) from None
-
-
-def _strided(num_steps: int, count: int, sections: str) -> list[int]:
-    _check_count(num_steps, count, sections)
+def _strided(num_steps: int, count: int, sections: Any) -> list[int]:
     possible = {len(range(0, num_steps, stride)): stride for stride in range(max(1, num_steps - 1), 0, -1)}
     if count not in possible:
         near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])

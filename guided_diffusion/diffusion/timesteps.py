@@ -79,11 +79,9 @@ class LossSecondMoment:
         self._follow(i)
         same = (i[:, None] == i[None, :]).tril()
         nth = same.sum(dim=1) - 1  # how many times this step came earlier in the batch
-        still = (
-            same.sum(dim=0) - 1
-        )  # how many times it comes later: with `history` or more, this one is forgotten already
+        later = same.sum(dim=0) - 1  # with `history` or more of the same step to come, this one is forgotten already
         slot = (self.seen[i] + nth) % self.history
-        flat = torch.where(still < self.history, i * self.history + slot, self.losses.numel())
+        flat = torch.where(later < self.history, i * self.history + slot, self.losses.numel())
         padded = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])  # the last place takes what is forgotten
         self.losses = padded.scatter(0, flat, losses.detach().to(padded))[:-1].view_as(self.losses)
         self.seen = self.seen.scatter_add(0, i, torch.ones_like(i))

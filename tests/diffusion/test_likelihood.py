@@ -14,7 +14,7 @@ from guided_diffusion.diffusion.densities import (
     discretized_gaussian_log_likelihood,
     normal_kl,
 )
-from guided_diffusion.diffusion.likelihood import bits_per_dim, bound_steps
+from guided_diffusion.diffusion.likelihood import bits_per_dim
 
 
 def test_divergence() -> None:
@@ -83,18 +83,21 @@ def test_bound_lies_just_above_the_entropy() -> None:
     assert worse.total.mean() > bound.total[:50].mean() + 0.5
 
 
-def test_the_walk_is_the_sum_taken_apart_and_leaves_grad_mode_alone() -> None:
-    process, x0 = exact_process(keep="5"), pixels(0.3)[:3]
+def test_the_bound_has_the_errors_of_each_step_from_the_noisiest_on() -> None:
+    process, x0, visited = exact_process(keep="5"), pixels(0.3)[:3], []
 
     def denoise(x: torch.Tensor, i: torch.Tensor) -> Denoised:
         assert not torch.is_grad_enabled()
+        visited.append(int(i[0]))
         log_variance = process.at("fixed_large_log_variance", i, x)
         return Denoised(0.5 * x, Spread(log_variance.exp(), log_variance))
 
-    bound, rows = bits_per_dim(denoise, process, x0, noise=seeded(2)), []
-    for row in bound_steps(denoise, process, x0, noise=seeded(2)):
-        assert torch.is_grad_enabled()
-        rows.append(row)
-    assert [row.i for row in rows] == [4, 3, 2, 1, 0]
-    for name in ("vb", "x0_mse", "eps_mse"):
-        torch.testing.assert_close(torch.stack([getattr(row, name) for row in rows], 1), getattr(bound, name))
+    bound, noise = bits_per_dim(denoise, process, x0, noise=seeded(2)), seeded(2)
+    assert visited == [4, 3, 2, 1, 0]
+    for column, step in enumerate(visited):
+        eps, alpha_bar = noise(x0), float(process.alpha_bar[step])
+        x = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
+        error, ratio = 0.5 * x - x0, (alpha_bar / (1 - alpha_bar)) ** 0.5
+        torch.testing.assert_close(bound.x0_mse[:, column], error.square().flatten(1).mean(1))
+        expected = (ratio * error).square().flatten(1).mean(1)  # the eps that 0.5 x implies is off by so much
+        torch.testing.assert_close(bound.eps_mse[:, column], expected, rtol=1e-3, atol=1e-5)
