@@ -26,7 +26,7 @@ from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .runtime import storage as _storage
 from .training import optimizer as _optimizer
-from .training.lr import learning_rate as _learning_rate
+from .training.optimizer import learning_rate as _learning_rate
 from .training.parallel import distributed as _distributed
 from .training.precision import INITIAL_LOG_LOSS_SCALE  # noqa: F401
 from .weights import runs as _files
@@ -135,7 +135,11 @@ class TrainLoop:
             logger.log(f"loading optimizer state from checkpoint: {path}")
             state = dist_util.load_state_dict(path, map_location=dist_util.dev())
             # Moments and counts only: rate and decay are those of this loop, not of the one that wrote the file.
-            _optimizer.load_state(self.opt, state, self.mp_trainer.master_params, list(self.model.parameters()))
+            model_params, master_params = list(self.model.parameters()), self.mp_trainer.master_params
+            moments = state.get("state", {})
+            if len(moments) == len(model_params) != len(master_params) == 2 and "exp_avg" in moments[0]:
+                state = {"state": _flattened(moments, model_params, master_params)}
+            _optimizer.load_state(self.opt, state, master_params)
             for group in self.opt.param_groups:
                 group["lr"] = _learning_rate(self.resume_step, self.lr, anneal_steps=self.lr_anneal_steps)
         else:
@@ -220,6 +224,19 @@ class TrainLoop:
             _write(_files.file_name("opt", step), self.opt.state_dict())
         if dist.is_initialized():
             dist.barrier()
+
+
+def _flattened(moments: Any, model_params: list[Any], master_params: list[Any]) -> dict[int, Any]:
+    """Moments of each of the model's parameters, as moments of the two flat ones of a float16 run."""
+    out: dict[int, dict[str, th.Tensor]] = {}
+    for k, master in enumerate(master_params):
+        members = [moments[m] for m, p in enumerate(model_params) if (p.dim() > 1) == bool(k)]
+        pieces = {name: [entry[name].reshape(-1) for entry in members] for name in ("exp_avg", "exp_avg_sq")}
+        if sum(piece.numel() for piece in pieces["exp_avg"]) != master.numel():
+            raise ValueError(f"the optimizer file does not fit the {master.numel()} parameters of this network")
+        out[k] = {name: th.cat(parts).reshape(master.shape) for name, parts in pieces.items()}
+        out[k]["step"] = th.as_tensor(members[0]["step"], dtype=th.float32).clone()
+    return out
 
 
 def _processes() -> int:

@@ -122,16 +122,15 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
     import torch
 
     from ..models.kernels import norm
-    from ..runtime.devices import choose_precision
+    from ..runtime.devices import choose_precision, compute_in
     from ..training.memory import set_recompute
-    from ..training.precision import Precision
     from ..weights.probe import conditions
 
     model, where = config.model, next(net.parameters()).device
     half = getattr(model, "use_fp16", False) or getattr(model, "classifier_use_fp16", False)
     if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]
-    Precision(choose_precision(config.train.precision, half, device)).prepare(net)
+    compute_in(net, choose_precision(config.train.precision, half, device))
     set_recompute(net, "none" if recompute == "auto" else recompute)
 
     def forward(count: int) -> Any:

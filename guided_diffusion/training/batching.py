@@ -65,10 +65,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def positions(batch: Any, rank: int, size: int) -> Tensor:
     """Each example's place in the global batch, int64 `[B]` in main memory; without the field, dealt out in turn."""
-    found = _items(batch).get(POSITIONS)
-    if found is None:
-        return torch.arange(length(batch)) * size + rank
-    return found.cpu()
+    places = _items(batch).get(POSITIONS)
+    return torch.arange(length(batch)) * size + rank if places is None else places.cpu()
 
 
 class Feed:
@@ -126,7 +124,7 @@ class Clock:
             self._bar = tqdm(initial=done, total=target, unit="step", dynamic_ncols=True)
         self._begin = self._start = time.perf_counter()
         self._images = 0
-        self._waited = self._paused = self._rate = 0.0
+        self._waited = self._paused = 0.0
         self._waits_in_a_row = 0
         self._hinted = False
 
@@ -153,24 +151,19 @@ class Clock:
         yield
         self._paused += time.perf_counter() - start
 
-    def read(self) -> dict[str, float]:
-        """Figures since the last call; "seconds" since the loop began."""
+    def read(self, loss: float | None) -> dict[str, float]:
+        """Figures since the last call ("seconds" since the loop began), shown beside the bar with the loss.
+
+        Says what helps against waiting for data: once in a run, at the third interval in a row with much of it (the first ones
+        start workers).
+        """
         now = time.perf_counter()
         spent = max(now - self._start - self._paused, 1e-9)
-        figures = {
-            "images_per_second": self._images / spent,
-            "data_wait_share": min(self._waited / spent, 1.0),
-            "seconds": now - self._begin,
-        }
+        rate, share = self._images / spent, min(self._waited / spent, 1.0)
         self._start, self._images, self._waited, self._paused = now, 0, 0.0, 0.0
-        self._rate = figures["images_per_second"]
-        return figures
-
-    def hint(self, share: float) -> None:
-        """Say what helps against waiting for data: once in a run, at the third interval in a row with much of it.
-
-        The first intervals start workers.
-        """
+        if self._bar is not None:
+            shown = {"img/s": f"{rate:.1f}", **({} if loss is None else {"loss": f"{loss:.4g}"})}
+            self._bar.set_postfix(shown, refresh=False)
         self._waits_in_a_row = self._waits_in_a_row + 1 if share > _MUCH_WAITING else 0
         if self._waits_in_a_row >= 3 and not self._hinted:
             self._hinted = True
@@ -178,14 +171,7 @@ class Clock:
                 f"hint: {share:.0%} of the time is spent waiting for images. More --workers, or `guided-diffusion data pack` "
                 "(decode and crop once, map into memory), would make training faster"
             )
-
-    def show(self, loss: float | None) -> None:
-        """Refresh the figures beside the bar."""
-        if self._bar is not None:
-            shown = {"img/s": f"{self._rate:.1f}"}
-            if loss is not None:
-                shown["loss"] = f"{loss:.4g}"
-            self._bar.set_postfix(shown, refresh=False)
+        return {"images_per_second": rate, "data_wait_share": share, "seconds": now - self._begin}
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""

@@ -16,8 +16,7 @@ from ..runtime import storage
 from ..runtime.log import Log
 from ..runtime.streams import EVALUATE, Streams
 from . import batching
-from .interval import QUARTILES
-from .losses import LossFn
+from .losses import QUARTILES, LossFn
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -101,7 +100,7 @@ def accuracy_by_noise(
         for level in levels:
             with torch.no_grad():
                 hits[level] += loss_at(_At(level))(net, moved, streams).terms["train_acc@1"].tolist()
-    accuracy = {level: sum(found) / len(found) for level, found in hits.items()}
+    accuracy = {level: sum(right) / len(right) for level, right in hits.items()}
     words = ", ".join(f"step {level}: {share:.3f}" for level, share in accuracy.items())
     _log.info(f"held-out accuracy by noise level: {words}")
     return accuracy

@@ -22,17 +22,18 @@ def largest_activations(net: nn.Module, forward: Callable[[], Any]) -> list[dict
     """Run `forward` and list, in order of execution, each innermost module's largest finite output and non-finite count."""
     rows: list[dict[str, Any]] = []
 
-    def recorder(name: str, kind: str) -> Callable[..., None]:
-        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                finite = torch.isfinite(output)
-                largest = torch.where(finite, output, 0).abs().max().item() if output.numel() else 0.0
-                rows.append({"layer": name, "type": kind, "largest": largest, "non_finite": int((~finite).sum())})
-
-        return record
+    def record(name: str, module: nn.Module, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            finite = torch.isfinite(output)
+            largest = torch.where(finite, output, 0).abs().max().item() if output.numel() else 0.0
+            row = {"layer": name, "type": type(module).__name__, "largest": largest}
+            rows.append({**row, "non_finite": int((~finite).sum())})
 
     leaves = [(name, module) for name, module in net.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(recorder(name, type(module).__name__)) for name, module in leaves]
+    handles = [
+        module.register_forward_hook(lambda module, _inputs, output, name=name: record(name, module, output))
+        for name, module in leaves
+    ]
     try:
         forward()
     finally:
@@ -74,8 +75,8 @@ def raise_diverged(
     losses: dict[str, list[float]] = {}
 
     def forward() -> None:
-        found = losses_again()
-        losses.update({name: value.float().tolist() for name, value in found.terms.items()}, loss=found.loss.tolist())
+        again = losses_again()
+        losses.update({name: value.float().tolist() for name, value in again.terms.items()}, loss=again.loss.tolist())
 
     layers = largest_activations(net, forward)
     report = {"last_good": last_good, "losses": losses, "precision": precision, "layers": layers}

@@ -11,22 +11,30 @@ from torch.optim import AdamW, Optimizer
 
 
 def make_adamw(
-    params: Iterable[nn.Parameter],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    shard: bool = False,
+    params: Iterable[nn.Parameter], *, lr: float, weight_decay: float = 0.0, shard: bool = False
 ) -> Optimizer:
     """AdamW over one parameter group. `shard` spreads its state over the processes (ZeRO stage 1); needs a process group."""
     params = [p for p in params if p.requires_grad]
-    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": _can_fuse(params)}
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(params, optimizer_class=AdamW, fused=_can_fuse(params), **options)
-    return AdamW(params, fused=_can_fuse(params), **options)
+        return ZeroRedundancyOptimizer(params, optimizer_class=AdamW, **options)
+    return AdamW(params, **options)
+
+
+def learning_rate(step: int, base: float, *, anneal_steps: int = 0, warmup_steps: int = 0) -> float:
+    """The rate for the update that follows `step` completed ones: a function of it, so that nothing needs saving.
+
+    Linear decay from `base` at step 0 to 0 at `anneal_steps` (0 = none), times a linear warm-up that reaches 1 at the
+    `warmup_steps`-th update (0 = none). Past `anneal_steps` the rate stays 0.
+    """
+    rate = base
+    if anneal_steps > 0:
+        rate *= max(0.0, 1.0 - step / anneal_steps)
+    if warmup_steps > 0:
+        rate *= min(1.0, (step + 1) / warmup_steps)
+    return rate
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -46,17 +54,12 @@ def _can_fuse(params: Sequence[nn.Parameter]) -> bool:
     return True
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that does the arithmetic: the local one of a sharded optimizer."""
-    return getattr(optimizer, "optim", optimizer)
-
-
 def guarded_step(optimizer: Optimizer, grads: Sequence[Tensor], divisor: Tensor, skip: Tensor) -> None:
     """One optimizer step on `grads / divisor`, or none if `skip` (bool scalar on the device) is true.
 
     Fused kernels take both as tensors, so nothing waits for the device; the others read `skip` on the host.
     """
-    inner: Any = _inner(optimizer)
+    inner: Any = getattr(optimizer, "optim", optimizer)  # of a sharded optimizer the one that does the arithmetic
     if inner.defaults.get("fused"):
         inner.grad_scale, inner.found_inf = divisor, skip.to(torch.float32)
         try:
@@ -76,24 +79,15 @@ def full_state_dict(optimizer: Optimizer, is_main: bool) -> dict[str, Any] | Non
     return optimizer.state_dict() if is_main else None
 
 
-def load_state(
-    optimizer: Optimizer,
-    state: Mapping[str, Any],
-    params: Sequence[nn.Parameter],
-    model_params: Sequence[nn.Parameter] | None = None,
-) -> None:
+def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[nn.Parameter]) -> None:
     """Take up moments and step counts; learning rate, decay and the like stay as configured now.
 
     Also reads the optimizer files of 2021 float16 runs, whose moments are two flat tensors: all parameters of at most one
-    dimension, then all others. Where `params` are two such tensors made of `model_params`, it reads the other kind. ValueError
-    if the file is of another network.
+    dimension, then all others. ValueError if the file is of another network.
     """
     moments = dict(state.get("state", {}))
-    if len(params) != len(moments) and all("exp_avg" in entry for entry in moments.values()):
-        if len(moments) == 2:
-            moments = _unflattened(moments, params)
-        elif model_params is not None and len(moments) == len(model_params) != len(params) == 2:
-            moments = _flattened(moments, model_params, params)
+    if len(moments) == 2 != len(params) and all("exp_avg" in entry for entry in moments.values()):
+        moments = _unflattened(moments, params)
     for k, entry in moments.items():
         if not 0 <= int(k) < len(params):
             raise ValueError(f"the optimizer file has {len(moments)} parameters, the network {len(params)}")
@@ -110,20 +104,6 @@ def load_state(
         group["params"] = list(range(start, start + len(group["params"])))
         start += len(group["params"])
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _flattened(
-    moments: Mapping[int, Mapping[str, Any]], model_params: Sequence[nn.Parameter], flat: Sequence[nn.Parameter]
-) -> dict[int, dict[str, Any]]:
-    out: dict[int, dict[str, Any]] = {}
-    for k, master in enumerate(flat):
-        members = [moments[m] for m, p in enumerate(model_params) if (p.dim() > 1) == bool(k)]
-        pieces = {name: [entry[name].reshape(-1) for entry in members] for name in ("exp_avg", "exp_avg_sq")}
-        if sum(piece.numel() for piece in pieces["exp_avg"]) != master.numel():
-            raise ValueError(f"the optimizer file does not fit the {master.numel()} parameters of this network")
-        out[k] = {name: torch.cat(parts).reshape(master.shape) for name, parts in pieces.items()}
-        out[k]["step"] = torch.as_tensor(members[0]["step"], dtype=torch.float32).clone()
-    return out
 
 
 def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:

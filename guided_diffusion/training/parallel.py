@@ -34,16 +34,6 @@ def distributed(
     return wrapped
 
 
-def repacks(model: nn.Module, size: int) -> bool:
-    """Whether the first backward pass of this wrapper sums gradients in another order than the later ones.
-
-    DistributedDataParallel packs gradients by registration at first, and by order of arrival from the second pass on. The place of a
-    number decides in which order more than two processes add it, so the first step after a restart would differ in the last bit from
-    the same step of a run that nobody interrupted.
-    """
-    return isinstance(model, DistributedDataParallel) and size > 2
-
-
 def unwrapped(net: nn.Module) -> nn.Module:
     """The network inside torch.compile's or DistributedDataParallel's wrapper, whose parameters have their plain names."""
     while True:

@@ -1,6 +1,6 @@
 """Number formats of training: float32, bfloat16, or float16 with a loss scale. Weights stay float32 in all three.
 
-The network casts its weights where it uses them (`net.set_compute_dtype`), so nothing here copies or halves parameters.
+The network casts its weights where it uses them (`runtime.devices.compute_in`), so nothing here copies or halves parameters.
 All decisions are tensors on the device: no step waits for the host.
 """
 
@@ -10,52 +10,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..runtime.devices import DTYPES, compute_in
+from ..runtime.devices import DTYPES
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 """log2 of the first float16 loss scale, as in 2021."""
 
 
 class Precision:
-    """What format the network computes in and, for float16, the scale of the loss.
+    """For float16 the scale of the loss, which keeps small gradients from vanishing.
 
     The scale is kept as `lg_loss_scale = log2(scale)`: `+ growth` after a good step, `- 1` (halved) after one whose
-    gradients overflowed, never below `floor`. For fp32 and bf16 the scale is 1 and never changes.
+    gradients overflowed, never below 0. For fp32 and bf16 the scale is 1 and never changes.
     """
 
-    def __init__(
-        self,
-        name: str = "fp32",
-        *,
-        device: torch.device | str = "cpu",
-        initial: float = INITIAL_LOG_LOSS_SCALE,
-        growth: float = 1e-3,
-        floor: float = 0.0,
-    ) -> None:
+    def __init__(self, name: str = "fp32", *, device: torch.device | str = "cpu", growth: float = 1e-3) -> None:
         if name not in DTYPES:
             raise ValueError(f"precision {name!r} is not one of {', '.join(DTYPES)}")
-        if initial < floor:
-            raise ValueError(f"the first loss scale 2^{initial} is below its floor 2^{floor}")
-        self.name = name
-        self.dtype = DTYPES[name]
-        self.growth = growth
-        self.floor = floor
-        start = initial if self.scales else 0.0
-        self.lg_loss_scale = torch.tensor(start, dtype=torch.float32, device=device)
-
-    @property
-    def scales(self) -> bool:
-        """Whether the loss is scaled, which only float16 needs."""
-        return self.name == "fp16"
-
-    def prepare(self, net: nn.Module) -> None:
-        """Tell the network its format. Networks without `set_compute_dtype` can only train in fp32."""
-        compute_in(net, self.name)
+        self.name, self.growth = name, growth
+        self.scales = name == "fp16"
+        """Whether the loss is scaled."""
+        self.lg_loss_scale = torch.tensor(INITIAL_LOG_LOSS_SCALE * self.scales, dtype=torch.float32, device=device)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """`loss * 2^lg_loss_scale`: keeps small float16 gradients from vanishing."""
+        """`loss * 2^lg_loss_scale`."""
         return loss * torch.exp2(self.lg_loss_scale) if self.scales else loss
 
     def divisor(self) -> Tensor:
@@ -64,14 +43,12 @@ class Precision:
 
     def at_floor(self) -> Tensor:
         """Whether the scale cannot fall any further (true for fp32 and bf16), bool scalar on the device."""
-        return (
-            self.lg_loss_scale <= self.floor if self.scales else torch.ones_like(self.lg_loss_scale, dtype=torch.bool)
-        )
+        return self.lg_loss_scale <= 0
 
     def update(self, overflowed: Tensor) -> None:
         """Grow or halve the scale after a step; `overflowed` is a bool scalar on the device."""
         if self.scales:
-            lowered = (self.lg_loss_scale - 1.0).clamp(min=self.floor)
+            lowered = (self.lg_loss_scale - 1.0).clamp(min=0.0)
             self.lg_loss_scale = torch.where(overflowed, lowered, self.lg_loss_scale + self.growth)
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..diffusion.timesteps import Timesteps
+from ..runtime.devices import compute_in
 from ..runtime.log import Log
 from ..runtime.signals import Agreement, Stop
 from ..runtime.streams import TRAIN, Streams, key_of
@@ -29,11 +30,9 @@ from ..weights.files import load_weights_into
 from ..weights.runs import SavedRun
 from . import batching, incident, optimizer
 from .ema import EMA
-from .interval import Interval
-from .losses import Losses, LossFn
-from .lr import learning_rate, stop_step
-from .optimizer import total_norm
-from .parallel import distributed, repacks, unwrapped
+from .losses import Interval, Losses, LossFn
+from .optimizer import learning_rate, total_norm
+from .parallel import distributed, unwrapped
 from .precision import Precision
 from .saver import Checkpoints, load_tensors
 
@@ -54,7 +53,6 @@ class Trainer:
         lr_anneal_steps: int = 0,
         lr_warmup_steps: int = 0,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         shard_optimizer: bool = False,
         shard_ema: bool = False,
@@ -97,25 +95,20 @@ class Trainer:
         self.net = net.to(self.device)
         self.loss_fn = loss_fn
         self.precision = Precision(precision, device=self.device, growth=fp16_scale_growth)
-        self.precision.prepare(unwrapped(net))
-        self.model: nn.Module = self.net
-        if self.world.size > 1:
-            self.model = distributed(self.net, self.device, ddp_options)
+        compute_in(unwrapped(net), precision)
+        several = self.world.size > 1
+        self.model: nn.Module = distributed(self.net, self.device, ddp_options) if several else self.net
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         if make_optimizer is not None:
             self.optimizer = make_optimizer(self.params)
         else:
-            shard = shard_optimizer and self.world.size > 1
-            self.optimizer = optimizer.make_adamw(
-                self.params, lr=lr, weight_decay=weight_decay, betas=betas, shard=shard
-            )
+            shard = shard_optimizer and several
+            self.optimizer = optimizer.make_adamw(self.params, lr=lr, weight_decay=weight_decay, shard=shard)
         self.ema = EMA(unwrapped(net), ema_rates, world=self.world if shard_ema else None)
         self.lr, self.lr_anneal_steps, self.lr_warmup_steps = lr, lr_anneal_steps, lr_warmup_steps
         self.batch_size, self.microbatch = batch_size, microbatch
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
         self.seed, self.schedule_sampler = seed, schedule_sampler
-        # One without a state has nothing to learn, and gathering its losses would cost a wait per step.
-        self._sampler_learns = schedule_sampler is not None and bool(schedule_sampler.state_dict())
         self.callbacks = list(callbacks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
@@ -125,7 +118,10 @@ class Trainer:
         self._feed = batching.Feed(batches)
         self._batch: Any = None
         self._saved_at: int | None = None
-        self._unsettled = repacks(self.model, self.world.size)
+        # DistributedDataParallel packs gradients by registration at first, and by order of arrival from the second pass on. The
+        # place of a number decides in which order more than two processes add it, so the first step after a restart would differ
+        # in the last bit from the same step of a run that nobody interrupted.
+        self._unsettled = self.world.size > 2
         self._interval = Interval(self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -148,8 +144,9 @@ class Trainer:
             self.net.train()
         parts = list(batching.split(batch, self.microbatch))
         positions = batching.positions(batch, self.world.rank, size)
-        if self._unsettled:
-            self._settle(parts[0], positions[: batching.length(parts[0])], global_size)
+        if self._unsettled:  # a backward pass for nothing, after which gradients keep their places in the messages
+            self.forward_backward(parts[0], positions[: batching.length(parts[0])], global_size, last=True)
+            self._unsettled = False
         torch.manual_seed(key_of(self.seed, TRAIN, self.steps_done, self.world.rank))
         rate = learning_rate(
             self.steps_done, self.lr, anneal_steps=self.lr_anneal_steps, warmup_steps=self.lr_warmup_steps
@@ -171,12 +168,6 @@ class Trainer:
         self.steps_done += 1
         self.samples_seen += global_size
         return {"loss": loss, "grad_norm": grad_norm, "skipped": bad}
-
-    def _settle(self, part: Any, ids: Tensor, global_size: int) -> None:
-        """Once per process: a backward pass for nothing, after which gradients keep their places in the messages (`repacks`)."""
-        self.forward_backward(part, ids, global_size, last=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._unsettled = False
 
     def forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
         """Add the gradients of one microbatch to those there; with the `last`, processes exchange them."""
@@ -220,14 +211,16 @@ class Trainer:
     def _update_schedule_sampler(self, positions: Tensor, seen: Sequence[Losses]) -> None:
         """Hand the losses of the whole global batch to the schedule sampler, in order of position, so that all processes learn the same."""
         steps = [losses.i for losses in seen if losses.i is not None]
-        if self.schedule_sampler is not None and self._sampler_learns and steps:
-            raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in seen]
-            table = torch.stack([positions.to(self.device), torch.cat(steps), torch.cat(raw).float()], dim=1)
-            table = self.world.all_gather_cat(table, name="losses for the schedule sampler")
-            table = table[table[:, 0].argsort(stable=True)]
-            table = table[torch.isfinite(table[:, 2])]
-            if len(table):
-                self.schedule_sampler.update(table[:, 1].to(steps[0].dtype), table[:, 2])
+        # One without a state has nothing to learn, and gathering its losses would cost a wait per step.
+        if self.schedule_sampler is None or not self.schedule_sampler.state_dict() or not steps:
+            return
+        raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in seen]
+        table = torch.stack([positions.to(self.device), torch.cat(steps), torch.cat(raw).float()], dim=1)
+        table = self.world.all_gather_cat(table, name="losses for the schedule sampler")
+        table = table[table[:, 0].argsort(stable=True)]
+        table = table[torch.isfinite(table[:, 2])]
+        if len(table):
+            self.schedule_sampler.update(table[:, 1].to(steps[0].dtype), table[:, 2])
 
     # ---- Many steps
 
@@ -238,7 +231,7 @@ class Trainer:
         saving. Raises `TrainingDiverged` after too many bad steps and `SaveError` if saving failed and that was to end
         the run.
         """
-        target = stop_step(until, self.lr_anneal_steps)
+        target = min((limit for limit in (until, self.lr_anneal_steps) if limit), default=None)
         if target is None:
             _log.info("training without end: neither a last step nor lr_anneal_steps is set; interrupt it when done")
         elif self.steps_done >= target:
@@ -292,11 +285,9 @@ class Trainer:
         if self.precision.scales:
             row["lg_loss_scale"] = self.precision.lg_loss_scale.item()
         row["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        row.update(clock.read())
-        clock.show(row.get("loss"))
+        row.update(clock.read(row.get("loss")))
         if self.log is not None:
             self.log.dump({"step": self.steps_done, "samples": self.samples_seen, **row})
-        clock.hint(row["data_wait_share"])
 
     def _should_leave(self) -> bool:
         """Whether to stop early, the same answer on all processes."""
@@ -339,8 +330,8 @@ class Trainer:
             raise ValueError("this trainer has no checkpoints to save to; pass checkpoints=Checkpoints(folder)")
         state = self.state_dict()
         self._saved_at = self.steps_done
-        parts = {"model": state.pop("net"), "ema": state.pop("ema"), "optimizer": state.pop("optimizer")}
-        self.checkpoints.save(self.steps_done, **parts, state=state)
+        net, ema, moments = (state.pop(name) for name in ("net", "ema", "optimizer"))
+        self.checkpoints.save(self.steps_done, model=net, ema=ema, optimizer=moments, state=state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs, by name. Tensors are the live ones. On several processes call it on all."""

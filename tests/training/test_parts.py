@@ -9,12 +9,11 @@ from torch import nn
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training import optimizer
 from guided_diffusion.training.ema import EMA, update_ema
-from guided_diffusion.training.interval import Interval
-from guided_diffusion.training.losses import Losses
-from guided_diffusion.training.lr import learning_rate, stop_step
+from guided_diffusion.training.losses import Interval, Losses
+from guided_diffusion.training.optimizer import learning_rate
 from guided_diffusion.training.precision import Precision
 
-from .toys import toy_net
+from .toys import make, toy_net
 
 
 def test_learning_rate():
@@ -22,16 +21,6 @@ def test_learning_rate():
     assert [learning_rate(s, 1.0, anneal_steps=4) for s in (0, 1, 2, 3, 4, 9)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert [learning_rate(s, 1.0, warmup_steps=4) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
     assert learning_rate(1, 1.0, anneal_steps=4, warmup_steps=4) == 0.75 * 0.5
-    with pytest.raises(ValueError, match="-1"):
-        learning_rate(-1, 1.0)
-
-
-def test_stop_step():
-    assert stop_step(0, None) is None
-    assert stop_step(0, 5) == 5
-    assert stop_step(3, 5) == 3
-    with pytest.raises(ValueError, match="negative"):
-        stop_step(-3)
 
 
 def test_update_ema_closed_form():
@@ -83,17 +72,18 @@ def test_averages_refuse_bad_rates(rates):
 
 
 def test_loss_scale_grows_halves_and_has_a_floor():
-    precision = Precision("fp16", growth=1e-3, initial=2.0, floor=0.5)
+    precision = Precision("fp16", growth=1e-3)
+    assert float(precision.lg_loss_scale) == 20.0
+    precision.lg_loss_scale.fill_(2.0)
     bad, good = torch.tensor(True), torch.tensor(False)
     assert float(precision.scale(torch.tensor(3.0))) == 12.0
     precision.update(good)
     assert float(precision.lg_loss_scale) == pytest.approx(2.001)
     for _ in range(5):
+        assert not precision.at_floor() or float(precision.lg_loss_scale) == 0.0
         precision.update(bad)
-    assert float(precision.lg_loss_scale) == 0.5
-    assert bool(precision.at_floor())
+    assert float(precision.lg_loss_scale) == 0.0 and bool(precision.at_floor())
     other = Precision("fp16")
-    assert float(other.lg_loss_scale) == 20.0
     other.load_state_dict(precision.state_dict())
     assert torch.equal(other.lg_loss_scale, precision.lg_loss_scale)
 
@@ -108,7 +98,7 @@ def test_other_formats_do_not_scale():
     with pytest.raises(ValueError, match="fp64.*fp32, bf16, fp16"):
         Precision("fp64")
     with pytest.raises(ValueError, match="set_compute_dtype"):
-        Precision("bf16").prepare(nn.Linear(1, 1))
+        make(nn.Linear(1, 1), precision="bf16")
 
 
 @pytest.mark.parametrize("fused", [True, False])
