@@ -65,22 +65,22 @@ def test_a_file_of_the_run_itself_is_left_for_newer_saves_and_a_stored_one_is_fo
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "run"))
     line = f"{COMMANDS['train']} {MORE} --data_dir {photos}"
 
-    def script(words: str) -> str:
+    def rerun(words: str) -> str:
         assert script("image_train", f"{line} {words}".split()) == 0
         return capsys.readouterr().out
 
-    script("--max_steps 4")
+    rerun("--max_steps 4")
     # As earlier versions wrote it: the file of the first start stands in every save.
     path = tmp_path / "run" / "run000004.json"
     told = json.loads(path.read_text())
     told["config"]["train"]["resume_checkpoint"] = str(tmp_path / "run" / "model000002.pt")
     del told["started_from"]
     path.write_text(json.dumps(told))
-    assert "at step 4" in script("--max_steps 6")
-    assert "at step 6" in script(f"--max_steps 8 --resume_checkpoint {tmp_path}/run/model000006.pt")
-    said = script(f"--max_steps 10 --resume_checkpoint {tmp_path}/run/model000002.pt")
+    assert "at step 4" in rerun("--max_steps 6")
+    assert "at step 6" in rerun(f"--max_steps 8 --resume_checkpoint {tmp_path}/run/model000006.pt")
+    said = rerun(f"--max_steps 10 --resume_checkpoint {tmp_path}/run/model000002.pt")
     assert "at step 8" in said and "up to step 8: going on from there and not from" in said
-    assert "has saves of its own" not in script(f"--max_steps 10 --resume_checkpoint {tmp_path}/run")
+    assert "has saves of its own" not in rerun(f"--max_steps 10 --resume_checkpoint {tmp_path}/run")
 
 
 def test_none_begins_once_and_keeps_what_was_there(photos, tmp_path, capsys):
