@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion.cli.main import main
+from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import laid_over
 
 NETWORK = (
