@@ -13,13 +13,12 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..runtime import signals, streams
 from . import images
@@ -60,13 +59,6 @@ class FinishedBatch(NamedTuple):
     low_res: Tensor | None = None  # float32 [B, C, h, w]: the images shrunk
 
 
-class Place(NamedTuple):
-    """Which record an example is, and in which epoch: the address of its augmentation."""
-
-    epoch: int
-    record: int
-
-
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The permutation of `count` records in an epoch, int64.
 
@@ -77,101 +69,95 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
     return state.permutation(count).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Plan(Sampler[list[tuple[int, Place]]]):
-    """Endless: for each step the (step, place) of every example of this process."""
-
-    count: int  # of records
-    batch_size: int
-    rank: int
-    size: int
-    seed: int
-    shuffle: bool
-    start_step: int
-    start_image: int
-
-    def __iter__(self) -> Iterator[list[tuple[int, Place]]]:
-        orders: dict[int, np.ndarray] = {}
-        for step in itertools.count(self.start_step):
-            begin = self.start_image + (step - self.start_step) * self.batch_size
-            walk = range(begin + self.rank, begin + self.batch_size, self.size)
-            epochs = {walk[0] // self.count, walk[-1] // self.count}  # at most two: a batch is no larger than the data
-            orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in epochs}
-            yield [(step, Place(g // self.count, int(orders[g // self.count][g % self.count]))) for g in walk]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return order(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count)
+Index = tuple[int, list[tuple[int, int]]]  # a step, and (epoch, record) of each example of this process
 
 
-_Augment = Callable[[np.ndarray, Place], tuple[np.ndarray, bool | None]]
+def _indices(
+    count: int, batch_size: int, rank: int, size: int, seed: int, shuffle: bool, start_step: int, start_image: int
+) -> Iterator[Index]:
+    """Endless: what each step reads of `count` records."""
+    orders: dict[int, np.ndarray] = {}
+    for step in itertools.count(start_step):
+        begin = start_image + (step - start_step) * batch_size
+        walk = [divmod(g, count) for g in range(begin + rank, begin + batch_size, size)]
+        for epoch in {walk[0][0], walk[-1][0]} - orders.keys():  # at most two: a batch is no larger than the data
+            orders[epoch] = order(seed, epoch, count) if shuffle else np.arange(count)
+        orders = {epoch: permutation for epoch, permutation in orders.items() if epoch >= walk[0][0]}
+        yield step, [(epoch, int(orders[epoch][place])) for epoch, place in walk]
+
+
 # What a worker hands back: a batch, why images were skipped, or the text of an error, which torch would wrap in a traceback.
 _Fetched = tuple[Batch | None, list[str], str]
 
 
-class _Examples(Dataset[Any]):
+class _Examples(Dataset[_Fetched]):
     """Decodes and augments; runs in the workers, so it holds plain arrays instead of a million strings.
 
     (Touching a Python string in a forked process copies its page; a list of them slowly multiplies memory by the number of workers.)
     """
 
     def __init__(
-        self, records: Records, channels: int, augment: _Augment, positions: Tensor, skip_unreadable: bool
+        self,
+        records: Records,
+        positions: Tensor,
+        *,
+        image_size: Size,
+        channels: int,
+        crop: str,
+        flip: bool,
+        seed: int,
+        skip_unreadable: bool,
     ) -> None:
         encoded = [path.encode("utf-8", "surrogateescape") for path in records.paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         self._paths = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._labels = records.labels
         self._source = open_source(records.kind, records.root)
-        self._channels, self._augment, self._positions = channels, augment, positions
+        self._positions, self._image_size, self._channels = positions, image_size, channels
+        self._crop, self._flip, self._seed = crop, flip, seed
         self._skip_unreadable = skip_unreadable
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def _path(self, record: int) -> str:
-        start = int(self._ends[record - 1]) if record else 0
-        return self._paths[start : int(self._ends[record])].tobytes().decode("utf-8", "surrogateescape")
-
-    def __getitems__(self, wanted: list[tuple[int, Place]]) -> _Fetched:
+    def __getitem__(self, index: Index) -> _Fetched:
+        step, places = index
         skipped: list[str] = []
         try:
-            found = [self._example(place, skipped) for _, place in wanted]
+            examples = [self._example(epoch, record, skipped) for epoch, record in places]
         except ValueError as error:
             return None, skipped, str(error)
-        stacked = torch.from_numpy(np.stack([image for image, _, _ in found]))
-        flips = None if found[0][1] is None else torch.tensor([flip for _, flip, _ in found])
-        labels = None if self._labels is None else torch.from_numpy(self._labels[[record for _, _, record in found]])
-        return Batch(stacked, labels, self._positions, wanted[0][0], flips), skipped, ""
+        pixels, flips, records = zip(*examples)
+        labels = None if self._labels is None else torch.from_numpy(self._labels[list(records)])
+        mirrored = torch.tensor(flips) if self._flip else None
+        return Batch(torch.from_numpy(np.stack(pixels)), labels, self._positions, step, mirrored), skipped, ""
 
-    def _example(self, place: Place, skipped: list[str]) -> tuple[np.ndarray, bool | None, int]:
-        """The image at a place, or, skipping, of the next record that can be read (in the order of the listing); whether to
-        mirror it; and which record it is."""
-        record = place.record
-        for _ in range(min(_MAX_REPLACEMENTS, len(self))):
+    def _example(self, epoch: int, record: int, skipped: list[str]) -> tuple[np.ndarray, bool, int]:
+        """(the window cut out of an image, whether to mirror it, which record it is); the next record that can be read, skipping.
+
+        Draws belong to the address (epoch, record), so nothing else moves them.
+        """
+        key, count = streams.key_of(self._seed, streams.DATA, epoch, record), len(self._ends) - 1
+        for _ in range(min(_MAX_REPLACEMENTS, count)):
+            path = self._paths[self._ends[record] : self._ends[record + 1]].tobytes()
             try:
-                return *self._augment(self._source.read(self._path(record), self._channels), place), record
+                image = self._source.read(path.decode("utf-8", "surrogateescape"), self._channels)
+                rng = random.Random(key)
+                if self._crop == "random":
+                    return images.random_crop(image, self._image_size, rng), rng.random() < 0.5, record
+                return images.center_crop(image, self._image_size), rng.random() < 0.5, record
             except ValueError as error:  # noqa: PERF203  decoding costs a thousand times the try
                 if not self._skip_unreadable:
                     raise
                 skipped.append(str(error))
-                record = (record + 1) % len(self)
+                record = (record + 1) % count
         raise ValueError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
-
-
-def _augmented(
-    image_size: images.Size, crop: str, flip: bool, seed: int, image: np.ndarray, place: Place
-) -> tuple[np.ndarray, bool | None]:
-    """(the window that is cut out, whether to mirror it), drawn at an address, so that nothing else moves the draws."""
-    rng = random.Random(streams.key_of(seed, streams.DATA, place.epoch, place.record))
-    cut = images.random_crop(image, image_size, rng) if crop == "random" else images.center_crop(image, image_size)
-    return cut, rng.random() < 0.5 if flip else None
 
 
 class Batches(Iterator[Batch]):
     """The endless iterator of `make_batches`, with what a training log wants to know about it."""
 
-    def __init__(self, loader: DataLoader[Any], low_res_size: Size = 0) -> None:
-        self._loader, self._low_res_size = loader, low_res_size
+    def __init__(
+        self, examples: _Examples, indices: Callable[[], Iterator[Index]], workers: int, low_res_size: Size
+    ) -> None:
+        self._examples, self._indices, self._workers, self._low_res_size = examples, indices, workers, low_res_size
         self._fetched: Iterator[_Fetched] | None = None
         self.wait_seconds = 0.0  # time spent inside next(): what the device waits for the data
         self.skipped = 0  # unreadable images met, an example counted each time it was replaced
@@ -179,20 +165,28 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         started = time.perf_counter()
         if self._fetched is None:
-            self._fetched = iter(self._loader)
+            loader: DataLoader[_Fetched] = DataLoader(
+                self._examples,
+                sampler=self._indices(),
+                batch_size=None,
+                num_workers=self._workers,
+                prefetch_factor=4 if self._workers else None,
+                worker_init_fn=_start_worker,
+                pin_memory=torch.cuda.is_available(),
+                # Its own generator, so that making a loader does not move the global one.
+                generator=torch.Generator().manual_seed(0),
+            )
+            self._fetched = iter(loader)
         batch, skipped, error = next(self._fetched)
         self.wait_seconds += time.perf_counter() - started
-        self._count(skipped)
+        before, self.skipped = self.skipped, self.skipped + len(skipped)
+        if len(str(self.skipped)) > len(str(before)) or (skipped and not before):  # at 1, 10, 100, ...
+            text = f"{self.skipped} times an unreadable image was replaced by another; the latest: {skipped[-1]}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         if batch is None:
             self.close()
             raise ValueError(f"{error}; remove or repair it, or continue past such files with on_error='skip'")
         return batch._replace(low_res_size=self._low_res_size)
-
-    def _count(self, skipped: list[str]) -> None:
-        before, self.skipped = self.skipped, self.skipped + len(skipped)
-        if len(str(self.skipped)) > len(str(before)) or (skipped and not before):  # at 1, 10, 100, ...
-            text = f"{self.skipped} times an unreadable image was replaced by another; the latest: {skipped[-1]}"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
         """Stop the workers; the next `next()` would begin again at the first step."""
@@ -236,26 +230,11 @@ def make_batches(
         raise ValueError(f"workers={workers}, start_step={start_step}, start_image={start_image}: must not be negative")
     _check_sizes(records, image_size, batch_size, size, crop)
     images.mode_of(channels)
-    augment = functools.partial(_augmented, image_size, crop, flip, seed)
     positions = torch.arange(rank, batch_size, size)
-    dataset = _Examples(records, channels, augment, positions, on_error == "skip")
-    plan = _Plan(len(records), batch_size, rank, size, seed, shuffle, start_step, start)
-    extra: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=plan,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
-        # Its own generator, so that making a loader does not move the global one.
-        generator=torch.Generator().manual_seed(0),
-        **extra,
-    )
-    return Batches(loader, low_res_size)
-
-
-def _unchanged(fetched: Any) -> Any:
-    return fetched
+    options: dict[str, Any] = {"image_size": image_size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
+    examples = _Examples(records, positions, skip_unreadable=on_error == "skip", **options)
+    indices = functools.partial(_indices, len(records), batch_size, rank, size, seed, shuffle, start_step, start)
+    return Batches(examples, indices, workers, low_res_size)
 
 
 def _start_worker(worker: int) -> None:

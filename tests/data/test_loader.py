@@ -281,10 +281,9 @@ def test_nothing_but_broken_pictures_is_an_error(tmp_path):
 def test_what_workers_are_sent_survives_pickling(noisy):
     # As platforms need that start workers afresh instead of forking.
     batches = make_batches(noisy, image_size=8, batch_size=4, crop="random")
-    dataset = batches._loader.dataset
-    wanted = next(iter(batches._loader.batch_sampler))
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy.__getitems__(wanted)[0].images, dataset.__getitems__(wanted)[0].images)
+    index = next(batches._indices())
+    copy = pickle.loads(pickle.dumps(batches._examples))
+    assert torch.equal(copy[index][0].images, batches._examples[index][0].images)
 
 
 def test_odd_file_names_reach_the_workers(tmp_path):
