@@ -22,7 +22,7 @@ from .data.listing import Records as _Records
 from .dist_util import MPI, bf  # noqa: F401  bf: a 2021 name of this module
 
 Image: Any = _dist_util._Lazy(lambda: import_module("PIL.Image"))  # a 2021 name too
-_EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # what 2021 looked at; the rooms know more
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")  # what 2021 looked at; the rooms know more
 
 
 def load_data(
@@ -94,7 +94,7 @@ def _replaceable() -> list[Any]:
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    return _sources.image_files(data_dir, _EXTENSIONS)
+    return [path for path, _ in _sources.walk(data_dir) if path.lower().endswith(_EXTENSIONS)]
 
 
 class ImageDataset(Dataset[tuple[np.ndarray, dict[str, np.ndarray]]]):
@@ -122,7 +122,9 @@ class ImageDataset(Dataset[tuple[np.ndarray, dict[str, np.ndarray]]]):
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         crop = random_crop_arr if self.random_crop else center_crop_arr
-        picture = crop(_images.from_array(_images.read_image(self.local_images[idx])), self.resolution)
+        picture = crop(
+            _images.from_array(_sources.open_source("files", "").read(self.local_images[idx])), self.resolution
+        )
         if self.random_flip and random.random() < 0.5:
             picture = picture[:, ::-1]
         array = _images.to_float(th.from_numpy(picture.copy())[None])[0].contiguous().numpy()

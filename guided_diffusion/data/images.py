@@ -1,4 +1,4 @@
-"""Images: files to uint8 arrays, the crop of the 2021 release pixel for pixel, and uint8 <-> float.
+"""Images: PIL to uint8 arrays, the crop of the 2021 release pixel for pixel, and uint8 <-> float.
 
 Shapes: `H W C` for one image (numpy, uint8, 0..255), `N H W C` / `N C H W` for batches (torch). A size is a side in pixels or
 (height, width).
@@ -6,20 +6,14 @@ Shapes: `H W C` for one image (numpy, uint8, 0..255), `N H W C` / `N C H W` for 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
 import random
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from ..runtime import storage
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -31,45 +25,6 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _TRUNCATION_SLACK = 2.0**-15
 
 Size = int | tuple[int, int]
-
-
-def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
-    """Decode an image file to uint8 `[H, W, channels]`; 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
-
-    As in 2021, EXIF rotation is not applied and the first frame of an animation is taken. ValueError names a file that cannot be read.
-    """
-    try:
-        return decode(storage.read_bytes(path), os.fspath(path), channels)
-    except OSError as error:
-        raise unreadable(os.fspath(path), error) from error
-
-
-def decode(content: bytes | np.ndarray, name: str, channels: int = 3) -> np.ndarray:
-    """`read_image` of the content of a file, or of an image that is an array already; `name` is for the error."""
-    if isinstance(content, np.ndarray) and content.shape[2] == channels:
-        return content
-    with opened(content, name) as image:
-        return as_array(image, channels)
-
-
-@contextlib.contextmanager
-def opened(content: bytes | np.ndarray, name: str) -> Iterator[PILImage.Image]:
-    """The same as a PIL image, pixels not yet decoded. Errors inside the `with`, of decoding too, are those of `read_image`."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) if isinstance(content, bytes) else from_array(content) as image:
-            yield image
-    except Exception as error:  # PIL raises a dozen kinds for broken bytes: SyntaxError, struct.error, zlib.error, ...
-        raise unreadable(name, error) from error
-
-
-def unreadable(name: str, error: BaseException) -> ValueError:
-    """The error for an image that cannot be read; `name` says which."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if type(error).__name__ == "UnidentifiedImageError":
-        reason = "not an image that PIL knows"
-    return ValueError(f"cannot read image {name!r}: {reason}")
 
 
 def as_array(image: PILImage.Image, channels: int) -> np.ndarray:

@@ -143,7 +143,7 @@ class _Examples(Dataset[_Fetched]):
                 if self._crop == "random":
                     return images.random_crop(image, self._image_size, rng), rng.random() < 0.5, record
                 return images.center_crop(image, self._image_size), rng.random() < 0.5, record
-            except ValueError as error:  # noqa: PERF203  decoding costs a thousand times the try
+            except ValueError as error:
                 if not self._skip_unreadable:
                     raise
                 skipped.append(str(error))

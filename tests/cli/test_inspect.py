@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import TWINS, filled, layouts, outputs
+from PIL import Image
 
 import guided_diffusion as gd
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
-from guided_diffusion.data.images import center_crop, read_image, to_float
+from guided_diffusion.data.images import center_crop, to_float
 from guided_diffusion.data.listing import list_records
 from guided_diffusion.runtime.streams import EVALUATE, Streams
 from guided_diffusion.weights import probe
@@ -48,7 +49,10 @@ def denoiser_of(folder: Path, **open_flags: Any) -> Loaded:
     for name, weight in model.net.state_dict().items():  # attention and time must matter
         if name.endswith(("qkv.weight", "proj_out.weight", "emb_layers.1.weight")):
             weight.mul_(3.0)
-    pictures = [center_crop(read_image(path, 1), 8) for path in list_records(folder, labels="none").paths[:IMAGES]]
+    pictures = [
+        center_crop(np.asarray(Image.open(path).convert("L")), 8)
+        for path in list_records(folder, labels="none").paths[:IMAGES]
+    ]
     x0 = to_float(torch.from_numpy(np.stack(pictures).reshape(IMAGES, 8, 8, 1)))
     noise = Streams(0, EVALUATE, ids=range(IMAGES)).normal((1, 8, 8))
     rows, wanted = [], []

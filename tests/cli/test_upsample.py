@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import filled
+from PIL import Image
 from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
 from guided_diffusion.cli import cascade
 from guided_diffusion.cli.main import main
-from guided_diffusion.data.images import center_crop, low_res, read_image, to_float
+from guided_diffusion.data.images import center_crop, low_res, to_float
 from guided_diffusion.data.samples import open_samples
 from guided_diffusion.diffusion.process import add_noise
 from guided_diffusion.sampling.pipeline import NOISE_OF_UPSAMPLERS
@@ -381,7 +382,7 @@ def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
     command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--log_interval", "40", "--labels", "none"]
     assert main([*command, "--out", str(tmp_path), "--progress", "False"]) == 0
     model = gd.load(str(tmp_path))
-    pixels = [center_crop(read_image(str(path)), 16) for path in sorted(photos.iterdir())]
+    pixels = [center_crop(np.asarray(Image.open(path).convert("RGB")), 16) for path in sorted(photos.iterdir())]
     x0 = to_float(torch.from_numpy(np.stack(pixels)))
     i = torch.full((len(x0),), 25)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from guided_diffusion.data import images
+from guided_diffusion.data.sources import Source, open_source
+
+
+def read_image(path, channels=3):
+    return open_source("files", "").read(str(path), channels)
 
 
 def halve_then_bicubic(picture: Image.Image, side: int) -> Image.Image:
@@ -137,22 +142,22 @@ def test_any_mode_reads_with_any_number_of_channels(tmp_path, photographs, chann
     else:
         picture.convert(stored).save(tmp_path / "a.png")
         reference = Image.open(tmp_path / "a.png")
-    read = images.read_image(str(tmp_path / "a.png"), channels)
+    read = read_image(tmp_path / "a.png", channels)
     assert read.shape == (20, 30, channels)
     np.testing.assert_array_equal(read, np.asarray(reference.convert(mode)).reshape(20, 30, channels))
 
 
 def test_jpeg_in_cmyk_reads(tmp_path, photographs):
     Image.fromarray(photographs[0][:20, :30]).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
-    assert images.read_image(tmp_path / "a.jpg").shape == (20, 30, 3)
+    assert read_image(tmp_path / "a.jpg").shape == (20, 30, 3)
 
 
 def test_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read image '.*missing\.png': No such file"):
-        images.read_image(str(tmp_path / "missing.png"))
+        read_image(tmp_path / "missing.png")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.png': not an image that PIL knows"):
-        images.read_image(str(tmp_path / "text.png"))
+        read_image(tmp_path / "text.png")
     with pytest.raises(ValueError, match=r"channels=5: must be one of \[1, 2, 3, 4\]"):
         images.as_array(Image.new("L", (2, 2)), 5)
     with pytest.raises(ValueError, match="image size .* must be positive"):
@@ -170,8 +175,10 @@ def test_broken_bytes_are_a_value_error_or_a_picture(data, kind):
     for at in data.draw(st.lists(st.integers(0, len(broken) - 1), max_size=4)):
         broken[at] ^= data.draw(st.integers(0, 255))
     broken = broken[: data.draw(st.integers(0, len(broken)))]
+    source = Source("")
+    source.open = lambda: lambda path: bytes(broken)
     try:
-        picture = images.decode(bytes(broken), "broken", 3)
+        picture = source.read("broken")
     except ValueError as error:
         assert "broken" in str(error)
     else:

@@ -177,7 +177,7 @@ def test_random_crops_differ_between_epochs(noisy):
 def test_pixels_are_those_of_the_rooms_crop(noisy):
     batch = first(noisy, 1, shuffle=False, flip=False)[0]
     for k in range(4):
-        np.testing.assert_array_equal(batch.images[k].numpy(), images.center_crop(images.read_image(noisy.paths[k]), 8))
+        np.testing.assert_array_equal(batch.images[k].numpy(), images.center_crop(Image.open(noisy.paths[k]), 8))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ...runtime import storage
 from ..labels import first
+from .archives import Tar, Zip
 from .arrays import Packed
-from .folder import Folder
 from .lmdb import Lmdb
-from .source import EXTENSIONS, Source, is_image, walk
-from .tar import Tar
-from .zip import Zip
+from .source import EXTENSIONS, Folder, Source, is_image, walk
 
 SOURCES: dict[str, type[Source]] = {kind.kind: kind for kind in (Folder, Zip, Tar, Lmdb, Packed)}
 _PATTERN = "*?[{"  # with one of these a path may stand for several files
@@ -64,8 +62,3 @@ def _kind_of_file(root: str) -> type[Source]:
         raise ValueError(f"{root!r}: no such folder or file")
     endings = " or ".join(kind.ending for kind in SOURCES.values() if kind.ending)
     raise ValueError(f"{root!r}: is a file; must be a folder, or end with {endings}")
-
-
-def image_files(root: str, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
-    """Paths of all images below a folder, sorted folder by folder; extensions without the dot, in any case."""
-    return [path for path, name in walk(root) if is_image(name, extensions)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import threading
@@ -114,12 +115,29 @@ class Source:
         return self.own_labels() or tables.detect(self.folder_names(False))
 
     def read(self, path: str, channels: int = 3) -> np.ndarray:
-        """One image, uint8 `[H, W, channels]`; ValueError gives the name of one that cannot be read."""
-        return images.decode(self._content(path), self.describe(path), channels)
+        """One image, uint8 `[H, W, channels]`: 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA. ValueError names one that cannot be read.
+
+        As in 2021, EXIF rotation is not applied and the first frame of an animation is taken.
+        """
+        content = self._content(path)
+        if isinstance(content, np.ndarray) and content.shape[2] == channels:
+            return content
+        with self._image(path, content) as image:
+            return images.as_array(image, channels)
 
     def opened(self, path: str) -> contextlib.AbstractContextManager[PILImage.Image]:
-        """One image as stored, for PIL to decode; ValueError if it cannot be read, inside the `with`, too."""
-        return images.opened(self._content(path), self.describe(path))
+        """One image as stored, for PIL to decode. Errors inside the `with`, of decoding too, are those of `read`."""
+        return self._image(path, self._content(path))
+
+    @contextlib.contextmanager
+    def _image(self, path: str, content: bytes | np.ndarray) -> Iterator[PILImage.Image]:
+        from PIL import Image
+
+        with (
+            self._errors(path),
+            Image.open(io.BytesIO(content)) if isinstance(content, bytes) else images.from_array(content) as image,
+        ):
+            yield image
 
     def size(self, path: str) -> tuple[int, int]:
         """(height, width) of one image, from its head alone."""
@@ -157,15 +175,47 @@ class Source:
     def _content(self, path: str) -> bytes | np.ndarray:
         # A file has one position, so every process and thread needs its own.
         key = (os.getpid(), 0 if self.threads_share else threading.get_ident())
-        try:
+        with self._errors(path):
             with self._lock:
                 if key not in self._opened:
                     self._opened[key] = self.open()
             return self._opened[key](path)
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Errors inside the `with` become a ValueError that names the image."""
+        try:
+            yield
         except self.fatal:
             raise
-        except Exception as error:  # damaged archives are answered with a dozen kinds: BadZipFile, zlib.error, ...
-            raise images.unreadable(self.describe(path), error) from error
+        except (
+            Exception
+        ) as error:  # broken bytes are answered with two dozen kinds: BadZipFile, zlib.error, struct.error, ...
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if type(error).__name__ == "UnidentifiedImageError":
+                reason = "not an image that PIL knows"
+            raise ValueError(f"cannot read image {self.describe(path)!r}: {reason}") from error
+
+
+class Folder(Source):
+    """A folder of image files, at any depth; local or remote. The address of an image is its path."""
+
+    kind = "files"
+    labels_beside, threads_share = False, True
+
+    def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
+        # A link that leads nowhere may have been a whole class, so it is named. That of an image or a table fails when it is read.
+        links = [name for name, path in files.items() if not is_image(name) and os.path.islink(path)]
+        broken = {name for name in links if not os.path.exists(files[name])}
+        broken -= set(tables.label_files(broken, (), beside=False))
+        others += [f"broken link {name!r}" for name in sorted(broken)]
+        return {name: path for name, path in files.items() if name not in broken}
+
+    def open(self) -> Read:
+        return storage.read_bytes
+
+    def describe(self, path: str) -> str:
+        return path
 
 
 def walk(root: str) -> Iterator[tuple[str, str]]:
@@ -177,9 +227,9 @@ def walk(root: str) -> Iterator[tuple[str, str]]:
             yield path, name
 
 
-def is_image(name: str, extensions: Sequence[str] = EXTENSIONS) -> bool:
-    """Whether a file is named like an image; extensions without the dot, in any case."""
-    return "." in name and name.rpartition(".")[2].lower() in extensions
+def is_image(name: str) -> bool:
+    """Whether a file is named like an image."""
+    return "." in name and name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
@@ -191,11 +241,3 @@ def file_type(name: str) -> str:
     """What kind of file a name seems to be, for messages: ".txt", ".tar.gz"."""
     found = re.search(r"(\.tar)?\.[^./]+$", name.lower())
     return found[0] if found else "without an ending"
-
-
-def add_member(members: dict[str, str], name: str, address: str, archive: str) -> None:
-    """Add a member of an archive unless it is hidden. ValueError for an image that is there already."""
-    if name in members and is_image(name):
-        raise ValueError(f"{archive!r}: holds {name!r} twice; unpack the archive and pack each image once")
-    if not is_hidden(name):
-        members[name] = address

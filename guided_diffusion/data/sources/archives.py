@@ -1,4 +1,4 @@
-"""Uncompressed tars: one, a pattern of several, or a folder of them, as WebDataset writes them (a tar is then called a shard)."""
+"""Zips with `dataset.json` (the data sets of EDM and StyleGAN), and tars as WebDataset writes them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,48 @@ import os
 import posixpath
 import re
 import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from ...runtime import storage
 from ..labels import first, tidy
-from .source import Read, Source, add_member, file_type, is_hidden
+from .source import Read, Source, file_type, is_hidden, is_image
 
 _MAX_LINKS = 8
 
 
+class Zip(Source):
+    """A zip of images. The address of an image is its name as it stands in the archive."""
+
+    kind, ending, begins = "zip", ".zip", b"PK"
+
+    def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
+        try:
+            with storage.open_file(self.root, "rb") as file, zipfile.ZipFile(file) as archive:
+                infos = [info for info in archive.infolist() if not info.is_dir()]
+        except Exception as error:  # zipfile answers a damaged directory with BadZipFile, struct.error and others
+            raise ValueError(f"{self.root!r}: not a readable zip file: {error}") from error
+        members: dict[str, str] = {}
+        for info in infos:
+            if info.flag_bits & 1:
+                raise ValueError(f"{self.root!r}: {info.filename!r} is encrypted; make the archive again without")
+            if info.file_size > 1032 * info.compress_size + 64:  # deflate cannot do better than 1032:1
+                raise ValueError(
+                    f"{self.root!r}: {info.filename!r} claims {info.file_size} bytes, which is not possible"
+                )
+            _add_member(members, tidy(info.filename), info.filename, self.root)
+        return dict(sorted(members.items(), key=lambda member: member[0].split("/")))
+
+    def open(self) -> Read:
+        return zipfile.ZipFile(storage.open_file(self.root, "rb")).read
+
+
 class Tar(Source):
-    """The address of an image is `offset:size:tar`, a zero byte and its name in the tar, so reading it is one seek."""
+    """Uncompressed tars: one, a pattern of several, or a folder of them (a tar is then called a shard).
+
+    The address of an image is `offset:size:tar`, a zero byte and its name in the tar, so reading it is one seek.
+    """
 
     kind, ending, marker = "tar", ".tar", "*.tar"
 
@@ -108,7 +138,7 @@ def _read_directory(whole: str, left_out: list[str]) -> dict[str, str]:
         else:  # a hard link gives the name of a member, a symbolic one a path from where it stands
             target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(name), info.linkname)
             links[name] = name if target.startswith("/") else tidy(target)
-        add_member(members, name, places.get(name, ""), whole)
+        _add_member(members, name, places.get(name, ""), whole)
     for name in [name for name in links if name in members]:
         del members[name]
         inside = _behind(links, name, places)
@@ -127,3 +157,11 @@ def _behind(links: Mapping[str, str], name: str, places: Mapping[str, str]) -> d
     if not target or f"{name}/".startswith(f"{target}/"):  # a folder around the link itself
         return {}
     return {name + old[len(target) :]: place for old, place in places.items() if old.startswith(f"{target}/")}
+
+
+def _add_member(members: dict[str, str], name: str, address: str, archive: str) -> None:
+    """Add a member of an archive unless it is hidden. ValueError for an image that is there already."""
+    if name in members and is_image(name):
+        raise ValueError(f"{archive!r}: holds {name!r} twice; unpack the archive and pack each image once")
+    if not is_hidden(name):
+        members[name] = address
