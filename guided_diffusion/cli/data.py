@@ -55,7 +55,7 @@ def pack(argv: Sequence[str]) -> int:
     with bar:
         done = packed.pack(records, arguments.out, arguments.size, on_error=on_error, **options)
     print(f"packed {len(done)} images to {done.root}: {done.preprocessing}")
-    for reason in packed.list_skipped(done.root)[:_SHOWN]:
+    for reason in packed.read_packed_index(done.root)["skipped"][:_SHOWN]:
         print(f"  left out: {reason}")
     return 0
 

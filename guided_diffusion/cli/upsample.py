@@ -52,13 +52,13 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
         setup = replace(setup, options=replace(options, num_samples=len(small)))
     seed = noise_seed(setup.model, options.seed)
     request = Request("", setup.options.num_samples, seed, _labels(options, setup, small), small.low_res)
-    job = setup.job(request, "upsampled", base_samples=small.identity, small_size=small_size)
+    job = setup.job(request, "upsampled", base_samples=small.identity(), small_size=small_size)
     return setup.make(job, stop)
 
 
 def _open(options: Upsampling, setup: making.Setup) -> Images:
     """The images to enlarge. ValueError if the model does not take them."""
-    from ..data.samples import open_folder, open_samples
+    from ..data.samples import open_images
     from ..runtime import storage
     from ..sampling.jobs import class_names_beside
 
@@ -66,10 +66,9 @@ def _open(options: Upsampling, setup: making.Setup) -> Images:
     if not storage.exists(path):
         raise FileNotFoundError(f"--base_samples {path}: there is no such file or folder")
     try:
-        if storage.isdir(path):
-            wanted = "auto" if setup.num_classes and not options.classes else "none"
-            return open_folder(path, model.small_size, model.shape[0], labels=wanted)
-        return open_samples(path, model.small_size, model.shape[0], class_names_beside(path))
+        labels = "auto" if setup.num_classes and not options.classes else "none"
+        names = class_names_beside(path)
+        return open_images(path, model.small_size, model.shape[0], labels=labels, class_names=names)
     except ValueError as error:
         raise ValueError(f"--base_samples {error}") from None
 
@@ -80,9 +79,9 @@ def _labels(options: Upsampling, setup: making.Setup, small: Images) -> LabelPla
 
     if options.classes or not setup.num_classes:
         return setup.labels()
-    if small.labels is None:
+    if small.records.labels is None:
         raise ValueError(
-            f"--base_samples {small.path} has no labels (arr_1), and the networks want classes; "
+            f"--base_samples {options.base_samples} has no labels (arr_1), and the networks want classes; "
             f"give --classes with one or more of 0 to {setup.num_classes - 1}"
         )
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -56,42 +57,39 @@ def renumber(
     """
     if records.labels is None:
         return records, ""
-    used = np.unique(records.labels).tolist()
-    own, prefix = records.class_names, records.label_source == "prefix"
-    words = {k: own[k] if k < len(own) else str(k) for k in used}
+    used, listed, prefix = np.unique(records.labels).tolist(), records.class_names, records.label_source == "prefix"
+    words = [listed[k] if k < len(listed) else str(k) for k in used]
     # A table of numbers calls each class by its number; folders and prefixes are names, even if they look like numbers.
     are_names = prefix or records.label_source == "folders"
-    by_number = not own or (not are_names and own == tuple(map(str, range(len(own)))))
-    as_many = len(own) == count or (prefix and as_2021 and len(own) < count)
-    in_order = not names and not by_number and as_many and (prefix or not all(map(_is_number, words.values())))
-    found: dict[int, int | None]
-    if in_order:
-        found = {k: k for k in used}
-        order = f"the {len(own)} classes of {records.root} are its classes in sorted order, {some(own)}"
-        note = f"{whose} has no class names: {order}"
-    elif names and not by_number:
-        found = {k: names.index(word) if word in names else None for k, word in words.items()}
-        moved = any(k != found[k] for k in used)
-        note = f"classes go by name: {some([f'{word} is {found[k]}' for k, word in words.items()])}" if moved else ""
-    else:
-        found = {k: number_of(word, names, count) for k, word in words.items()}
-        note = "" if names and all(word in names for word in words.values()) else f"labels are class numbers of {whose}"
+    by_number = not listed or (not are_names and listed == tuple(map(str, range(len(listed)))))
+    as_many = len(listed) == count or (prefix and as_2021 and len(listed) < count)
+    in_order = not names and not by_number and as_many and (prefix or not all(map(_is_number, words)))
+    allowed = count if by_number or not names else 0  # numbers; 0: they would be names
+    numbers: list[Any] = used if in_order else [number_of(word, names, allowed) for word in words]
     # Two classes that would become one ("7" and "07") are refused like unknown ones.
-    unknown = [words[k] for k in used if found[k] is None]
-    if unknown or len(set(found.values())) < len(used):
+    unknown = [word for word, number in zip(words, numbers) if number is None]
+    if unknown or len(set(numbers)) < len(used):
         has = f"has the classes {some(names)}" if names else f"has {count} classes without names"
         table = "give a table of path and class" + (" name" if names else f" number, 0 to {count - 1}")
         raise ValueError(
-            f"{records.root} has the classes {some(unknown or list(words.values()))}, which {whose} does not know: it {has}; "
+            f"{records.root} has the classes {some(unknown or words)}, which {whose} does not know: it {has}; "
             f"rename them, or {table} (--labels FILE.csv){remedy}"
         )
-    absent = sorted(set(names) - {names[k] for k in found.values() if k is not None and k < len(names)})
-    if absent:
-        note += f"{'; ' if note else ''}no images of {len(absent)} of its classes: {some(absent)}"
+    notes = []
+    if in_order:
+        order = f"the {len(listed)} classes of {records.root} are its classes in sorted order, {some(listed)}"
+        notes.append(f"{whose} has no class names: {order}")
+    elif not set(words) <= set(names):
+        notes.append(f"labels are class numbers of {whose}")
+    elif numbers != used:
+        notes.append(f"classes go by name: {some([f'{word} is {number}' for word, number in zip(words, numbers)])}")
+    if absent := sorted(set(names) - {names[number] for number in numbers if number < len(names)}):
+        notes.append(f"no images of {len(absent)} of its classes: {some(absent)}")
     new_number = np.zeros(max(used, default=0) + 1, dtype=np.int64)
-    new_number[used] = [found[k] for k in used]
-    called = tuple(names) or (own if in_order else tuple(map(str, range(count))))
-    return replace(records, labels=new_number[records.labels], class_names=called, empty_folders=()), note
+    new_number[used] = numbers
+    class_names = tuple(names) or (listed if in_order else tuple(map(str, range(count))))
+    labels = new_number[records.labels]
+    return replace(records, labels=labels, class_names=class_names, empty_folders=()), "; ".join(notes)
 
 
 def some(names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ def pack(
     """Write `records`, center-cropped to `image_size`, to the new folder `out_dir`, and list what was written.
 
     The rows are bit for bit what a loader makes of the source with `crop="center"`. `workers` threads decode; `on_error="skip"` leaves
-    unreadable images out (`list_skipped` names them). `progress(n)` is called when n more images are done. An interrupted pack
+    unreadable images out (`skipped` in the index names them). `progress(n)` is called when n more images are done. An interrupted pack
     leaves no `packed.json`; remove the folder and start again.
     """
     if on_error not in ("raise", "skip"):
@@ -119,8 +119,3 @@ def verify(folder: str | os.PathLike[str], progress: Progress = None) -> list[st
         if progress is not None:
             progress(entry.get("count", 0))
     return complaints
-
-
-def list_skipped(folder: str | os.PathLike[str]) -> list[str]:
-    """The images `pack` left out, with reasons."""
-    return list(read_packed_index(os.fspath(folder))["skipped"])

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import center_crop, to_float
-from ..data.samples import read_npz
-from ..data.sources import list_source
+from ..data.images import to_float
+from ..data.samples import open_images
 from ..diffusion.samplers import NotFinite, check_finite
 from ..weights.load import Loaded
 from .pipeline import why_not_finite
@@ -22,21 +21,14 @@ log = logging.getLogger(__name__)
 def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterator[np.ndarray], np.ndarray | None]:
     """Batches uint8 `[B, H, W, C]` of the classifier's size, cut as in training, and the labels if the images have any."""
     channels, size, _ = classifier.shape
-    if path.endswith(".npz"):
-        images, labels = read_npz(path, size, channels)
-        return (images[k : k + batch_size] for k in range(0, len(images), batch_size)), labels
-    source, labels = list_source(path), None
     try:
-        labels = source.labels().numbers
-    except ValueError as error:  # features need none
+        images = open_images(path, size, channels)
+    except ValueError as error:  # features need no labels; anything else is an error again
+        images = open_images(path, size, channels, labels="none")
         log.warning("without labels: %s", error)
-
-    def batches() -> Iterator[np.ndarray]:
-        for k in range(0, len(source.paths), batch_size):
-            pictures = [center_crop(source.read(p, channels), size) for p in source.paths[k : k + batch_size]]
-            yield np.stack(pictures).reshape(len(pictures), size, size, channels)
-
-    return batches(), labels
+    starts = range(0, len(images), batch_size)
+    batches = (np.stack([images.read(k) for k in range(len(images))[start : start + batch_size]]) for start in starts)
+    return batches, images.records.labels
 
 
 def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +45,7 @@ def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tu
     try:
         with torch.no_grad():
             for batch in batches:
-                x = to_float(torch.from_numpy(np.array(batch)).to(process.device))
+                x = to_float(torch.from_numpy(batch).to(process.device))
                 logits = net(x, process.time_at(torch.zeros(len(x), dtype=torch.long, device=process.device)))
                 found = seen.pop().float().flatten(1)
                 check_finite(torch.cat([found, logits.float()], dim=1))

@@ -20,7 +20,7 @@ import guided_diffusion as gd
 from guided_diffusion.cli import cascade
 from guided_diffusion.cli.main import main
 from guided_diffusion.data.images import center_crop, low_res, to_float
-from guided_diffusion.data.samples import open_samples
+from guided_diffusion.data.samples import open_images
 from guided_diffusion.diffusion.process import add_noise
 from guided_diffusion.sampling.pipeline import NOISE_OF_UPSAMPLERS
 
@@ -85,20 +85,20 @@ def test_labels_are_kept_and_every_small_image_is_enlarged(models: Path, small: 
 def test_small_images_are_read_in_turn_again_and_again(models: Path, small: Path, tmp_path: Path) -> None:
     found = enlarge(models, small, tmp_path, "--num_samples", "7", "--batch_size", "3")
     assert found["arr_1"].tolist() == [1, 0, 1, 1, 0, 1, 0]
-    again = open_samples(str(small), 8, 3).low_res([0, 5, 6, 1])["low_res"]
+    again = open_images(str(small), 8, 3).low_res([0, 5, 6, 1])["low_res"]
     assert torch.equal(again[0], again[1]) and torch.equal(again[2], again[3])
     assert not np.array_equal(found["arr_0"][0], found["arr_0"][5])  # other noise
 
 
 def test_conditions_are_the_small_images_themselves(small: Path) -> None:
-    base = open_samples(str(small), 8, 3)
+    base = open_images(str(small), 8, 3)
     with np.load(small) as found:
         expected = found["arr_0"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     torch.testing.assert_close(base.low_res(range(5))["low_res"], torch.from_numpy(expected))
     np.savez_compressed(small.parent / "packed.npz", np.load(small)["arr_0"])
-    packed = open_samples(str(small.parent / "packed.npz"), 8, 3)
+    packed = open_images(str(small.parent / "packed.npz"), 8, 3)
     assert torch.equal(packed.low_res([4, 2])["low_res"], base.low_res([4, 2])["low_res"])
-    assert packed.labels is None
+    assert packed.records.labels is None
 
 
 @pytest.mark.parametrize("sampler", [["--use_ddim", "True"], [], ["--sampler", "heun"]])
@@ -115,7 +115,7 @@ def test_ddim_is_honoured(models: Path, small: Path, tmp_path: Path) -> None:
     from guided_diffusion.runtime.streams import SAMPLE, Streams, key_of
 
     noise = Streams(key_of(0, NOISE_OF_UPSAMPLERS), SAMPLE, ids=range(5)).normal((3, 16, 16))
-    cond = {**open_samples(str(small), 8, 3).low_res(range(5)), "y": torch.tensor([1, 0, 1, 1, 0])}
+    cond = {**open_images(str(small), 8, 3).low_res(range(5)), "y": torch.tensor([1, 0, 1, 1, 0])}
     denoise = gd.make_denoiser(model.net, model.process, cond, **model.config.diffusion.reading)
     images = gd.last(gd.ddim(denoise, noise, model.process))
     expected = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

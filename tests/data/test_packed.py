@@ -101,7 +101,7 @@ def test_packing_refuses_or_leaves_out_what_it_cannot_read(write_pictures, tmp_p
     done = packed.pack(records, tmp_path / "two", 8, on_error="skip", progress=seen.append)
     assert sum(seen) == 5
     assert done.labels.tolist() == [0, 1, 1, 1]
-    assert ["cat/2.png" in reason for reason in packed.list_skipped(tmp_path / "two")] == [True]
+    assert ["cat/2.png" in reason for reason in packed.read_packed_index(str(tmp_path / "two"))["skipped"]] == [True]
 
 
 def test_packing_mistakes(write_pictures, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,31 +23,22 @@ def read_packed_index(root: str) -> dict[str, Any]:
     """The index of packed data; ValueError if it is another file, or of a version this code does not know."""
     path = storage.join(root, PACKED_INDEX)
     try:
-        index = json.loads(storage.read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not an index of packed data: {error}") from None
-    version = index.get("format", 1) if isinstance(index, dict) else 1
+        index: dict[str, Any] = json.loads(storage.read_bytes(path))
+        version = index.get("format", 1)
+        if version == 1:  # what is read later must be there
+            (_, _, _), _, _ = index["shape"], range(index["count"]), itemgetter(*_KEYS)(index)
+            for entry in index["shards"]:
+                itemgetter("file", "count", "sha256")(entry)
+            if index["labels"] is not None:
+                itemgetter("file", "sha256")(index["labels"])
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        known = "not the index of packed data that `data pack` writes"
+        raise ValueError(f"{path}: {known} ({error!r}); give another folder") from None
     if version != 1:
         raise ValueError(f"{root!r}: packed data of format {version!r}; this version reads format 1: pack it again")
-    if not isinstance(index, dict) or not _is_whole(index):
-        raise ValueError(f"{path}: not the index of packed data that `data pack` writes; give another folder")
     if storage.is_remote(root):
         raise ValueError(f"{root!r}: packed data is memory-mapped; copy it to a local disk first")
     return index
-
-
-def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether an index has all entries, of the types that are read from it."""
-    shape, shards, labels = index.get("shape"), index.get("shards"), index.get("labels")
-    return (
-        index.keys() >= _KEYS
-        and isinstance(index.get("count"), int)
-        and isinstance(shape, list)
-        and len(shape) == 3
-        and isinstance(shards, list)
-        and all(isinstance(entry, dict) and entry.keys() >= {"file", "count", "sha256"} for entry in shards)
-        and (labels is None or (isinstance(labels, dict) and labels.keys() >= {"file", "sha256"}))
-    )
 
 
 class Packed(Source):
