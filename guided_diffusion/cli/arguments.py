@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
@@ -14,7 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 from ..config import Section, changed, flag, flatten, laid_over
 from ..config.fields import RENAMED
 from ..runtime import launchers, storage
-from .extensions import ImportProgram, names_of
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 LAST = "for weights that carry no configuration"  # the group of all other flags of a command that reads weights
@@ -45,6 +46,33 @@ TRAINING = {
 }
 
 
+class _ImportProgram(argparse.Action):
+    """`--import`: what it names, FILE.py or a module, is imported as soon as it is read."""
+
+    def __call__(self, parser: Any, namespace: Any, program: Any, option_string: Any = None) -> None:
+        if program.endswith(".py"):
+            _import_file(program)
+            return
+        try:
+            importlib.import_module(program)
+        except ModuleNotFoundError as error:
+            if error.name != program.partition(".")[0]:
+                raise
+            raise ValueError(f"--import {program}: there is no such module; give FILE.py or an installed one") from None
+
+
+def _import_file(path: str) -> None:
+    name = os.path.basename(path).removesuffix(".py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
+        raise ValueError(f"--import {path}: there is no such file")
+    module = importlib.util.module_from_spec(spec)
+    # What it defines can be found again by its name, here and in processes that read images: pickle does so.
+    sys.modules[name] = module
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    spec.loader.exec_module(module)
+
+
 @dataclass(frozen=True)
 class Common(Section):
     """Flags of every command that starts processes."""
@@ -65,7 +93,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str = "", description: str | None = None, **options: Any) -> None:
         super().__init__(program, description=description, **{"allow_abbrev": False, **options})
-        self.add_argument("--import", action=ImportProgram)
+        help = "program (FILE.py, or a module's name) to run first: it may add to ARCHITECTURES, SCHEDULES ... (docs/extending.md)"
+        self.add_argument("--import", action=_ImportProgram, default=argparse.SUPPRESS, metavar="FILE", help=help)
 
     def flag(self, name: str, default: Any, help: str, **options: Any) -> None:
         """Add `--NAME`, of the type of its default; one whose default is False takes no value."""
@@ -159,7 +188,8 @@ class _Help(argparse.HelpFormatter):
 
 def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
     help, choices, auto, table = (field.metadata[key] for key in ("help", "choices", "auto", "table"))
-    choices = names_of(table) if in_help and table else choices
+    if in_help and table:
+        choices = tuple(pkgutil.resolve_name(f"{__package__.rpartition('.')[0]}.{table}"))
     listed = f" [{', '.join(str(choice) or 'empty' for choice in choices)}]" if choices else ""
     if isinstance(default, bool):  # a bare --flag means True
         options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}

@@ -16,7 +16,28 @@ from . import runs
 from .arguments import Parser
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
+SCORES = ("fd", "precision", "recall", "accuracy")
 HELD_OUT = 5  # every fifth digit is kept from training, for the classifier's validation
+# Flags of the three commands; tuned so that two CPU cores need less than ten minutes of training.
+PLAN = {
+    "train": "--image_size 8 --image_channels 1 --class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 "
+    "--attention_resolutions 4 --num_head_channels 16 --resblock_updown True --use_scale_shift_norm True "
+    "--learn_sigma True --noise_schedule cosine --diffusion_steps 1000 --dropout 0.1 --random_flip False "
+    "--batch_size 64 --lr 1e-3 --warmup_steps 100 --lr_anneal_steps 3000 --ema_rate 0.998 "
+    "--save_interval 1000 --sample_interval 1000 --log_interval 50",
+    "train-classifier": "--image_size 8 --image_channels 1 --classifier_width 32 --classifier_depth 1 "
+    "--classifier_channel_mult 1,2 --classifier_attention_resolutions 4 --classifier_num_head_channels 32 "
+    "--classifier_pool attention --noise_schedule cosine --diffusion_steps 1000 --random_flip False --random_crop False "
+    "--batch_size 64 --lr 1e-3 --iterations 1000 --anneal_lr True --weight_decay 0.05 --save_interval 1000 "
+    "--log_interval 50 --eval_interval 50",
+    "sample": "--num_samples 400 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50",
+}
+# What --quick adds: of a flag that is given twice the later one counts.
+QUICK = {
+    "train": "--lr_anneal_steps 60 --save_interval 30 --sample_interval 60 --log_interval 10 --batch_size 16",
+    "train-classifier": "--iterations 60 --save_interval 60 --log_interval 10 --eval_interval 30",
+    "sample": "--num_samples 60 --batch_size 30 --timestep_respacing ddim10",
+}
 
 
 def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion demo") -> int:
@@ -27,22 +48,30 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion dem
     parser.flag("seed", 0, "seed of training and of the samples")
     parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
+
+    from .main import main as command_line
+
     out = Path(args.out)
-    plan = Plan.quick() if args.quick else Plan()
     clock = Clock()
+
+    def run(command: str, *flags: str) -> None:
+        """Run a command of ours in this process, printed as a user would type it."""
+        plan = PLAN[command] + (f" {QUICK[command]}" if args.quick else "")
+        words = [command, *flags, "--seed", str(args.seed), "--device", args.device, *plan.split()]
+        print("\n$ guided-diffusion " + " ".join(words), flush=True)
+        if code := command_line(words):
+            raise SystemExit(code)
 
     train_dir, val_dir = write_digits(out / "data")
     clock.lap("digits written as files")
-    common = ["--seed", str(args.seed), "--device", args.device, "--resume_checkpoint", "auto"]
-    run(["train", "--data_dir", train_dir, "--out", str(out / "diffusion"), *common, *plan.diffusion])
+    data = ("--data_dir", train_dir, "--resume_checkpoint", "auto")
+    run("train", *data, "--out", f"{out}/diffusion")
     clock.lap("diffusion model trained")
-    classifier = ["--data_dir", train_dir, "--val_data_dir", val_dir, "--out", str(out / "classifier")]
-    run(["train-classifier", *classifier, *common, *plan.classifier])
+    run("train-classifier", *data, "--val_data_dir", val_dir, "--out", f"{out}/classifier")
     clock.lap("noisy-image classifier trained")
-    networks = ["--model_path", str(out / "diffusion"), "--classifier_path", str(out / "classifier")]
+    networks = ("--model_path", f"{out}/diffusion", "--classifier_path", f"{out}/classifier")
     for scale in SCALES:
-        own = ["--classifier_scale", str(scale), "--out", samples_of(out, scale)]
-        run(["sample", *networks, *own, "--seed", str(args.seed), "--device", args.device, *plan.sample])
+        run("sample", *networks, "--classifier_scale", str(scale), "--out", samples_of(out, scale))
         clock.lap(f"sampled at scale {scale:g}")
     table = score(out, train_dir, args.device)
     clock.lap("scored")
@@ -60,38 +89,6 @@ def samples_of(out: Path, scale: float) -> str:
     return str(out / "samples" / f"scale_{scale:g}")
 
 
-class Plan:
-    """Flags of the three commands; tuned so that two CPU cores need less than ten minutes of training."""
-
-    def __init__(self) -> None:
-        self.diffusion = (
-            "--image_size 8 --image_channels 1 --class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 "
-            "--attention_resolutions 4 --num_head_channels 16 --resblock_updown True --use_scale_shift_norm True "
-            "--learn_sigma True --noise_schedule cosine --diffusion_steps 1000 --dropout 0.1 --random_flip False "
-            "--batch_size 64 --lr 1e-3 --warmup_steps 100 --lr_anneal_steps 3000 --ema_rate 0.998 "
-            "--save_interval 1000 --sample_interval 1000 --log_interval 50"
-        ).split()
-        self.classifier = (
-            "--image_size 8 --image_channels 1 --classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2 "
-            "--classifier_attention_resolutions 4 --classifier_num_head_channels 32 --classifier_pool attention "
-            "--noise_schedule cosine --diffusion_steps 1000 --random_flip False --random_crop False --batch_size 64 "
-            "--lr 1e-3 --iterations 1000 --anneal_lr True --weight_decay 0.05 --save_interval 1000 --log_interval 50 "
-            "--eval_interval 50"
-        ).split()
-        self.sample = "--num_samples 400 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50".split()
-
-    @classmethod
-    def quick(cls) -> Plan:
-        """Of a flag that is given twice the later one counts."""
-        plan = cls()
-        plan.diffusion += (
-            "--lr_anneal_steps 60 --save_interval 30 --sample_interval 60 --log_interval 10 --batch_size 16".split()
-        )
-        plan.classifier += "--iterations 60 --save_interval 60 --log_interval 10 --eval_interval 30".split()
-        plan.sample += "--num_samples 60 --batch_size 30 --timestep_respacing ddim10".split()
-        return plan
-
-
 class Clock:
     """Wall seconds of each part, printed as they pass."""
 
@@ -104,16 +101,6 @@ class Clock:
         self.laps[what] = round(now - self._last, 1)
         print(f"== {what}: {self.laps[what]:.1f} s", flush=True)
         self._last = now
-
-
-def run(flags: list[str]) -> None:
-    """Run one command of ours in this process, printed as a user would type it."""
-    from .main import main as command
-
-    print("\n$ guided-diffusion " + " ".join(flags), flush=True)
-    code = command(flags)
-    if code:
-        raise SystemExit(code)
 
 
 def write_digits(folder: Path) -> tuple[str, str]:
@@ -153,14 +140,9 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
         for scale in SCALES:
             images, labels = read_images(finished_npz(samples_of(out, scale)), classifier, 100)
             made, predicted = classifier_features(classifier, images)
-            near = neighbours(made, real)
-            found = {
-                "fd": frechet_distance_of_features(made, real),
-                "precision": near.precision,
-                "recall": near.recall,
-                "accuracy": float((predicted == labels).mean()),
-            }
-            rows.append({"scale": scale, **{name: round(value, 4) for name, value in found.items()}})
+            near, accuracy = neighbours(made, real), float((predicted == labels).mean())
+            scores = (frechet_distance_of_features(made, real), near.precision, near.recall, accuracy)
+            rows.append({"scale": scale, **{name: round(value, 4) for name, value in zip(SCORES, scores)}})
     return rows
 
 
@@ -202,14 +184,12 @@ def write_plots(out: Path, rows: list[dict[str, float]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axes, run_name, columns in (
-        (left, "diffusion", ("mse_q0", "mse_q1", "mse_q2", "mse_q3")),
-        (right, "classifier", ("train_acc@1", "val_acc@1")),
-    ):
+    curves = {"diffusion": (left, "mse_q0 mse_q1 mse_q2 mse_q3"), "classifier": (right, "train_acc@1 val_acc@1")}
+    for run_name, (axes, columns) in curves.items():
         with open(out / run_name / "progress.csv", newline="", encoding="utf-8") as lines:
             table = list(csv.DictReader(lines))
-        for column in columns:
-            points = [(float(r["step"]), float(r[column])) for r in table if r.get(column)]
+        for column in columns.split():
+            points = [(float(row["step"]), float(row[column])) for row in table if row.get(column)]
             if points:
                 axes.plot(*zip(*points), label=column, linewidth=1)
         axes.set(title=run_name, xlabel="step")
@@ -218,9 +198,8 @@ def write_plots(out: Path, rows: list[dict[str, float]]) -> None:
     figure.savefig(out / "curves.png", dpi=110)
 
     figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    scales = [row["scale"] for row in rows]
-    for column in ("precision", "recall", "accuracy"):
-        axes.plot(scales, [row[column] for row in rows], marker="o", label=column)
+    for column in SCORES[1:]:
+        axes.plot([row["scale"] for row in rows], [row[column] for row in rows], marker="o", label=column)
     axes.set(xlabel="classifier scale", title="what guidance trades")
     axes.legend()
     figure.savefig(out / "trade.png", dpi=110)

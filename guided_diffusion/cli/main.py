@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 from ..runtime import storage
 from . import runs
 from .arguments import near
 
-# word -> (module, options of its function main, what it does); modules are loaded when chosen, so that --help needs no torch
+# word -> (function, options of its function main, what it does); modules are loaded when chosen, so that --help needs no torch
 COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "train": ("train", {"kind": "diffusion"}, "train a diffusion model on a folder of images"),
-    "train-classifier": ("train", {"kind": "classifier"}, "train a classifier of noised images, for guidance"),
-    "train-upsampler": ("train", {"kind": "super_resolution"}, "train a model that enlarges images"),
-    "sample": ("sample", {}, "make images from weights, with or without guidance"),
-    "upsample": ("upsample", {}, "enlarge samples or a folder of images"),
-    "cascade": ("cascade", {}, "small images from noise, then enlarged, in one command"),
-    "nll": ("likelihood", {}, "bits per dimension of images, with an error bar"),
-    "data": ("data", {}, "look at a folder of images, or pack it"),
-    "inspect": ("inspect", {}, "what a file of weights is"),
-    "convert": ("convert", {}, "weights to and from safetensors and diffusers, with the difference measured"),
-    "features": ("features", {}, "what a classifier sees in images, as an npz that can be scored"),
-    "zoo": ("zoo", {}, "the models released in 2021: list, show, get"),
-    "reproduce": ("reproduce", {}, "a published figure, from released weights to the score"),
-    "doctor": ("doctor", {}, "check this machine: devices, processes, packages"),
-    "demo": ("demo", {}, "the whole journey on handwritten digits, in minutes, without a download"),
+    "train": ("train:main", {"kind": "diffusion"}, "train a diffusion model on a folder of images"),
+    "train-classifier": ("train:main", {"kind": "classifier"}, "train a classifier of noised images, for guidance"),
+    "train-upsampler": ("train:main", {"kind": "super_resolution"}, "train a model that enlarges images"),
+    "sample": ("sample:main", {}, "make images from weights, with or without guidance"),
+    "upsample": ("upsample:main", {}, "enlarge samples or a folder of images"),
+    "cascade": ("cascade:main", {}, "small images from noise, then enlarged, in one command"),
+    "nll": ("likelihood:main", {}, "bits per dimension of images, with an error bar"),
+    "data": ("data:main", {}, "look at a folder of images, or pack it"),
+    "inspect": ("weight_files:inspect", {}, "what a file of weights is"),
+    "convert": ("weight_files:convert", {}, "weights to and from safetensors and diffusers; measures the difference"),
+    "features": ("weight_files:features", {}, "what a classifier sees in images, as an npz that can be scored"),
+    "zoo": ("weight_files:zoo", {}, "the models released in 2021: list, show, get"),
+    "reproduce": ("reproduce:main", {}, "a published figure, from released weights to the score"),
+    "doctor": ("doctor:main", {}, "check this machine: devices, processes, packages"),
+    "demo": ("demo:main", {}, "the whole journey on handwritten digits, in minutes, without a download"),
 }
-# The scripts of 2021, with its flags and defaults: name -> (module, options of its function main).
+# The scripts of 2021, with its flags and defaults: name -> (module:function, its options).
 SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "image_train": ("train", {"kind": "diffusion"}),
-    "classifier_train": ("train", {"kind": "classifier"}),
-    "super_res_train": ("train", {"kind": "super_resolution"}),
-    "image_sample": ("sample", {}),
-    "classifier_sample": ("sample", {"guided": True}),
-    "super_res_sample": ("upsample", {}),
-    "image_nll": ("likelihood", {}),
+    "image_train": ("train:main", {"kind": "diffusion"}),
+    "classifier_train": ("train:main", {"kind": "classifier"}),
+    "super_res_train": ("train:main", {"kind": "super_resolution"}),
+    "image_sample": ("sample:main", {}),
+    "classifier_sample": ("sample:main", {"guided": True}),
+    "super_res_sample": ("upsample:main", {}),
+    "image_nll": ("likelihood:main", {}),
 }
 
 
@@ -54,20 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command(rest: Sequence[str]) -> int:
         if words[0] not in COMMANDS:
             raise ValueError(f"there is no command {words[0]!r}{near(words[0], COMMANDS)}; see guided-diffusion --help")
-        module, options, _ = COMMANDS[words[0]]
-        return _main_of(module)(rest, f"guided-diffusion {words[0]}", **options)
+        function, options, _ = COMMANDS[words[0]]
+        return _function(function)(rest, f"guided-diffusion {words[0]}", **options)
 
     return runs.guarded(command, words[1:])
 
 
 def script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run `scripts/NAME.py`; returns the exit code."""
-    module, options = SCRIPTS[name]
-    return runs.guarded(lambda words: _main_of(module)(words, f"{name}.py", script=True, **options), argv)
+    function, options = SCRIPTS[name]
+    return runs.guarded(lambda words: _function(function)(words, f"{name}.py", script=True, **options), argv)
 
 
-def _main_of(module: str) -> Callable[..., int]:
-    function: Callable[..., int] = import_module(f".{module}", __package__).main
+def _function(name: str) -> Callable[..., int]:
+    function: Callable[..., int] = pkgutil.resolve_name(f"{__package__}.{name}")
     return function
 
 

@@ -7,22 +7,15 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..weights.released import PRESETS, Preset, Recipe, get
 from .arguments import Parsed, Parser, int_or_auto
 
 
-class Target(NamedTuple):
-    """A published figure under a short name."""
-
-    preset: Preset
-    recipe: Recipe
-
-
-def targets() -> dict[str, Target]:
+def targets() -> dict[str, tuple[Preset, Recipe]]:
     """Short names of all published figures: imagenet256-guided, imagenet256-unguided, imagenet256-guided-ddim25, lsun-cat …"""
-    found: dict[str, Target] = {}
+    named: dict[str, tuple[Preset, Recipe]] = {}
     for preset in (preset for preset in PRESETS.values() if preset.kind == "diffusion"):
         lsun = preset.name.startswith("lsun_")
         plain = "-uncond" if preset.name.endswith("_uncond") else ""
@@ -32,8 +25,8 @@ def targets() -> dict[str, Target]:
             steps = recipe.respacing
             if steps and (lsun or steps != "250"):
                 name += f"-{steps}" if steps == "250" or steps.startswith("ddim") else "-sweep"
-            found[name] = Target(preset, recipe)
-    return found
+            named[name] = preset, recipe
+    return named
 
 
 def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion reproduce") -> int:
@@ -55,23 +48,22 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion rep
     args = parser.parse_args(argv)
     if args.name not in known:
         raise ValueError(f"there is no published figure called {args.name!r}; there are {', '.join(known)}")
-    target = known[args.name]
+    preset, recipe = known[args.name]
     out = Path(args.out or f"runs/reproduce/{args.name}")
 
     from ..runtime import storage
     from ..sampling.jobs import finished_npz
     from . import sample
 
-    flags = _flags(target, args, str(out))
+    flags = {"out": str(out), **_flags(preset, recipe, args)}
     sample.run(sample.Sampling.of(Parsed(flags, flags)))
     npz = finished_npz(str(out))
-    manifest = _manifest(args.name, target, flags, out, npz)
+    manifest = {"recipe": args.name, "model": preset.file, **_manifest(flags, out, npz)}
     if args.reference:
-        evaluation = _evaluate(args.reference, npz, out, args)
+        evaluation = _evaluate(npz, out, args)
         if evaluation is None:  # the report is the main process's
             return 0
-        manifest["evaluation"] = evaluation
-        manifest["comparison"] = _compare(target.recipe, manifest["evaluation"])
+        manifest |= {"evaluation": evaluation, "comparison": _compare(recipe, evaluation)}
         print(comparison_table(manifest["comparison"]))
     else:
         print("not scored: no --reference was given")
@@ -81,31 +73,26 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion rep
     return 0
 
 
-def _flags(target: Target, args: argparse.Namespace, out: str) -> dict[str, Any]:
+def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `sample` for a published figure; its weights are downloaded if they are not there."""
     from ..runtime import storage
     from ..weights.download import fetch
 
     cache = storage.cache_folder()
-    recipe = target.recipe
     flags = {
-        "model_path": args.model_path or fetch(target.preset, cache),
-        "num_samples": args.num_samples,
+        "model_path": args.model_path or fetch(preset, cache),
         "batch_size": 0 if args.batch_size == "auto" else args.batch_size,
         "timestep_respacing": recipe.respacing,
         "use_ddim": recipe.use_ddim,
         "classifier_scale": float(recipe.scale),
-        "seed": args.seed,
-        "device": args.device,
-        "out": out,
-        "precision": args.precision,
+        **{name: getattr(args, name) for name in ("num_samples", "seed", "device", "precision")},
     }
     if recipe.scale:
-        flags["classifier_path"] = args.classifier_path or fetch(get(target.preset.classifier), cache)
+        flags["classifier_path"] = args.classifier_path or fetch(get(preset.classifier), cache)
     return flags
 
 
-def _manifest(name: str, target: Target, flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
+def _manifest(flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
     """Weights, flags, seeds, label draw, dtype, quantisation, versions and hardware of this run."""
     import numpy
     import torch
@@ -115,8 +102,6 @@ def _manifest(name: str, target: Target, flags: dict[str, Any], out: Path, npz: 
 
     cuda = torch.cuda.is_available()
     return {
-        "recipe": name,
-        "model": target.preset.file,
         "flags": [word for flag, value in flags.items() for word in (f"--{flag}", str(value))],
         "sampling": {RECEIPT: json.loads((out / RECEIPT).read_text(encoding="utf-8"))},
         "label_draw": "uniform over the classes, one draw per image from the image's own stream",
@@ -127,7 +112,7 @@ def _manifest(name: str, target: Target, flags: dict[str, Any], out: Path, npz: 
     }
 
 
-def _evaluate(reference: str, npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`. None but on the main process."""
     from evaluations.report import classic_lines, extra_lines
     from evaluations.scoring import Settings, evaluate
@@ -138,12 +123,12 @@ def _evaluate(reference: str, npz: str, out: Path, args: argparse.Namespace) -> 
         device=None if args.device == "auto" else args.device,
         errors=True,
     )
-    found = evaluate(reference, npz, settings)
-    if found is None:
+    evaluation = evaluate(args.reference, npz, settings)
+    if evaluation is None:
         return None
-    print("\n".join(classic_lines(found.sets[0]) + extra_lines(found.sets[0])), flush=True)
-    found.write(out / "evaluation.json")
-    report: dict[str, Any] = json.loads(found.to_json())
+    print("\n".join(classic_lines(evaluation.sets[0]) + extra_lines(evaluation.sets[0])), flush=True)
+    evaluation.write(out / "evaluation.json")
+    report: dict[str, Any] = json.loads(evaluation.to_json())
     return report
 
 
@@ -154,11 +139,17 @@ _NAMES = {"fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Rec
 def _compare(recipe: Recipe, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows: metric, published, measured, and the standard error of the measured one if there is one."""
     scores = {score["name"]: score for score in evaluation["sets"][0]["scores"]}
-    rows = []
-    for metric, published in recipe.expected._asdict().items() if recipe.expected else ():
-        found = scores[_NAMES[metric]]
-        rows.append({"metric": metric, "published": published, "measured": found["value"], "error": found["error"]})
-    return rows
+    published = recipe.expected._asdict() if recipe.expected else {}
+    measured = {metric: scores[_NAMES[metric]] for metric in published}
+    return [
+        {
+            "metric": metric,
+            "published": value,
+            "measured": measured[metric]["value"],
+            "error": measured[metric]["error"],
+        }
+        for metric, value in published.items()
+    ]
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

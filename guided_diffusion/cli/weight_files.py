@@ -1,0 +1,206 @@
+"""`inspect`, `convert`, `features` and `zoo`: what can be learned and made of a file of weights."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..config import WEIGHTS, WEIGHTS_HELP
+from ..runtime import storage
+from . import runs
+from .arguments import Parser
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..weights.released import Preset
+
+FORMS = ("safetensors", "pt", "diffusers")  # weights.convert.FORMS, here without loading torch
+log = logging.getLogger(__name__)
+
+
+def inspect(argv: Sequence[str], program: str) -> int:
+    """What a file of weights is; `--probe` decides by the denoising loss what its tensors cannot tell."""
+    parser = Parser(program, inspect.__doc__)
+    parser.add_argument("path", help="a file of weights, or the folder of a run")
+    parser.flag("probe", "", "folder of images like those of its training; decides heads and schedule")
+    parser.flag("probe_images", 4, "how many of them are used")
+    parser.flag("image_size", 0, "for --probe, where the channel multipliers belong to no standard size")
+    parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
+    parser.flag("device", "auto", "auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.probe_images < 1:
+        raise ValueError(f"--probe_images is {args.probe_images}; it must be at least 1")
+
+    with runs.session(args.device) as here:
+        for line in report(args, here.device) if here.is_main else ():
+            print(line)
+    return 0
+
+
+def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """What a file of weights is, line by line."""
+    from ..runtime.doctor import format_bytes
+    from ..training.memory import kept_bytes
+    from ..weights import identify, load, probe
+    from ..weights.files import read_weights
+    from .doctor import forward_of
+
+    found = load.find(args.path, weights=args.weights)
+    tensors = read_weights(found.path, which=args.weights).tensors
+    dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
+    millions = sum(value.numel() for value in tensors.values()) / 1e6
+    yield f"file        {found.path}"
+    yield f"tensors     {len(tensors)}, {millions:.2f} million parameters, {dtypes}"
+    config, shapes = found.config, {name: tuple(value.shape) for name, value in tensors.items()}
+    if args.probe and (config is None or config.kind != "classifier"):
+        known = probe.known_of(found.path, shapes, args.image_size)
+        x0 = _images(args.probe, args.probe_images, int(known["image_size"]), int(known["image_channels"])).to(device)
+        yield probe.verdict(probe.probe(load.fitted(tensors), known, x0))
+        return
+    config = config or identify.identify(found.path, shapes)
+    yield f"kind        {config.kind}" + (f", after {found.step} training steps" if found.step is not None else "")
+    if names := found.class_names:
+        yield f"classes     {len(names)}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+    yield f"network     {identify.flag_line(config.model.to_dict())}"
+    yield f"process     {identify.flag_line(config.diffusion.to_dict())}"
+    flops, net = probe.forward_flops(config)
+    yield f"arithmetic  {flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)"
+    plain = replace(config, train=replace(config.train, precision="fp32"))
+    recompute = "all" if getattr(plain.model, "use_checkpoint", False) else "none"
+    forward = forward_of(plain, net, recompute, next(net.parameters()).device)
+    _, per_image = kept_bytes(forward, net.parameters())
+    stored = 4 * sum(p.numel() for p in net.parameters())
+    yield (
+        f"memory      {format_bytes(stored)} of float32 weights; training adds about {format_bytes(per_image)} of "
+        "activations per image, and 16 bytes per parameter in all"
+    )
+
+
+def _images(folder: str, count: int, size: int, channels: int) -> torch.Tensor:
+    """The first images of a folder, float32 [N, C, H, W] in [-1, 1]."""
+    import torch
+
+    from ..data.images import center_crop, to_float
+    from ..data.listing import list_records
+    from ..data.sources import open_source
+
+    records = list_records(folder, labels="none")
+    reader = open_source(records.kind, records.root)
+    images = [center_crop(reader.read(path, channels), size) for path in records.paths[:count]]
+    return to_float(torch.stack([torch.from_numpy(image.copy()).reshape(size, size, channels) for image in images]))
+
+
+def convert(argv: Sequence[str], program: str) -> int:
+    """Weights in another form (safetensors, diffusers' UNet2DModel), with the largest output difference measured."""
+    parser = Parser(program, convert.__doc__)
+    parser.add_argument("source", help="weights: .pt, .safetensors, a run folder, or a folder that diffusers wrote")
+    parser.add_argument("target", help="NAME.safetensors, NAME.pt, or a folder for --to diffusers")
+    parser.flag("to", "", "the form; default: by the target's name", choices=FORMS)
+    parser.flag("noise_schedule", "linear", "of a diffusers source, which does not carry it")
+    parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
+    args = parser.parse_args(argv)
+
+    from ..runtime.log import setup_messages
+    from ..weights import convert as converting
+
+    setup_messages()
+    form = converting.form_of(args.target, args.to)
+    difference = converting.convert(
+        args.source, args.target, form, noise_schedule=args.noise_schedule, weights=args.weights
+    )
+    print(f"{args.source} -> {args.target} ({form}); largest output difference on the same input: {difference:.3g}")
+    return 0
+
+
+def features(argv: Sequence[str], program: str) -> int:
+    """What a trained classifier sees in clean images, as an npz that the evaluation suite scores (`--features npz`): `features`,
+    `predicted`, and the labels `arr_1` if there are any."""
+    parser = Parser(program, features.__doc__)
+    parser.add_argument("images", help="a folder of images, or an npz with arr_0")
+    parser.flag("classifier_path", "", "weights of a classifier, or the folder of its run", required=True)
+    parser.flag("out", "", "the npz to write", required=True)
+    parser.flag("batch_size", 64, "images per pass")
+    parser.flag("device", "auto", "auto, cpu or cuda")
+    args = parser.parse_args(argv)
+
+    import numpy as np
+
+    from ..sampling.features import classifier_features, read_images
+    from ..weights.load import load
+
+    with runs.session(args.device) as world:
+        classifier = load(args.classifier_path, kind="classifier", device=world.device)
+        images, labels = read_images(args.images, classifier, args.batch_size)
+        seen, predicted = classifier_features(classifier, images)
+        arrays: dict[str, Any] = {"features": seen, "predicted": predicted}
+        if labels is not None:
+            arrays["arr_1"] = labels
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        if world.is_main:
+            storage.write_bytes_atomic(args.out, buffer.getvalue())
+            log.info("%s: %d features of %d images", args.out, seen.shape[1], seen.shape[0])
+    return 0
+
+
+def zoo(argv: Sequence[str], program: str) -> int:
+    """The fifteen models released in 2021, by name: what they are, where they are, what they should score."""
+    parser = Parser(program, zoo.__doc__)
+    actions = ("list", "show", "get")
+    parser.add_argument("action", nargs="?", default="list", choices=actions, help="what to do (default list)")
+    parser.add_argument("name", nargs="?", default="", help="a model's name, for show and get")
+    parser.flag("cache", "", "folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)")
+    args = parser.parse_args(argv)
+
+    from ..runtime.log import setup_messages
+    from ..weights.download import fetch
+    from ..weights.released import PRESETS, get
+
+    if args.action == "list":
+        print(table())
+        return 0
+    if not args.name:
+        raise ValueError(f"zoo {args.action} needs a name; there are {', '.join(PRESETS)}")
+    preset = get(args.name)
+    if args.action == "show":
+        print(card(preset))
+        return 0
+    setup_messages()
+    print(fetch(preset, args.cache or storage.cache_folder()))
+    return 0
+
+
+def table() -> str:
+    """One line per published way of sampling."""
+    from ..weights.released import PRESETS
+
+    lines = [f"{'name':26s} {'what':34s} {'classifier':20s} {'scale':>5s} {'steps':>15s}    FID   sFID  Prec   Rec"]
+    for preset in PRESETS.values():
+        named = f"{preset.name:26s} {preset.title:34s}"
+        lines += [] if preset.recipes else [named]
+        for recipe in preset.recipes:
+            classifier = preset.classifier if recipe.scale else "-"
+            steps = recipe.respacing or str(preset.flags["diffusion_steps"])
+            scores = "".join(f" {value:{width}.2f}" for value, width in zip(recipe.expected or (), (6, 6, 5, 5)))
+            lines.append(f"{named} {classifier:20s} {recipe.scale:5g} {steps:>15s}{scores}")
+    lines.append(f"files: {next(iter(PRESETS.values())).url.rpartition('/')[0]}/NAME.pt")
+    return "\n".join(lines)
+
+
+def card(preset: Preset) -> str:
+    """Everything known of one model."""
+    lines = [f"{preset.name}: {preset.title} ({preset.kind})", f"file   {preset.url}"]
+    lines.append("flags  " + " ".join(f"--{name} {value}" for name, value in preset.flags.items()))
+    for recipe in preset.recipes:
+        how = f"{'DDIM, ' if recipe.use_ddim else ''}{recipe.respacing or preset.flags['diffusion_steps']} steps"
+        guide = f"{preset.classifier} at scale {recipe.scale:g}" if recipe.scale else "unguided"
+        scores, note = "no published figure", f" ({recipe.note})" if recipe.note else ""
+        if e := recipe.expected:
+            scores = f"FID {e.fid}, sFID {e.sfid}, precision {e.precision}, recall {e.recall}"
+        lines.append(f"recipe {how}, {guide}: {scores}{note}")
+    return "\n".join(lines)
