@@ -116,13 +116,12 @@ def parse(
     description: str,
     defaults: Mapping[str, Any] | None = None,
     groups: Mapping[str, str] = TRAINING,
-    given: Mapping[str, Any] | None = None,
 ) -> Parsed:
     """Read the flags of the dataclasses `configs` and of `Common`; where two have a field of one name, the first counts.
 
     `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
-    `groups` are those of --help: title -> flags; the last group has all others. `given` counts as typed before `argv`.
+    `groups` are those of --help: title -> flags; the last group has all others.
     """
     argv = sys.argv[1:] if argv is None else argv
     known: dict[str, Field[Any]] = {}
@@ -143,7 +142,7 @@ def parse(
     arguments, unknown = parser.parse_known_args(_underscored(argv, renamed))
     if unknown:
         raise ValueError(_unknown(unknown[0], known))
-    typed = {**(given or {}), **{key: value for key, value in vars(arguments).items() if key != "config"}}
+    typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
         stored, typed_now = _from_file(arguments.config, known), typed
         typed = laid_over(stored, typed_now)

@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "train-upsampler": ("train:main", {"kind": "super_resolution"}, "train a model that enlarges images"),
     "sample": ("sample:main", {}, "make images from weights, with or without guidance"),
     "upsample": ("upsample:main", {}, "enlarge samples or a folder of images"),
-    "cascade": ("cascade:main", {}, "small images from noise, then enlarged, in one command"),
+    "cascade": ("upsample:cascade", {}, "small images from noise, then enlarged, in one command"),
     "nll": ("likelihood:main", {}, "bits per dimension of images, with an error bar"),
     "data": ("data:main", {}, "look at a folder of images, or pack it"),
     "inspect": ("weight_files:inspect", {}, "what a file of weights is"),

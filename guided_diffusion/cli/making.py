@@ -61,15 +61,8 @@ class Making(SampleConfig, arguments.Common):
     typed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def flags(
-        cls,
-        argv: Sequence[str] | None,
-        program: str,
-        *,
-        script: bool = False,
-        given: Mapping[str, Any] | None = None,
-    ) -> arguments.Parsed:
-        """The flags of a command line; scripts write into a folder of their own. `given` as in `parse`."""
+    def flags(cls, argv: Sequence[str] | None, program: str, *, script: bool = False) -> arguments.Parsed:
+        """The flags of a command line; scripts write into a folder of their own."""
         return arguments.parse(
             argv,
             (cls, cls.network, DiffusionConfig, ClassifierConfig),
@@ -77,7 +70,6 @@ class Making(SampleConfig, arguments.Common):
             description=cls.__doc__ or "",
             defaults={"out": runs.script_folder()} if script else {},
             groups=arguments.SAMPLING,
-            given=given,
         )
 
     @classmethod
@@ -200,12 +192,8 @@ class Setup:
 def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
     from ..weights.load import load
 
-    typed, names, precision, weights = (
-        dict(options.typed),
-        set(DiffusionConfig.names()),
-        options.precision,
-        options.weights,
-    )
+    typed, names = dict(options.typed), set(DiffusionConfig.names())
+    precision, weights = options.precision, options.weights
     if kind == "classifier":
         names = set(_SHARED_PROCESS)  # respacing and the meaning of the output are the generator's business
         typed["image_size"] = typed.get("large_size", typed.get("image_size"))

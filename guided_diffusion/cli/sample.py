@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import flag
-from . import making, requests
+from ..config import SampleConfig, flag
+from ..runtime import storage
+from . import making
+from .arguments import near
 
 if TYPE_CHECKING:
     from ..runtime.signals import Stop
     from ..runtime.world import World
 
+FIELDS = ("name", "seed", "num_samples", "classes", "labels")
+_NAME = re.compile(r"[\w-]{1,100}")
 log = logging.getLogger(__name__)
 
 
@@ -21,9 +27,19 @@ log = logging.getLogger(__name__)
 class Sampling(making.Making):
     """Make images from weights."""
 
-    requests: str = flag(
-        "", f"JSON file of many small requests, made in shared batches; fields: {', '.join(requests.FIELDS)}"
-    )
+    requests: str = flag("", f"JSON file of many small requests, made in shared batches; fields: {', '.join(FIELDS)}")
+
+
+class Entry(NamedTuple):
+    """One request: `where` it stands in the file, for error messages, and the flags with its values."""
+
+    name: str
+    where: str
+    options: Sampling
+
+    def flags(self) -> dict[str, Any]:
+        """The values that a request may have besides its name."""
+        return {name: getattr(self.options, name) for name in FIELDS[1:]}
 
 
 def main(
@@ -47,7 +63,7 @@ def main(
 
 def run(options: Sampling) -> None:
     """Sample in a session of its own."""
-    entries = requests.read(options.requests, options) if options.requests else ()
+    entries = read_requests(options.requests, options) if options.requests else ()
     with making.session(options) as (world, stop):
         if entries:
             make_all(entries, options, world, stop)
@@ -64,9 +80,8 @@ def make(options: making.Making, world: World, stop: Stop) -> str:
     return setup.make(setup.job(request, "samples"), stop)
 
 
-def make_all(entries: Sequence[requests.Entry], options: Sampling, world: World, stop: Stop) -> None:
+def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: Stop) -> None:
     """Make what a file of requests asks for, each into a folder of its own. Called on every process."""
-    from ..runtime import storage
     from ..sampling.jobs import Request
     from ..sampling.queue import generate_all
 
@@ -84,3 +99,80 @@ def make_all(entries: Sequence[requests.Entry], options: Sampling, world: World,
         storage.write_json_atomic(storage.join(shared.out, "requests.json"), understood)
     saving = generate_all(setup.pipeline(), jobs, shared.out, world=world, should_stop=lambda: stop.requested)
     log.info("%s", saving if saving.images else f"all {len(jobs)} requests are there already")
+
+
+def read_requests(path: str, options: Sampling) -> tuple[Entry, ...]:
+    """The requests of a JSON list, or of a file with one JSON object per line; missing fields come
+    from the flags.
+
+    ValueError naming file, line (in a list: entry) and field.
+    """
+    try:
+        text = storage.read_bytes(path).decode("utf-8-sig")  # some editors begin a file with a mark
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--requests {path}: there is no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"--requests {path} is no text file: {error}") from None
+    entries: dict[str, Entry] = {}
+    for number, (where, value) in enumerate(_objects(path, text), start=1):
+        entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", options)
+        key = entry.name.casefold()  # some file systems hold Cats and cats for one folder
+        if key in entries:
+            raise ValueError(
+                f"{entry.where}: name {entry.name!r} is already used in {entries[key].where.rpartition(', ')[2]}"
+            )
+        entries[key] = entry
+    if not entries:
+        raise ValueError(f"--requests {path} holds no requests; write one JSON object per line, or a list of them")
+    return tuple(entries.values())
+
+
+def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """(place in words, value) of each entry."""
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--requests {path} starts with [ but is not valid JSON: {error}") from None
+        yield from ((f"entry {number}", value) for number, value in enumerate(values, start=1))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"--requests {path}, line {number} is no JSON ({error}); write one object per line, or a list"
+                ) from None
+
+
+def _entry(value: Any, name: str, where: str, options: Sampling) -> Entry:
+    """One request, checked by the rules of the flags of the same names."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}; a request is an object such as {{'name': 'cats', 'num_samples': 3}}")
+    for key in value:
+        if key in SampleConfig.names() and key not in FIELDS:
+            raise ValueError(f"{where}: {key} is one for all requests; give it as --{key}")
+        if key not in FIELDS:
+            raise ValueError(f"{where}: a request has no {key!r}{near(key, FIELDS)}; it has {', '.join(FIELDS)}")
+    if "num_samples" not in value and "num_samples" not in options.typed:
+        raise ValueError(f"{where} has no num_samples; write it there, or give --num_samples for all that have none")
+    name = value.get("name", name)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{where}: name is {name!r}; it becomes the name of a folder: text of up to 100 letters, digits, - and _"
+        )
+    values = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
+    classes = _classes(value["classes"], where) if "classes" in value else options.classes
+    try:
+        return Entry(name, where, replace(options, **values, classes=classes).validate())
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
+
+
+def _classes(value: Any, where: str) -> str:
+    """7, "3,7", [3, "cat"] -> as the flag --classes is written."""
+    words: Sequence[Any] = value if isinstance(value, list) else [value]
+    if not words or any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
+        raise ValueError(f'{where}: classes is {value!r}; write 7, "3,7", or a list of numbers or names')
+    return ",".join(str(word) for word in words)

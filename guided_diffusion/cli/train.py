@@ -195,22 +195,21 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
 
 def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
     """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
-    from ..data.classes import hold_out, training_records
+    from ..data.classes import hold_out, renumber
     from ..data.listing import list_records
 
     data, count = config.data, classes_of(config.model)
+    records = list_records(data.data_dir, labels=data.labels if count else "none")
     if not count:
-        return list_records(data.data_dir, labels="none"), None
-    known, whose = None, ""
+        return records, None
+    records.require_labels()
     if saved is not None and not (start is not None and start.new_classes):
-        known, whose = saved.class_names, start.path if start else saved.directory
-    remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
-    as_2021 = start is not None and start.as_2021
-    records, note = training_records(
-        data.data_dir, data.labels, known=known, count=count, whose=whose, as_2021=as_2021, remedy=remedy
-    )
-    if note:
-        _log.info(note)
+        whose = start.path if start else saved.directory
+        remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
+        as_2021 = start is not None and start.as_2021
+        records, note = renumber(records, saved.class_names, count, whose, as_2021=as_2021, remedy=remedy)
+        if note:
+            _log.info(note)
     if config.kind != "classifier":
         return records, None
     return hold_out(records, data.val_data_dir, data.labels, fraction=data.val_fraction, seed=config.train.seed)

@@ -1,14 +1,16 @@
-"""`upsample`: small images -> large ones, by a model trained for it."""
+"""`upsample`: small images -> large ones, by a model trained for it; `cascade`: noise -> small images -> large ones, in one command."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..config import SuperResConfig, flag
-from . import making
+from ..runtime import storage
+from . import making, runs, sample
 
 if TYPE_CHECKING:
     from ..data.samples import Images
@@ -45,49 +47,97 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     from ..sampling.pipeline import noise_seed
 
     setup = making.Setup.read(options, world)
-    small_size = setup.model.small_size
-    small = _open(options, setup)
+    chosen = setup.labels() if options.classes or not setup.num_classes else None
+    try:
+        small = _open(options, setup)
+        labels = chosen or _labels(small, setup)
+    except ValueError as error:
+        raise ValueError(f"--base_samples {error}") from None
     log.info("enlarging %d images of %s (%s)", len(small), options.base_samples, small.about)
     if every:
         setup = replace(setup, options=replace(options, num_samples=len(small)))
     seed = noise_seed(setup.model, options.seed)
-    request = Request("", setup.options.num_samples, seed, _labels(options, setup, small), small.low_res)
-    job = setup.job(request, "upsampled", base_samples=small.identity(), small_size=small_size)
-    return setup.make(job, stop)
+    request = Request("", setup.options.num_samples, seed, labels, small.low_res)
+    receipt = {"base_samples": small.identity(), "small_size": setup.model.small_size}
+    return setup.make(setup.job(request, "upsampled", **receipt), stop)
 
 
 def _open(options: Upsampling, setup: making.Setup) -> Images:
     """The images to enlarge. ValueError if the model does not take them."""
     from ..data.samples import open_images
-    from ..runtime import storage
     from ..sampling.jobs import class_names_beside
 
-    path, model = options.base_samples, setup.model
+    path, size, channels = options.base_samples, setup.model.small_size, setup.model.shape[0]
     if not storage.exists(path):
         raise FileNotFoundError(f"--base_samples {path}: there is no such file or folder")
-    try:
-        labels = "auto" if setup.num_classes and not options.classes else "none"
-        names = class_names_beside(path)
-        return open_images(path, model.small_size, model.shape[0], labels=labels, class_names=names)
-    except ValueError as error:
-        raise ValueError(f"--base_samples {error}") from None
+    labels = "auto" if setup.num_classes and not options.classes else "none"
+    return open_images(path, size, channels, labels=labels, class_names=class_names_beside(path))
 
 
-def _labels(options: Upsampling, setup: making.Setup, small: Images) -> LabelPlan:
-    """The classes given, else those of the small images."""
+def _labels(small: Images, setup: making.Setup) -> LabelPlan:
+    """The classes of the small images. ValueError if they have none, or others than the networks."""
     from ..sampling.jobs import LabelPlan
 
-    if options.classes or not setup.num_classes:
-        return setup.labels()
     if small.records.labels is None:
         raise ValueError(
-            f"--base_samples {options.base_samples} has no labels (arr_1), and the networks want classes; "
+            f"{small.records.root} has no labels (arr_1), and the networks want classes; "
             f"give --classes with one or more of 0 to {setup.num_classes - 1}"
         )
-    try:
-        labels, note = small.labels_for(setup.num_classes, setup.class_names, setup.model.path)
-    except ValueError as error:
-        raise ValueError(f"--base_samples {error}") from None
+    labels, note = small.labels_for(setup.num_classes, setup.class_names, setup.model.path)
     if note:
         log.info(note)
     return LabelPlan.fixed(labels)
+
+
+@dataclass(frozen=True)
+class Cascade(making.Making):
+    """Make small images from noise, then enlarge them, in one command."""
+
+    out: str = flag("", "folder; the small images come into its base/, the large ones into its upsampled/")
+    upsampler_path: str = flag("", "weights of the upsampler: a file or a run folder")
+    upsampler_timestep_respacing: str = flag("", "steps of the upsampler; empty = as --timestep_respacing")
+    upsampler_use_ddim: bool = flag(False, "enlarge with DDIM")
+    upsampler_batch_size: int = flag(0, "large images per pass and process; 0 = as --batch_size")
+    upsampler_classifier_path: str = flag("", "a classifier of the large size, to guide the upsampler as well")
+    upsampler_classifier_scale: float = flag(0.0, "strength of that guidance; 0 = none, as in the paper")
+    upsampler_flags: str = flag("", "further flags of the upsample command, as one quoted text")
+
+
+# Flags of the first stage that hold for both.
+_SHARED = ("num_samples", "batch_size", "seed", "precision", "clip_denoised", "timestep_respacing", "grid", "device")
+
+
+def cascade(argv: Sequence[str] | None = None, program: str = "guided-diffusion cascade") -> int:
+    """Make small images, then enlarge them; returns the exit code."""
+    options = Cascade.of(Cascade.flags(argv, program))
+    for name, what in (("model_path", "the base model"), ("upsampler_path", "the upsampler")):
+        if not getattr(options, name):
+            raise ValueError(f"--{name} is empty; give the weights of {what}, or the folder of its run")
+    second = _second(options)  # an impossible value is an error now, not after the first stage
+    out, _ = runs.run_folder(options.out, "cascade")
+    typed = {name: value for name, value in options.typed.items() if not name.startswith("upsampler_")}
+    with making.session(options) as (world, stop):
+        out = world.broadcast_object(out, name="folder of the cascade")
+        npz = sample.make(replace(options, out=storage.join(out, "base"), typed=typed), world, stop)
+        make(replace(second, out=storage.join(out, "upsampled"), base_samples=npz), world, stop)
+    return 0
+
+
+def _second(options: Cascade) -> Upsampling:
+    """The second stage's flags: `--upsampler_flags` over `--upsampler_...` over those that both stages share."""
+    words = shlex.split(options.upsampler_flags)
+    if any(word.startswith("--import") for word in words):  # the value may be a file's, and no file may run a program
+        raise ValueError("--upsampler_flags has --import; give it to cascade itself")
+    given = {name: options.typed[name] for name in _SHARED if name in options.typed}
+    given |= {
+        "model_path": options.upsampler_path,
+        "use_ddim": options.upsampler_use_ddim,
+        "classifier_path": options.upsampler_classifier_path,
+        "classifier_scale": options.upsampler_classifier_scale,
+        "timestep_respacing": options.upsampler_timestep_respacing or given.get("timestep_respacing", ""),
+        "batch_size": options.upsampler_batch_size or given.get("batch_size", ""),
+        "num_samples": options.num_samples,
+    }
+    first = [f"--{name}={value}" for name, value in given.items() if value != ""]
+    program = "guided-diffusion cascade --upsampler_flags"
+    return Upsampling.of(Upsampling.flags([*first, *words], program))

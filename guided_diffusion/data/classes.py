@@ -101,18 +101,6 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit()
 
 
-def training_records(
-    data_dir: str, labels: str, *, known: Sequence[str] | None, count: int, whose: str, as_2021: bool, remedy: str
-) -> tuple[Records, str]:
-    """The labelled records of a folder, by the class numbers of the network that is trained on, and a note for the user or "".
-
-    `known`: that network's classes, None for a new one; the others as in `renumber`.
-    """
-    records = list_records(data_dir, labels=labels)
-    records.require_labels()
-    return (records, "") if known is None else renumber(records, known, count, whose, as_2021=as_2021, remedy=remedy)
-
-
 def hold_out(
     records: Records, val_data_dir: str, labels: str, *, fraction: float, seed: int
 ) -> tuple[Records, Records | None]:

@@ -12,7 +12,7 @@ from checkpoint_files import BASE, CRITIC, filled
 from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
-from guided_diffusion.cli import requests, sample
+from guided_diffusion.cli import sample
 from guided_diffusion.cli.main import main
 
 LINES: list[dict[str, Any]] = [
@@ -80,7 +80,7 @@ def test_every_request_is_what_sample_makes_alone(
     assert "all 3 requests are there already" in capsys.readouterr().out
     # What was understood is written down, complete, and reads back as it is.
     told = sample.Sampling.of(sample.Sampling.flags(["--model_path", "m"], "p"))
-    again = requests.read(str(tmp_path / "out" / "requests.json"), told)
+    again = sample.read_requests(str(tmp_path / "out" / "requests.json"), told)
     assert [(one.name, one.options.seed, one.options.num_samples) for one in again] == [
         ("threes", 5, 3),
         ("mixed", 8, 6),

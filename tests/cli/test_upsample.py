@@ -17,7 +17,7 @@ from PIL import Image
 from processes import TORCHRUN, run_script
 
 import guided_diffusion as gd
-from guided_diffusion.cli import cascade
+from guided_diffusion.cli import upsample
 from guided_diffusion.cli.main import main
 from guided_diffusion.data.images import center_crop, low_res, to_float
 from guided_diffusion.data.samples import open_images
@@ -288,13 +288,13 @@ def test_what_is_given_to_cascade_wins_over_a_file_of_the_second_stage(tmp_path:
     stored = {"model_path": "other.pt", "num_samples": 7, "seed": 5, "precision": "fp16", "eta": 0.25}
     (tmp_path / "file.json").write_text(json.dumps(stored))
     words = f"--model_path base --upsampler_path up --num_samples 3 --seed 1 --upsampler_flags '--config {tmp_path}/file.json'"
-    asked = cascade.Cascade.of(cascade.Cascade.flags(shlex.split(words), "cascade"))
-    second = cascade._second(asked)
+    asked = upsample.Cascade.of(upsample.Cascade.flags(shlex.split(words), "cascade"))
+    second = upsample._second(asked)
     assert (second.model_path, second.num_samples, second.seed) == ("up", 3, 1)
     assert (second.precision, second.eta) == ("fp16", 0.25)
     words = words.replace("--config", "--num_samples 4 --config")
-    asked = cascade.Cascade.of(cascade.Cascade.flags(shlex.split(words), "cascade"))
-    assert cascade._second(asked).num_samples == 4
+    asked = upsample.Cascade.of(upsample.Cascade.flags(shlex.split(words), "cascade"))
+    assert upsample._second(asked).num_samples == 4
 
 
 def test_a_file_of_flags_runs_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
