@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..runtime import storage
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command(rest: Sequence[str]) -> int:
         if words[0] not in COMMANDS:
             raise ValueError(f"there is no command {words[0]!r}{near(words[0], COMMANDS)}; see guided-diffusion --help")
-        function, options, _ = COMMANDS[words[0]]
-        return _function(function)(rest, f"guided-diffusion {words[0]}", **options)
+        name, options, _ = COMMANDS[words[0]]
+        return _run(name, rest, f"guided-diffusion {words[0]}", **options)
 
     return runs.guarded(command, words[1:])
 
@@ -63,12 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run `scripts/NAME.py`; returns the exit code."""
     function, options = SCRIPTS[name]
-    return runs.guarded(lambda words: _function(function)(words, f"{name}.py", script=True, **options), argv)
+    return runs.guarded(lambda words: _run(function, words, f"{name}.py", script=True, **options), argv)
 
 
-def _function(name: str) -> Callable[..., int]:
-    function: Callable[..., int] = pkgutil.resolve_name(f"{__package__}.{name}")
-    return function
+def _run(name: str, argv: Sequence[str], program: str, **options: Any) -> int:
+    return pkgutil.resolve_name(f"{__package__}.{name}")(argv, program, **options)
 
 
 def usage() -> str:

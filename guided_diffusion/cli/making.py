@@ -32,20 +32,15 @@ if TYPE_CHECKING:
 _SHARED_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
 # Fields of the configurations that are not in the receipt as they are. All others are: a new one need not be named anywhere.
 NOT_IN_RECEIPT = frozenset(
-    # the content counts: its hash, and which of a file's weights were taken
-    ["model_path", "classifier_path", "weights"]
-    # what they led to is recorded with each network
-    + ["precision", "classifier_precision", "use_fp16", "classifier_use_fp16"]
-    # image i is image i
-    + ["num_samples", "batch_size", "grid"]
-    # the same arithmetic, rounded otherwise
-    + ["compile", "cuda_graphs"]
-    # the job adds them
-    + ["seed", "classes", "labels"]
-    # another spelling of sampler
-    + ["use_ddim"]
-    # of training alone
-    + ["dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"]
+    (
+        "model_path classifier_path weights "  # the content counts: its hash, and which of a file's weights were taken
+        "precision classifier_precision use_fp16 classifier_use_fp16 "  # what they led to is recorded with each network
+        "num_samples batch_size grid "  # image i is image i
+        "compile cuda_graphs "  # the same arithmetic, rounded otherwise
+        "seed classes labels "  # the job adds them
+        "use_ddim "  # another spelling of sampler
+        "dropout use_checkpoint use_kl rescale_learned_sigmas"  # of training alone
+    ).split()
 )
 M = TypeVar("M", bound="Making")
 

@@ -26,7 +26,10 @@ PATIENCE_S = 3600.0  # how long a process waits for the others; a batch of large
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
     words = storage.command_words(sys.argv[1:] if argv is None else argv)
-    share_the_processor()
+    # Let torch's threads sleep while they wait for each other, unless the user has said how they shall wait. By default they keep a core
+    # busy waiting. That saves microseconds on an idle machine and costs much on a shared one: the thread that is awaited may not get a core
+    # (small networks trained 2 to 30 times slower beside one busy neighbour). The setting is read when torch is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
     try:
@@ -46,22 +49,12 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None 
         remote = type(error).__module__.split(".")[0] == "blobfile"  # a remote path that cannot be reached
         if not (isinstance(error, USER_ERRORS) or derived or remote):
             raise
-        elsewhere = not isinstance(error, RuntimeError) and launchers.leave_it_to_the_first(os.environ)
-        if not elsewhere and not getattr(error, "told_elsewhere", False):
+        told = getattr(error, "told_elsewhere", False)
+        if not told and (isinstance(error, RuntimeError) or not launchers.leave_it_to_the_first(os.environ)):
             if any(word.startswith("--debug") for word in words):
                 traceback.print_exc()
             print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         return USER_ERROR
-
-
-def share_the_processor() -> None:
-    """Let torch's threads sleep while they wait for each other, unless the user has said how they shall wait.
-
-    By default they keep a core busy waiting. That saves microseconds on an idle machine and costs much on a shared one: the
-    thread that is awaited may not get a core (small networks trained 2 to 30 times slower beside one busy neighbour). The
-    setting is read when torch is loaded, which is later than this.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def run_folder(out: str, kind: str) -> tuple[str, str]:
