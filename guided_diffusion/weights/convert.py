@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..config import RunConfig
 from ..runtime import storage
 from ..runtime.streams import EVALUATE, Streams
-from .diffusers import load_diffusers, save_diffusers
+from .diffusers import is_diffusers, load_diffusers, save_diffusers
 from .identify import flag_line
 from .load import Loaded, load, metadata_of
 from .probe import conditions
@@ -29,31 +30,24 @@ def form_of(target: str, form: str = "") -> str:
     return form
 
 
-def convert(source: str, target: str, form: str = "", *, noise_schedule: str = "linear", weights: str = "") -> float:
+def convert(source: str, target: str, form: str, *, noise_schedule: str = "linear", weights: str = "") -> float:
     """Write the weights of `source` as `target` and return how far its outputs are from those of the source, relatively.
 
     source          a .pt or .safetensors file, a run folder, or a folder that diffusers wrote
-    form            as `form_of`; "diffusers" writes a folder
+    form            one of FORMS; "diffusers" writes a folder
     noise_schedule  of a diffusers folder, which does not carry it
     weights         "ema" or "model" where the source holds both
     """
-    form = form_of(target, form)
-    if _is_diffusers(source):
+    original: Callable[..., Tensor]
+    if is_diffusers(source):
         loaded, original = load_diffusers(source, noise_schedule)
     else:
         loaded = load(source, weights=weights)
         original = loaded.net
     if form == "diffusers":
-        converted = save_diffusers(loaded, target)
-    else:
-        save_file(loaded, target, form)
-        converted = load(target, flags=_flags(loaded.config)).net
-    return largest_difference(original, converted, loaded.config)
-
-
-def _is_diffusers(source: str) -> bool:
-    config = os.path.join(source, "config.json")
-    return os.path.isfile(config) and b"UNet2DModel" in storage.read_bytes(config)
+        return largest_difference(original, save_diffusers(loaded, target), loaded.config)
+    save_file(loaded, target, form)
+    return largest_difference(original, load(target, flags=_flags(loaded.config)).net, loaded.config)
 
 
 def _flags(config: RunConfig) -> dict[str, Any]:
@@ -79,12 +73,12 @@ def save_file(loaded: Loaded, target: str, form: str) -> None:
     _log.info("note: a plain state dict as in 2021 carries no configuration; to load %s, type %s", target, flags)
 
 
-def largest_difference(first: nn.Module, second: nn.Module, config: RunConfig) -> float:
+def largest_difference(first: Callable[..., Tensor], second: Callable[..., Tensor], config: RunConfig) -> float:
     """max |difference| / max |output| of two networks on the same noise, steps and classes, float32 on the CPU."""
     model = config.model
     x = Streams(0, EVALUATE, ids=range(2)).normal((model.image_channels, *model.size))
     time = torch.tensor([10.0, 700.0])
     cond = conditions(model, x)
     with torch.no_grad():
-        a, b = first.cpu()(x, time, **cond).float(), second.cpu()(x, time, **cond).float()
+        a, b = first(x, time, **cond).float(), second(x, time, **cond).float()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))

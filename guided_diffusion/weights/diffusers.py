@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import build
 from ..config import ModelConfig, Network, RunConfig
@@ -43,19 +43,8 @@ _ENDS = {
 }
 
 
-class Layout(NamedTuple):
-    """What the names of tensors and the packing of attention depend on."""
-
-    attention: list[bool]
-    """By level: whether its blocks have attention."""
-    depth: int
-    resblock_updown: bool
-    head_channels: int
-    new_order: bool
-
-
-def layout_of(model: Network) -> Layout:
-    """The layout of a generator's configuration; ValueError with the reason where `UNet2DModel` cannot express the network."""
+def head_channels_of(model: Network) -> int:
+    """Channels per attention head; ValueError with the reason where `UNet2DModel` cannot express the network."""
     if not isinstance(model, ModelConfig):
         raise ValueError(
             f"diffusers' UNet2DModel is a plain denoising network; a {model.kind} network has no place in it"
@@ -65,37 +54,40 @@ def layout_of(model: Network) -> Layout:
             "UNet2DModel takes its time embedding's width from the first level; it cannot express the first multiplier "
             f"{model.multipliers[0]}"
         )
-    attention = [2**level in model.attention_downsamplings for level in range(len(model.multipliers))]
-    head_channels = model.num_head_channels
-    if head_channels == -1:
-        # The last level counts in any case: the middle block has its width and always has attention.
-        attending = {m for m, attends in zip(model.multipliers, attention) if attends} | {model.multipliers[-1]}
-        widths = {int(model.num_channels * m) // model.num_heads for m in attending}
-        if len(widths) > 1 or model.num_heads_upsample not in (-1, model.num_heads):
-            raise ValueError(
-                "UNet2DModel fixes the channels per head for the whole network; with a fixed number of heads "
-                "(--num_heads) they differ between levels, so it cannot express this network"
-            )
-        head_channels = widths.pop()
-    return Layout(attention, model.num_res_blocks, model.resblock_updown, head_channels, model.use_new_attention_order)
+    if model.num_head_channels != -1:
+        return model.num_head_channels
+    # The last level counts in any case: the middle block has its width and always has attention.
+    attending = {m for m, attends in zip(model.multipliers, _attention(model)) if attends} | {model.multipliers[-1]}
+    widths = {int(model.num_channels * m) // model.num_heads for m in attending}
+    if len(widths) > 1 or model.num_heads_upsample not in (-1, model.num_heads):
+        raise ValueError(
+            "UNet2DModel fixes the channels per head for the whole network; with a fixed number of heads "
+            "(--num_heads) they differ between levels, so it cannot express this network"
+        )
+    return widths.pop()
 
 
-def arguments_for_unet2d(model: ModelConfig, *, learn_sigma: bool) -> dict[str, Any]:
-    """Keyword arguments of `diffusers.UNet2DModel` for this network. ValueError as `layout_of`."""
-    layout = layout_of(model)
-    change = "resnet" if layout.resblock_updown else "conv"
-    plain = "Resnet{}sampleBlock2D" if layout.resblock_updown else "{}Block2D"
+def _attention(model: Network) -> list[bool]:
+    """By level: whether its blocks have attention."""
+    return [2**level in model.attention_downsamplings for level in range(len(model.multipliers))]
+
+
+def arguments_for_unet2d(model: Any, *, learn_sigma: bool) -> dict[str, Any]:
+    """Keyword arguments of `diffusers.UNet2DModel` for this network. ValueError as `head_channels_of`."""
+    attention, head_channels = _attention(model), head_channels_of(model)
+    change = "resnet" if model.resblock_updown else "conv"
+    plain = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
     return {
         "sample_size": model.image_size,
         "in_channels": model.image_channels,
         "out_channels": model.image_channels * (2 if learn_sigma else 1),
         "block_out_channels": [int(model.num_channels * m) for m in model.multipliers],
-        "layers_per_block": layout.depth,
-        "down_block_types": ["AttnDownBlock2D" if a else plain.format("Down") for a in layout.attention],
-        "up_block_types": ["AttnUpBlock2D" if a else plain.format("Up") for a in reversed(layout.attention)],
+        "layers_per_block": model.num_res_blocks,
+        "down_block_types": ["AttnDownBlock2D" if a else plain.format("Down") for a in attention],
+        "up_block_types": ["AttnUpBlock2D" if a else plain.format("Up") for a in reversed(attention)],
         "downsample_type": change,
         "upsample_type": change,
-        "attention_head_dim": layout.head_channels,
+        "attention_head_dim": head_channels,
         "norm_num_groups": 32,
         "attn_norm_num_groups": 32,
         "norm_eps": 1e-5,
@@ -141,54 +133,53 @@ def flags_of_unet2d(config: Mapping[str, Any], noise_schedule: str) -> dict[str,
     }
 
 
-def _blocks(layout: Layout) -> Iterator[tuple[str, str, str]]:
-    """Pairs of block prefixes, ours and theirs, each with what the block is: "resnet", "attention" or "conv"."""
-    levels = len(layout.attention)
-    block = 1  # input block 0 is the first convolution
-    for level, attends in enumerate(layout.attention):
-        for layer in range(layout.depth):
-            yield f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{layer}", "resnet"
+def _modules(model: Any) -> dict[str, tuple[str, ...]]:
+    """Our modules that have weights -> theirs, or three of theirs for a product of queries, keys and values."""
+    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _ENDS.items()}
+    attention, depth = _attention(model), model.num_res_blocks
+
+    def resnet(ours: str, theirs: str) -> None:
+        names.update({f"{ours}.{part}": (f"{theirs}.{of_theirs}",) for part, of_theirs in _RESNET.items()})
+
+    def attend(ours: str, theirs: str) -> None:
+        names[f"{ours}.norm"] = (f"{theirs}.group_norm",)
+        names[f"{ours}.qkv"] = (f"{theirs}.to_q", f"{theirs}.to_k", f"{theirs}.to_v")
+        names[f"{ours}.proj_out"] = (f"{theirs}.to_out.0",)
+
+    def level(ours: str, first: int, theirs: str, layers: int, attends: bool) -> None:
+        for layer in range(layers):
+            resnet(f"{ours}.{first + layer}.0", f"{theirs}.resnets.{layer}")
             if attends:
-                yield f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{layer}", "attention"
-            block += 1
-        if level != levels - 1:
-            yield _resizer(layout, f"input_blocks.{block}.0", f"down_blocks.{level}.downsamplers.0", ".op")
-            block += 1
-    yield "middle_block.0", "mid_block.resnets.0", "resnet"
-    yield "middle_block.1", "mid_block.attentions.0", "attention"
-    yield "middle_block.2", "mid_block.resnets.1", "resnet"
-    block = 0
-    for step, attends in enumerate(reversed(layout.attention)):
-        for layer in range(layout.depth + 1):
-            yield f"output_blocks.{block}.0", f"up_blocks.{step}.resnets.{layer}", "resnet"
-            if attends:
-                yield f"output_blocks.{block}.1", f"up_blocks.{step}.attentions.{layer}", "attention"
-            if step != levels - 1 and layer == layout.depth:
-                yield _resizer(
-                    layout, f"output_blocks.{block}.{1 + attends}", f"up_blocks.{step}.upsamplers.0", ".conv"
-                )
-            block += 1
+                attend(f"{ours}.{first + layer}.1", f"{theirs}.attentions.{layer}")
 
-
-def _resizer(layout: Layout, ours: str, theirs: str, convolution: str) -> tuple[str, str, str]:
-    """What changes the size between levels: a residual block, or a convolution, which ours calls `convolution`."""
-    return (ours, theirs, "resnet") if layout.resblock_updown else (ours + convolution, f"{theirs}.conv", "conv")
-
-
-def _name_pairs(layout: Layout) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Our module name -> their module name, or three of them for a qkv product."""
-    for ours, theirs in _ENDS.items():
-        yield ours, (theirs,)
-    for ours, theirs, kind in _blocks(layout):
-        if kind == "conv":
-            yield ours, (theirs,)
-        elif kind == "resnet":
-            for a, b in _RESNET.items():
-                yield f"{ours}.{a}", (f"{theirs}.{b}",)
+    def resize(ours: str, theirs: str, convolution: str) -> None:
+        if model.resblock_updown:
+            resnet(ours, theirs)
         else:
-            yield f"{ours}.norm", (f"{theirs}.group_norm",)
-            yield f"{ours}.qkv", (f"{theirs}.to_q", f"{theirs}.to_k", f"{theirs}.to_v")
-            yield f"{ours}.proj_out", (f"{theirs}.to_out.0",)
+            names[f"{ours}.{convolution}"] = (f"{theirs}.conv",)
+
+    resnet("middle_block.0", "mid_block.resnets.0")
+    attend("middle_block.1", "mid_block.attentions.0")
+    resnet("middle_block.2", "mid_block.resnets.1")
+    for k, attends in enumerate(attention):
+        first = 1 + k * (depth + 1)  # input block 0 is the first convolution
+        level("input_blocks", first, f"down_blocks.{k}", depth, attends)
+        if k < len(attention) - 1:
+            resize(f"input_blocks.{first + depth}.0", f"down_blocks.{k}.downsamplers.0", "op")
+    for k, attends in enumerate(reversed(attention)):
+        first = k * (depth + 1)
+        level("output_blocks", first, f"up_blocks.{k}", depth + 1, attends)
+        if k < len(attention) - 1:
+            resize(f"output_blocks.{first + depth}.{1 + attends}", f"up_blocks.{k}.upsamplers.0", "conv")
+    return names
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(our tensor, their tensor or three of them, whether ours has a last dimension of 1 that theirs lacks)."""
+    for ours, theirs in _modules(model).items():
+        for end in ("weight", "bias"):
+            squeezed = end == "weight" and ours.endswith((".qkv", ".proj_out"))
+            yield f"{ours}.{end}", tuple(f"{name}.{end}" for name in theirs), squeezed
 
 
 def split_qkv(packed: Tensor, heads: int, new_order: bool) -> tuple[Tensor, ...]:
@@ -207,65 +198,59 @@ def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool) -> Tensor:
     return torch.cat(split, dim=1).reshape(-1, *parts[0].shape[1:])
 
 
-def _tensor_pairs(layout: Layout) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """(our tensor, their tensor or three of them, whether ours has a last dimension of 1 that theirs lacks)."""
-    for ours, theirs in _name_pairs(layout):
-        for end in ("weight", "bias"):
-            squeezed = end == "weight" and ours.endswith((".qkv", ".proj_out"))
-            yield f"{ours}.{end}", tuple(f"{name}.{end}" for name in theirs), squeezed
-
-
-def to_diffusers(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def to_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our state dict under diffusers' names. Raises ValueError when a tensor is left over."""
     left, out = dict(state), {}
-    for ours, theirs, squeezed in _tensor_pairs(layout):
-        value = left.pop(ours, None)
-        if value is None:
-            continue
-        value = value.squeeze(-1) if squeezed else value
-        heads = value.shape[0] // 3 // layout.head_channels
-        parts = (value,) if len(theirs) == 1 else split_qkv(value, heads, layout.new_order)
-        out.update({name: part.contiguous() for name, part in zip(theirs, parts)})
-    if left:
-        raise ValueError(f"{len(left)} tensors have no place in UNet2DModel: {', '.join(list(left)[:4])}")
+    for ours, theirs, squeezed in _tensors(model):
+        if ours in left:
+            value = left.pop(ours)
+            value = value.squeeze(-1) if squeezed else value
+            heads = value.shape[0] // 3 // head_channels_of(model)
+            parts = (value,) if len(theirs) == 1 else split_qkv(value, heads, model.use_new_attention_order)
+            out.update({name: part.contiguous() for name, part in zip(theirs, parts)})
+    _require_none(left, "UNet2DModel")
     return out
 
 
-def from_diffusers(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def from_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`: a `UNet2DModel` state dict under our names and packing."""
     left, out = dict(state), {}
-    for ours, theirs, squeezed in _tensor_pairs(layout):
-        parts = [left.pop(name) for name in theirs if name in left]
-        if not parts:
-            continue
-        heads = parts[0].shape[0] // layout.head_channels
-        value = parts[0] if len(theirs) == 1 else join_qkv(parts, heads, layout.new_order)
-        out[ours] = (value.unsqueeze(-1) if squeezed else value).contiguous()
-    if left:
-        raise ValueError(
-            f"{len(left)} tensors of this UNet2DModel have no place in our network: {', '.join(list(left)[:4])}"
-        )
+    for ours, theirs, squeezed in _tensors(model):
+        if parts := [left.pop(name) for name in theirs if name in left]:
+            heads = parts[0].shape[0] // head_channels_of(model)
+            value = parts[0] if len(theirs) == 1 else join_qkv(parts, heads, model.use_new_attention_order)
+            out[ours] = (value.unsqueeze(-1) if squeezed else value).contiguous()
+    _require_none(left, "our network")
     return out
 
 
-def save_diffusers(loaded: Loaded, folder: str) -> nn.Module:
+def _require_none(left: Mapping[str, Tensor], network: str) -> None:
+    if left:
+        raise ValueError(f"{len(left)} tensors have no place in {network}: {', '.join(list(left)[:4])}")
+
+
+def save_diffusers(loaded: Loaded, folder: str) -> Callable[..., Tensor]:
     """Write `folder` in diffusers' layout (UNet2DModel.from_pretrained reads it); returns their network as `net(x, time, y)`."""
     model, learn_sigma = loaded.config.model, loaded.config.diffusion.learn_sigma
-    layout = layout_of(model)
-    assert isinstance(model, ModelConfig)
     net = _unet2d_class()(**arguments_for_unet2d(model, learn_sigma=learn_sigma))
     ours = {name: value.detach().float().cpu() for name, value in loaded.net.state_dict().items()}
-    net.load_state_dict(to_diffusers(ours, layout))
+    net.load_state_dict(to_diffusers(ours, model))
     net.save_pretrained(folder)
     storage.write_json_atomic(os.path.join(folder, _ABOUT), metadata_of(loaded))
     if learn_sigma:
         _log.info(
             "note: UNet2DModel.forward also returns the learned variance channels; schedulers of diffusers expect them split off"
         )
-    return _AsOurs(net.eval())
+    return _as_ours(net.eval())
 
 
-def load_diffusers(folder: str, noise_schedule: str) -> tuple[Loaded, nn.Module]:
+def is_diffusers(folder: str) -> bool:
+    """Whether diffusers wrote a UNet2DModel into this local folder."""
+    config = os.path.join(folder, "config.json")
+    return os.path.isfile(config) and b"UNet2DModel" in storage.read_bytes(config)
+
+
+def load_diffusers(folder: str, noise_schedule: str) -> tuple[Loaded, Callable[..., Tensor]]:
     """(our network with the weights of a diffusers folder, their network as `net(x, time, y)`).
 
     The configuration is the one that `save_diffusers` left there, else that of their network, with `noise_schedule`.
@@ -278,9 +263,9 @@ def load_diffusers(folder: str, noise_schedule: str) -> tuple[Loaded, nn.Module]
     else:
         config = RunConfig.from_flags("diffusion", flags_of_unet2d(dict(theirs.config), noise_schedule))
     net = build.build_empty(config.model, config.diffusion)
-    load_weights_into(net, from_diffusers(theirs.state_dict(), layout_of(config.model)), folder, assign=True)
+    load_weights_into(net, from_diffusers(theirs.state_dict(), config.model), folder, assign=True)
     net = net.eval().requires_grad_(False)
-    return Loaded(net, build.build_process(config.diffusion), config, folder, class_names), _AsOurs(theirs)
+    return Loaded(net, build.build_process(config.diffusion), config, folder, class_names), _as_ours(theirs)
 
 
 def _unet2d_class() -> Any:
@@ -291,13 +276,6 @@ def _unet2d_class() -> Any:
     return UNet2DModel
 
 
-class _AsOurs(nn.Module):
-    """A UNet2DModel behind `net(x, time, y)`."""
-
-    def __init__(self, unet2d: Any) -> None:
-        super().__init__()
-        self.net = unet2d
-
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        out: Tensor = self.net(x, timesteps, class_labels=y).sample
-        return out
+def _as_ours(unet2d: Any) -> Callable[..., Tensor]:
+    """A UNet2DModel as `net(x, time, y)`."""
+    return lambda x, time, y=None: unet2d(x, time, class_labels=y).sample
