@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..runtime.signals import Stop
     from ..runtime.world import World
     from ..training.trainer import Callback, Trainer
-    from ..weights.finetuning import Origin
+    from ..weights.continuing import Origin
     from ..weights.runs import SavedRun
 
 
@@ -267,13 +267,13 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
     from ..training.losses import classifier_loss, diffusion_loss
     from ..training.memory import fit, set_recompute
     from ..training.trainer import Trainer
-    from ..weights import finetuning
+    from ..weights.continuing import fill
 
     config, start, world = plan.config, plan.start, plan.world
     train = config.train
     net = build.build_network(config.model, config.diffusion, seed=train.seed)
     if start is not None and start.tensors is not None and plan.saved is None:
-        finetuning.fill(net, start, plan.names)
+        fill(net, start, plan.names)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     precision = choose_precision(train.precision, half, world.device)
     process = build.build_process(config.diffusion).to(world.device)

@@ -1,23 +1,47 @@
-"""Which configuration a training run goes on with: that of its own save, of the file it starts from, and of the flags given now."""
+"""What a training run goes on with: its own save, another run's, or the weights of a file; and its configuration, by that and the flags."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import UNET, RunConfig, changed, flatten, laid_over
+from torch import Tensor, nn
+
+from ..build import build_empty
+from ..config import UNET, DiffusionConfig, Network, RunConfig, changed, classes_of, flatten, laid_over
 from ..runtime import storage
 from ..runtime.world import World
-from .finetuning import Origin, origin
-from .identify import FREE
-from .load import agree
-from .runs import SavedRun, find_latest
+from .files import load_weights_into
+from .identify import FREE, contradictions, refuse
+from .load import agree, read
+from .runs import SavedRun, find_latest, parse_name
 
 # What may differ between two starts of one command: how far it goes, on how many processes.
 _NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size")
+_SIZES = ("image_size", "image_width", "large_size", "small_size")
+_CLASSES = ("class_cond", "num_classes")
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A start from another run's save or from a file.
+
+    class_names  of the file; () where it has none
+    old          the file's own network, before its classes changed
+    tensors      the weights to begin with, at step 0; None where the whole save is continued
+    new_classes  whether the classes are those of the data
+    as_2021      whether a run of the 2021 code goes on, which names no classes
+    """
+
+    path: str
+    class_names: tuple[str, ...]
+    old: Network
+    tensors: dict[str, Tensor] | None
+    new_classes: bool
+    as_2021: bool
 
 
 def started_from(
@@ -25,16 +49,109 @@ def started_from(
 ) -> tuple[SavedRun | None, Origin | None]:
     """The save with the configuration to go on with, and what the file says that a run in `folder` starts from.
 
-    The latter is None where the run's own save says it, or nothing is given.
+    The latter is None where the run's own save says it, or nothing is given. A save of another run is continued; of any other file,
+    and of a save where --resume_from says which weights or --new_classes asks for other classes, the weights alone are taken,
+    at step 0. The configuration of network and process is the file's, found as `load` finds it. `typed` flags that deny it are a
+    ValueError, but for the size of the images, where the network allows another, and for classes, with --new_classes.
     """
     if saved is None or (saved.config and storage.same_folder(saved.directory, folder)):
         return saved, None
-    which = flags["resume_from"] or flags["weights"]
-    start = origin(saved, kind, typed, weights=which, new_classes=flags["new_classes"])
+    weights, new_classes = flags["resume_from"] or flags["weights"], flags["new_classes"]
+    path, which = _file(saved, weights)
+    names = {*RunConfig.sections(kind)["model"].names(), *DiffusionConfig.names()}
+    sizes = {name: value for name, value in typed.items() if name in names.intersection(_SIZES)}
+    classes = {name: value for name, value in typed.items() if name in names.intersection(_CLASSES)}
+    fixed = {name: value for name, value in typed.items() if name in names.difference(_SIZES, _CLASSES)}
+    found, tensors = read(path, kind=kind, flags=fixed, weights=which, sizes=sizes)
+    assert found.config is not None
+    resized = _resized(found.config, sizes, path)
+    config = _with_classes(resized, classes, path, new_classes)
+    whole = (parse_name(path) or ("",))[0] == "model" and not weights and not new_classes
     # How another run was trained holds only where all of its save is continued.
-    whole = saved.config or {} if start.tensors is None else {}
-    of_network = {name: start.config.to_dict()[name] for name in ("model", "diffusion")}
-    return replace(saved, config={"data": {}, "train": {}, **whole, **of_network}, class_names=start.class_names), start
+    trained = saved.config or {} if whole else {}
+    of_network = {"model": config.model.to_dict(), "diffusion": config.diffusion.to_dict()}
+    stored = {"data": {}, "train": {}, **trained, **of_network}
+    as_2021 = whole and not saved.config
+    origin = Origin(path, found.class_names, resized.model, None if whole else tensors, new_classes, as_2021)
+    return replace(saved, config=stored, class_names=found.class_names), origin
+
+
+def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
+    """(file of weights, which of those in it) of a save."""
+    assert saved.model is not None
+    # A plain file may hold both; one of EMA weights is these.
+    if weights != "ema" or (parse_name(saved.model) or ("",))[0] != "model":
+        return saved.model, weights
+    if not saved.ema:
+        raise ValueError(
+            f"--resume_from is 'ema', but the save at step {saved.step} in {saved.directory} has no EMA weights"
+        )
+    return saved.ema[max(saved.ema, key=float)], ""
+
+
+def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfig:
+    """The configuration for images of another size: the same levels, with attention at the same ones."""
+    model = config.model
+    wrong = contradictions(config, sizes)
+    if not wrong:
+        return config
+    if getattr(model, "classifier_pool", "") == "attention":
+        refuse(path, wrong, "Its attention pool fits no other size")
+    height = sizes.get("large_size", sizes.get("image_size", model.sample_size))
+    reached = [2**k for k in range(len(model.multipliers)) if 2**k in model.attention_downsamplings]
+    attention = ",".join(str(height // ds) for ds in reached)
+    levels = {
+        f"{model.prefix}channel_mult": ",".join(f"{m:g}" for m in model.multipliers),
+        f"{model.prefix}attention_resolutions": attention,
+    }
+    differs = "; ".join(each.text for each in wrong.values())
+    _log.info("%s: %s: the levels stay, with attention at %s", path, differs, attention)
+    return replace(config, model=replace(model, **sizes, **levels).validate())  # type: ignore[arg-type]
+
+
+def _with_classes(config: RunConfig, typed: Mapping[str, Any], path: str, new_classes: bool) -> RunConfig:
+    """The configuration with the classes that are typed; ValueError where they are others than the file's for no reason."""
+    if not new_classes:
+        remedy = "Leave these flags out, or give --new_classes True: the network gets the classes of the data"
+        refuse(path, contradictions(config, typed), remedy)
+        return replace(config, model=replace(config.model, num_classes=classes_of(config.model)))
+    of_data: dict[str, Any] = {
+        "num_classes": 0,
+        **({"class_cond": True} if "class_cond" in config.model.names() else {}),
+    }
+    return replace(config, model=replace(config.model, **{**of_data, **typed}).validate())
+
+
+def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
+    """Give `net`, just built for `start.config`, the weights of the file. Of new classes those that the file has by name keep
+    their rows of the label embedding (of a classifier: of its last layer), the others those that `net` has."""
+    assert start.tensors is not None
+    tensors = dict(start.tensors)
+    if start.new_classes:
+        known = {name: k for k, name in enumerate(start.class_names)}
+        kept = [(k, known[name]) for k, name in enumerate(class_names) if name in known]
+        fresh = net.state_dict()
+        for name in _of_classes(start.old):
+            before = tensors.pop(name, None)
+            if name in fresh:
+                tensors[name] = fresh[name].clone()
+                if before is not None:
+                    for row, source in kept:
+                        tensors[name][row] = before[source]
+        had = classes_of(start.old)
+        _log.info(
+            "%s has %d classes%s; %d of the %d of this run are among them by name and keep what was learned, the others start anew",
+            start.path, had, "" if start.class_names or not had else " without names", len(kept), len(class_names),
+        )  # fmt: skip
+    load_weights_into(net, tensors, start.path)
+    _log.info("starting from the weights of %s, at step 0", start.path)
+
+
+def _of_classes(model: Network) -> list[str]:
+    """The names of the tensors that have a row for each class."""
+    more: dict[str, Any] = {"class_cond": True} if "class_cond" in model.names() else {}
+    two, three = (build_empty(replace(model, num_classes=count, **more)).state_dict() for count in (2, 3))
+    return [name for name, value in two.items() if value.shape != three[name].shape]
 
 
 def configuration(
@@ -45,17 +162,19 @@ def configuration(
     With `default_bf16` a new run of a U-Net computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of
     the result: a later start goes on from the run's own saves.
     """
-    chosen = any(name in typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
-    begun = saved is not None and bool(saved.config and saved.config["train"])
-    of_network = {**flags, **flatten(saved.config or {} if saved else {})}
-    unet = {of_network.get(f"{prefix}architecture", UNET) for prefix in ("", "classifier_")} == {UNET}
-    flags = {**flags, **({"precision": "bf16"} if default_bf16 and unet and not chosen and not begun else {})}
-    if saved is not None and saved.config:
-        agree(RunConfig.from_dict(kind, saved.config), typed, saved.directory)
-        stored = flatten(saved.config)
+    config = (saved.config if saved is not None else None) or {}
+    stored = flatten(config)
+    architectures = {{**flags, **stored}.get(f"{prefix}architecture", UNET) for prefix in ("", "classifier_")}
+    precise = any(name in typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
+    if default_bf16 and architectures == {UNET} and not precise and not config.get("train"):
+        flags = {**flags, "precision": "bf16"}
+    if saved is not None and config:
+        agree(RunConfig.from_dict(kind, config), typed, saved.directory)
         # What the weights are is agreed upon, and stays as it is spelled there.
-        fixed = {name for section in ("model", "diffusion") for name in saved.config[section]} - FREE
-        flags = {**flags, **{name: stored[name] for name in fixed}, **laid_over(stored, typed)}
+        fixed = {
+            name: stored[name] for section in ("model", "diffusion") for name in config[section] if name not in FREE
+        }
+        flags = {**flags, **fixed, **laid_over(stored, typed)}
         for sentence in changed(stored, typed, flags):
             _log.info(sentence)
     return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2105.05233.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -67,121 +67,102 @@ class Preset:
 
 
 _COMMON = {
-    "diffusion_steps": 1000,
-    "learn_sigma": True,
-    "noise_schedule": "linear",
-    "resblock_updown": True,
-    "use_scale_shift_norm": True,
-    "attention_resolutions": "32,16,8",
-    "num_res_blocks": 2,
-    "num_classes": 1000,
-}
+    "diffusion_steps": 1000, "learn_sigma": True, "noise_schedule": "linear", "num_classes": 1000, "num_res_blocks": 2,
+    "resblock_updown": True, "use_scale_shift_norm": True, "attention_resolutions": "32,16,8",
+}  # fmt: skip
 _BIG = {**_COMMON, "num_channels": 256, "num_head_channels": 64, "use_fp16": True}
-_DEEP = {
+_DEEP: dict[str, Any] = {
     "num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "noise_schedule": "cosine", "use_new_attention_order": True,
 }  # fmt: skip
-_UPSAMPLER = {**_COMMON, "class_cond": True, "num_channels": 192, "use_fp16": True}
+_CLASSIFIER = {
+    "classifier_width": 128, "classifier_depth": 2, "classifier_attention_resolutions": "32,16,8",
+    "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True, "classifier_pool": "attention",
+    "num_classes": 1000, "learn_sigma": True, "diffusion_steps": 1000, "noise_schedule": "linear",
+}  # fmt: skip
 
 
-def _preset(name: str, kind: str, title: str, flags: dict[str, Any], classifier: str = "", *recipes: Recipe) -> Preset:
-    return Preset(name, kind, MappingProxyType(flags), classifier, recipes, title)
+def _imagenet(size: int, *recipes: Recipe, class_cond: bool = True, **flags: Any) -> Preset:
+    name, title = f"{size}x{size}_diffusion", f"ImageNet {size}"
+    if not class_cond:
+        name, title = f"{name}_uncond", f"{title}, unconditional"
+    flags = {**_BIG, "image_size": size, "class_cond": class_cond, "num_classes": 1000 * class_cond, **flags}
+    return Preset(name, "diffusion", flags, f"{size}x{size}_classifier", recipes, title)
 
 
-def _imagenet(size: int, **flags: Any) -> dict[str, Any]:
-    return {**_BIG, "image_size": size, "class_cond": True, **flags}
+def _upsampler(small: int, large: int, *recipes: Recipe, **flags: Any) -> Preset:
+    flags = {
+        **_COMMON,
+        "class_cond": True,
+        "num_channels": 192,
+        "use_fp16": True,
+        "small_size": small,
+        "large_size": large,
+        **flags,
+    }
+    return Preset(f"{small}_{large}_upsampler", "super_resolution", flags, "", recipes, f"ImageNet {small} to {large}")
 
 
 def _lsun(what: str, *recipes: Recipe, dropout: float = 0.1) -> Preset:
     flags = {**_BIG, "image_size": 256, "class_cond": False, "dropout": dropout, "num_classes": 0}
-    without = "" if dropout else ", no dropout"
-    return _preset(f"lsun_{what}", "diffusion", f"LSUN {what.partition('_')[0]} 256{without}", flags, "", *recipes)
+    title = f"LSUN {what.partition('_')[0]} 256{'' if dropout else ', no dropout'}"
+    return Preset(f"lsun_{what}", "diffusion", flags, "", recipes, title)
 
 
-def _classifier(size: int, depth: int = 2) -> Preset:
-    flags = {
-        "image_size": size,
-        "classifier_depth": depth,
-        "classifier_width": 128,
-        "classifier_attention_resolutions": "32,16,8",
-        "classifier_use_scale_shift_norm": True,
-        "classifier_resblock_updown": True,
-        "classifier_pool": "attention",
-        "num_classes": 1000,
-        "learn_sigma": True,
-        "diffusion_steps": 1000,
-        "noise_schedule": "cosine" if size == 64 else "linear",
-    }
-    return _preset(f"{size}x{size}_classifier", "classifier", f"ImageNet {size} classifier", flags)
+def _classifier(size: int, **flags: Any) -> Preset:
+    flags = {**_CLASSIFIER, "image_size": size, **flags}
+    return Preset(f"{size}x{size}_classifier", "classifier", flags, "", (), f"ImageNet {size} classifier")
 
 
-_TWO_STAGE = "of the whole stack: samples of the base model, then 250 steps of upsampling"
+_STACK = "of the whole stack: samples of the base model, then 250 steps of upsampling; base"
 
 _ALL = (
-    _preset(
-        "64x64_diffusion",
-        "diffusion",
-        "ImageNet 64",
-        _imagenet(64, **_DEEP),
-        "64x64_classifier",
+    _imagenet(
+        64,
         Recipe("250", 0.0, Scores(2.07, 4.29, 0.74, 0.63)),
         Recipe("250", 1.0, None, note="guidance makes this size worse in FID"),
+        **_DEEP,
     ),
-    _preset(
-        "128x128_diffusion",
-        "diffusion",
-        "ImageNet 128",
-        _imagenet(128, num_heads=4, num_head_channels=-1),
-        "128x128_classifier",
+    _imagenet(
+        128,
         Recipe("250", 0.5, Scores(2.97, 5.09, 0.78, 0.59)),
         Recipe("250", 0.0, Scores(5.91, 5.09, 0.70, 0.65)),
         Recipe("ddim25", 1.25, Scores(5.98, 7.04, 0.78, 0.51), use_ddim=True),
+        num_heads=4,
+        num_head_channels=-1,
     ),
-    _preset(
-        "256x256_diffusion",
-        "diffusion",
-        "ImageNet 256",
-        _imagenet(256),
-        "256x256_classifier",
+    _imagenet(
+        256,
         Recipe("250", 1.0, Scores(4.59, 5.25, 0.82, 0.52)),
         Recipe("250", 0.0, Scores(10.94, 6.02, 0.69, 0.63)),
         Recipe("ddim25", 2.5, Scores(5.44, 5.32, 0.81, 0.49), use_ddim=True),
     ),
-    _preset(
-        "256x256_diffusion_uncond",
-        "diffusion",
-        "ImageNet 256, unconditional",
-        _imagenet(256, class_cond=False, num_classes=0),
-        "256x256_classifier",
+    _imagenet(
+        256,
         Recipe("250", 10.0, Scores(12.00, 10.40, 0.76, 0.44)),
         Recipe("250", 0.0, Scores(26.21, 6.35, 0.61, 0.63)),
+        class_cond=False,
     ),
-    _preset(
-        "512x512_diffusion",
-        "diffusion",
-        "ImageNet 512",
-        _imagenet(512, use_fp16=False),
-        "512x512_classifier",
+    _imagenet(
+        512,
         Recipe("250", 4.0, Scores(7.72, 6.57, 0.87, 0.42)),
         Recipe("250", 0.0, Scores(23.24, 10.19, 0.73, 0.60)),
         Recipe("ddim25", 9.0, Scores(8.41, 9.67, 0.83, 0.47), use_ddim=True),
+        use_fp16=False,
     ),
-    _preset(
-        "64_256_upsampler",
-        "super_resolution",
-        "ImageNet 64 to 256",
-        {**_UPSAMPLER, "large_size": 256, "small_size": 64, "num_heads": 4},
-        "",
-        Recipe("250", 0.0, Scores(3.94, 6.14, 0.83, 0.53), note=f"{_TWO_STAGE}; base guided"),
-        Recipe("250", 0.0, Scores(7.49, 5.13, 0.72, 0.63), note=f"{_TWO_STAGE}; base unguided"),
+    _upsampler(
+        64,
+        256,
+        Recipe("250", 0.0, Scores(3.94, 6.14, 0.83, 0.53), note=f"{_STACK} guided"),
+        Recipe("250", 0.0, Scores(7.49, 5.13, 0.72, 0.63), note=f"{_STACK} unguided"),
+        num_heads=4,
     ),
-    _preset(
-        "128_512_upsampler",
-        "super_resolution",
-        "ImageNet 128 to 512",
-        {**_UPSAMPLER, "attention_resolutions": "32,16", "large_size": 512, "small_size": 128, "num_head_channels": 64},
-        "",
-        Recipe("250", 0.0, Scores(3.85, 5.86, 0.84, 0.53), note=f"{_TWO_STAGE}; base guided, by another classifier"),
-        Recipe("250", 0.0, Scores(9.96, 5.62, 0.75, 0.64), note=f"{_TWO_STAGE}; base unguided"),
+    _upsampler(
+        128,
+        512,
+        Recipe("250", 0.0, Scores(3.85, 5.86, 0.84, 0.53), note=f"{_STACK} guided, by another classifier"),
+        Recipe("250", 0.0, Scores(9.96, 5.62, 0.75, 0.64), note=f"{_STACK} unguided"),
+        attention_resolutions="32,16",
+        num_head_channels=64,
     ),
     _lsun(
         "bedroom",
@@ -202,17 +183,19 @@ _ALL = (
         Recipe("250", 0.0, Scores(3.45, 7.55, 0.68, 0.56)),
     ),
     _lsun("horse_nodropout", Recipe("", 0.0, Scores(2.95, 5.94, 0.69, 0.55)), dropout=0.0),
-    _classifier(64, depth=4),
+    _classifier(64, classifier_depth=4, noise_schedule="cosine"),
     _classifier(128),
     _classifier(256),
     _classifier(512),
 )
-PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {preset.name: replace(preset, flags=MappingProxyType(dict(preset.flags))) for preset in _ALL}
+)
 
 
 def get(name: str) -> Preset:
     """The preset of a name or file name; ValueError lists the names."""
-    found = PRESETS.get(name.removesuffix(".pt"))
-    if found is None:
+    preset = PRESETS.get(name.removesuffix(".pt"))
+    if preset is None:
         raise ValueError(f"no released model is called {name!r}; there are {', '.join(PRESETS)}")
-    return found
+    return preset
