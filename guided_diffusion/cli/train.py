@@ -246,10 +246,8 @@ def _train(plan: _Plan, parsed: arguments.Parsed, stop: Stop, where: str) -> int
         if outcome == "finished" and plan.held_out is not None and world.is_main:
             _write_accuracy(trainer, plan.held_out, plan)
     finally:
-        failure = checkpoints.close()
+        checkpoints.close()
         log.close()
-    if failure is not None:
-        raise failure
     if outcome == "stopped":
         silence_closed_streams()
         _log.info(

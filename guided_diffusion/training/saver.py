@@ -21,7 +21,6 @@ from .ema import EMA
 from .optimizer import load_state
 
 T = TypeVar("T")
-ON_ERROR = ("warn", "stop")
 _log = logging.getLogger(__name__)
 
 
@@ -38,8 +37,7 @@ class Checkpoints:
 
     `keep_last`: how many of the newest saves to keep, 0 = all; multiples of `keep_every` steps are kept besides, and
     `last_good` where the newest ones were taken in a row of bad steps.
-    `on_error`: whether a save that fails (full disk, no permission, folder gone) is a warning or stops the run.
-    `background`: write in a thread; the state is copied to main memory first, so one more copy must fit there.
+    The state is copied to main memory and written from there by a thread, so one more copy must fit.
     """
 
     def __init__(
@@ -52,26 +50,19 @@ class Checkpoints:
         started_from: str = "",
         keep_last: int = 0,
         keep_every: int = 0,
-        on_error: str = "warn",
-        background: bool = True,
         world: World | None = None,
     ) -> None:
-        if on_error not in ON_ERROR:
-            raise ValueError(f"on_error is {on_error!r}; it can be {' or '.join(map(repr, ON_ERROR))}")
         if keep_last < 0 or keep_every < 0:
             raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative; 0 keeps all")
         self.directory = directory = storage.expand(directory)
         self.last_good: str | None = None
         """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
-        self._good_step: int | None = None  # of `last_good`, where that lies in this folder
         about = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
         self._about: dict[str, Any] = {**about, "started_from": started_from}
         self._keep_last, self._keep_every = keep_last, keep_every
-        self.on_error = on_error
-        self._background = background
         self.world = World() if world is None else world
         self._thread: threading.Thread | None = None
-        self._errors: list[tuple[int, Exception]] = []
+        self._failure: SaveError | None = None
         self._lock: Any = None
         _on_main(self.world, self._open, "opening the run folder")
 
@@ -94,8 +85,10 @@ class Checkpoints:
             self._about["started_from"] = saved.started_from
         good = checkpoint.last_before_bad_steps(saved.directory, saved.step)
         if good is not None:
-            self.last_good = storage.join(saved.directory, checkpoint.file_name("run", good))
-            self._good_step = good if here else None
+            # Spelled as the saves of this run, where it is one.
+            self.last_good = storage.join(
+                self.directory if here else saved.directory, checkpoint.file_name("run", good)
+            )
 
     def set_aside(self) -> None:
         """Make room for a run that starts afresh: the saves of an earlier one move into a folder within this one."""
@@ -116,9 +109,6 @@ class Checkpoints:
             return
         self.wait()
         copied = _on_host({"model": model, "ema": ema, "optimizer": optimizer, "state": state})
-        if not self._background:
-            self._write(step, copied)
-            return
         # Not a daemon: the interpreter waits for the file to be complete before it ends.
         self._thread = threading.Thread(target=self._write, args=(step, copied), name=f"save-{step}")
         self._thread.start()
@@ -129,24 +119,15 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def failure(self) -> SaveError | None:
-        """The latest save's failure, if it failed and this was not asked before."""
-        if not self._errors:
-            return None
-        step, error = self._errors[-1]
-        self._errors.clear()
-        good = self.last_good or "none yet"
-        return SaveError(f"the save at step {step} could not be written: {error}. The last good save is {good}", step)
-
     def raise_failure(self, last_step: int | None = None) -> bool:
-        """Raise a failed save where it was to end the run, or was that of the run's last step; else it is a warning.
+        """Raise the failure of the save of the run's last step; that of another one is a warning.
 
         A collective; returns whether there was one. With `last_step` it waits for the save that is being written.
         """
         if last_step is not None:
             self.wait()
-        failure = self.failure()  # only ever on the main process
-        fatal = failure is not None and (self.on_error == "stop" or failure.step == last_step)
+        failure, self._failure = self._failure, None  # only ever on the main process
+        fatal = failure is not None and failure.step == last_step
         flags = torch.tensor([failure is not None, fatal], dtype=torch.float32, device=self.world.device)
         failed, fatal = (self.world.all_reduce_sum_(flags, name="did a save fail?") > 0).tolist()
         if fatal:
@@ -155,42 +136,40 @@ class Checkpoints:
             _log.warning(f"{failure}. Training goes on")
         return failed
 
-    def close(self) -> SaveError | None:
-        """Finish writing and let other jobs use the folder; returns a failure to stop for. One that is only a warning is logged."""
+    def close(self) -> None:
+        """Finish writing and let other jobs use the folder; a failure of the last save is a warning."""
         self.wait()
         if self._lock is not None:
             self._lock.release()
-        failure = self.failure()
-        if failure is not None and self.on_error == "warn":
-            _log.warning(f"{failure}. Training goes on")
-            return None
-        return failure
+        if self._failure is not None:
+            _log.warning(str(self._failure))
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        failure = self.close()
-        if failure is not None and kind is None:
-            raise failure
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _write(self, step: int, parts: dict[str, Any]) -> None:
         try:
             path = checkpoint.save_run(self.directory, step=step, **parts, **self._about)
             if not parts["state"].get("bad_in_a_row"):
-                self.last_good, self._good_step = path, step
+                self.last_good = path
             self._remove_old(step)
         except Exception as error:  # brought back to the loop by raise_failure()
-            self._errors.append((step, error))
+            good = self.last_good or "none yet"
+            self._failure = SaveError(
+                f"the save at step {step} could not be written: {error}. The last good save is {good}", step
+            )
 
     def _remove_old(self, newest: int) -> None:
         if not self._keep_last:
             return
         saves = checkpoint.saves_in(self.directory)
-        steps = [step for step, files in saves.items() if "run" in files and step <= newest]
-        for step in steps[: -self._keep_last]:
+        whole = [step for step, files in saves.items() if "run" in files and step <= newest]
+        for step in whole[: -self._keep_last]:
             milestone = self._keep_every > 0 and step % self._keep_every == 0
-            if not milestone and step != self._good_step:
+            if not milestone and saves[step]["run"] != self.last_good:
                 checkpoint.remove_run(self.directory, step)
 
 

@@ -115,29 +115,26 @@ def _with_classes(config: RunConfig, typed: Mapping[str, Any], path: str, new_cl
         remedy = "Leave these flags out, or give --new_classes True: the network gets the classes of the data"
         refuse(path, contradictions(config, typed), remedy)
         return replace(config, model=replace(config.model, num_classes=classes_of(config.model)))
-    of_data: dict[str, Any] = {
-        "num_classes": 0,
-        **({"class_cond": True} if "class_cond" in config.model.names() else {}),
-    }
-    return replace(config, model=replace(config.model, **{**of_data, **typed}).validate())
+    given = {"num_classes": 0, "class_cond": True, **typed}
+    of_data = {name: value for name, value in given.items() if name in config.model.names()}
+    return replace(config, model=replace(config.model, **of_data).validate())
 
 
 def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
-    """Give `net`, just built for `start.config`, the weights of the file. Of new classes those that the file has by name keep
+    """Give `net`, just built for the new classes, the weights of the file. Of new classes those that the file has by name keep
     their rows of the label embedding (of a classifier: of its last layer), the others those that `net` has."""
     assert start.tensors is not None
     tensors = dict(start.tensors)
     if start.new_classes:
-        known = {name: k for k, name in enumerate(start.class_names)}
-        kept = [(k, known[name]) for k, name in enumerate(class_names) if name in known]
+        row_of = {name: row for row, name in enumerate(start.class_names)}
+        kept = {row: row_of[name] for row, name in enumerate(class_names) if name in row_of}
         fresh = net.state_dict()
         for name in _of_classes(start.old):
             before = tensors.pop(name, None)
             if name in fresh:
                 tensors[name] = fresh[name].clone()
                 if before is not None:
-                    for row, source in kept:
-                        tensors[name][row] = before[source]
+                    tensors[name][list(kept)] = before[list(kept.values())]
         had = classes_of(start.old)
         _log.info(
             "%s has %d classes%s; %d of the %d of this run are among them by name and keep what was learned, the others start anew",

@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.networks import default_multipliers
+
 Shapes = Mapping[str, tuple[int, ...]]
 Choice = tuple[tuple[str, Any], ...]
 """Candidates, as (flag, value), of which one is right."""
 
 # Image size that the 2021 default multipliers belong to (level widths relative to num_channels).
-SIZE_OF_MULTIPLIERS: dict[tuple[float, ...], int] = {
-    (0.5, 1, 1, 2, 2, 4, 4): 512,
-    (1, 1, 2, 2, 4, 4): 256,
-    (1, 1, 2, 3, 4): 128,
-    (1, 2, 3, 4): 64,
-}
+SIZE_OF_MULTIPLIERS = {default_multipliers(size): size for size in (64, 128, 256, 512)}
 # What no shape tells of a generator besides its heads, with the usual values.
 OPEN: dict[str, tuple[object, ...]] = {
     "use_new_attention_order": (False, True),

@@ -236,9 +236,7 @@ def test_channels_last_weights_are_saved_contiguous(tmp_path):
     from guided_diffusion.training.saver import Checkpoints
 
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
-    for background in (False, True):
-        saves = Checkpoints(str(tmp_path / str(background)), background=background)
+    with Checkpoints(str(tmp_path)) as saves:
         saves.save(1, model={"w": weight}, ema={}, optimizer=None, state={})
-        saves.close()
-        loaded = load_weights(str(tmp_path / str(background) / "model000001.pt"))["w"]
-        assert loaded.is_contiguous() and torch.equal(loaded, weight)
+    loaded = load_weights(str(tmp_path / "model000001.pt"))["w"]
+    assert loaded.is_contiguous() and torch.equal(loaded, weight)
