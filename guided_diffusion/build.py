@@ -27,45 +27,30 @@ from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
 from .diffusion.weighting import min_snr, named_weight
 from .models.architectures import make_network
 from .models.unet import EncoderUNetModel, SuperResModel, UNetModel
-from .models.unfilled import without_weights
+from .models.unfilled import Unfilled
 from .runtime.streams import TRAIN, key_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks and processes
 
 
+_CLASSIFIER_OPTIONS = ("use_fp16", "num_head_channels", "use_scale_shift_norm", "resblock_updown", "pool")
+_DENOISER_OPTIONS = (
+    "num_res_blocks", "dropout", "use_checkpoint", "use_fp16", "num_heads", "num_head_channels", "num_heads_upsample",
+    "use_scale_shift_norm", "resblock_updown", "use_new_attention_order",
+)  # fmt: skip
+
+
 def network_options(model: Network, diffusion: DiffusionConfig | None = None) -> dict[str, Any]:
     """The arguments of a config's U-Net."""
+    levels = {"attention_resolutions": model.attention_downsamplings, "channel_mult": model.multipliers}
     if isinstance(model, ClassifierConfig):
-        return {
-            **_shape_of(model, diffusion),
-            "model_channels": model.classifier_width,
-            "num_res_blocks": model.classifier_depth,
-            "attention_resolutions": model.attention_downsamplings,
-            "channel_mult": model.multipliers,
-            "use_fp16": model.classifier_use_fp16,
-            "num_head_channels": model.classifier_num_head_channels,
-            "use_scale_shift_norm": model.classifier_use_scale_shift_norm,
-            "resblock_updown": model.classifier_resblock_updown,
-            "pool": model.classifier_pool,
-        }
-    return {
-        **_shape_of(model, diffusion),
-        "model_channels": model.num_channels,
-        "num_res_blocks": model.num_res_blocks,
-        "attention_resolutions": model.attention_downsamplings,
-        "dropout": model.dropout,
-        "channel_mult": model.multipliers,
-        "num_classes": classes_of(model) or None,
-        "use_checkpoint": model.use_checkpoint,
-        "use_fp16": model.use_fp16,
-        "num_heads": model.num_heads,
-        "num_head_channels": model.num_head_channels,
-        "num_heads_upsample": model.num_heads_upsample,
-        "use_scale_shift_norm": model.use_scale_shift_norm,
-        "resblock_updown": model.resblock_updown,
-        "use_new_attention_order": model.use_new_attention_order,
-    }
+        sizes: dict[str, Any] = {"model_channels": model.classifier_width, "num_res_blocks": model.classifier_depth}
+        same = {name: getattr(model, f"classifier_{name}") for name in _CLASSIFIER_OPTIONS}
+    else:
+        sizes = {"model_channels": model.num_channels, "num_classes": classes_of(model) or None}
+        same = {name: getattr(model, name) for name in _DENOISER_OPTIONS}
+    return {**_shape_of(model, diffusion), **levels, **sizes, **same}
 
 
 def _shape_of(model: Network, diffusion: DiffusionConfig | None) -> dict[str, Any]:
@@ -106,7 +91,7 @@ def build_empty(model: Network, diffusion: DiffusionConfig | None = None) -> nn.
     """The network of a config, to be given the weights of a file (`assign=True`): a U-Net without weights, on the meta device."""
     if model.architecture != UNET:  # it may compute tables that no file holds
         return build_network(model, diffusion)
-    with without_weights():
+    with torch.device("meta"), Unfilled():
         return build_network(model, diffusion)
 
 

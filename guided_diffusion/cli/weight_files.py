@@ -51,7 +51,7 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     from .doctor import forward_of
 
     found = load.find(args.path, weights=args.weights)
-    tensors = read_weights(found.path, which=args.weights).tensors
+    tensors, _ = read_weights(found.path, which=args.weights)
     dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
     millions = sum(value.numel() for value in tensors.values()) / 1e6
     yield f"file        {found.path}"

@@ -266,8 +266,7 @@ def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, param
     lines += [f"EMA {decay}: saved, but not kept by this run" for decay in saved.ema if decay not in ema.decays]
     if saved.optimizer is not None:
         load_state(optimizer, load_object(saved.optimizer), params)
-        lines.append(f"optimizer: {saved.optimizer}")
-    return lines
+    return [*lines, f"optimizer: {saved.optimizer or 'not saved, starts afresh'}"]
 
 
 def _on_host(value: Any) -> Any:

@@ -380,8 +380,9 @@ class Trainer:
         else:
             start = {"precision": self.precision.state_dict(), "step": saved.step}
             self._load_counters({**start, "samples": saved.step * (self.batch_size or 0)})
-        if lacks := saved.lacks():
-            lines.append(f"not restored, because the save lacks them: {'; '.join(lacks)}")
+            lines.append(
+                "counters, loss scale and the state of the schedule sampler: not saved, as in 2021, start afresh"
+            )
         self._saved_at = self.steps_done
         for line in lines:
             _log.info(line)

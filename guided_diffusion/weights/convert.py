@@ -1,19 +1,25 @@
-"""Weights in another form: safetensors, a plain .pt file, or diffusers' layout, with the largest output difference measured."""
+"""Weights in another form: safetensors, a plain .pt file, or diffusers' `UNet2DModel`, with the largest output difference measured.
+
+Our generator and `UNet2DModel` compute the same function where theirs can express ours. Only names and the packing of the attention
+matrices differ, so a conversion and its inverse lose no bit.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from .. import build
+from ..config import ModelConfig, Network, RunConfig
 from ..runtime import storage
 from ..runtime.streams import EVALUATE, Streams
-from .diffusers import is_diffusers, load_diffusers, save_diffusers
+from .files import load_weights_into
 from .identify import flag_line
 from .load import Loaded, load, metadata_of
 from .probe import conditions
@@ -82,3 +88,264 @@ def largest_difference(first: Callable[..., Tensor], second: Callable[..., Tenso
     with torch.no_grad():
         a, b = first(x, time, **cond).float(), second(x, time, **cond).float()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusers
+
+_ABOUT = "guided_diffusion.json"  # in the folder, beside the files of diffusers: our whole configuration
+# Parts of a residual block, then the modules outside of blocks: our name -> theirs.
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+    "label_emb": "class_embedding",
+}
+
+
+def head_channels_of(model: Network) -> int:
+    """Channels per attention head; ValueError with the reason where `UNet2DModel` cannot express the network."""
+    if not isinstance(model, ModelConfig):
+        raise ValueError(
+            f"diffusers' UNet2DModel is a plain denoising network; a {model.kind} network has no place in it"
+        )
+    if model.multipliers[0] != 1:
+        raise ValueError(
+            "UNet2DModel takes its time embedding's width from the first level; it cannot express the first multiplier "
+            f"{model.multipliers[0]}"
+        )
+    if model.num_head_channels != -1:
+        return model.num_head_channels
+    # The last level counts in any case: the middle block has its width and always has attention.
+    attending = {m for m, attends in zip(model.multipliers, _attention(model)) if attends} | {model.multipliers[-1]}
+    widths = {int(model.num_channels * m) // model.num_heads for m in attending}
+    if len(widths) > 1 or model.num_heads_upsample not in (-1, model.num_heads):
+        raise ValueError(
+            "UNet2DModel fixes the channels per head for the whole network; with a fixed number of heads "
+            "(--num_heads) they differ between levels, so it cannot express this network"
+        )
+    return widths.pop()
+
+
+def _attention(model: Network) -> list[bool]:
+    """By level: whether its blocks have attention."""
+    return [2**level in model.attention_downsamplings for level in range(len(model.multipliers))]
+
+
+def arguments_for_unet2d(model: Any, *, learn_sigma: bool) -> dict[str, Any]:
+    """Keyword arguments of `diffusers.UNet2DModel` for this network. ValueError as `head_channels_of`."""
+    attention, head_channels = _attention(model), head_channels_of(model)
+    change = "resnet" if model.resblock_updown else "conv"
+    plain = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
+    return {
+        "sample_size": model.image_size,
+        "in_channels": model.image_channels,
+        "out_channels": model.image_channels * (2 if learn_sigma else 1),
+        "block_out_channels": [int(model.num_channels * m) for m in model.multipliers],
+        "layers_per_block": model.num_res_blocks,
+        "down_block_types": ["AttnDownBlock2D" if a else plain.format("Down") for a in attention],
+        "up_block_types": ["AttnUpBlock2D" if a else plain.format("Up") for a in reversed(attention)],
+        "downsample_type": change,
+        "upsample_type": change,
+        "attention_head_dim": head_channels,
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "resnet_time_scale_shift": "scale_shift" if model.use_scale_shift_norm else "default",
+        "flip_sin_to_cos": True,  # our embedding lists cosines first
+        "freq_shift": 0,
+        "dropout": model.dropout,
+        "num_class_embeds": model.num_classes if model.class_cond else None,
+    }
+
+
+def flags_of_unet2d(config: Mapping[str, Any], noise_schedule: str) -> dict[str, Any]:
+    """The 2021 flags of a UNet2DModel configuration; ValueError names what our network does not have."""
+    known = {"AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"}
+    wanted = {
+        "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
+        "time_embedding_type": "positional", "center_input_sample": False,
+    }  # fmt: skip
+    found = {name: (config.get(name, value), value) for name, value in wanted.items()}
+    wrong = [f"{name}={theirs!r} (ours: {ours!r})" for name, (theirs, ours) in found.items() if theirs != ours]
+    wrong += [f"block {kind}" for kind in config["down_block_types"] if kind not in known]
+    if config["attention_head_dim"] is None:
+        wrong.append("attention_head_dim=None")
+    if wrong:
+        raise ValueError(f"this UNet2DModel has what our network has not: {', '.join(wrong)}")
+    widths, channels, size = config["block_out_channels"], config["in_channels"], config["sample_size"]
+    attention = [kind == "AttnDownBlock2D" for kind in config["down_block_types"]]
+    return {
+        "image_size": size,
+        "image_channels": channels,
+        "num_channels": widths[0],
+        "num_res_blocks": config["layers_per_block"],
+        "channel_mult": ",".join(f"{width / widths[0]:g}" for width in widths),
+        "attention_resolutions": ",".join(str(size // 2**k) for k, attends in enumerate(attention) if attends),
+        "num_head_channels": config["attention_head_dim"],
+        "use_scale_shift_norm": config["resnet_time_scale_shift"] == "scale_shift",
+        "resblock_updown": config["downsample_type"] == "resnet",
+        "class_cond": config["num_class_embeds"] is not None,
+        "num_classes": config["num_class_embeds"] or 0,
+        "learn_sigma": config["out_channels"] == 2 * channels,
+        "dropout": config["dropout"],
+        "noise_schedule": noise_schedule,
+    }
+
+
+def _modules(model: Any) -> dict[str, tuple[str, ...]]:
+    """Our modules that have weights -> theirs, or three of theirs for a product of queries, keys and values."""
+    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _ENDS.items()}
+    attention, depth = _attention(model), model.num_res_blocks
+
+    def resnet(ours: str, theirs: str) -> None:
+        names.update({f"{ours}.{part}": (f"{theirs}.{of_theirs}",) for part, of_theirs in _RESNET.items()})
+
+    def attend(ours: str, theirs: str) -> None:
+        names[f"{ours}.norm"] = (f"{theirs}.group_norm",)
+        names[f"{ours}.qkv"] = (f"{theirs}.to_q", f"{theirs}.to_k", f"{theirs}.to_v")
+        names[f"{ours}.proj_out"] = (f"{theirs}.to_out.0",)
+
+    def level(ours: str, first: int, theirs: str, layers: int, attends: bool) -> None:
+        for layer in range(layers):
+            resnet(f"{ours}.{first + layer}.0", f"{theirs}.resnets.{layer}")
+            if attends:
+                attend(f"{ours}.{first + layer}.1", f"{theirs}.attentions.{layer}")
+
+    def resize(ours: str, theirs: str, convolution: str) -> None:
+        if model.resblock_updown:
+            resnet(ours, theirs)
+        else:
+            names[f"{ours}.{convolution}"] = (f"{theirs}.conv",)
+
+    resnet("middle_block.0", "mid_block.resnets.0")
+    attend("middle_block.1", "mid_block.attentions.0")
+    resnet("middle_block.2", "mid_block.resnets.1")
+    for k, attends in enumerate(attention):
+        first = 1 + k * (depth + 1)  # input block 0 is the first convolution
+        level("input_blocks", first, f"down_blocks.{k}", depth, attends)
+        if k < len(attention) - 1:
+            resize(f"input_blocks.{first + depth}.0", f"down_blocks.{k}.downsamplers.0", "op")
+    for k, attends in enumerate(reversed(attention)):
+        first = k * (depth + 1)
+        level("output_blocks", first, f"up_blocks.{k}", depth + 1, attends)
+        if k < len(attention) - 1:
+            resize(f"output_blocks.{first + depth}.{1 + attends}", f"up_blocks.{k}.upsamplers.0", "conv")
+    return names
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(our tensor, their tensor or three of them, whether ours has a last dimension of 1 that theirs lacks)."""
+    for ours, theirs in _modules(model).items():
+        for end in ("weight", "bias"):
+            squeezed = end == "weight" and ours.endswith((".qkv", ".proj_out"))
+            yield f"{ours}.{end}", tuple(f"{name}.{end}" for name in theirs), squeezed
+
+
+def split_qkv(packed: Tensor, heads: int, new_order: bool) -> tuple[Tensor, ...]:
+    """`[3C, …]` -> three `[C, …]`. New order: all queries, keys, values; legacy: query, key, value of each head in turn."""
+    if new_order:
+        return packed.chunk(3)
+    per_head = packed.reshape(heads, 3, -1, *packed.shape[1:])
+    return tuple(per_head[:, k].reshape(-1, *packed.shape[1:]) for k in range(3))
+
+
+def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool) -> Tensor:
+    """The inverse of `split_qkv`."""
+    if new_order:
+        return torch.cat(list(parts))
+    split = [part.reshape(heads, 1, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(split, dim=1).reshape(-1, *parts[0].shape[1:])
+
+
+def to_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Our state dict under diffusers' names. Raises ValueError when a tensor is left over."""
+    left, out = dict(state), {}
+    for ours, theirs, squeezed in _tensors(model):
+        if ours in left:
+            value = left.pop(ours)
+            value = value.squeeze(-1) if squeezed else value
+            heads = value.shape[0] // 3 // head_channels_of(model)
+            parts = (value,) if len(theirs) == 1 else split_qkv(value, heads, model.use_new_attention_order)
+            out.update({name: part.contiguous() for name, part in zip(theirs, parts)})
+    _require_none(left, "UNet2DModel")
+    return out
+
+
+def from_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The inverse of `to_diffusers`: a `UNet2DModel` state dict under our names and packing."""
+    left, out = dict(state), {}
+    for ours, theirs, squeezed in _tensors(model):
+        if parts := [left.pop(name) for name in theirs if name in left]:
+            heads = parts[0].shape[0] // head_channels_of(model)
+            value = parts[0] if len(theirs) == 1 else join_qkv(parts, heads, model.use_new_attention_order)
+            out[ours] = (value.unsqueeze(-1) if squeezed else value).contiguous()
+    _require_none(left, "our network")
+    return out
+
+
+def _require_none(left: Mapping[str, Tensor], network: str) -> None:
+    if left:
+        raise ValueError(f"{len(left)} tensors have no place in {network}: {', '.join(list(left)[:4])}")
+
+
+def save_diffusers(loaded: Loaded, folder: str) -> Callable[..., Tensor]:
+    """Write `folder` in diffusers' layout (UNet2DModel.from_pretrained reads it); returns their network as `net(x, time, y)`."""
+    model, learn_sigma = loaded.config.model, loaded.config.diffusion.learn_sigma
+    net = _unet2d_class()(**arguments_for_unet2d(model, learn_sigma=learn_sigma))
+    ours = {name: value.detach().float().cpu() for name, value in loaded.net.state_dict().items()}
+    net.load_state_dict(to_diffusers(ours, model))
+    net.save_pretrained(folder)
+    storage.write_json_atomic(os.path.join(folder, _ABOUT), metadata_of(loaded))
+    if learn_sigma:
+        _log.info(
+            "note: UNet2DModel.forward also returns the learned variance channels; schedulers of diffusers expect them split off"
+        )
+    return _as_ours(net.eval())
+
+
+def is_diffusers(folder: str) -> bool:
+    """Whether diffusers wrote a UNet2DModel into this local folder."""
+    config = os.path.join(folder, "config.json")
+    return os.path.isfile(config) and b"UNet2DModel" in storage.read_bytes(config)
+
+
+def load_diffusers(folder: str, noise_schedule: str) -> tuple[Loaded, Callable[..., Tensor]]:
+    """(our network with the weights of a diffusers folder, their network as `net(x, time, y)`).
+
+    The configuration is the one that `save_diffusers` left there, else that of their network, with `noise_schedule`.
+    """
+    theirs = _unet2d_class().from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    about, class_names = os.path.join(folder, _ABOUT), ()
+    if os.path.isfile(about):
+        stored = json.loads(storage.read_bytes(about))
+        config, class_names = RunConfig.from_dict(stored["kind"], stored["config"]), tuple(stored["class_names"])
+    else:
+        config = RunConfig.from_flags("diffusion", flags_of_unet2d(dict(theirs.config), noise_schedule))
+    net = build.build_empty(config.model, config.diffusion)
+    load_weights_into(net, from_diffusers(theirs.state_dict(), config.model), folder, assign=True)
+    net = net.eval().requires_grad_(False)
+    return Loaded(net, build.build_process(config.diffusion), config, folder, class_names), _as_ours(theirs)
+
+
+def _unet2d_class() -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise ValueError("this conversion needs diffusers: pip install 'guided-diffusion[diffusers]'") from None
+    return UNet2DModel
+
+
+def _as_ours(unet2d: Any) -> Callable[..., Tensor]:
+    """A UNet2DModel as `net(x, time, y)`."""
+    return lambda x, time, y=None: unet2d(x, time, class_labels=y).sample

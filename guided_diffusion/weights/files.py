@@ -10,18 +10,19 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime import storage
-from .recognise import WRAPPERS
 
 _log = logging.getLogger(__name__)
 
 # Every network of this family has this tensor: its prefix in a file is the prefix of all names of that network.
 _ANCHOR = "input_blocks.0.0.weight"
+# What DDP and torch.compile put before a name.
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Words in the prefix of names. The last one that matches decides: in "ema.online_model." the second.
 _AVERAGED = re.compile(r"(?:^|_)ema(?:$|_|\d|model|net)|averag|shadow", re.I)
 _RAW = re.compile(r"(?:^|_)(?:online|raw)(?:$|_)", re.I)
@@ -30,16 +31,9 @@ _NO_WEIGHTS = re.compile(r"^(?:opt(?:im(?:izers?)?)?(?:$|_)|(?:grad_)?scaler|(?:
 _LARGEST_HEADER = 100 << 20
 
 
-class Weights(NamedTuple):
-    """`tensors` by name, in file order; `taken`: "ema" or "model" where the file holds both and one had to be chosen, else ""."""
-
-    tensors: dict[str, Tensor]
-    taken: str = ""
-
-
 def load_weights(path: str) -> dict[str, Tensor]:
     """The tensors of `read_weights`."""
-    return read_weights(path).tensors
+    return read_weights(path)[0]
 
 
 def read_own_weights(path: str) -> dict[str, Tensor]:
@@ -47,8 +41,8 @@ def read_own_weights(path: str) -> dict[str, Tensor]:
     return _whole(path, _named_tensors(path, _read(path)))
 
 
-def read_weights(path: str, *, which: str = "") -> Weights:
-    """The state dict in a `.pt` or `.safetensors` file, local or remote.
+def read_weights(path: str, *, which: str = "") -> tuple[dict[str, Tensor], str]:
+    """(state dict in a `.pt` or `.safetensors` file, local or remote; "ema" or "model" where it holds both and one was chosen, else "").
 
     Local files are memory-mapped: reading costs no second copy in memory. A file may hold it inside others
     (`{"state_dict": ...}`, a trainer's file with optimizer and counters) or with prefixed names ("module.", "_orig_mod.",
@@ -60,7 +54,7 @@ def read_weights(path: str, *, which: str = "") -> Weights:
     flat = dict(_flattened(content))
     prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
     if not prefixes:
-        return Weights(_whole(path, _any_network(path, content)))
+        return _whole(path, _any_network(path, content)), ""
     unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
     unread -= {prefix.split(".")[0] for prefix in prefixes}
     if unread:
@@ -69,7 +63,7 @@ def read_weights(path: str, *, which: str = "") -> Weights:
     # Without those of networks further down.
     deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     names = [name for name in flat if name.startswith(prefix) and not name.startswith(deeper)]
-    return Weights(_whole(path, {name.removeprefix(prefix): flat[name] for name in names}), taken)
+    return _whole(path, {name.removeprefix(prefix): flat[name] for name in names}), taken
 
 
 def _read(path: str) -> Any:

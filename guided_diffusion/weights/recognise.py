@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.networks import default_multipliers
+from .files import WRAPPERS
 
 Shapes = Mapping[str, tuple[int, ...]]
 Choice = tuple[tuple[str, Any], ...]
@@ -50,10 +51,6 @@ class Layout:
     attention_ds: tuple[int, ...]
     attention_widths: tuple[int, ...]
     open: tuple[Choice, ...]
-
-
-# What DDP and torch.compile put before a name.
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
 def normalise_keys(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -72,17 +72,6 @@ class SavedRun:
         """Whether the network is ours, whose names of tensors may have the prefixes of wrappers; those of others are as they are."""
         return not any(name.endswith("architecture") for name in (self.config or {}).get("model", {}))
 
-    def lacks(self) -> list[str]:
-        """What a run that continues from here will have to start afresh, in words."""
-        absent = []
-        if not self.ema:
-            absent.append("EMA weights")
-        if self.optimizer is None:
-            absent.append("optimizer state")
-        if not self.state:
-            absent.append("counters, loss scale and the state of the step sampler (saves of 2021 have none)")
-        return absent
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing

@@ -28,7 +28,7 @@ def run_twice(tmp_path, **options):
 
 def test_resume_is_exact(tmp_path):
     lines = run_twice(tmp_path)
-    assert not any("not restored" in line for line in lines)
+    assert not any("not saved" in line for line in lines)
 
 
 def test_resume_is_exact_with_microbatches_and_float16(tmp_path):

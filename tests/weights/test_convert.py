@@ -12,7 +12,7 @@ from checkpoint_files import TWINS, filled, outputs
 
 import guided_diffusion as gd
 from guided_diffusion.cli.main import main
-from guided_diffusion.weights.diffusers import flags_of_unet2d, join_qkv, save_diffusers, split_qkv
+from guided_diffusion.weights.convert import flags_of_unet2d, join_qkv, save_diffusers, split_qkv
 
 BASE = {
     "image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "8", "num_res_blocks": 1,
