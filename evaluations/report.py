@@ -103,7 +103,7 @@ class Report:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON whole or not at all."""
-        storage.write_text_atomic(path, self.to_json())
+        storage.write_bytes_atomic(path, self.to_json().encode())
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
     """Overwrite `params` with rank 0's values, on all ranks."""
-    _world().broadcast_(params, name="sync_params")
+    for param in params:
+        _world().broadcast_(param, name="sync_params")
 
 
 def _find_free_port() -> int:

@@ -259,19 +259,14 @@ class Log:
 
 def table(values: Mapping[str, Any]) -> str:
     """`values` as a two-column table."""
-    rows = [(_short(name), _short(_number(value))) for name, value in values.items()]
+    rows = []
+    for name, value in values.items():
+        number = _plain(value)
+        cells = (name, f"{number:.3g}" if isinstance(number, float) else str(number))
+        rows.append([cell if len(cell) <= 30 else cell[:27] + "..." for cell in cells])
     left, right = (max((len(row[k]) for row in rows), default=0) for k in (0, 1))
     rule = "-" * (left + right + 7)
     return "\n".join([rule, *(f"| {name.ljust(left)} | {value.ljust(right)} |" for name, value in rows), rule])
-
-
-def _number(value: Any) -> str:
-    value = _plain(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _short(text: str, longest: int = 30) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def _plain(value: Any) -> Any:

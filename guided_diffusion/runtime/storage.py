@@ -274,11 +274,6 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
         file.write(data)
 
 
-def write_text_atomic(path: PathLike, text: str) -> None:
-    """Replace a file's content with UTF-8 text in one step; see `atomic_write`."""
-    write_bytes_atomic(path, text.encode("utf-8"))
-
-
 def to_json(values: Any, *, indent: int | None = 1) -> str:
     """`values` as JSON that every reader takes: figures that are not finite become null, as JSON has no word for them."""
     return json.dumps(_finite(values), indent=indent, allow_nan=False)
@@ -294,7 +289,7 @@ def _finite(values: Any) -> Any:
 
 def write_json_atomic(path: PathLike, values: Any) -> None:
     """Replace a file's content with `values` as JSON in one step; see `to_json` and `atomic_write`."""
-    write_text_atomic(path, to_json(values) + "\n")
+    write_bytes_atomic(path, f"{to_json(values)}\n".encode())
 
 
 def sha256_of(path: PathLike) -> str:

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,23 +33,12 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 600.0
 REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
 _log = logging.getLogger(__name__)
-_BUCKET_BYTES = 64 << 20
 _MEETINGS = count()
 # By address, as long as the process lives: it may meet the others there again, some of whom have not yet left the world before.
 _STORES: dict[Any, Any] = {}
+_TIMEOUT = re.compile("[Tt]imed out|[Tt]imeout")
 # In the words of gloo, NCCL, TCPStore and the operating system when a partner does not answer.
-_NETWORK_WORDS = (
-    "imed out",
-    "imeout",
-    "onnection",
-    "gloo",
-    "NCCL",
-    "TCPStore",
-    "socket",
-    "roken pipe",
-    "remote",
-    "peer",
-)
+_NETWORK = re.compile(f"{_TIMEOUT.pattern}|[Cc]onnection|gloo|NCCL|TCPStore|socket|[Bb]roken pipe|remote|peer")
 
 
 class CollectiveError(RuntimeError):
@@ -67,7 +57,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str | None = None
@@ -90,10 +79,10 @@ class World:
         except CollectiveError:
             raise
         except RuntimeError as error:
-            if not any(word in str(error) for word in _NETWORK_WORDS):
+            if not _NETWORK.search(str(error)):
                 raise
             waited = time.monotonic() - start
-            if "imed out" in str(error) or "imeout" in str(error):
+            if _TIMEOUT.search(str(error)):
                 text = watch.timeout_message(context, name, waited)
             else:
                 text = (
@@ -107,22 +96,25 @@ class World:
         """Wait until every rank is here. A sum that is read on the host, so that it really waits on CUDA too."""
         self.any_true(False, name)
 
-    def broadcast_(self, tensors: Iterable[Tensor], src: int = 0, name: str = "broadcast") -> None:
-        """Overwrite `tensors` (same shapes and dtypes on all ranks) with rank `src`'s values, in a few large messages."""
-        for bucket in _buckets(tensors) if self.size > 1 else ():
-            flat = torch.cat([t.reshape(-1) for t in bucket]).to(self.device)
-            wire = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
-            self._run(dist.broadcast, wire, name, src=src)
-            for t, piece in zip(bucket, flat.split([t.numel() for t in bucket])):
-                t.copy_(piece.view_as(t))
+    def broadcast_(self, tensor: Tensor, src: int = 0, name: str = "broadcast") -> Tensor:
+        """Overwrite `tensor` (same shape and dtype on all ranks) with rank `src`'s values; returns it."""
+        return self._in_place(dist.broadcast, tensor, name, src=src)
 
     def all_reduce_sum_(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
         """Replace `tensor` by its sum over the ranks, in place; returns it. Stays asynchronous to the host on CUDA."""
+        return self._in_place(dist.all_reduce, tensor, name)
+
+    def _in_place(self, collective: Callable[..., Any], tensor: Tensor, name: str, **options: Any) -> Tensor:
+        """Start `collective` as the operation `name`, note it for the watch, and wait (on CUDA only the stream waits)."""
         if self.size > 1:
-            wire = tensor.detach().to(self.device).contiguous()
-            self._run(dist.all_reduce, wire, name)
-            if wire.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(wire)
+            moved = tensor.detach().to(self.device).contiguous()
+            with self.operation(name):
+                work = collective(moved, async_op=True, **options)
+                if self.device.type == "cuda":
+                    self.context.pending.append((name, time.monotonic(), work))
+                work.wait()
+            if moved.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(moved)
         return tensor
 
     def all_gather_cat(self, tensor: Tensor, name: str = "all_gather") -> Tensor:
@@ -170,25 +162,6 @@ class World:
         with self.operation(name):
             return bool(self.all_reduce_sum_(torch.tensor(int(flag)), name).item())
 
-    def _run(self, collective: Callable[..., Any], tensor: Tensor, name: str, **options: Any) -> None:
-        """Start `collective` as the operation `name`, note it for the watch, and wait (on CUDA only the stream waits)."""
-        with self.operation(name):
-            work = collective(tensor, async_op=True, **options)
-            if self.device.type == "cuda":
-                self.context.pending.append((name, time.monotonic(), work))
-            work.wait()
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in lists of one dtype and about `_BUCKET_BYTES` each."""
-    buckets: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        bucket = buckets.setdefault(tensor.dtype, [])
-        bucket.append(tensor.detach())
-        if sum(t.nbytes for t in bucket) >= _BUCKET_BYTES:
-            yield buckets.pop(tensor.dtype)
-    yield from buckets.values()
-
 
 def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     """Find out who we are and join the other processes.
@@ -217,7 +190,7 @@ def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIM
     except ValueError as error:  # told to the others, who would wait for us
         row = {"problem": str(error)}
     backend = backend_of(chosen)
-    world = World(place.rank, place.size, local_rank, local_size, chosen, backend, place.launcher, context)
+    world = World(place.rank, place.size, local_size, chosen, backend, place.launcher, context)
     rows = _exchange(store, "devices", place, row or _describe(world))
     try:
         if problems := [row["problem"] for row in rows if "problem" in row]:
@@ -296,11 +269,13 @@ def session(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_T
 def _adopt(device: str | torch.device, place: launchers.Place) -> World:
     """The world of a process group that somebody else has made."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    local_rank = place.local_rank if place.size == size and place.local_rank is not None else rank
-    local_size = place.local_size if place.size == size and place.local_size is not None else size
+    if place.size != size:
+        place = launchers.Place(rank, size, None, None, place.launcher)
+    local_rank = rank if place.local_rank is None else place.local_rank
+    local_size = size if place.local_size is None else place.local_size
     chosen = choose_device(device, local_rank, local_size)
     context = watch.Context(rank=rank, size=size)
-    return World(rank, size, local_rank, local_size, chosen, dist.get_backend(), place.launcher, context)
+    return World(rank, size, local_size, chosen, dist.get_backend(), place.launcher, context)
 
 
 def backend_of(device: torch.device) -> str:
@@ -357,9 +332,7 @@ def _exchange(store: Any, key: str, place: launchers.Place, value: Any) -> list[
     names = [f"guided_diffusion/{key}/{rank}" for rank in range(place.size)]
     store.set(names[place.rank], json.dumps(value))
     try:
-        if place.rank == 0:
-            store.set(f"guided_diffusion/{key}", json.dumps([json.loads(store.get(name)) for name in names]))
-        return json.loads(store.get(f"guided_diffusion/{key}"))
+        return [json.loads(text) for text in store.multi_get(names)]
     except RuntimeError as error:
         missing = [str(rank) for rank, name in enumerate(names) if place.rank == 0 and not store.check([name])]
         who = f"no word from rank {', '.join(missing)}" if missing else str(error)

@@ -108,7 +108,7 @@ class EMA:
         for k, (_, p) in enumerate(self._params):
             copy = own[k] if k in own else torch.empty_like(p)
             if self._owners[k] != 0:
-                self._world.broadcast_([copy], src=self._owners[k], name=f"averages of decay {decay}")
+                self._world.broadcast_(copy, src=self._owners[k], name=f"averages of decay {decay}")
             if self._world.is_main:
                 whole.append(copy.cpu())
         return whole if self._world.is_main else None

@@ -167,7 +167,7 @@ def test_one_process_makes_no_group_and_collectives_change_nothing(caplog):
     assert world.all_reduce_sum_(tensor) is tensor and world.all_gather_cat(tensor) is tensor
     assert world.broadcast_object("x") == "x" and world.all_gather_object(1) == [1]
     assert world.any_true(True) and not world.any_true(False)
-    world.broadcast_([tensor])
+    world.broadcast_(tensor)
     world.barrier()
     stop(world)
     with pytest.raises(RuntimeError, match="plain"), session("cpu"):
@@ -225,7 +225,7 @@ from guided_diffusion.runtime.log import setup_messages
 setup_messages()
 with session("cpu", timeout_s=90) as world:
     r = world.rank
-    assert world.size == 2 and world.local_rank == r and world.backend == "gloo"
+    assert world.size == world.local_size == 2 and world.backend == "gloo"
     assert world.all_reduce_sum_(torch.tensor([r, 10])).tolist() == [1, 20]
     strided = torch.zeros(2, 3).t()
     world.all_reduce_sum_(strided.add_(1))
@@ -236,7 +236,8 @@ with session("cpu", timeout_s=90) as world:
     assert world.all_gather_cat(torch.zeros(0, 3)).shape == (0, 3)
     a, b, c = torch.full((2, 3), float(r)), torch.tensor(r), torch.tensor([bool(r)])
     w = torch.nn.Parameter(torch.full((2,), float(r)))
-    world.broadcast_([a, b, w, c], src=1)
+    for tensor in (a, b, w, c):
+        world.broadcast_(tensor, src=1)
     assert (a == 1).all() and b == 1 and (w == 1).all() and c.all() and w.requires_grad
     assert world.broadcast_object({"rank": r}, src=1) == {"rank": 1}
     assert world.all_gather_object("ab"[r]) == ["a", "b"]
