@@ -47,7 +47,7 @@ def announce_place() -> None:
     here = place()
     if here.size == 1:
         return
-    rank, size = here.told_by
+    rank, size = here.variables
     then = f"it waits for the shares of {here.size - 1} more" if here.rank == 0 else "process 0 prints the scores"
     print(
         f"process {here.rank} of {here.size}, as {rank}={here.rank} and {size}={here.size} say: {then}. "

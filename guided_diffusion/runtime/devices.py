@@ -59,7 +59,7 @@ def choose_device(device: str | torch.device, local_rank: int, local_size: int) 
     """The device of one process among `local_size` on its host.
 
     With as many visible GPUs as processes, process k takes GPU k; with one visible GPU (clusters that bind one to each task) it takes
-    that one, and `check_devices` finds out whether others did too.
+    that one, and `shared_gpu` finds out whether others did too.
     """
     wanted = str(device)
     if wanted == "auto":
@@ -87,19 +87,18 @@ def choose_device(device: str | torch.device, local_rank: int, local_size: int) 
     return chosen
 
 
-def check_devices(rows: list[dict[str, str]]) -> None:
-    """ValueError when two ranks hold one GPU. `rows`: one per rank with "rank", "host", "device", "identity"."""
+def shared_gpu(rows: list[dict[str, str]]) -> str:
+    """What is wrong if two ranks hold one GPU, else "". `rows`: one per rank with "rank", "host", "device", "identity"."""
     holders: dict[str, dict[str, str]] = {}
     for row in rows:
-        if not row["identity"]:
-            continue
-        other = holders.setdefault(row["host"] + row["identity"], row)
+        other = holders.setdefault(row["host"] + row["identity"], row) if row["identity"] else row
         if other is not row:
-            raise ValueError(
+            return (
                 f"ranks {other['rank']} and {row['rank']} on host {row['host']} would share one GPU ({row['device']}). Start one "
                 "process per GPU and give each its own: `torchrun --nproc-per-node=<GPUs>`, or "
                 "`srun --ntasks-per-node=<GPUs> --gpus-per-task=1`; or use device=cpu"
             )
+    return ""
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -25,8 +25,8 @@ class Place:
     local_rank: int | None = 0
     local_size: int | None = 1
     launcher: str = "alone"
-    told_by: tuple[str, str] = field(default=("", ""), compare=False)
-    """The variables that say rank and size."""
+    variables: tuple[str, str] = field(default=("", ""), compare=False)
+    """The names of those that hold rank and size."""
 
 
 # The variables of rank, size, local rank and local size, in the order in which launchers are looked for.

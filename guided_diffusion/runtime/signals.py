@@ -115,17 +115,17 @@ def leave_to_parent() -> None:
     started_by = multiprocessing.parent_process()
     parents = {os.getppid(), started_by.pid if started_by is not None else None}
     numbers = [getattr(signal, name) for name in TRAINING_SIGNALS if hasattr(signal, name)]
-    who_sent_it = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
-    if who_sent_it:
+    sender_is_known = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
+    if sender_is_known:
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     else:
         for number in numbers:
             if number != signal.SIGTERM:
                 signal.signal(number, signal.SIG_IGN)
 
-    def obey(parent: int = os.getppid()) -> None:
+    def end_with_parent(parent: int = os.getppid()) -> None:
         while os.getppid() == parent:
-            if not who_sent_it:
+            if not sender_is_known:
                 time.sleep(_LOOK_S)
                 continue
             sent = signal.sigtimedwait(numbers, _LOOK_S)
@@ -133,7 +133,7 @@ def leave_to_parent() -> None:
                 break
         os._exit(0)
 
-    threading.Thread(target=obey, name="obey-parent", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
 
 
 _LOOK_S = 0.5

@@ -59,9 +59,9 @@ def command_words(argv: Sequence[str]) -> list[str]:
     before = ""
     for word in argv:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        ours = name.replace("-", "_") != "__local_rank" and not (before == "__local_rank" and word.isdecimal())
+        added = name.replace("-", "_") == "__local_rank" or (before == "__local_rank" and word.isdecimal())
         before = word.replace("-", "_")
-        if ours:
+        if not added:
             words.append(name + equals + (expand(value) if value.startswith("~") else value))
     return words
 
@@ -129,8 +129,8 @@ def walk_files(path: PathLike) -> Iterator[str]:
     """
     if is_remote(path):
         root = os.fspath(path).rstrip("/")
-        found = [f"{folder.rstrip('/')}/{name}" for folder, _, names in _blobfile(path).walk(root) for name in names]
-        yield from sorted(found, key=lambda name: name.split("/"))
+        files = [f"{folder.rstrip('/')}/{name}" for folder, _, names in _blobfile(path).walk(root) for name in names]
+        yield from sorted(files, key=lambda name: name.split("/"))
     else:
         yield from _walk_local(expand(path), ())
 

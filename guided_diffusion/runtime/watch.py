@@ -20,7 +20,7 @@ GRACE_S = 30.0  # between the first and the second of two alarms, so that they d
 DEATH_NOTE = "guided_diffusion/death"
 BEAT = "guided_diffusion/beat"
 BEAT_S = 2.0  # how often a rank says that it lives
-SILENCE_S = 60.0  # without such a word a rank counts as dead; long imports and compilations stay below
+SILENCE_S = 60.0  # without such a sign a rank counts as dead; long imports and compilations stay below
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Watch(threading.Thread):
         self._context, self._store = context, store
         self._stopped = threading.Event()
         self._rounds = 0
-        self._heard: dict[int, tuple[bytes, int]] = {}  # rank -> its last word, rounds since then
+        self._beats: dict[int, tuple[bytes, int]] = {}  # rank -> its last beat, rounds since then
         self._say_alive()  # before the process group is made, so that nobody asks too early
 
     def run(self) -> None:
@@ -73,7 +73,7 @@ class Watch(threading.Thread):
                 if self._rounds % round(BEAT_S / POLL_S) == 0:
                     self._say_alive()
                     if self._context.rank == 0:
-                        self._listen()
+                        self._find_silent_ranks()
             except RuntimeError:
                 # The process that hosts the store has gone without the last barrier. A collective that waits for it usually fails
                 # in the main thread too, and says more; over NCCL it may wait for ever.
@@ -87,8 +87,8 @@ class Watch(threading.Thread):
                 # have the word.
                 if self._stopped.wait(4 * POLL_S):
                     return
-                who = note.partition("\n")[2]
-                leave(f"[{self._context.where()}] ends because {who}\n")
+                reason = note.partition("\n")[2]
+                leave(f"[{self._context.where()}] ends because {reason}\n")
             late = self._context.overdue()
             if late is not None:
                 operation, waited = late
@@ -100,20 +100,20 @@ class Watch(threading.Thread):
     def _say_alive(self) -> None:
         self._store.set(f"{BEAT}/{self._context.rank}", str(self._rounds))
 
-    def _listen(self) -> None:
+    def _find_silent_ranks(self) -> None:
         """Find the ranks that were killed, by the out-of-memory killer say, and could leave no note.
 
         Counted in rounds and not in seconds, so that a job that was suspended as a whole wakes up in peace.
         """
         others = range(1, self._context.size)
-        for rank, word in zip(others, self._store.multi_get([f"{BEAT}/{rank}" for rank in others])):
-            before, silent = self._heard.get(rank, (b"", 0))
-            silent = silent + 1 if word == before else 0
-            self._heard[rank] = (word, silent)
+        for rank, beat in zip(others, self._store.multi_get([f"{BEAT}/{rank}" for rank in others])):
+            before, silent = self._beats.get(rank, (b"", 0))
+            silent = silent + 1 if beat == before else 0
+            self._beats[rank] = (beat, silent)
             if silent * BEAT_S > self._context.silence_s:
-                told = f"rank {rank} gave no sign of life for {silent * BEAT_S:.0f} s: killed (out of memory?), stopped, or cut off"
-                print(f"[{self._context.where()}] ends because {told}", file=sys.stderr, flush=True)
-                post_note(self._context, told)
+                reason = f"rank {rank} gave no sign of life for {silent * BEAT_S:.0f} s: killed (out of memory?), stopped, or cut off"
+                print(f"[{self._context.where()}] ends because {reason}", file=sys.stderr, flush=True)
+                post_note(self._context, reason)
                 leave("", after=self._context)
 
     def stop(self) -> None:
@@ -138,12 +138,12 @@ def post_note(context: Context, reason: str) -> str | None:
     """
     if context.store is None:
         return None
-    own = f"{context.rank}\n{reason}"
+    note = f"{context.rank}\n{reason}"
     try:
-        standing = context.store.compare_set(DEATH_NOTE, "", own).decode()
+        first = context.store.compare_set(DEATH_NOTE, "", note).decode()
     except RuntimeError:
         return None  # the store's host is gone: the others know already
-    return None if standing == own else standing.partition("\n")[2]
+    return None if first == note else first.partition("\n")[2]
 
 
 def leave(message: str, code: int = 1, *, after: Context | None = None) -> NoReturn:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import launchers, watch
-from .devices import check_devices, choose_device, describe, table
+from .devices import choose_device, describe, shared_gpu, table
 
 T = TypeVar("T")
 
@@ -45,10 +45,10 @@ class CollectiveError(RuntimeError):
     """A collective failed or timed out; the message names rank, operation and step."""
 
 
-class _ToldElsewhere(ValueError):
+class _ReportedElsewhere(ValueError):
     """A user's error that all ranks raise alike, and rank 0 reports."""
 
-    told_elsewhere = True
+    reported_elsewhere = True
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,9 @@ def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIM
     backend = backend_of(chosen)
     world = World(place.rank, place.size, local_size, chosen, backend, place.launcher, context)
     rows = _exchange(store, "devices", place, row or _describe(world))
-    try:
-        if problems := [row["problem"] for row in rows if "problem" in row]:
-            raise ValueError(problems[0])
-        check_devices(rows)
-    except ValueError as error:
-        raise (ValueError if world.is_main else _ToldElsewhere)(str(error)) from None
+    problem = next((row["problem"] for row in rows if "problem" in row), "") or shared_gpu(rows)
+    if problem:
+        raise (ValueError if world.is_main else _ReportedElsewhere)(problem)
     # gloo raises its own timeout in the main thread; NCCL would abort the process without our words, so there the watch comes first.
     nccl = backend == "nccl"
     context.patience_s = timeout_s if nccl else timeout_s + watch.GRACE_S
