@@ -16,8 +16,6 @@ from torch import nn
 
 _log = logging.getLogger(__name__)
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
-_ALONE = 4 << 20  # bytes from which on an allocation is the system's own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -133,11 +131,6 @@ def used_memory(device: torch.device) -> int:
     return _line_of("/proc/self/status", "VmRSS:") or _highest()
 
 
-def peak_memory() -> int:
-    """The most bytes of main memory that this process held since `restart_peak_memory`, or at all where that is False."""
-    return _line_of("/proc/self/status", "VmHWM:") or _highest()
-
-
 def give_back(device: torch.device) -> None:
     """Return memory that allocators keep for later to the device or the system."""
     gc.collect()
@@ -145,28 +138,6 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of glibc
         trim(0)
-
-
-def give_back_at_once(device: torch.device) -> None:
-    """From now on, let freed tensors of main memory leave the process at once: less memory, some percent more time.
-
-    Otherwise glibc keeps those below 32 MB in its heap, and what lives long between them (gradients) keeps others from using
-    their places: a third of a small network's peak. On other devices and systems nothing changes.
-    """
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # of glibc
-        set_option(_M_MMAP_THRESHOLD, _ALONE)
-        set_option(_M_TRIM_THRESHOLD, _ALONE)
-
-
-def restart_peak_memory() -> bool:
-    """Let `peak_memory` count from now on. False where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def _line_of(path: str, name: str) -> int:

@@ -5,21 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.devices import (
-    available_memory,
-    give_back,
-    give_back_at_once,
-    peak_memory,
-    restart_peak_memory,
-    used_memory,
-)
+from ..runtime.devices import available_memory, give_back, used_memory
 from . import batching
 from .parallel import unwrapped
 
@@ -27,7 +20,10 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _GIB = 2**30
-_SHARE_OF_FREE = 0.9  # of main memory that a step may count on; the rest is for what is not counted
+_SHARE = 0.9  # of main memory that a step may count on
+# What workspaces of kernels and passing gradients take on a CPU, as a share of what forward keeps if nothing is recomputed: 0.7 of 64
+# images of 32 pixels and 0.7 of 16 of 64, whatever is recomputed.
+_PASSING = 0.75
 _CHOSEN = {"none": "nothing is recomputed", "norms": "norms are recomputed", "all": "whole blocks are recomputed"}
 _log = logging.getLogger(__name__)
 
@@ -55,47 +51,48 @@ def set_recompute(net: nn.Module, what: str) -> None:
         inner.set_recompute_norms(what == "norms")
 
 
+def attempts(ways: Sequence[str], size: int, *, shrink: bool) -> list[tuple[str, int]]:
+    """(what is recomputed, images at a time), in the order in which training tries them: all `size` in each of the `ways`; with
+    `shrink` then a half, a quarter ... of them, in the last way."""
+    sizes = [size]
+    while shrink and sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return [(way, size) for way in ways[:-1]] + [(ways[-1], part) for part in sizes]
+
+
 def fit(
     trainer: Trainer, batch: Any, *, recompute: bool, shrink: bool, norms: bool = True, limit_gb: float = 0.0
 ) -> None:
-    """Choose what a step on `batch` recomputes, and its microbatch, by trying: the first that fits into memory stays.
+    """Choose what a step on `batch` recomputes, and its microbatch: the first of the `attempts` that fits into memory stays.
 
-    With `recompute` the network keeps everything, then computes its norms again (if `norms`), then whole blocks. Where that is
-    not enough, with `shrink`, the images go through by halves, quarters ... of the batch. A trial is a real forward and backward
-    pass, with room for the optimizer's moments. (The system ends a process that takes too much main memory, so on the CPU trials
-    grow from few examples, and stop before they would need too much.) All processes try and choose the same; weights and
-    gradients stay as they are. `limit_gb`: GiB that this process may use; 0 = what is free. Call it before the network is
+    With `recompute` the network keeps everything, then computes its norms again (if `norms`), then whole blocks. With `shrink` fewer
+    images go through at a time. On a GPU each attempt is a real forward and backward pass, with room for the optimizer's moments. The
+    system ends a process that takes too much main memory, so on a CPU what a step needs is counted. All processes choose the same;
+    weights and gradients stay as they are. `limit_gb`: GiB that this process may use; 0 = what is free. Call it before the network is
     compiled. ValueError where nothing fits.
     """
-    net, device = trainer.net, trainer.device
+    net, device, whole = trainer.net, trainer.device, batching.length(batch)
     ways = [way for way in can_recompute(net) if norms or way != "norms"] if recompute else [""]
-    size = min(trainer.microbatch or batching.length(batch), batching.length(batch))
-    attempts = [(way, size) for way in ways]
-    while shrink and size > 1:
-        size = -(-size // 2)
-        attempts.append((ways[-1], size))
-    give_back_at_once(device)
-    limit = _limit(trainer, limit_gb)
-    limited = bool(limit_gb) and device.type == "cuda"
-    if limited:
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)
+    room = _room(trainer, limit_gb)
+    passing = 0.0 if device.type == "cuda" else _PASSING * _kept(trainer, batch, ways[0])[1]
     try:
-        for way, size in attempts:
-            if way:
-                set_recompute(net, way)
-            if trainer.world.any_true(not _fits(trainer, batch, size, limit), name="does a step fit into memory?"):
+        if limit_gb and device.type == "cuda":
+            there = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / there), device)
+        for way, size in attempts(ways, min(trainer.microbatch or whole, whole), shrink=shrink):
+            fits = _fits(trainer, batch, way, size, room - passing * size)
+            if trainer.world.any_true(not fits, name="does a step fit into memory?"):
                 continue
-            if size < batching.length(batch):
+            if size < whole:
                 trainer.microbatch = size
             passes = f"{size} images per forward and backward pass"
             if way:
-                _log.info(f"--recompute auto: {_CHOSEN[way]}" + f"; {passes}" * (size < batching.length(batch)))
+                _log.info(f"--recompute auto: {_CHOSEN[way]}" + f"; {passes}" * (size < whole))
             else:
                 _log.info(f"--microbatch auto: {passes} fit")
             return
     finally:
-        if limited:  # it guides the choice only
+        if limit_gb and device.type == "cuda":  # it guides the choice only
             torch.cuda.set_per_process_memory_fraction(1.0, device)
     remedies = ["--memory_limit_gb 0 or more"] * bool(limit_gb) + ["--recompute all"] * (not recompute)
     remedies += ["--microbatch auto"] * (not shrink) + ["--precision bf16", "fewer --num_channels"]
@@ -105,89 +102,59 @@ def fit(
     )
 
 
-def _fits(trainer: Trainer, batch: Any, count: int, limit: float) -> bool:
-    """Whether a step with `count` examples at a time fits into the device's memory, on the CPU `limit` bytes, on this process."""
+def _fits(trainer: Trainer, batch: Any, way: str, count: int, room: float) -> bool:
+    """Whether this process can take a step with `count` examples at a time: on a GPU by trying, else by counting up to `room` bytes."""
     trainer.net.train()
+    if trainer.device.type != "cuda":
+        fixed, each = _kept(trainer, batch, way)
+        weights = sum(p.nbytes for p in trainer.params)  # as many bytes as gradients
+        averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
+        saving = 0 if trainer.checkpoints is None else 3 * weights + averages  # the copies that a save is written from
+        return fixed + count * each + weights + _moment_bytes(trainer) + saving <= room
     try:
-        if trainer.device.type == "cuda":
-            _try(trainer, batch, count)
-            return True
-        if _counted(trainer, batch, count) > limit:
-            return False
-        return _grown(trainer, batch, count, limit - _copies(trainer))
+        if way:
+            set_recompute(trainer.net, way)
+        _try(trainer, batch, count)
+        return True
     except torch.OutOfMemoryError:
         return False
     finally:
         give_back(trainer.device)
 
 
-def _grown(trainer: Trainer, batch: Any, count: int, limit: float) -> bool:
-    """Whether the process's peak stays below `limit` bytes in trials of few examples, then of four times as many ... `count`.
-
-    Each size is tried only if the line through the last two peaks allows it, give or take a tenth:
-    the count of what forward keeps does not know
-    what backward recomputes. Where the system does not restart a peak, the count alone decides.
-    """
-    sizes = [count]
-    while sizes[0] > 2:
-        sizes.insert(0, max(2, -(-sizes[0] // 4)))
-    passes = 1 if count >= batching.length(batch) else 2
-    gradients = sum(p.nbytes for p in trainer.params)
-    tried = [(0, used_memory(trainer.device) + gradients + _moment_bytes(trainer))]  # without examples
-    for size in sizes:
-        if len(tried) > 1:
-            (fewer, low), (more, high) = tried[-2:]
-            if high + (size - more) * (high - low) / (more - fewer) > limit / _SHARE_OF_FREE:
-                return False
-        give_back(trainer.device)
-        if not restart_peak_memory():
-            return True
-        _try(trainer, batch, size, passes)
-        tried.append((size, peak_memory()))
-    return tried[-1][1] <= limit
-
-
-def _try(trainer: Trainer, batch: Any, count: int, passes: int = 2) -> None:
+def _try(trainer: Trainer, batch: Any, count: int) -> None:
     """What the largest moment of a step needs: the pass of a second microbatch, with gradients and moments in memory.
 
-    `passes`: 1 where there is no second one.
     Gradients are taken without `backward`, so that no wrapper for several processes waits for the others.
     """
     room = torch.zeros(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
     gradients = []
-    for part, ids in itertools.islice(_parts(trainer, batch, count), passes):
+    for part, ids in itertools.islice(_parts(trainer, batch, count), 2):
         loss = trainer.precision.scale(trainer.losses_of(trainer.net, part, ids).loss.float().sum())
         gradients.append(torch.autograd.grad(loss, trainer.params, allow_unused=True))
     del room, gradients
 
 
-def _counted(trainer: Trainer, batch: Any, count: int) -> int:
-    """Bytes that this process will hold with `count` examples at a time: what it holds now, and what a step adds, in main memory."""
+def _kept(trainer: Trainer, batch: Any, way: str) -> tuple[int, int]:
+    """`kept_bytes` of the trainer's losses, recomputing what `way` says."""
 
     def forward(examples: int) -> None:
         part, ids = next(_parts(trainer, batch, examples))
         trainer.losses_of(trainer.net, part, ids)
 
-    now = used_memory(trainer.device)
-    fixed, each = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)))
-    gradients = sum(p.nbytes for p in trainer.params)
-    return now + fixed + count * each + gradients + _moment_bytes(trainer) + _copies(trainer)
+    if way:
+        set_recompute(trainer.net, way)
+    kept = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)))
+    give_back(trainer.device)
+    return kept
 
 
-def _copies(trainer: Trainer) -> int:
-    """Bytes of main memory that a save is written from: copies of weights, moments and averages."""
-    if trainer.checkpoints is None:
-        return 0
-    averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
-    return 3 * sum(p.nbytes for p in trainer.params) + averages
-
-
-def _limit(trainer: Trainer, limit_gb: float) -> float:
-    """Bytes that this process may hold. All processes ask before any tries, and may add as much as the one with the least room."""
+def _room(trainer: Trainer, limit_gb: float) -> float:
+    """Bytes that a step may add on this process. All processes ask before any tries, and count on as much as the one with the least."""
     device, sharers = trainer.device, max(1, trainer.world.local_size)
-    room = _SHARE_OF_FREE * (available_memory(device) or math.inf) / sharers
-    least = min(trainer.world.all_gather_object(room, "how much memory is free?"))
-    return limit_gb * _GIB or used_memory(device) + least
+    free = _SHARE * (available_memory(device) or math.inf) / sharers
+    least = min(trainer.world.all_gather_object(free, "how much memory is free?"))
+    return limit_gb * _GIB - used_memory(device) if limit_gb else least
 
 
 def _parts(trainer: Trainer, batch: Any, count: int) -> Any:

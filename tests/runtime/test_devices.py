@@ -39,7 +39,7 @@ def test_free_memory_ends_at_the_limit_of_every_group(monkeypatch: pytest.Monkey
 def test_memory_of_a_process_is_known_without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     used = devices.used_memory(CPU)
     monkeypatch.setattr(devices, "_line_of", lambda path, name: 0)
-    assert devices.used_memory(CPU) == devices.peak_memory() > 0.5 * used > 2**22
+    assert devices.used_memory(CPU) > 0.5 * used > 2**22
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -112,12 +112,11 @@ def fitting(folder, world):
     mine = whole._replace(images=whole.images[world.rank :: 2], positions=whole.positions[world.rank :: 2])
     options = {"world": world, "ddp_options": {"static_graph": True}}
     trainer, other = trainer_of(unet(), 8, **options), trainer_of(unet(), 8, **options)
-    memory.used_memory = lambda device: 0
-    memory.restart_peak_memory = bool  # what is counted decides
-    memory.set_recompute(trainer.net, "norms")
-    limit = 1.02 * memory._counted(trainer, mine, 4)
-    memory.available_memory = lambda device: [2**50, int(2 * limit / memory._SHARE_OF_FREE)][world.rank]
-    assert memory._limit(trainer, 0.0) < 1.01 * limit  # the first learns of it before it tries
+    (fixed, each), passing = (memory._kept(trainer, mine, way) for way in ("norms", "none"))
+    need = fixed + 4 * (each + memory._PASSING * passing[1]) + 3 * sum(p.nbytes for p in trainer.params)
+    free = [2**50, int(2 * 1.02 * need / memory._SHARE)]
+    memory.available_memory = lambda device: free[world.rank]
+    assert memory._room(trainer, 0.0) < 1.03 * need  # the first learns of it before it tries
     memory.fit(trainer, mine, recompute=True, shrink=True)
     (folder / f"chosen{world.rank}.json").write_text(json.dumps([recomputed_by(trainer.net), trainer.microbatch]))
     for _ in range(3):
