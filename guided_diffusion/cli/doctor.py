@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, flag
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..runtime.doctor import Finding
     from ..runtime.world import World
-    from ..training.checks import StepPlan
+    from ..training.memory import StepPlan
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     from ..runtime.doctor import FAIL, OK, WARN, Finding, check_disk, planned_saves
     from ..runtime.world import World
     from ..training import checks
+    from ..training.memory import StepPlan
 
     try:
         train.check_start(parsed, kind)
@@ -102,7 +103,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     try:
         memory, plan = _check_memory(config, net, world, images)
     except ValueError as error:  # of what this network cannot do
-        memory, plan = Finding(FAIL, "memory", str(error)), checks.StepPlan(images, "none")
+        memory, plan = Finding(FAIL, "memory", str(error)), StepPlan("none", images)
     findings.append(memory)
 
     def on_the_device() -> tuple[nn.Module, Callable[[], Any]]:
@@ -131,7 +132,7 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
     if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]
     compute_in(net, choose_precision(config.train.precision, half, device))
-    set_recompute(net, "none" if recompute == "auto" else recompute)
+    set_recompute(net, recompute)
 
     def forward(count: int) -> Any:
         x = torch.randn(count, model.image_channels, *model.size, device=where)
@@ -144,13 +145,18 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     """The memory of steps of `images` at a time; `net` on the meta device."""
     from ..runtime.devices import available_memory, used_memory
     from ..training import checks
-    from ..training.memory import can_recompute, kept_bytes
+    from ..training.memory import attempts, can_recompute, kept_bytes
 
     options, on_gpu = config.train, world.device.type == "cuda"
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
     if options.memory_limit_gb:
         free = min(free, max(1, int(options.memory_limit_gb * 2**30) - used_memory(world.device)))
+    can = [
+        way for way in can_recompute(net) if way != "norms" or not options.compile
+    ]  # a compiler chooses for itself in between
     recompute = options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
+    auto = recompute == "auto"
+    shrink = options.microbatch == 0 and (on_gpu or auto)
     state = checks.state_bytes(
         sum(p.numel() for p in net.parameters()),
         averages=len(options.ema_rates),
@@ -159,12 +165,10 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         shard_ema=options.shard_ema,
     )
     return checks.check_memory(
-        checks.StepPlan(images, recompute),
-        lambda what: kept_bytes(forward_of(config, net, what, world.device), net.parameters()),
+        cache(lambda way: kept_bytes(forward_of(config, net, way, world.device), net.parameters())),
+        attempts(can if auto else [recompute], images, shrink=shrink),
+        can,
         state=state,
         free=free,
-        shrink=options.microbatch == 0 and (on_gpu or recompute == "auto"),
-        can=can_recompute(net),
-        compile=options.compile,
         precision=options.precision,
     )

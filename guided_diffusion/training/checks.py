@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +13,7 @@ from ..data.listing import Records
 from ..data.loader import Batches
 from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
 from ..runtime.world import World
-
-
-class StepPlan(NamedTuple):
-    """A forward and backward pass of training: images at a time, and what is recomputed ("none", "norms", "all", "auto")."""
-
-    images: int
-    recompute: str
+from .memory import StepPlan
 
 
 def check_data(list_them: Callable[[], Records], needs_labels: bool) -> tuple[Finding, Records | None]:
@@ -69,55 +63,47 @@ def state_bytes(
 
 
 def check_memory(
-    wanted: StepPlan,
     activations: Callable[[str], tuple[int, int]],
+    automatic: Sequence[StepPlan],
+    can: Sequence[str],
     *,
     state: int,
     free: int,
-    shrink: bool,
-    can: Sequence[str] = ("none", "norms", "all"),
-    compile: bool = False,
     precision: str = "fp32",
 ) -> tuple[Finding, StepPlan]:
     """Compare the memory of a step with what is free (0: unknown), and name what makes it fit.
 
-    Returns (finding, plan): the plan after automatic recompute or microbatch, or `wanted` if nothing automatic helps.
-
-    `activations`: (fixed bytes, bytes per image) by what is recomputed, of what the network `can` recompute.
-    `shrink`: training takes parts of the batch by itself.
+    `automatic`: what training tries by itself, first what is asked for. `activations`: (fixed bytes, bytes per image) by what is
+    recomputed, of what the network `can` recompute. Returns (finding, the first plan that fits, or what is asked for if none does).
     """
-    images, recompute = wanted
+    wanted = automatic[0]
+
+    def need(plan: StepPlan) -> int:
+        fixed, each = activations(plan.recompute)
+        return state + fixed + plan.images * each
 
     def room(way: str) -> int:
         """How many images at a time there is room for."""
         fixed, each = activations(way)
         return max(0, int((free - state - fixed) // max(each, 1)))
 
-    fixed, each = activations(recompute)
-    need = state + fixed + images * each
+    _, each = activations(wanted.recompute)
     text = (
-        f"about {format_bytes(need)} to train {images} images at a time: {format_bytes(state)} weights, gradients, Adam, EMA + "
-        f"{format_bytes(fixed + images * each)} activations ({format_bytes(each)} per image); {format_bytes(free)} free"
+        f"about {format_bytes(need(wanted))} to train {wanted.images} images at a time: {format_bytes(state)} weights, gradients, "
+        f"Adam, EMA + {format_bytes(need(wanted) - state)} activations ({format_bytes(each)} per image); {format_bytes(free)} free"
     )
-    if not free or need <= free:
-        return Finding(WARN if free and need > 0.85 * free else OK, "memory", text), wanted
-
-    ways = [way for way in can if way != "norms" or not compile]  # a compiled network chooses for itself in between
-    enough = [way for way in ways[1:] if room(way) >= images]
-    if recompute == "auto" and enough:
-        return Finding(WARN, "memory", f"{text}. --recompute auto will make it fit"), StepPlan(images, enough[0])
-    final = ways[-1] if recompute == "auto" else recompute
-    if shrink and room(final):
-        while images > room(final):
-            images = -(-images // 2)
-        finding = Finding(WARN, "memory", f"{text}. --microbatch auto will make it fit, {images} images at a time")
-        return finding, StepPlan(images, final)
-
-    remedies = [f"--recompute {way}" for way in enough if recompute != "auto"][:1]
-    if room(final):
-        remedies.append(f"--microbatch {room(final)}")
-    if not remedies and room(ways[-1]):
-        remedies.append(f"--recompute {ways[-1]} --microbatch {room(ways[-1])}")
+    if not free or need(wanted) <= free:
+        return Finding(WARN if free and need(wanted) > 0.85 * free else OK, "memory", text), wanted
+    for plan in automatic[1:]:
+        if need(plan) <= free:
+            fewer = plan.images < wanted.images
+            how = f"--microbatch auto will make it fit, {plan.images} images at a time" if fewer else ""
+            return Finding(WARN, "memory", f"{text}. {how or '--recompute auto will make it fit'}"), plan
+    remedies = [f"--recompute {way}" for way in can if room(way) >= wanted.images][:1]
+    if most := room(automatic[-1].recompute):
+        remedies.append(f"--microbatch {most}")
+    elif not remedies and (most := room(can[-1])):
+        remedies.append(f"--recompute {can[-1]} --microbatch {most}")
     if remedies:
         return Finding(FAIL, "memory", f"{text}. {' or '.join(remedies)} would fit"), wanted
     smaller = "fewer channels" if precision == "bf16" else "--precision bf16, or fewer channels"

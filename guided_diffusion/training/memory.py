@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,19 @@ def set_recompute(net: nn.Module, what: str) -> None:
         inner.set_recompute_norms(what == "norms")
 
 
-def attempts(ways: Sequence[str], size: int, *, shrink: bool) -> list[tuple[str, int]]:
-    """(what is recomputed, images at a time), in the order in which training tries them: all `size` in each of the `ways`; with
-    `shrink` then a half, a quarter ... of them, in the last way."""
-    sizes = [size]
+class StepPlan(NamedTuple):
+    """A forward and backward pass of training: what is recomputed ("none", "norms", "all"), and images at a time."""
+
+    recompute: str
+    images: int
+
+
+def attempts(ways: Sequence[str], images: int, *, shrink: bool) -> list[StepPlan]:
+    """What training tries, in this order: all `images` in each of the `ways`; with `shrink` then a half, a quarter ... in the last way."""
+    sizes = [images]
     while shrink and sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    return [(way, size) for way in ways[:-1]] + [(ways[-1], part) for part in sizes]
+    return [StepPlan(way, images) for way in ways[:-1]] + [StepPlan(ways[-1], size) for size in sizes]
 
 
 def fit(

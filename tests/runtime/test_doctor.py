@@ -17,8 +17,8 @@ from guided_diffusion.models.kernels import norm
 from guided_diffusion.runtime import devices, doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
-from guided_diffusion.training.checks import StepPlan, check_speed
-from guided_diffusion.training.memory import kept_bytes
+from guided_diffusion.training.checks import check_speed
+from guided_diffusion.training.memory import StepPlan, kept_bytes
 
 TINY = [
     "--device",
@@ -110,7 +110,7 @@ def configuration_seen(monkeypatch, argv, device="cpu"):
 
     def note(config, net, world, images):
         seen.append(config)
-        return Finding(FAIL, "memory", ""), StepPlan(images, "none")
+        return Finding(FAIL, "memory", ""), StepPlan("none", images)
 
     monkeypatch.setattr(command, "_check_memory", note)
     kind = "classifier" if "classifier" in argv else "diffusion"
@@ -319,7 +319,7 @@ def test_a_network_too_large_for_the_device_is_a_finding():
     def make():
         raise torch.OutOfMemoryError("out of memory: weights")
 
-    finding = check_speed(make, StepPlan(4, "none"), torch.device("cpu"), last_step=1, own_batch=4)
+    finding = check_speed(make, StepPlan("none", 4), torch.device("cpu"), last_step=1, own_batch=4)
     assert finding == Finding(FAIL, "speed", "4 images at a time: out of memory: weights")
 
 
