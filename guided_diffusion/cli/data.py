@@ -12,8 +12,6 @@ from .arguments import Parser
 if TYPE_CHECKING:
     from ..data.listing import Records
 
-_SHOWN = 50
-
 
 def main(argv: Sequence[str], program: str = "guided-diffusion data") -> int:
     """`argv` after the word `data`; the exit code."""
@@ -28,12 +26,12 @@ def main(argv: Sequence[str], program: str = "guided-diffusion data") -> int:
 
 def check(argv: Sequence[str]) -> int:
     """Decode every image and print what is there. Exit code 1 if some cannot be read."""
-    arguments = _parser("check", check.__doc__).parse_args(argv)
-    records, bar = _list(arguments)
+    args = _parser("check", check.__doc__).parse_args(argv)
+    records, bar = _list(args)
     from ..data import check as checking
 
     with bar:
-        found = checking.check(records, workers=max(1, arguments.workers), progress=bar.update)
+        found = checking.check(records, workers=max(1, args.workers), progress=bar.update)
     print("\n".join(checking.describe_findings(records, found)))
     return 1 if found.unreadable else 0
 
@@ -46,24 +44,24 @@ def pack(argv: Sequence[str]) -> int:
     parser.flag("size", "", side, type=_size, required=True)
     parser.flag("channels", 3, "1 grey, 2 grey + alpha, 3 RGB, 4 RGBA", choices=(1, 2, 3, 4))
     parser.flag("skip-unreadable", False, "leave out images that cannot be read instead of stopping")
-    arguments = parser.parse_args(argv)
-    records, bar = _list(arguments)
+    args = parser.parse_args(argv)
+    records, bar = _list(args)
     from ..data import packed
 
-    options = {"channels": arguments.channels, "workers": arguments.workers, "progress": bar.update}
-    on_error = "skip" if arguments.skip_unreadable else "raise"
+    on_error = "skip" if args.skip_unreadable else "raise"
+    options = {"channels": args.channels, "workers": args.workers, "progress": bar.update}
     with bar:
-        done = packed.pack(records, arguments.out, arguments.size, on_error=on_error, **options)
+        done = packed.pack(records, args.out, args.size, on_error=on_error, **options)
     print(f"packed {len(done)} images to {done.root}: {done.preprocessing}")
-    for reason in packed.read_packed_index(done.root)["skipped"][:_SHOWN]:
+    for reason in packed.read_packed_index(done.root)["skipped"][:50]:
         print(f"  left out: {reason}")
     return 0
 
 
 def _parser(command: str, description: str | None) -> Parser:
     parser = Parser(f"guided-diffusion data {command}", description)
-    source_help = "folder of images, .zip with dataset.json, (folder of) WebDataset .tar, LSUN lmdb, packed folder"
-    parser.add_argument("source", help=source_help)
+    source = "folder of images, .zip with dataset.json, (folder of) WebDataset .tar, LSUN lmdb, packed folder"
+    parser.add_argument("source", help=source)
     parser.flag("labels", "auto", "auto, folders, prefix, none, or a csv/json file")
     parser.flag("workers", 4, "threads that decode")
     parser.flag("quiet", False, "no progress bar")
@@ -80,13 +78,13 @@ def _size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _list(arguments: argparse.Namespace) -> tuple[Records, Any]:
+def _list(args: argparse.Namespace) -> tuple[Records, Any]:
     """The records that the command line asks for, printed, and a progress bar over them."""
     from tqdm import tqdm
 
     from ..data.check import describe_records
     from ..data.listing import list_records
 
-    records = list_records(arguments.source, labels=arguments.labels)
+    records = list_records(args.source, labels=args.labels)
     print("\n".join(describe_records(records)))
-    return records, tqdm(total=len(records), disable=arguments.quiet, unit="image", file=sys.stderr)
+    return records, tqdm(total=len(records), disable=args.quiet, unit="image", file=sys.stderr)

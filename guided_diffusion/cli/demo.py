@@ -51,8 +51,13 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion dem
 
     from .main import main as command_line
 
-    out = Path(args.out)
-    clock = Clock()
+    out, began = Path(args.out), time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def lap(what: str) -> None:
+        """Print and keep the wall seconds of the part that ends now."""
+        seconds[what] = round(time.monotonic() - began - sum(seconds.values()), 1)
+        print(f"== {what}: {seconds[what]:.1f} s", flush=True)
 
     def run(command: str, *flags: str) -> None:
         """Run a command of ours in this process, printed as a user would type it."""
@@ -63,23 +68,23 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion dem
             raise SystemExit(code)
 
     train_dir, val_dir = write_digits(out / "data")
-    clock.lap("digits written as files")
+    lap("digits written as files")
     data = ("--data_dir", train_dir, "--resume_checkpoint", "auto")
     run("train", *data, "--out", f"{out}/diffusion")
-    clock.lap("diffusion model trained")
+    lap("diffusion model trained")
     run("train-classifier", *data, "--val_data_dir", val_dir, "--out", f"{out}/classifier")
-    clock.lap("noisy-image classifier trained")
+    lap("noisy-image classifier trained")
     networks = ("--model_path", f"{out}/diffusion", "--classifier_path", f"{out}/classifier")
     for scale in SCALES:
         run("sample", *networks, "--classifier_scale", str(scale), "--out", samples_of(out, scale))
-        clock.lap(f"sampled at scale {scale:g}")
+        lap(f"sampled at scale {scale:g}")
     table = score(out, train_dir, args.device)
-    clock.lap("scored")
+    lap("scored")
     for scale in SCALES:
         write_picture(out, scale)
     write_plots(out, table)
     print_table(table)
-    storage.write_json_atomic(out / "scores.json", {"scores": table, "seconds": clock.laps})
+    storage.write_json_atomic(out / "scores.json", {"scores": table, "seconds": seconds})
     print(f"everything is in {out}: grid_scale_*.png, curves.png, trade.png, scores.json")
     return 0
 
@@ -87,20 +92,6 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion dem
 def samples_of(out: Path, scale: float) -> str:
     """The folder of the samples at a scale."""
     return str(out / "samples" / f"scale_{scale:g}")
-
-
-class Clock:
-    """Wall seconds of each part, printed as they pass."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, what: str) -> None:
-        now = time.monotonic()
-        self.laps[what] = round(now - self._last, 1)
-        print(f"== {what}: {self.laps[what]:.1f} s", flush=True)
-        self._last = now
 
 
 def write_digits(folder: Path) -> tuple[str, str]:

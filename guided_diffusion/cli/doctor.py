@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DoctorFlags(train.StartFlags):
-    """Flags of one examination."""
+    """What would go wrong with this run on this machine, asked before it starts, with the flags of the training command.
+
+    Start the same processes (`torchrun ... doctor`); exit code 1 if something would fail."""
 
     kind: str = flag("diffusion", "diffusion, super_resolution or classifier")
     out: str = flag("", "the run folder, whose disk is looked at; empty = working directory")
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion doc
     first.add_argument("--kind", default="diffusion")
     kind = first.parse_known_args(argv)[0].kind
     RunConfig.sections(kind)  # complains about an unknown kind
-    parsed = train.flags(argv, kind, program=program, start=DoctorFlags, description=str(__doc__))
+    parsed = train.flags(argv, kind, program=program, start=DoctorFlags)
 
     from ..runtime import doctor
 

@@ -61,15 +61,14 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion rep
     manifest = {"recipe": args.name, "model": preset.file, **_manifest(flags, out, npz)}
     if args.reference:
         evaluation = _evaluate(npz, out, args)
-        if evaluation is None:  # the report is the main process's
+        if not evaluation:  # the report is the main process's
             return 0
         manifest |= {"evaluation": evaluation, "comparison": _compare(recipe, evaluation)}
         print(comparison_table(manifest["comparison"]))
     else:
         print("not scored: no --reference was given")
-    path = out / "manifest.json"
-    storage.write_json_atomic(path, manifest)
-    print(f"wrote {path}")
+    storage.write_json_atomic(out / "manifest.json", manifest)
+    print(f"wrote {out / 'manifest.json'}")
     return 0
 
 
@@ -100,7 +99,7 @@ def _manifest(flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
     from ..runtime import storage
     from ..sampling.jobs import RECEIPT
 
-    cuda = torch.cuda.is_available()
+    processor = platform.processor() or platform.machine()
     return {
         "flags": [word for flag, value in flags.items() for word in (f"--{flag}", str(value))],
         "sampling": {RECEIPT: json.loads((out / RECEIPT).read_text(encoding="utf-8"))},
@@ -108,12 +107,12 @@ def _manifest(flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
         "quantisation": "((x + 1) * 127.5) clamped to [0, 255] and truncated, as in 2021",
         "samples_sha256": storage.sha256_of(npz),
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
-        "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
     }
 
 
-def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`. None but on the main process."""
+def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`. Empty but on the main process."""
     from evaluations.report import classic_lines, extra_lines
     from evaluations.scoring import Settings, evaluate
 
@@ -125,11 +124,10 @@ def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any] |
     )
     evaluation = evaluate(args.reference, npz, settings)
     if evaluation is None:
-        return None
+        return {}
     print("\n".join(classic_lines(evaluation.sets[0]) + extra_lines(evaluation.sets[0])), flush=True)
     evaluation.write(out / "evaluation.json")
-    report: dict[str, Any] = json.loads(evaluation.to_json())
-    return report
+    return dict(json.loads(evaluation.to_json()))
 
 
 # The evaluator's names of the published figures.
@@ -139,17 +137,11 @@ _NAMES = {"fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Rec
 def _compare(recipe: Recipe, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows: metric, published, measured, and the standard error of the measured one if there is one."""
     scores = {score["name"]: score for score in evaluation["sets"][0]["scores"]}
-    published = recipe.expected._asdict() if recipe.expected else {}
-    measured = {metric: scores[_NAMES[metric]] for metric in published}
-    return [
-        {
-            "metric": metric,
-            "published": value,
-            "measured": measured[metric]["value"],
-            "error": measured[metric]["error"],
-        }
-        for metric, value in published.items()
-    ]
+    rows = []
+    for metric, published in (recipe.expected._asdict() if recipe.expected else {}).items():
+        score = scores[_NAMES[metric]]
+        rows.append({"metric": metric, "published": published, "measured": score["value"], "error": score["error"]})
+    return rows
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartFlags(Section):
-    """Flags of one start, which are no part of the run's configuration."""
+    """Train a network on a folder of images."""
+
+    # Flags of one start, which are no part of the run's configuration.
 
     out: str = flag("", "run folder for checkpoints, log and pictures")
     progress: bool = flag(True, "show a progress bar")
@@ -49,11 +51,6 @@ class StartFlags(Section):
 
 
 MAX_ACCURACY_IMAGES = 2000  # in the table of accuracy by noise level
-_DESCRIPTIONS = {
-    "diffusion": "Train a diffusion model on a folder of images.",
-    "super_resolution": "Train a diffusion model that enlarges images.",
-    "classifier": "Train a classifier of noised images, for guidance.",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -91,7 +88,6 @@ def flags(
     program: str,
     script: bool = False,
     start: type[StartFlags] = StartFlags,
-    description: str = "",
 ) -> arguments.Parsed:
     """The flags of a training command, and those of `doctor`, which has more in `start`."""
     # As in 2021: the classifier learns from random crops.
@@ -100,8 +96,9 @@ def flags(
         defaults["out"] = runs.script_folder()
     else:
         defaults["microbatch"] = 0  # as fits: a batch too large for the device's memory is no reason to fail
-    configs = (start, *RunConfig.sections(kind).values())
-    description = description or _DESCRIPTIONS[kind]
+    sections = RunConfig.sections(kind)
+    description = f"{start.__doc__} {sections['model'].__doc__}"
+    configs = (start, *sections.values())
     return arguments.parse(argv, configs, program=program, description=description, defaults=defaults)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
 Numbers = tuple[float, ...]
@@ -66,25 +66,8 @@ class Section:
     def validate(self: C) -> C:
         """Return self if every value is possible, else raise ValueError naming flag, value and what is allowed."""
         for f in fields(self):  # type: ignore[arg-type]
-            value, meta = getattr(self, f.name), f.metadata
-            wanted = type(f.default)
-            if (
-                wanted in (int, float, bool, str)
-                and type(value) is not wanted
-                and not (wanted is float and type(value) is int)
-            ):
-                raise ValueError(f"--{f.name} is {value!r}; it must be {_KIND_IN_WORDS[wanted]}")
-            if meta.get("choices") and value not in meta["choices"]:
-                raise ValueError(
-                    f"--{f.name} is {value!r}; it must be one of {', '.join(repr(c) for c in meta['choices'])}"
-                )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{f.name} is {value!r}; it must be a finite number")
-            low, high = meta.get("low"), meta.get("high")
-            if (low is not None and not value >= low) or (high is not None and not value <= high):
-                allowed = " and ".join(
-                    f"at {word} {bound:g}" for word, bound in (("least", low), ("most", high)) if bound is not None
-                )
+            value = getattr(self, f.name)
+            if allowed := _must_be(f, value):
                 raise ValueError(f"--{f.name} is {value!r}; it must be {allowed}")
         self._check()
         return self
@@ -115,7 +98,22 @@ class Section:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
-_KIND_IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+def _must_be(f: Field[Any], value: Any) -> str:
+    """What the value of a field must be, in words; "" if this one is possible."""
+    kind, choices, low, high = type(f.default), *(f.metadata.get(key) for key in ("choices", "low", "high"))
+    if kind in _KIND_IN_WORDS and type(value) is not kind and (kind, type(value)) != (float, int):
+        return _KIND_IN_WORDS[kind]
+    if choices and value not in choices:
+        return f"one of {', '.join(map(repr, choices))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if (low is None or value >= low) and (high is None or value <= high):
+        return ""
+    bounds = {"at least": low, "at most": high}
+    return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+
+
+_KIND_IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,13 +38,6 @@ def default_multipliers(image_size: int, *, super_resolution: bool = False) -> N
     return table[max(known)]
 
 
-def _downsamplings(text: str, image_size: int, flag: str) -> tuple[int, ...]:
-    found = numbers(text, flag)
-    if any(resolution < 1 or resolution != int(resolution) for resolution in found):
-        raise ValueError(f"--{flag} is {text!r}; it must be whole numbers of pixels, at least 1")
-    return tuple(image_size // int(resolution) for resolution in found)
-
-
 class _Role(Section):
     """What the three roles share. A subclass has the flags of its U-Net, `architecture` and `arch_options`, and a size."""
 
@@ -73,20 +66,23 @@ class _Role(Section):
     def attention_downsamplings(self) -> tuple[int, ...]:
         """The levels with attention, as factors by which the image is smaller there."""
         name = f"{self.prefix}attention_resolutions"
-        return _downsamplings(getattr(self, name), self.sample_size, name)
+        resolutions = numbers(getattr(self, name), name)
+        if any(resolution < 1 or resolution != int(resolution) for resolution in resolutions):
+            raise ValueError(f"--{name} is {getattr(self, name)!r}; it must be whole numbers of pixels, at least 1")
+        return tuple(self.sample_size // int(resolution) for resolution in resolutions)
 
     def to_dict(self) -> dict[str, Any]:
         """As ever for a U-Net: files from before there were other architectures have no word for it."""
-        own = () if self.architecture != UNET else (f"{self.prefix}architecture", f"{self.prefix}arch_options")
-        return {name: value for name, value in super().to_dict().items() if name not in own}
+        left_out = (f"{self.prefix}architecture", f"{self.prefix}arch_options") if self.architecture == UNET else ()
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def _check(self) -> None:
         if self.architecture != UNET:
-            given = {name: getattr(self, name) for name in self.unet_flags}
-            odd = [f"--{name} {value}" for name, value in given.items() if value != getattr(type(self), name)]
-            if odd:
+            changed = [name for name in self.unet_flags if getattr(self, name) != getattr(type(self), name)]
+            if changed:
+                flags = ", ".join(f"--{name} {getattr(self, name)}" for name in changed)
                 raise ValueError(
-                    f"--{self.prefix}architecture is {self.architecture!r}, but {', '.join(odd)} is for the U-Net; "
+                    f"--{self.prefix}architecture is {self.architecture!r}, but {flags} is for the U-Net; "
                     f"leave it out, or give --{self.prefix}arch_options"
                 )
             _ = self.options
