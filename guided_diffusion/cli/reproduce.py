@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..weights.released import PRESETS, Preset, Recipe, get
+from ..weights.released import PRESETS, Preset, Recipe, fetch, get
 from .arguments import Parsed, Parser, int_or_auto
 
 
@@ -75,7 +75,6 @@ def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion rep
 def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `sample` for a published figure; its weights are downloaded if they are not there."""
     from ..runtime import storage
-    from ..weights.download import fetch
 
     cache = storage.cache_folder()
     flags = {

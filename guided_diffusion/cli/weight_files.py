@@ -158,8 +158,7 @@ def zoo(argv: Sequence[str], program: str) -> int:
     args = parser.parse_args(argv)
 
     from ..runtime.log import setup_messages
-    from ..weights.download import fetch
-    from ..weights.released import PRESETS, get
+    from ..weights.released import PRESETS, fetch, get
 
     if args.action == "list":
         print(table())

@@ -19,9 +19,8 @@ from .. import build
 from ..config import ModelConfig, Network, RunConfig
 from ..runtime import storage
 from ..runtime.streams import EVALUATE, Streams
-from .files import load_weights_into
 from .identify import flag_line
-from .load import Loaded, load, metadata_of
+from .load import Loaded, load, metadata_of, network_of
 from .probe import conditions
 
 _log = logging.getLogger(__name__)
@@ -332,9 +331,7 @@ def load_diffusers(folder: str, noise_schedule: str) -> tuple[Loaded, Callable[.
         config, class_names = RunConfig.from_dict(stored["kind"], stored["config"]), tuple(stored["class_names"])
     else:
         config = RunConfig.from_flags("diffusion", flags_of_unet2d(dict(theirs.config), noise_schedule))
-    net = build.build_empty(config.model, config.diffusion)
-    load_weights_into(net, from_diffusers(theirs.state_dict(), config.model), folder, assign=True)
-    net = net.eval().requires_grad_(False)
+    net = network_of(config, from_diffusers(theirs.state_dict(), config.model), folder)
     return Loaded(net, build.build_process(config.diffusion), config, folder, class_names), _as_ours(theirs)
 
 

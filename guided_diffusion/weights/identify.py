@@ -6,7 +6,6 @@ released model of exactly this layout or from the user; an assumption is logged.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,26 +13,10 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
-from .recognise import OPEN, SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, normalise_keys
-from .released import PRESETS, Preset
+from .recognise import OPEN, SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, signature
+from .released import PRESETS, SIGNATURES, Preset
 
 _log = logging.getLogger(__name__)
-
-# sha256 over the sorted "name shape" lines of each released file, first 16 digits. Files that share a layout share the digits.
-SIGNATURES: dict[str, tuple[str, ...]] = {
-    "af57c12d0be8b4f4": ("64x64_diffusion",),
-    "44eb5c6a285f9d17": ("128x128_diffusion",),
-    "6d41483df3735902": ("256x256_diffusion",),
-    "86f5708ebb91ab69": ("256x256_diffusion_uncond", "lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"),
-    "90cfe02eac79fe24": ("512x512_diffusion",),
-    "2171275097dc629a": ("64_256_upsampler",),
-    "0379ba7ff3ffeb4f": ("128_512_upsampler",),
-    "98f9cbaa7b28a2c4": ("64x64_classifier",),
-    "b2e8e68f3386213b": ("128x128_classifier",),
-    "3524443c57fd1ae5": ("256x256_classifier",),
-    "04d1005b8a050740": ("512x512_classifier",),
-}
-
 
 KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "classifier": "a classifier"}
 # Flags that may differ from those of training: they change how a network is used, not what its weights mean.
@@ -42,12 +25,6 @@ FREE = {
 }  # fmt: skip
 # What no shape can tell about a generator, however it was released.
 _OPEN = ("num_heads", "num_head_channels", *OPEN)
-
-
-def signature(shapes: Shapes) -> str:
-    """A short name of the set of tensor names and shapes; a renamed tensor or a changed shape changes it."""
-    lines = sorted(f"{name} {','.join(map(str, shape))}" for name, shape in normalise_keys(shapes).items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def released_as(path: str, shapes: Shapes) -> tuple[Preset, bool] | None:

@@ -20,7 +20,6 @@ from ..runtime import storage
 from ..runtime.devices import choose_precision, compute_in
 from . import identify
 from .files import load_weights_into, read_metadata, read_own_weights, read_weights
-from .recognise import squeezed_attention
 from .runs import find_latest, parse_name, read_run_json, save_run
 
 _log = logging.getLogger(__name__)
@@ -99,8 +98,16 @@ def _inside(path: str) -> dict[str, Any] | None:
 
 def fitted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as our networks keep them: float32, and attention as 1x1 Conv1d where a file has 1x1 Conv2d. Copies nothing else."""
-    squeezed = set(squeezed_attention({name: tuple(value.shape) for name, value in weights.items()}))
+    ends = (".qkv.weight", ".proj_out.weight")
+    squeezed = {name for name, value in weights.items() if name.endswith(ends) and value.shape[2:] == (1, 1)}
     return {name: (value.squeeze(-1) if name in squeezed else value).float() for name, value in weights.items()}
+
+
+def network_of(config: RunConfig, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+    """The network of a configuration with the tensors themselves as its weights: in eval mode, frozen."""
+    net = build.build_empty(config.model, config.diffusion)
+    load_weights_into(net, tensors, source, assign=True)
+    return net.eval().requires_grad_(False)
 
 
 def read(
@@ -217,9 +224,7 @@ def load(
     found, tensors = read(path, kind=kind, flags=flags, weights=weights)
     config = found.config
     assert config is not None
-    net = build.build_empty(config.model, config.diffusion)
-    load_weights_into(net, tensors, found.path, assign=True)
-    net = net.to(device).eval().requires_grad_(False)
+    net = network_of(config, tensors, found.path).to(device)
     half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
     chosen = choose_precision(precision, half, device)
     compute_in(net, chosen, store=chosen != "fp32")

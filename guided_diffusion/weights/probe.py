@@ -14,8 +14,8 @@ from tqdm import tqdm
 from .. import build
 from ..config import ModelConfig, Network, RunConfig, SuperResConfig, classes_of
 from ..runtime.streams import EVALUATE, Streams
-from .files import load_weights_into
 from .identify import flag_line, flags_of
+from .load import network_of
 from .recognise import OPEN, Layout, Shapes, inspect_shapes
 
 LEVELS = (0.99, 0.9, 0.6, 0.3, 0.05)  # alpha-bar: the part of the signal in the variance of a noised image
@@ -54,9 +54,7 @@ def probe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], x0: Tensor) -
     for flags in tqdm(list(readings(layout)), desc="probe", unit="reading"):
         config = RunConfig.from_flags("diffusion", {**known, **flags})
         assert isinstance(config.model, ModelConfig)
-        net = build.build_empty(config.model, config.diffusion)
-        load_weights_into(net, tensors, "the file", assign=True)
-        net = net.to(x0.device).eval().requires_grad_(False)
+        net = network_of(config, tensors, "the file").to(x0.device)
         process = build.build_process(config.diffusion)
         cond = {"y": torch.zeros(len(x0), dtype=torch.int64, device=x0.device)} if config.model.class_cond else {}
         errors = []

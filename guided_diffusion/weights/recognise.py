@@ -6,6 +6,7 @@ Needs no tensor, so a file is recognised before its numbers are read. The family
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,10 +59,10 @@ def normalise_keys(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {WRAPPERS.sub("", name): tuple(shape) for name, shape in shapes.items()}
 
 
-def squeezed_attention(shapes: Shapes) -> list[str]:
-    """Names of attention weights stored as 1x1 Conv2d `[O, I, 1, 1]`, which our Conv1d form `[O, I, 1]` reads after a squeeze."""
-    ends = (".qkv.weight", ".proj_out.weight")
-    return [name for name, shape in shapes.items() if name.endswith(ends) and len(shape) == 4 and shape[2:] == (1, 1)]
+def signature(shapes: Shapes) -> str:
+    """A short name of the set of tensor names and shapes; a renamed tensor or a changed shape changes it."""
+    lines = sorted(f"{name} {','.join(map(str, shape))}" for name, shape in normalise_keys(shapes).items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def inspect_shapes(shapes: Shapes, *, kind: str | None = None, image_channels: int | None = None) -> Layout:

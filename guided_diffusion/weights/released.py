@@ -6,13 +6,17 @@ https://arxiv.org/abs/2105.05233.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..config import NETWORKS, DiffusionConfig, Network
+from ..runtime import storage
 
+_log = logging.getLogger(__name__)
 BASE_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 
 
@@ -193,9 +197,57 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
+# sha256 over the sorted "name shape" lines of each released file, first 16 digits. Files that share a layout share the digits.
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "af57c12d0be8b4f4": ("64x64_diffusion",),
+    "44eb5c6a285f9d17": ("128x128_diffusion",),
+    "6d41483df3735902": ("256x256_diffusion",),
+    "86f5708ebb91ab69": ("256x256_diffusion_uncond", "lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"),
+    "90cfe02eac79fe24": ("512x512_diffusion",),
+    "2171275097dc629a": ("64_256_upsampler",),
+    "0379ba7ff3ffeb4f": ("128_512_upsampler",),
+    "98f9cbaa7b28a2c4": ("64x64_classifier",),
+    "b2e8e68f3386213b": ("128x128_classifier",),
+    "3524443c57fd1ae5": ("256x256_classifier",),
+    "04d1005b8a050740": ("512x512_classifier",),
+}
+
+
 def get(name: str) -> Preset:
     """The preset of a name or file name; ValueError lists the names."""
     preset = PRESETS.get(name.removesuffix(".pt"))
     if preset is None:
         raise ValueError(f"no released model is called {name!r}; there are {', '.join(PRESETS)}")
     return preset
+
+
+def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
+    """The path of the released file: as it lies in `cache`, else downloaded into it with a progress bar.
+
+    A download is checked twice: its length against the server's word, and its tensors' names and shapes against the released
+    layout (2021 published no checksums; the sha256 of what came is logged). ConnectionError says which file to place where.
+    """
+    target = os.path.join(cache, preset.file)
+    if not os.path.isfile(target):
+        try:
+            storage.download(preset.url, target, check=lambda path: check(path, preset), timeout_s=timeout)
+        except OSError as error:
+            raise ConnectionError(
+                f"cannot download {preset.url} ({error}). Bring the file from a machine that can, and place it at {target}"
+            ) from None
+    return target
+
+
+def check(path: str, preset: Preset) -> str:
+    """sha256 of a released file; ValueError unless its tensors have the names and shapes of that release."""
+    from .files import load_weights
+    from .recognise import signature
+
+    shapes = {name: tuple(value.shape) for name, value in load_weights(path).items()}
+    if preset.name not in SIGNATURES.get(signature(shapes), ()):
+        raise ValueError(
+            f"{path} does not have the names and shapes of {preset.file}; the download is damaged or another file"
+        )
+    digest = storage.sha256_of(path)
+    _log.info("%s: sha256 %s, names and shapes as released", preset.file, digest)
+    return digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from checkpoint_files import layouts, meta_shapes
 
-from guided_diffusion.weights.recognise import Layout, NotThisFamily, inspect_shapes, normalise_keys, squeezed_attention
+from guided_diffusion.weights.recognise import Layout, NotThisFamily, inspect_shapes, normalise_keys
 
 LAYOUTS = layouts()
 Shapes = dict[str, tuple[int, ...]]
@@ -157,5 +157,3 @@ def test_attention_kept_as_convolutions_of_two_dimensions() -> None:
         key: (*shape, 1) if key.endswith(("qkv.weight", "proj_out.weight")) else shape for key, shape in shapes.items()
     }
     assert inspect_shapes(other) == inspect_shapes(shapes)
-    assert squeezed_attention(shapes) == []
-    assert len(squeezed_attention(other)) == sum(k.endswith(("qkv.weight", "proj_out.weight")) for k in shapes)
