@@ -253,18 +253,15 @@ def _tensors(model: Any) -> Iterator[tuple[str, tuple[str, ...], bool]]:
 
 def split_qkv(packed: Tensor, heads: int, new_order: bool) -> tuple[Tensor, ...]:
     """`[3C, …]` -> three `[C, …]`. New order: all queries, keys, values; legacy: query, key, value of each head in turn."""
-    if new_order:
-        return packed.chunk(3)
-    per_head = packed.reshape(heads, 3, -1, *packed.shape[1:])
-    return tuple(per_head[:, k].reshape(-1, *packed.shape[1:]) for k in range(3))
+    shape = (3, heads, -1) if new_order else (heads, 3, -1)
+    parts = packed.reshape(*shape, *packed.shape[1:]).unbind(0 if new_order else 1)
+    return tuple(part.reshape(-1, *packed.shape[1:]) for part in parts)
 
 
 def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool) -> Tensor:
     """The inverse of `split_qkv`."""
-    if new_order:
-        return torch.cat(list(parts))
-    split = [part.reshape(heads, 1, -1, *part.shape[1:]) for part in parts]
-    return torch.cat(split, dim=1).reshape(-1, *parts[0].shape[1:])
+    by_head = [part.reshape(heads, -1, *part.shape[1:]) for part in parts]
+    return torch.stack(by_head, dim=0 if new_order else 1).reshape(-1, *parts[0].shape[1:])
 
 
 def to_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:

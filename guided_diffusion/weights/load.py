@@ -263,12 +263,11 @@ def check_pair(model: Loaded, classifier: Loaded) -> None:
     ours, theirs = model.config, classifier.config
     pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
     pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)
-    if classes_of(ours.model):
-        pairs["number of classes"] = (classes_of(ours.model), classes_of(theirs.model))
-    for name in (
-        ("noise_schedule", "diffusion_steps", "rescale_timesteps") if model.certain and classifier.certain else ()
-    ):
-        pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
+    if model.num_classes:
+        pairs["number of classes"] = (model.num_classes, classifier.num_classes)
+    if model.certain and classifier.certain:
+        for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps"):
+            pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
     wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
     if model.class_names and classifier.class_names and model.class_names != classifier.class_names:
         longest = zip_longest(model.class_names, classifier.class_names, fillvalue="")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -70,6 +70,40 @@ class Preset:
         return DiffusionConfig.from_flags(self.flags)
 
 
+_STACK = "of the whole stack: samples of the base model, then 250 steps of upsampling; base"
+# Of each model the paper's main result first.
+_RECIPES = (
+    ("64x64_diffusion", Recipe("250", 0.0, Scores(2.07, 4.29, 0.74, 0.63))),
+    ("64x64_diffusion", Recipe("250", 1.0, None, note="guidance makes this size worse in FID")),
+    ("128x128_diffusion", Recipe("250", 0.5, Scores(2.97, 5.09, 0.78, 0.59))),
+    ("128x128_diffusion", Recipe("250", 0.0, Scores(5.91, 5.09, 0.70, 0.65))),
+    ("128x128_diffusion", Recipe("ddim25", 1.25, Scores(5.98, 7.04, 0.78, 0.51), use_ddim=True)),
+    ("256x256_diffusion", Recipe("250", 1.0, Scores(4.59, 5.25, 0.82, 0.52))),
+    ("256x256_diffusion", Recipe("250", 0.0, Scores(10.94, 6.02, 0.69, 0.63))),
+    ("256x256_diffusion", Recipe("ddim25", 2.5, Scores(5.44, 5.32, 0.81, 0.49), use_ddim=True)),
+    ("256x256_diffusion_uncond", Recipe("250", 10.0, Scores(12.00, 10.40, 0.76, 0.44))),
+    ("256x256_diffusion_uncond", Recipe("250", 0.0, Scores(26.21, 6.35, 0.61, 0.63))),
+    ("512x512_diffusion", Recipe("250", 4.0, Scores(7.72, 6.57, 0.87, 0.42))),
+    ("512x512_diffusion", Recipe("250", 0.0, Scores(23.24, 10.19, 0.73, 0.60))),
+    ("512x512_diffusion", Recipe("ddim25", 9.0, Scores(8.41, 9.67, 0.83, 0.47), use_ddim=True)),
+    ("64_256_upsampler", Recipe("250", 0.0, Scores(3.94, 6.14, 0.83, 0.53), note=f"{_STACK} guided")),
+    ("64_256_upsampler", Recipe("250", 0.0, Scores(7.49, 5.13, 0.72, 0.63), note=f"{_STACK} unguided")),
+    (
+        "128_512_upsampler",
+        Recipe("250", 0.0, Scores(3.85, 5.86, 0.84, 0.53), note=f"{_STACK} guided, by another classifier"),
+    ),
+    ("128_512_upsampler", Recipe("250", 0.0, Scores(9.96, 5.62, 0.75, 0.64), note=f"{_STACK} unguided")),
+    ("lsun_bedroom", Recipe("", 0.0, Scores(1.90, 5.59, 0.66, 0.51))),
+    ("lsun_bedroom", Recipe("90,60,60,20,20", 0.0, Scores(2.02, 6.12, 0.67, 0.50))),
+    ("lsun_bedroom", Recipe("250", 0.0, Scores(2.31, 6.12, 0.65, 0.50))),
+    ("lsun_cat", Recipe("", 0.0, Scores(5.57, 6.69, 0.63, 0.52))),
+    ("lsun_cat", Recipe("90,60,60,20,20", 0.0, Scores(5.94, 7.43, 0.62, 0.52))),
+    ("lsun_cat", Recipe("250", 0.0, Scores(7.03, 8.24, 0.60, 0.53))),
+    ("lsun_horse", Recipe("", 0.0, Scores(2.57, 6.81, 0.71, 0.55))),
+    ("lsun_horse", Recipe("90,60,60,20,20", 0.0, Scores(2.83, 7.08, 0.69, 0.56))),
+    ("lsun_horse", Recipe("250", 0.0, Scores(3.45, 7.55, 0.68, 0.56))),
+    ("lsun_horse_nodropout", Recipe("", 0.0, Scores(2.95, 5.94, 0.69, 0.55))),
+)
 _COMMON = {
     "diffusion_steps": 1000, "learn_sigma": True, "noise_schedule": "linear", "num_classes": 1000, "num_res_blocks": 2,
     "resblock_updown": True, "use_scale_shift_norm": True, "attention_resolutions": "32,16,8",
@@ -78,6 +112,7 @@ _BIG = {**_COMMON, "num_channels": 256, "num_head_channels": 64, "use_fp16": Tru
 _DEEP: dict[str, Any] = {
     "num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "noise_schedule": "cosine", "use_new_attention_order": True,
 }  # fmt: skip
+_UPSAMPLER = {"class_cond": True, "num_channels": 192, "use_fp16": True}
 _CLASSIFIER = {
     "classifier_width": 128, "classifier_depth": 2, "classifier_attention_resolutions": "32,16,8",
     "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True, "classifier_pool": "attention",
@@ -85,118 +120,53 @@ _CLASSIFIER = {
 }  # fmt: skip
 
 
-def _imagenet(size: int, *recipes: Recipe, class_cond: bool = True, **flags: Any) -> Preset:
+def _preset(name: str, kind: str, title: str, flags: dict[str, Any], classifier: str = "") -> Preset:
+    recipes = tuple(recipe for model, recipe in _RECIPES if model == name)
+    return Preset(name, kind, MappingProxyType(flags), classifier, recipes, title)
+
+
+def _imagenet(size: int, *, class_cond: bool = True, **flags: Any) -> Preset:
     name, title = f"{size}x{size}_diffusion", f"ImageNet {size}"
     if not class_cond:
         name, title = f"{name}_uncond", f"{title}, unconditional"
     flags = {**_BIG, "image_size": size, "class_cond": class_cond, "num_classes": 1000 * class_cond, **flags}
-    return Preset(name, "diffusion", flags, f"{size}x{size}_classifier", recipes, title)
+    return _preset(name, "diffusion", title, flags, f"{size}x{size}_classifier")
 
 
-def _upsampler(small: int, large: int, *recipes: Recipe, **flags: Any) -> Preset:
-    flags = {
-        **_COMMON,
-        "class_cond": True,
-        "num_channels": 192,
-        "use_fp16": True,
-        "small_size": small,
-        "large_size": large,
-        **flags,
-    }
-    return Preset(f"{small}_{large}_upsampler", "super_resolution", flags, "", recipes, f"ImageNet {small} to {large}")
+def _upsampler(small: int, large: int, **flags: Any) -> Preset:
+    flags = {**_COMMON, **_UPSAMPLER, "small_size": small, "large_size": large, **flags}
+    return _preset(f"{small}_{large}_upsampler", "super_resolution", f"ImageNet {small} to {large}", flags)
 
 
-def _lsun(what: str, *recipes: Recipe, dropout: float = 0.1) -> Preset:
+def _lsun(what: str, *, dropout: float = 0.1) -> Preset:
     flags = {**_BIG, "image_size": 256, "class_cond": False, "dropout": dropout, "num_classes": 0}
     title = f"LSUN {what.partition('_')[0]} 256{'' if dropout else ', no dropout'}"
-    return Preset(f"lsun_{what}", "diffusion", flags, "", recipes, title)
+    return _preset(f"lsun_{what}", "diffusion", title, flags)
 
 
 def _classifier(size: int, **flags: Any) -> Preset:
     flags = {**_CLASSIFIER, "image_size": size, **flags}
-    return Preset(f"{size}x{size}_classifier", "classifier", flags, "", (), f"ImageNet {size} classifier")
+    return _preset(f"{size}x{size}_classifier", "classifier", f"ImageNet {size} classifier", flags)
 
-
-_STACK = "of the whole stack: samples of the base model, then 250 steps of upsampling; base"
 
 _ALL = (
-    _imagenet(
-        64,
-        Recipe("250", 0.0, Scores(2.07, 4.29, 0.74, 0.63)),
-        Recipe("250", 1.0, None, note="guidance makes this size worse in FID"),
-        **_DEEP,
-    ),
-    _imagenet(
-        128,
-        Recipe("250", 0.5, Scores(2.97, 5.09, 0.78, 0.59)),
-        Recipe("250", 0.0, Scores(5.91, 5.09, 0.70, 0.65)),
-        Recipe("ddim25", 1.25, Scores(5.98, 7.04, 0.78, 0.51), use_ddim=True),
-        num_heads=4,
-        num_head_channels=-1,
-    ),
-    _imagenet(
-        256,
-        Recipe("250", 1.0, Scores(4.59, 5.25, 0.82, 0.52)),
-        Recipe("250", 0.0, Scores(10.94, 6.02, 0.69, 0.63)),
-        Recipe("ddim25", 2.5, Scores(5.44, 5.32, 0.81, 0.49), use_ddim=True),
-    ),
-    _imagenet(
-        256,
-        Recipe("250", 10.0, Scores(12.00, 10.40, 0.76, 0.44)),
-        Recipe("250", 0.0, Scores(26.21, 6.35, 0.61, 0.63)),
-        class_cond=False,
-    ),
-    _imagenet(
-        512,
-        Recipe("250", 4.0, Scores(7.72, 6.57, 0.87, 0.42)),
-        Recipe("250", 0.0, Scores(23.24, 10.19, 0.73, 0.60)),
-        Recipe("ddim25", 9.0, Scores(8.41, 9.67, 0.83, 0.47), use_ddim=True),
-        use_fp16=False,
-    ),
-    _upsampler(
-        64,
-        256,
-        Recipe("250", 0.0, Scores(3.94, 6.14, 0.83, 0.53), note=f"{_STACK} guided"),
-        Recipe("250", 0.0, Scores(7.49, 5.13, 0.72, 0.63), note=f"{_STACK} unguided"),
-        num_heads=4,
-    ),
-    _upsampler(
-        128,
-        512,
-        Recipe("250", 0.0, Scores(3.85, 5.86, 0.84, 0.53), note=f"{_STACK} guided, by another classifier"),
-        Recipe("250", 0.0, Scores(9.96, 5.62, 0.75, 0.64), note=f"{_STACK} unguided"),
-        attention_resolutions="32,16",
-        num_head_channels=64,
-    ),
-    _lsun(
-        "bedroom",
-        Recipe("", 0.0, Scores(1.90, 5.59, 0.66, 0.51)),
-        Recipe("90,60,60,20,20", 0.0, Scores(2.02, 6.12, 0.67, 0.50)),
-        Recipe("250", 0.0, Scores(2.31, 6.12, 0.65, 0.50)),
-    ),
-    _lsun(
-        "cat",
-        Recipe("", 0.0, Scores(5.57, 6.69, 0.63, 0.52)),
-        Recipe("90,60,60,20,20", 0.0, Scores(5.94, 7.43, 0.62, 0.52)),
-        Recipe("250", 0.0, Scores(7.03, 8.24, 0.60, 0.53)),
-    ),
-    _lsun(
-        "horse",
-        Recipe("", 0.0, Scores(2.57, 6.81, 0.71, 0.55)),
-        Recipe("90,60,60,20,20", 0.0, Scores(2.83, 7.08, 0.69, 0.56)),
-        Recipe("250", 0.0, Scores(3.45, 7.55, 0.68, 0.56)),
-    ),
-    _lsun("horse_nodropout", Recipe("", 0.0, Scores(2.95, 5.94, 0.69, 0.55)), dropout=0.0),
+    _imagenet(64, **_DEEP),
+    _imagenet(128, num_heads=4, num_head_channels=-1),
+    _imagenet(256),
+    _imagenet(256, class_cond=False),
+    _imagenet(512, use_fp16=False),
+    _upsampler(64, 256, num_heads=4),
+    _upsampler(128, 512, attention_resolutions="32,16", num_head_channels=64),
+    _lsun("bedroom"),
+    _lsun("cat"),
+    _lsun("horse"),
+    _lsun("horse_nodropout", dropout=0.0),
     _classifier(64, classifier_depth=4, noise_schedule="cosine"),
     _classifier(128),
     _classifier(256),
     _classifier(512),
 )
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {preset.name: replace(preset, flags=MappingProxyType(dict(preset.flags))) for preset in _ALL}
-)
-
-
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
 # sha256 over the sorted "name shape" lines of each released file, first 16 digits. Files that share a layout share the digits.
 SIGNATURES: dict[str, tuple[str, ...]] = {
     "af57c12d0be8b4f4": ("64x64_diffusion",),
