@@ -1,6 +1,6 @@
 """Ways through the 2021 training loop, float16 trainer, samplers of steps, pictures and logger, with what each calls by its name.
 
-`python tests/doors/loop_calls.py loop_calls.json.gz`, with the 2021 package on PYTHONPATH, writes the facts of `test_loop_calls.py`.
+`python tests/doors/loop_calls.py loop_calls.json.gz`, with the 2021 package on PYTHONPATH, writes the facts of `test_calls.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -58,15 +59,9 @@ NAMES = {
 }
 TARGETS = [f"{place}.{name}" for place, names in NAMES.items() for name in names.split()]
 # Told apart by the words or the devices they are asked with, which are ours to choose: called at least as often.
-AT_LEAST = {
-    "dist_util.dev",
-    "logger.get_current",
-    "logger.log",
-    "logger.get_dir",
-    "Logger.log",
-    "Logger._do_log",
-    "Logger.get_dir",
-}
+AT_LEAST = set(
+    "dist_util.dev logger.get_current logger.log logger.get_dir Logger.log Logger._do_log Logger.get_dir".split()
+)
 
 
 class Net(torch.nn.Module):
@@ -109,13 +104,15 @@ def loop(bad=None, **options):
         "batch_size": 6,
         "microbatch": 3,
         "lr": 0.1,
+    }
+    settings |= {
         "ema_rate": "0.5,0.9",
         "log_interval": 2,
         "save_interval": 3,
         "resume_checkpoint": "",
         "lr_anneal_steps": 5,
     }
-    return train_util.TrainLoop(**{**settings, **options})
+    return train_util.TrainLoop(**(settings | options))
 
 
 def train(folder, **options):
@@ -139,9 +136,8 @@ def files_of(folder):
     found = {}
     for path in sorted(Path(folder).rglob("*.pt")):
         content = torch.load(path) if "opt" not in path.name else {}
-        found[str(path.relative_to(folder))] = (
-            figures(torch.cat([p.detach().flatten() for p in content.values()])) if content else []
-        )
+        flat = [p.detach().flatten() for p in content.values()]
+        found[str(path.relative_to(folder))] = figures(torch.cat(flat)) if flat else []
     return found
 
 
@@ -221,17 +217,12 @@ def words(folder):
         logger.info("loud")
         logger.warn("louder")
         logger.error("loudest")
-    said = [
-        line
-        for path in sorted(Path(folder).glob("log*.txt"))
-        for line in path.read_text().splitlines()
-        if "lou" in line
-    ]
-    rows = [
-        sorted(json.loads(line).items())
-        for path in sorted(Path(folder).glob("*.json"))
-        for line in path.read_text().splitlines()
-    ]
+
+    def lines(names):
+        return [line for path in sorted(Path(folder).glob(names)) for line in path.read_text().splitlines()]
+
+    said = [line for line in lines("log*.txt") if "lou" in line]
+    rows = [sorted(json.loads(line).items()) for line in lines("*.json")]
     return {"files": sorted(os.listdir(folder)), "said": said, "rows": rows}
 
 
@@ -409,6 +400,8 @@ def other(value):
         return {key: other(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(other(item) for item in value)
+    if isinstance(value, Iterator):
+        return (other(item) for item in value)
     if isinstance(value, (bool, np.bool_)):
         return not value
     return value + 1
@@ -443,20 +436,24 @@ def play(scenario, change):
 
 
 def calls(scenario):
+    return counted(play, scenario, lambda target: isinstance(PLACES[target.split(".")[0]], type))
+
+
+def counted(play, scenario, is_method):
     """How often each method and function is called, and with how many positional and which named arguments."""
     count, styles = Counter(), {}
 
     def counting(target, original):
         if target == "train_util.LossAwareSampler":  # a class that is asked about, not called
             return original
-        method = isinstance(PLACES[target.split(".")[0]], type)
 
-        def counted(*args, **kwargs):
+        def called(*args, **kwargs):
             count[target] += 1
-            styles.setdefault(target, set()).add(f"{len(args) - method} {' '.join(sorted(kwargs))}".strip())
+            style = f"{len(args) - is_method(target)} {' '.join(sorted(kwargs))}"
+            styles.setdefault(target, set()).add(style.strip())
             return original(*args, **kwargs)
 
-        return counted
+        return called
 
     play(scenario, counting)
     return dict(count), styles
@@ -483,10 +480,14 @@ def main(path):
         outcomes = {target: outcome for target, outcome in outcomes.items() if outcome not in (plain, "error")}
         facts["overridden"][name] = {"": plain, **outcomes}
         tried |= set(outcomes)  # each in the first of the scenarios that it changes, and in the loading of batches
+    torch.distributed.destroy_process_group()
+    write(path, facts, styles)
+
+
+def write(path, facts, styles):
     facts["styles"] = {target: sorted(ways) for target, ways in sorted(styles.items())}
     with gzip.open(path, "wt", encoding="utf-8") as file:
         json.dump(facts, file, separators=(",", ":"))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

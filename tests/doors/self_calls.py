@@ -1,19 +1,17 @@
 """Ways through the 2021 diffusion classes, with what is called on each and what overriding it changes.
 
-`python tests/doors/self_calls.py self_calls.json.gz`, with the 2021 package on PYTHONPATH, writes the facts of `test_self_calls.py`.
+`python tests/doors/self_calls.py self_calls.json.gz`, with the 2021 package on PYTHONPATH, writes the facts of `test_calls.py`.
 """
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import sys
-from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from loop_calls import counted, figures, other, write
 
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion import respace
@@ -113,19 +111,7 @@ def functions(change):
 
 
 def calls(scenario):
-    """How often each method and function is called, and with how many positional and which named arguments."""
-    count, styles = Counter(), {}
-
-    def counting(name, function):
-        def counted(*args, **kwargs):
-            count[name] += 1
-            styles.setdefault(name, set()).add(f"{len(args) - (name in METHODS)} {' '.join(sorted(kwargs))}".strip())
-            return function(*args, **kwargs)
-
-        return counted
-
-    play(scenario, counting)
-    return dict(count), styles
+    return counted(play, scenario, lambda name: name in METHODS)
 
 
 def overridden(scenario, target):
@@ -142,38 +128,22 @@ def overridden(scenario, target):
             )
         return lambda *args, **kwargs: other(function(*args, **kwargs))
 
-    return figures(play(scenario, change))
+    return outcome(play(scenario, change))
 
 
-def other(value):
-    if isinstance(value, torch.Tensor):
-        return 1.1 * value + 0.01 if value.is_floating_point() else value.flip(0)
-    if isinstance(value, dict):
-        return {key: other(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(other(item) for item in value)
-    return (other(item) for item in value)
-
-
-def figures(outcome):
+def outcome(result):
     """Mean and root mean square of all numbers in it."""
-    parts = outcome if isinstance(outcome, list) else [outcome]
+    parts = result if isinstance(result, list) else [result]
     tensors = [v for part in parts for v in (part.values() if isinstance(part, dict) else [part])]
-    numbers = torch.cat([v.flatten().double() for v in tensors])
-    return [float(f"{v:.7g}") for v in (numbers.mean(), numbers.square().mean().sqrt())]
+    return figures(torch.cat([v.flatten().double() for v in tensors]))
 
 
 # Overrides are tried on those of the scenarios that differ in what they call.
 TRIED = [
     name
     for name in scenarios()
-    if (
-        "_progressive" not in name
-        and "training" not in name
-        and "denoised_fn" not in name
-        and "FIXED_SMALL" not in name
-    )
-    or ("training" in name and "LEARNED " not in name and "FIXED_SMALL" not in name)
+    if "FIXED_SMALL" not in name
+    and ("LEARNED " not in name if "training" in name else "_progressive" not in name and "denoised_fn" not in name)
 ]
 
 
@@ -185,11 +155,9 @@ def main(path):
         for called, ways in seen.items():
             styles.setdefault(called, set()).update(ways)
         if name in TRIED:
-            facts["overridden"][name] = {"": figures(play(scenario))}
+            facts["overridden"][name] = {"": outcome(play(scenario))}
             facts["overridden"][name].update({called: overridden(scenario, called) for called in sorted(count)})
-    facts["styles"] = {called: sorted(ways) for called, ways in sorted(styles.items())}
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump(facts, file, separators=(",", ":"))
+    write(path, facts, styles)
 
 
 if __name__ == "__main__":

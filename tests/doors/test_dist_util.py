@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, TORCHRUN, clean_environment, mpiexec
 
 from guided_diffusion import dist_util
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT_OF_2021 = """
 import os, sys
@@ -51,29 +49,14 @@ print(f"fine {rank}", flush=True)
 
 def run(tmp_path, command, *args):
     (tmp_path / "script.py").write_text(SCRIPT_OF_2021)
-    spoken = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "MPI_", "SLURM_", "OPENAI_")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(spoken)}
-    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "script.py", *args], cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=150
-    )
-
-
-def mpiexec():
-    program = Path(sys.executable).parent / "mpiexec"
-    if not program.exists():
-        pytest.skip(f"no mpiexec beside {sys.executable} (pip install mpich)")
-    return [str(program), "-n", "2", sys.executable]
+    command, environ = [*command, "script.py", *args], clean_environment(PYTHONPATH=str(ROOT))
+    return subprocess.run(command, cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=150)
 
 
 @pytest.mark.parametrize("launcher", ["alone", "torchrun", "mpiexec"])
 def test_a_script_of_2021(tmp_path, launcher):
-    command = {
-        "alone": lambda: [sys.executable],
-        "torchrun": lambda: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        "mpiexec": mpiexec,
-    }[launcher]()
-    size = 1 if launcher == "alone" else 2
+    command = {"alone": lambda: (), "torchrun": lambda: TORCHRUN, "mpiexec": mpiexec}[launcher]()
+    command, size = [*command, sys.executable], 1 if launcher == "alone" else 2
     done = run(tmp_path, command, str(size))
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"fine {rank}" in done.stdout for rank in range(size))
@@ -93,7 +76,7 @@ def test_a_group_of_one_on_a_gpu():
 
 
 def test_a_dying_rank_ends_an_old_script_too(tmp_path):
-    done = run(tmp_path, mpiexec(), "2", "die")
+    done = run(tmp_path, [*mpiexec(), sys.executable], "2", "die")
     assert done.returncode != 0 and "fine" not in done.stdout
     assert "[rank 1 of 2] RuntimeError: the reason" in done.stderr
 

@@ -1,14 +1,13 @@
 """The training loop of 2021 as programs use and subclass it."""
 
 import inspect
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, start_ranks
 from torch import nn
 
 from guided_diffusion import logger, train_util
@@ -54,20 +53,9 @@ def folder(tmp_path):
 
 def loop(kind=TrainLoop, **options):
     torch.manual_seed(0)
-    settings = {
-        "model": Net(),
-        "diffusion": Diffusion(),
-        "data": data(),
-        "batch_size": 6,
-        "microbatch": -1,
-        "lr": 0.01,
-        "ema_rate": "0.5,0.9999",
-        "log_interval": 2,
-        "save_interval": 3,
-        "resume_checkpoint": "",
-        "lr_anneal_steps": 5,
-    }
-    return kind(**{**settings, **options})
+    settings = {"model": Net(), "diffusion": Diffusion(), "data": data(), "batch_size": 6, "microbatch": -1, "lr": 0.01}
+    settings |= {"ema_rate": "0.5,0.9999", "log_interval": 2, "save_interval": 3, "resume_checkpoint": ""}
+    return kind(**(settings | {"lr_anneal_steps": 5} | options))
 
 
 def test_a_run_writes_the_files_of_2021(folder):
@@ -124,13 +112,8 @@ def test_a_resumed_loop_uses_the_settings_it_was_given(folder, lr, anneal, after
         first.step += 1
     first.step = 3
     first.save()
-    again = loop(
-        lr=lr,
-        weight_decay=0.1,
-        ema_rate="0.5,0.9",
-        lr_anneal_steps=after,
-        resume_checkpoint=str(folder / "model000003.pt"),
-    )
+    settings = {"lr": lr, "weight_decay": 0.1, "ema_rate": "0.5,0.9", "lr_anneal_steps": after}
+    again = loop(**settings, resume_checkpoint=str(folder / "model000003.pt"))
     (group,) = again.opt.param_groups
     assert group["lr"] == pytest.approx(lr * (1 - 3 / after if after else 1)) and group["weight_decay"] == 0.1
     assert again.ema_rate == [0.5, 0.9] and len(again.ema_params) == 2
@@ -180,40 +163,17 @@ def test_the_optimizer_of_another_network_is_refused(folder):
 def test_subclass_hooks_are_called():
     calls = []
 
-    class Mine(TrainLoop):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            calls.append("init")
+    def noted(name):
+        def hook(self, *args, **kwargs):
+            calls.append(name)
+            getattr(TrainLoop, name)(self, *args, **kwargs)
 
-        def _load_and_sync_parameters(self):
-            calls.append("load")
-            super()._load_and_sync_parameters()
+        return hook
 
-        def run_step(self, batch, cond):
-            calls.append("run_step")
-            super().run_step(batch, cond)
-
-        def forward_backward(self, batch, cond):
-            calls.append("forward_backward")
-            super().forward_backward(batch, cond)
-
-        def _update_ema(self):
-            calls.append("ema")
-            super()._update_ema()
-
-        def _anneal_lr(self):
-            calls.append("anneal")
-            super()._anneal_lr()
-
-        def log_step(self):
-            calls.append("log_step")
-            super().log_step()
-
-        def save(self):
-            calls.append("save")
-
+    names = "_load_and_sync_parameters __init__ run_step forward_backward _update_ema _anneal_lr log_step save".split()
+    Mine = type("Mine", (TrainLoop,), {name: noted(name) for name in names})
     loop(Mine, lr_anneal_steps=1).run_loop()
-    assert calls == ["load", "init", "run_step", "forward_backward", "ema", "anneal", "log_step", "save"]
+    assert calls == ["__init__", "_load_and_sync_parameters", *names[2:]]
 
 
 def test_every_process_makes_the_weights_of_a_save_and_the_first_writes_them(folder, monkeypatch):
@@ -357,18 +317,9 @@ assert torch.equal(everyone[0], everyone[1])
 
 def test_two_processes_train_and_resume(tmp_path):
     """In 2021 resuming on several processes hung."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     here = Path(__file__).parent
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(here.parents[1]), str(here)]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **place, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
-        )
-        for r in "01"
-    ]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(ROOT), str(here.parent), str(here)]
+    processes = start_ranks(command, stderr=subprocess.PIPE, text=True)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
     assert (tmp_path / "model000006.pt").exists()
