@@ -17,15 +17,16 @@ from benchmarks.timing import Plan, Report, Row, alternate, as_rows, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shapes.small(32, batch=1, train_batch=2)
-SHAPE = SMALL._replace(  # two levels
-    model={**SMALL.model, "image_size": 16, "attention_resolutions": "8", "channel_mult": "1,1"},
-    classifier={
-        **SMALL.classifier,
-        "image_size": 16,
-        "classifier_attention_resolutions": "8",
-        "classifier_channel_mult": "1,1",
-    },
-)
+
+
+def levels(mult: str, attention: str) -> shapes.Shape:
+    """The small shape at 16 pixels, with these levels."""
+    ours = {"image_size": 16, "attention_resolutions": attention, "channel_mult": mult}
+    theirs = {"image_size": 16, "classifier_attention_resolutions": attention, "classifier_channel_mult": mult}
+    return SMALL._replace(model={**SMALL.model, **ours}, classifier={**SMALL.classifier, **theirs})
+
+
+SHAPE = levels("1,1", "8")
 RATES = {"matmul float32 GFLOP/s": 100.0, "convolution float32 GFLOP/s": 50.0, "matmul bfloat16 GFLOP/s": 200.0}
 PLAN = Plan(quick=True, rounds=1, rates=RATES, shapes=[SHAPE])
 
@@ -97,12 +98,8 @@ def test_memory_is_saved_in_the_ways_that_rows_name(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(type(trainer), "step", step)
     rows = networks.training(SHAPE, Plan(rounds=1))
-    assert [row.what.split(": ")[1] for row in rows] == [
-        "all kept",
-        "--recompute norms",
-        "--recompute all",
-        "--microbatch 1",
-    ]
+    ways = ["all kept", "--recompute norms", "--recompute all", "--microbatch 1"]
+    assert [row.what.split(": ")[1] for row in rows] == ways
     assert seen[:4] == [(False, False, 0), (True, False, 0), (False, True, 0), (False, False, 1)]
 
 
@@ -112,9 +109,7 @@ def test_compiled_and_eager_compute_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pipeline, "Compiled", partial(pipeline.Compiled, backend="eager"))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    less: Any = {"channel_mult": "1", "attention_resolutions": ""}  # little to trace
-    critic = {"classifier_channel_mult": "1", "classifier_attention_resolutions": ""}
-    shape = SHAPE._replace(model={**SHAPE.model, **less}, classifier={**SHAPE.classifier, **critic})
+    shape = levels("1", "")  # little to trace
     plan = Plan(rounds=1, rates={"matmul float32 GFLOP/s": 1.0, "matmul bfloat16 GFLOP/s": 0.0})
     for measure in (networks.compiled, networks.compiled_training):
         eager, compiled = measure(shape, plan)
@@ -137,14 +132,14 @@ def test_other_parts_find_something(name: str) -> None:
 
 
 def test_two_equal_packages_compute_the_same() -> None:
-    first, again, ours = against.measure("sampling", SMALL, Plan(quick=True, rounds=1), str(ROOT))
+    first, again, ours = against.measure("sampling", SHAPE, Plan(quick=True, rounds=1), str(ROOT))
     assert first.ratio is None and again.against == ours.against == "2021"
     assert again.note.startswith("differs 0.0e+00") and ours.note.startswith("differs 0.0e+00")
 
 
 def test_a_worker_trains_and_says_why_it_ends() -> None:
     order = {"work": "training", "device": "cpu", "steps": 2, "batch": 1, "train_batch": 1, "folder": str(ROOT)}
-    worker = against.Worker("2021", {**order, "model": dict(SMALL.model), "classifier": {}})
+    worker = against.Worker("2021", {**order, "model": dict(SHAPE.model), "classifier": {}})
     try:
         assert worker.answer() == "ready" and worker.ask("save nothing") is False
         assert worker.ask("time") > 0 and worker.ask("peak") > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,28 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import ROOT, clean_environment
 
 import guided_diffusion as gd
 from guided_diffusion.cli.main import main
 from guided_diffusion.data.listing import list_records
 from guided_diffusion.data.sources import list_source
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.S))
-SMALL = ["--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1,2", "--attention_resolutions", "4"]
-RUN = [
-    "--image_size",
-    "8",
-    "--batch_size",
-    "2",
-    "--diffusion_steps",
-    "50",
-    "--sample_interval",
-    "-1",
-    "--device",
-    "cpu",
-]
+SMALL = "--num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 4".split()
+RUN = "--image_size 8 --batch_size 2 --diffusion_steps 50 --sample_interval -1 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +46,7 @@ def train(data: Path, out: Path, *words: str, steps: int = 2) -> dict[str, objec
 
 def test_a_schedule(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--noise_schedule", "sigmoid"]
-    assert (
-        main(["train", "--data_dir", str(photos), *RUN, *words, "--max_steps", "1", "--out", str(tmp_path / "x")]) == 2
-    )
+    assert main(["train", "--data_dir", str(photos), *RUN, *words, "--out", str(tmp_path / "x")]) == 2
     assert "--noise_schedule is 'sigmoid'; it must be one of linear, cosine" in capsys.readouterr().err
     train(photos, tmp_path / "run", *words, "--import", example("sigmoid.py", tmp_path))
     process = gd.load(str(tmp_path / "run")).process
@@ -86,16 +72,7 @@ def test_a_backbone(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     """Trains, saves, goes on, loads, samples and is converted; without its program none of them, and nothing is imported."""
     assert len(EXAMPLES["dit.py"].splitlines()) <= 60
     dit = ["--import", example("dit.py", tmp_path)]
-    words = [
-        "--architecture",
-        "dit",
-        "--arch_options",
-        "depth=2,width=32,heads=2",
-        "--class_cond",
-        "True",
-        "--learn_sigma",
-        "True",
-    ]
+    words = "--architecture dit --arch_options depth=2,width=32,heads=2 --class_cond True --learn_sigma True".split()
     out = tmp_path / "run"
     train(photos, out, *dit, *words, steps=2)
     train(photos, out, *dit, steps=4)  # the save says which network it is
@@ -142,9 +119,8 @@ def test_a_data_source(tmp_path: Path) -> None:
     records = list_records(str(tmp_path / "images.npz"))
     assert records.labels is not None and records.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert gd.load(str(tmp_path / "run")).class_names == ("0", "1", "2")
-    assert (
-        main(["data", "pack", str(tmp_path / "images.npz"), str(tmp_path / "packed"), "--size", "8", *words[2:]]) == 0
-    )
+    packing = ["data", "pack", str(tmp_path / "images.npz"), str(tmp_path / "packed"), "--size", "8", *words[2:]]
+    assert main(packing) == 0
     packed = list_source(str(tmp_path / "packed"))
     assert all(np.array_equal(packed.read(path), image) for path, image in zip(packed.paths, pixels, strict=True))
 
@@ -154,30 +130,13 @@ def test_a_metric(tmp_path: Path) -> None:
     reference, samples = rng.standard_normal((40, 3)), rng.standard_normal((30, 3)) + 1
     for name, rows in (("reference", reference), ("samples", samples)):
         np.savez(tmp_path / f"{name}.npz", features=rows.astype(np.float32))
-    words = [
-        str(tmp_path / "reference.npz"),
-        str(tmp_path / "samples.npz"),
-        "--features",
-        "npz",
-        "--metrics",
-        "energy,KID",
-    ]
-    command = [
-        sys.executable,
-        example("energy.py", tmp_path),
-        *words,
-        "--json",
-        str(tmp_path / "out.json"),
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    words = f"{tmp_path}/reference.npz {tmp_path}/samples.npz --features npz --metrics energy,KID --json {tmp_path}/out.json --device cpu"
+    command = [sys.executable, example("energy.py", tmp_path), *words.split()]
+    environ = clean_environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
     assert done.returncode == 0, done.stderr
-    scores = {
-        score["name"]: score["value"] for score in json.loads((tmp_path / "out.json").read_text())["sets"][0]["scores"]
-    }
+    report = json.loads((tmp_path / "out.json").read_text())
+    scores = {score["name"]: score["value"] for score in report["sets"][0]["scores"]}
     pairs = ((samples, reference), (samples, samples), (reference, reference))
     apart = [np.linalg.norm(a[:, None] - b[None], axis=2).mean() for a, b in pairs]
     assert scores["energy"] == pytest.approx(2 * apart[0] - apart[1] - apart[2], rel=1e-5)
