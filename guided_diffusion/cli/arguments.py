@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(
-    argv: Sequence[str] | None,
+    argv: Sequence[str],
     configs: Sequence[type],
     *,
     program: str,
@@ -123,7 +123,6 @@ def parse(
     the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
     `groups` are those of --help: title -> flags; the last group has all others.
     """
-    argv = sys.argv[1:] if argv is None else argv
     known: dict[str, Field[Any]] = {}
     for field in (field for config in (*configs, Common) for field in fields(config) if "help" in field.metadata):
         known.setdefault(field.name, field)
@@ -222,20 +221,15 @@ def _from_file(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
         raise ValueError(f"--config {path} must hold an object of flags or sections, not a {type(values).__name__}")
     values = values["config"] if isinstance(values.get("config"), dict) else values
     # In the file of another command (a training run's, given to `sample`) the sections on data and training are not meant.
-    foreign = [
-        name for name in ("data", "train") if isinstance(values.get(name), dict) and set(values[name]) - set(known)
-    ]
     if set(values) <= {"model", "diffusion", "data", "train"} and "data_dir" not in known:
-        values = {name: section for name, section in values.items() if name not in foreign}
-    flat = {
-        name: storage.expand(value) if isinstance(value, str) and value.startswith("~") else value
-        for name, value in flatten(values).items()
-    }
+        for name in {"data", "train"}.intersection(values):
+            if isinstance(values[name], dict) and not set(values[name]) <= set(known):
+                values = {other: section for other, section in values.items() if other != name}
+    flat = {name: storage.expand(value) if isinstance(value, str) else value for name, value in flatten(values).items()}
     if isinstance(values.get("train"), dict):  # a stored run's: what it was once started from is no instruction
         flat.pop("resume_checkpoint", None)
-    for name in flat:
-        if name not in known:
-            raise ValueError(f"--config {path}: {_unknown('--' + name, known)}")
+    if unknown := [name for name in flat if name not in known]:
+        raise ValueError(f"--config {path}: {_unknown('--' + unknown[0], known)}")
     return flat
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ..data.listing import Records
 
 
-def main(argv: Sequence[str], program: str = "guided-diffusion data") -> int:
+def main(argv: Sequence[str], program: str) -> int:
     """`argv` after the word `data`; the exit code."""
     commands = {"check": check, "pack": pack}
     if not argv or argv[0] in ("-h", "--help"):
@@ -69,13 +70,10 @@ def _parser(command: str, description: str | None) -> Parser:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    try:
-        sides = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]*(x0*[1-9][0-9]*)?", text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a side like 64 or HEIGHTxWIDTH like 64x96")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    height, *width = (int(side) for side in text.lower().split("x"))
+    return (height, width[0]) if width else height
 
 
 def _list(args: argparse.Namespace) -> tuple[Records, Any]:

@@ -40,7 +40,7 @@ QUICK = {
 }
 
 
-def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion demo") -> int:
+def main(argv: Sequence[str], program: str) -> int:
     """Run the demo; returns 0. `--quick` is the same journey with a network and a patience too small to be good."""
     parser = Parser(program, __doc__)
     parser.flag("out", "runs/demo", "folder for everything that is made")

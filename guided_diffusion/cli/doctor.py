@@ -38,13 +38,13 @@ class DoctorFlags(train.StartFlags):
     timeout_s: float = flag(300.0, "seconds that a process waits for the others before it ends with an error")
 
 
-def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion doctor") -> int:
+def main(argv: Sequence[str], program: str = "guided-diffusion doctor") -> int:
     """Examine device, processes, data, memory and disk; returns 0, or 1 if a check failed."""
     first = Parser(add_help=False)
     first.add_argument("--kind", default="diffusion")
     kind = first.parse_known_args(argv)[0].kind
     RunConfig.sections(kind)  # complains about an unknown kind
-    parsed = train.flags(argv, kind, program=program, start=DoctorFlags)
+    parsed = train.flags(argv, kind, program, start=DoctorFlags)
 
     from ..runtime import doctor
 

@@ -36,7 +36,7 @@ class Measuring(LikelihoodConfig):
     out: str = flag("", "folder for the files of terms and the summary")
 
 
-def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion nll", *, script: bool = False) -> int:
+def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     """Measure as the flags say; returns the exit code."""
     parsed = arguments.parse(
         argv,

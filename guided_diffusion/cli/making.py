@@ -8,16 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..config import (
-    NETWORKS,
-    ClassifierConfig,
-    DiffusionConfig,
-    ModelConfig,
-    SampleConfig,
-    Section,
-    SuperResConfig,
-    flag,
-)
+from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig, Section, flag
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -51,16 +42,16 @@ log = logging.getLogger(__name__)
 class Making(SampleConfig, arguments.Common):
     """All flags of a command that makes images; those of its networks are in `typed`, if they were given."""
 
-    network: ClassVar[type[ModelConfig] | type[SuperResConfig]] = ModelConfig
+    kind: ClassVar[str] = "diffusion"  # of the network
     out: str = flag("", "folder for the npz, the picture and the receipt")
     typed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def flags(cls, argv: Sequence[str] | None, program: str, *, script: bool = False) -> arguments.Parsed:
+    def flags(cls, argv: Sequence[str], program: str, *, script: bool = False) -> arguments.Parsed:
         """The flags of a command line; scripts write into a folder of their own."""
         return arguments.parse(
             argv,
-            (cls, cls.network, DiffusionConfig, ClassifierConfig),
+            (cls, NETWORKS[cls.kind], DiffusionConfig, ClassifierConfig),
             program=program,
             description=cls.__doc__ or "",
             defaults={"out": runs.script_folder()} if script else {},
@@ -100,7 +91,7 @@ class Setup:
 
         if options.compile:
             require_compiler(world.device)
-        model = _load(options.model_path, options.network.kind, options, world)
+        model = _load(options.model_path, options.kind, options, world)
         if not (options.classifier_path and options.classifier_scale):
             return cls(options, world, model)
         classifier = _load(options.classifier_path, "classifier", options, world)

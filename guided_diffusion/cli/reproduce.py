@@ -29,7 +29,7 @@ def targets() -> dict[str, tuple[Preset, Recipe]]:
     return named
 
 
-def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion reproduce") -> int:
+def main(argv: Sequence[str], program: str) -> int:
     """`guided-diffusion reproduce NAME --num_samples 50000 --reference REF.npz`."""
     known = targets()
     parser = Parser(program, __doc__)

@@ -42,13 +42,7 @@ class Entry(NamedTuple):
         return {name: getattr(self.options, name) for name in FIELDS[1:]}
 
 
-def main(
-    argv: Sequence[str] | None = None,
-    program: str = "guided-diffusion sample",
-    *,
-    script: bool = False,
-    guided: bool = False,
-) -> int:
+def main(argv: Sequence[str], program: str, *, script: bool = False, guided: bool = False) -> int:
     """Sample as the flags say, `guided` by a classifier in any case; returns the exit code."""
     options = Sampling.of(Sampling.flags(argv, program, script=script))
     if not options.model_path:

@@ -54,15 +54,9 @@ MAX_ACCURACY_IMAGES = 2000  # in the table of accuracy by noise level
 _log = logging.getLogger(__name__)
 
 
-def main(
-    argv: Sequence[str] | None = None,
-    program: str = "guided-diffusion train",
-    *,
-    kind: str = "diffusion",
-    script: bool = False,
-) -> int:
+def main(argv: Sequence[str], program: str, *, kind: str, script: bool = False) -> int:
     """Train as the flags say; exit codes: 0 = finished, 85 = stopped on request and resumable, 130 = Ctrl-C."""
-    parsed = flags(argv, kind, program=program, script=script)
+    parsed = flags(argv, kind, program, script=script)
     check_start(parsed, kind)  # complain before torch is loaded and processes meet
     values = parsed.flags
     if not values["data_dir"] and not values["resume_checkpoint"] and not values["out"]:
@@ -82,12 +76,7 @@ def main(
 
 
 def flags(
-    argv: Sequence[str] | None,
-    kind: str,
-    *,
-    program: str,
-    script: bool = False,
-    start: type[StartFlags] = StartFlags,
+    argv: Sequence[str], kind: str, program: str, *, script: bool = False, start: type[StartFlags] = StartFlags
 ) -> arguments.Parsed:
     """The flags of a training command, and those of `doctor`, which has more in `start`."""
     # As in 2021: the classifier learns from random crops.

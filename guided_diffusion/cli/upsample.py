@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ..config import SuperResConfig, flag
+from ..config import flag
 from ..runtime import storage
 from . import making, runs, sample
 
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 class Upsampling(making.Making):
     """Enlarge images."""
 
-    network: ClassVar[type[SuperResConfig]] = SuperResConfig
+    kind: ClassVar[str] = "super_resolution"
     base_samples: str = flag("", "what is enlarged: an npz (arr_0 uint8 NHWC, arr_1 labels), or a folder of images")
 
 
-def main(argv: Sequence[str] | None = None, program: str = "guided-diffusion upsample", *, script: bool = False) -> int:
+def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     """Enlarge as the flags say; returns the exit code."""
     options = Upsampling.of(Upsampling.flags(argv, program, script=script))
     for name, what in (("model_path", "the weights of an upsampler"), ("base_samples", "the images to enlarge")):
@@ -107,7 +107,7 @@ class Cascade(making.Making):
 _SHARED = ("num_samples", "batch_size", "seed", "precision", "clip_denoised", "timestep_respacing", "grid", "device")
 
 
-def cascade(argv: Sequence[str] | None = None, program: str = "guided-diffusion cascade") -> int:
+def cascade(argv: Sequence[str], program: str) -> int:
     """Make small images, then enlarge them; returns the exit code."""
     options = Cascade.of(Cascade.flags(argv, program))
     for name, what in (("model_path", "the base model"), ("upsampler_path", "the upsampler")):

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import WEIGHTS, WEIGHTS_HELP
 from ..runtime import storage
+from ..weights.released import PRESETS, Preset, fetch, get
 from . import runs
 from .arguments import Parser
 
 if TYPE_CHECKING:
     import torch
-
-    from ..weights.released import Preset
 
 FORMS = ("safetensors", "pt", "diffusers")  # weights.convert.FORMS, here without loading torch
 log = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ def inspect(argv: Sequence[str], program: str) -> int:
 
 def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """What a file of weights is, line by line."""
+    from ..data.samples import open_images
     from ..runtime.doctor import format_bytes
     from ..training.memory import kept_bytes
     from ..weights import identify, load, probe
@@ -59,7 +59,8 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     config, shapes = found.config, {name: tuple(value.shape) for name, value in tensors.items()}
     if args.probe and (config is None or config.kind != "classifier"):
         known = probe.known_of(found.path, shapes, args.image_size)
-        x0 = _images(args.probe, args.probe_images, int(known["image_size"]), int(known["image_channels"])).to(device)
+        images = open_images(args.probe, int(known["image_size"]), int(known["image_channels"]), labels="none")
+        x0 = images.low_res(range(min(args.probe_images, len(images))))["low_res"].to(device)
         yield probe.verdict(probe.probe(load.fitted(tensors), known, x0))
         return
     config = config or identify.identify(found.path, shapes)
@@ -79,20 +80,6 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
         f"memory      {format_bytes(stored)} of float32 weights; training adds about {format_bytes(per_image)} of "
         "activations per image, and 16 bytes per parameter in all"
     )
-
-
-def _images(folder: str, count: int, size: int, channels: int) -> torch.Tensor:
-    """The first images of a folder, float32 [N, C, H, W] in [-1, 1]."""
-    import torch
-
-    from ..data.images import center_crop, to_float
-    from ..data.listing import list_records
-    from ..data.sources import open_source
-
-    records = list_records(folder, labels="none")
-    reader = open_source(records.kind, records.root)
-    images = [center_crop(reader.read(path, channels), size) for path in records.paths[:count]]
-    return to_float(torch.stack([torch.from_numpy(image.copy()).reshape(size, size, channels) for image in images]))
 
 
 def convert(argv: Sequence[str], program: str) -> int:
@@ -158,7 +145,6 @@ def zoo(argv: Sequence[str], program: str) -> int:
     args = parser.parse_args(argv)
 
     from ..runtime.log import setup_messages
-    from ..weights.released import PRESETS, fetch, get
 
     if args.action == "list":
         print(table())
@@ -176,8 +162,6 @@ def zoo(argv: Sequence[str], program: str) -> int:
 
 def table() -> str:
     """One line per published way of sampling."""
-    from ..weights.released import PRESETS
-
     lines = [f"{'name':26s} {'what':34s} {'classifier':20s} {'scale':>5s} {'steps':>15s}    FID   sFID  Prec   Rec"]
     for preset in PRESETS.values():
         named = f"{preset.name:26s} {preset.title:34s}"

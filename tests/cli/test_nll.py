@@ -53,9 +53,16 @@ def measure(place: Path, out: Path, *words: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one_by_one(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a measurement in batches of one."""
     out = tmp_path_factory.mktemp("one")
     measure(place, out)
     return out
+
+
+@pytest.fixture
+def alone(one_by_one: Path) -> dict[str, Any]:
+    """Its summary."""
+    return json.loads((one_by_one / "likelihood.json").read_text())
 
 
 def test_the_files_of_2021(one_by_one: Path) -> None:
@@ -69,9 +76,8 @@ def test_the_files_of_2021(one_by_one: Path) -> None:
         assert found["arr_0"][-1] > found["arr_0"][0]
 
 
-def test_the_number_its_error_bar_and_its_parts(one_by_one: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = json.loads((one_by_one / "likelihood.json").read_text())
-    values = np.array(told["by_image"])
+def test_the_number_its_error_bar_and_its_parts(one_by_one: Path, alone: dict[str, Any]) -> None:
+    told, values = alone, np.array(alone["by_image"])
     assert told["images"] == len(values) == 7
     assert told["bits_per_dim"] == pytest.approx(values.mean())
     assert told["standard_error"] == pytest.approx(values.std(ddof=1) / np.sqrt(7))
@@ -83,12 +89,11 @@ def test_the_number_its_error_bar_and_its_parts(one_by_one: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("size", ["3", "50"])
-def test_batches_change_nothing(place: Path, one_by_one: Path, tmp_path: Path, size: str) -> None:
-    found, before = (
-        measure(place, tmp_path, "--batch_size", size),
-        json.loads((one_by_one / "likelihood.json").read_text()),
-    )
-    np.testing.assert_allclose(found["by_image"], before["by_image"], rtol=2e-5)
+def test_batches_change_nothing(
+    place: Path, one_by_one: Path, alone: dict[str, Any], tmp_path: Path, size: str
+) -> None:
+    found = measure(place, tmp_path, "--batch_size", size)
+    np.testing.assert_allclose(found["by_image"], alone["by_image"], rtol=2e-5)
     for name in ("vb", "mse", "xstart_mse"):
         with np.load(tmp_path / f"{name}_terms.npz") as a, np.load(one_by_one / f"{name}_terms.npz") as b:
             np.testing.assert_allclose(a["arr_0"], b["arr_0"], rtol=1e-4, atol=1e-6)
@@ -120,9 +125,8 @@ def test_classes_of_a_part_of_the_folders_go_by_name(
     assert "has the classes drei (1), which" in capsys.readouterr().err
 
 
-def test_another_seed_measures_other_images(place: Path, one_by_one: Path, tmp_path: Path) -> None:
-    found = measure(place, tmp_path, "--seed", "1")
-    assert found["by_image"] != json.loads((one_by_one / "likelihood.json").read_text())["by_image"]
+def test_another_seed_measures_other_images(place: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    assert measure(place, tmp_path, "--seed", "1")["by_image"] != alone["by_image"]
 
 
 def test_equal_noise_gives_what_the_old_loop_gives(place: Path) -> None:
@@ -140,22 +144,15 @@ def test_equal_noise_gives_what_the_old_loop_gives(place: Path) -> None:
     torch.manual_seed(5)
     denoise = gd.make_denoiser(model.net, model.process, {"y": y}, clip=True, **model.config.diffusion.reading)
     found = bits_per_dim(denoise, model.process, x0)
-    for ours, theirs in (
-        ("total", "total_bpd"),
-        ("prior", "prior_bpd"),
-        ("vb", "vb"),
-        ("eps_mse", "mse"),
-        ("x0_mse", "xstart_mse"),
-    ):
+    names = {"total": "total_bpd", "prior": "prior_bpd", "vb": "vb", "eps_mse": "mse", "x0_mse": "xstart_mse"}
+    for ours, theirs in names.items():
         torch.testing.assert_close(getattr(found, ours), expected[theirs], rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_stays_close(place: Path, one_by_one: Path, tmp_path: Path) -> None:
-    found = measure(place, tmp_path, "--precision", "bf16")
-    before = json.loads((one_by_one / "likelihood.json").read_text())
-    assert np.isfinite(found["by_image"]).all()
-    np.testing.assert_allclose(found["by_image"], before["by_image"], rtol=0.03)
-    assert found["by_image"] != before["by_image"]
+def test_half_precision_stays_close(place: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    found = measure(place, tmp_path, "--precision", "bf16")["by_image"]
+    assert np.isfinite(found).all() and found != alone["by_image"]
+    np.testing.assert_allclose(found, alone["by_image"], rtol=0.03)
 
 
 def test_the_prior_lies_within_what_the_process_allows(place: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import guided_diffusion as gd
 from guided_diffusion.cli import making
 from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import (
+    NETWORKS,
     ClassifierConfig,
     DiffusionConfig,
     ModelConfig,
@@ -50,14 +51,7 @@ def other(field: Any, value: Any) -> Any:
     return not value if isinstance(value, bool) else value + "1" if isinstance(value, str) else value + 1
 
 
-SECTIONS = [
-    SampleConfig(),
-    SampleConfig(use_ddim=True),
-    ModelConfig(),
-    SuperResConfig(),
-    DiffusionConfig(),
-    ClassifierConfig(),
-]
+SECTIONS = [SampleConfig(), SampleConfig(use_ddim=True), DiffusionConfig(), *(config() for config in NETWORKS.values())]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: type(s).__name__)
@@ -140,16 +134,10 @@ FLAGS = " ".join(f"--{name} {value}" for name, value in BASE.items())
 TOO = "--num_samples 2 --batch_size 2 --timestep_respacing 3 --grid 0 --classifier_scale 0"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "--noise_schedule cosine",
-        "--predict_xstart True",
-        "--num_heads 4",
-        "--use_new_attention_order True",
-        "--predict v",
-    ],
-)
+CHANGES = "noise_schedule cosine, predict_xstart True, num_heads 4, use_new_attention_order True, predict v"
+
+
+@pytest.mark.parametrize("change", [f"--{words}" for words in CHANGES.split(", ")])
 def test_other_settings_make_other_images_and_end_a_half_made_job(
     change: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,11 +240,8 @@ def test_each_network_has_its_own_number_format(
         return found
 
     monkeypatch.setattr(loading, "load", spy)
-    words = (
-        f"sample --model_path {models}/base --classifier_path {models}/classifier --timestep_respacing 3 --device cpu"
-    )
-    words += f" --num_samples 2 --batch_size 2 --grid 0 --out {tmp_path}/out {flags}"
-    assert main(words.split()) == 0
+    words = f"sample --model_path {models}/base --classifier_path {models}/classifier {TOO} --classifier_scale 1"
+    assert main(f"{words} --device cpu --out {tmp_path}/out {flags}".split()) == 0
     assert (used["diffusion"], used["classifier"]) == formats
     settings = json.loads((tmp_path / "out" / "sampling.json").read_text())["settings"]
     told = [getattr(torch, settings[name]["precision"]) for name in ("model", "classifier")]
@@ -296,13 +281,8 @@ def test_sampling_into_a_run_folder_leaves_the_run_as_it_is(
     assert main(f"upsample --model_path {models}/large --base_samples {tmp_path}/small.npz {unlabelled}".split()) == 0
     assert main(f"cascade --model_path {run} --upsampler_path {models}/large {unlabelled}".split()) == 0
     assert script("image_sample", f"--model_path {run} {TOO} --seed 1".split()) == 0
-    assert (
-        script(
-            "classifier_sample",
-            f"--model_path {run} --classifier_path {models}/classifier {TOO} --classifier_scale 1 --seed 2".split(),
-        )
-        == 0
-    )
+    guided = f"--model_path {run} --classifier_path {models}/classifier {TOO} --classifier_scale 1 --seed 2"
+    assert script("classifier_sample", guided.split()) == 0
     gd.save(filled("diffusion", {**BASE, "class_cond": False, "num_classes": 0}), str(tmp_path / "free"))
     nll = f"nll --model_path {tmp_path}/free --data_dir {tmp_path}/data --num_samples 1 --timestep_respacing 2 --out {run}"
     assert main(nll.split()) == 0

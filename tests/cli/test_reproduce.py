@@ -57,19 +57,11 @@ def test_from_weights_to_the_score(inception: Path, tmp_path: Path, capsys: pyte
     gd.save(filled("classifier", CRITIC), str(tmp_path / "critic"))
     images = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
     np.savez(tmp_path / "ref.npz", images)
-    words = [
-        "--num_samples",
-        "6",
-        "--batch_size",
-        "6",
-        "--reference",
-        str(tmp_path / "ref.npz"),
-        "--out",
-        f"{tmp_path}/out",
-    ]
-    words += ["--model_path", f"{tmp_path}/model", "--classifier_path", f"{tmp_path}/critic"]
-    words += ["--inception", str(inception), "--allow_other_weights", "--precision", "fp32", "--device", "cpu"]
-    assert main(["reproduce", "imagenet256-guided-ddim25", *words]) == 0
+    words = (
+        f"--num_samples 6 --batch_size 6 --reference {tmp_path}/ref.npz --out {tmp_path}/out --model_path {tmp_path}/model "
+        f"--classifier_path {tmp_path}/critic --inception {inception} --allow_other_weights --precision fp32 --device cpu"
+    )
+    assert main(["reproduce", "imagenet256-guided-ddim25", *words.split()]) == 0
     told = capsys.readouterr().out
     assert "published" in told and "5.4400" in told
 

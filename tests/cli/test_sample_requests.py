@@ -81,16 +81,8 @@ def test_every_request_is_what_sample_makes_alone(
     # What was understood is written down, complete, and reads back as it is.
     told = sample.Sampling.of(sample.Sampling.flags(["--model_path", "m"], "p"))
     again = sample.read_requests(str(tmp_path / "out" / "requests.json"), told)
-    assert [(one.name, one.options.seed, one.options.num_samples) for one in again] == [
-        ("threes", 5, 3),
-        ("mixed", 8, 6),
-        ("0003", 2, 2),
-    ]
-    assert [(one.options.classes, one.options.labels) for one in again] == [
-        ("3", "random"),
-        ("0,2", "balanced"),
-        ("1,2", "random"),
-    ]
+    expected = [("threes", 5, 3, "3", "random"), ("mixed", 8, 6, "0,2", "balanced"), ("0003", 2, 2, "1,2", "random")]
+    assert [(one.name, *one.flags().values()) for one in again] == expected
 
 
 def test_without_pictures_and_without_classes(models: Path, tmp_path: Path) -> None:

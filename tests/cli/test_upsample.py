@@ -143,9 +143,8 @@ def test_guidance_changes_the_images_and_wants_the_large_size(models: Path, smal
 def test_a_classifier_of_the_small_size_is_refused(
     models: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(
-        tmp_path / "classifier8", "classifier", {**CLASSIFIER, "image_size": 8, "classifier_attention_resolutions": "4"}
-    )
+    flags = {**CLASSIFIER, "image_size": 8, "classifier_attention_resolutions": "4"}
+    save(tmp_path / "classifier8", "classifier", flags)
     enlarge(models, small, tmp_path / "out", "--classifier_path", str(tmp_path / "classifier8"), code=2)
     assert "they differ in image size" in capsys.readouterr().err
 
@@ -257,19 +256,10 @@ def test_cascade_is_the_two_commands_in_one(models: Path, tmp_path: Path) -> Non
     assert main(["sample", *first, "--out", str(tmp_path / "s")]) == 0
     words = ["--use_ddim", "True", "--timestep_respacing", "4", "--batch_size", "3", "--seed", "4", "--grid", "0"]
     words += ["--classifier_path", str(models / "classifier"), "--classifier_scale", "5"]
-    enlarged = [
-        "upsample",
-        "--model_path",
-        str(models / "large"),
-        "--base_samples",
-        f"{tmp_path}/s/samples_5x8x8x3.npz",
-    ]
+    enlarged = f"upsample --model_path {models}/large --base_samples {tmp_path}/s/samples_5x8x8x3.npz".split()
     assert main([*enlarged, *words, "--out", str(tmp_path / "u")]) == 0
-    for one, other in (
-        ("both/base/samples_5x8x8x3", "s/samples_5x8x8x3"),
-        ("both/upsampled/samples_5x16x16x3", "u/samples_5x16x16x3"),
-    ):
-        with np.load(tmp_path / f"{one}.npz") as a, np.load(tmp_path / f"{other}.npz") as b:
+    for one, other, name in (("base", "s", "samples_5x8x8x3.npz"), ("upsampled", "u", "samples_5x16x16x3.npz")):
+        with np.load(tmp_path / "both" / one / name) as a, np.load(tmp_path / other / name) as b:
             np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
             np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
 
@@ -323,18 +313,13 @@ TRAIN = (
 
 @pytest.mark.slow
 def test_the_scripts_of_2021_with_every_old_flag(photos: Path, small: Path, tmp_path: Path) -> None:
-    told = run_script(
-        "super_res_train", f"--data_dir {photos} {NETWORK}{TRAIN}", tmp_path, OPENAI_LOGDIR=str(tmp_path / "run")
-    )
+    words = f"--data_dir {photos} {NETWORK}{TRAIN}"
+    told = run_script("super_res_train", words, tmp_path, OPENAI_LOGDIR=str(tmp_path / "run"))
     assert "OPENAI_LOGDIR" in told
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model000004.pt", "ema_0.9_000004.pt", "opt000004.pt", "progress.csv"} <= names
-    told = run_script(
-        "super_res_train",
-        f"--data_dir {photos} {NETWORK}{TRAIN.replace('steps 4', 'steps 6')} --resume_checkpoint {tmp_path}/run/model000004.pt",
-        tmp_path,
-        OPENAI_LOGDIR=str(tmp_path / "on"),
-    )
+    words = f"{words.replace('steps 4', 'steps 6')} --resume_checkpoint {tmp_path}/run/model000004.pt"
+    told = run_script("super_res_train", words, tmp_path, OPENAI_LOGDIR=str(tmp_path / "on"))
     assert "resuming from" in told and (tmp_path / "on" / "model000006.pt").exists()
 
     shutil.copy(tmp_path / "run" / "ema_0.9_000004.pt", tmp_path / "mine.pt")  # as 2021 code left it: no configuration
@@ -342,9 +327,8 @@ def test_the_scripts_of_2021_with_every_old_flag(photos: Path, small: Path, tmp_
     made = []
     for path, flags in (("mine.pt", NETWORK), (f"{tmp_path}/run", "")):
         out = tmp_path / f"made{len(made)}"
-        run_script(
-            "super_res_sample", f"--model_path {path} {sample}--use_ddim True {flags}", tmp_path, OPENAI_LOGDIR=str(out)
-        )
+        words = f"--model_path {path} {sample}--use_ddim True {flags}"
+        run_script("super_res_sample", words, tmp_path, OPENAI_LOGDIR=str(out))
         with np.load(out / "samples_7x16x16x3.npz") as found:
             made.append(found["arr_0"])
             assert found["arr_1"].tolist() == [1, 0, 1, 1, 0, 1, 0]
@@ -367,19 +351,8 @@ def test_training_teaches_to_enlarge(photos: Path, tmp_path: Path) -> None:
     """After some steps the network uses what it is shown: with its own small image it predicts better than with another's."""
     flags = {**SIDES, "large_size": 16, "small_size": 8, "attention_resolutions": "8", "diffusion_steps": 100}
     words = [f"--{name}={value}" for name, value in {**flags, "channel_mult": "1,2", "learn_sigma": False}.items()]
-    run = [
-        "--lr",
-        "5e-3",
-        "--batch_size",
-        "4",
-        "--lr_anneal_steps",
-        "150",
-        "--save_interval",
-        "150",
-        "--ema_rate",
-        "0.9",
-    ]
-    command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--log_interval", "40", "--labels", "none"]
+    run = "--lr 5e-3 --batch_size 4 --lr_anneal_steps 150 --save_interval 150 --ema_rate 0.9 --log_interval 40".split()
+    command = ["train-upsampler", "--data_dir", str(photos), *words, *run, "--labels", "none"]
     assert main([*command, "--out", str(tmp_path), "--progress", "False"]) == 0
     model = gd.load(str(tmp_path))
     pixels = [center_crop(np.asarray(Image.open(path).convert("RGB")), 16) for path in sorted(photos.iterdir())]

@@ -100,7 +100,7 @@ SCRIPTS = [*KINDS, "image_sample", "classifier_sample"]
 
 def parsed(script: str, words: list[str]) -> Any:
     if script in KINDS:
-        return train.flags(words, KINDS[script], program=script, script=True)
+        return train.flags(words, KINDS[script], script, script=True)
     return sample.Sampling.flags(words, script, script=True)
 
 

@@ -115,7 +115,7 @@ def configuration_seen(monkeypatch, argv, device="cpu"):
     monkeypatch.setattr(command, "_check_memory", note)
     kind = "classifier" if "classifier" in argv else "diffusion"
     world = World(device=torch.device(device))
-    command._check_run(kind, train.flags(argv, kind, program="doctor", start=command.DoctorFlags), world)
+    command._check_run(kind, train.flags(argv, kind, "doctor", start=command.DoctorFlags), world)
     return seen[0]
 
 
@@ -131,7 +131,7 @@ def test_the_configuration_is_that_of_train(monkeypatch, tmp_path):
 def test_a_run_that_goes_on_is_examined_as_it_was_begun(pictures, tmp_path, capsys, monkeypatch):
     words = [*TINY, "--max_steps", "1", "--save_interval", "1", "--sample_interval", "-1", "--batch_size", "2"]
     out = str(tmp_path / "run")
-    assert train.main([*words, "--data_dir", str(pictures), "--out", out]) == 0
+    assert train.main([*words, "--data_dir", str(pictures), "--out", out], "train", kind="diffusion") == 0
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
     config = configuration_seen(monkeypatch, ["--out", out])
     assert config.model.num_channels == 32 and config.train.batch_size == 2 and config.data.data_dir == str(pictures)
@@ -157,7 +157,7 @@ def test_flags_of_a_start_that_contradict_each_other(flags, words, pictures, tmp
     assert main(flags) == 1
     assert words in lines_of(capsys.readouterr().out)["flags"]
     with pytest.raises((ValueError, OSError), match=words):
-        train.main(flags)
+        train.main(flags, "train", kind="diffusion")
 
 
 def test_flags_of_train_that_change_no_finding_are_accepted(capsys):

@@ -275,8 +275,8 @@ def test_the_old_flag_is_read_and_not_shown(capsys: Any) -> None:
     from guided_diffusion.cli.train import flags
 
     for words in (["--checkpoint", "norms"], ["--checkpoint=norms"], ["--recompute", "norms"]):
-        assert flags(words, "diffusion", program="train").typed == {"recompute": "norms"}
+        assert flags(words, "diffusion", "train").typed == {"recompute": "norms"}
     with pytest.raises(SystemExit):
-        flags(["--help"], "diffusion", program="train")
+        flags(["--help"], "diffusion", "train")
     shown = capsys.readouterr().out
     assert "--recompute" in shown and "--checkpoint " not in shown
