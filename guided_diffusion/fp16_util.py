@@ -14,30 +14,22 @@ import torch.nn as nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # noqa: F401  2021 names of this module
 
 from . import logger
+from .models.layers import store_convolution as _store_convolution
 from .training.optimizer import total_norm as _total_norm
 from .training.precision import INITIAL_LOG_LOSS_SCALE
 
 _Named = list[tuple[str, nn.Parameter]]
 _Group = tuple[_Named, tuple[int, ...]]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741  the name of 2021
     """Store a convolution's weights in float16; other modules stay. For `module.apply`."""
-    _store(l, th.float16)
+    _store_convolution(l, th.float16)
 
 
 def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
     """Undo `convert_module_to_f16`."""
-    _store(l, th.float32)
-
-
-def _store(module: nn.Module, dtype: th.dtype) -> None:
-    if isinstance(module, _CONVOLUTIONS):
-        for p in (module.weight, module.bias):
-            if p is not None:
-                p.data = p.data.to(dtype)
+    _store_convolution(l, th.float32)
 
 
 def make_master_params(param_groups_and_shapes: Sequence[_Group]) -> list[nn.Parameter]:

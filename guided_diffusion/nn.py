@@ -6,23 +6,33 @@ import math  # noqa: F401
 from collections.abc import Callable
 from typing import Any
 
-import torch as th  # noqa: F401
-import torch.nn as nn  # noqa: F401
+import torch as th
+import torch.nn as nn
 
 from .diffusion.densities import mean_flat  # noqa: F401
 from .models.layers import (  # noqa: F401
     GroupNorm32,
-    SiLU,
     avg_pool_nd,
     checkpoint,
     conv_nd,
     linear,
     normalization,
-    scale_module,
     timestep_embedding,
     zero_module,
 )
 from .training.ema import update_ema  # noqa: F401
+
+
+class SiLU(nn.SiLU):
+    """x * sigmoid(x): torch's own, under the name it had here before torch had one."""
+
+
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply every parameter of `module` by `scale` and return it."""
+    with th.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(scale)
+    return module
 
 
 class CheckpointFunction:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.layout import recorded, transformed
-from .kernels.plain import gradients
+from .kernels.layout import gradients, recorded, transformed
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,22 +57,20 @@ class _TwiceDifferentiable(torch.autograd.Function):
         return None, *gradients(plain_attention(q, k, v), (q, k, v), ctx.needs_input_grad[1:], g)
 
 
-def _attend(qkv: Tensor, heads: int, dim: int) -> Tensor:
-    """Attention of the q, k, v among the channels of qkv [N, 3 * C, T]: 3 before the heads (dim 2) or after (3). Returns [N, C, T]."""
-    width = qkv.shape[1]
-    if width % (3 * heads):
-        raise ValueError(f"{width} channels of queries, keys and values cannot be shared by {heads} heads.")
-    sizes = [heads, width // (3 * heads)]
-    sizes.insert(dim - 2, 3)
-    q, k, v = (part.transpose(1, 2) for part in qkv.transpose(1, 2).contiguous().unflatten(2, sizes).unbind(dim))
-    out = attention(q, k, v).transpose(1, 2).flatten(2).transpose(1, 2)
-    return out.contiguous() if qkv.is_contiguous() else out
+def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
+    """Add the multiply-adds of one attention's two matrix products to `model.total_ops`, for the `thop` package.
+
+    thop.profile(net, inputs=(x, t), custom_ops={QKVAttention: QKVAttention.count_flops})
+    """
+    batch, channels, *places = y[0].shape
+    model.total_ops += torch.DoubleTensor([2 * batch * math.prod(places) ** 2 * channels])
 
 
 class _QKV(nn.Module):
     """Attention among the q, k, v that lie among the channels in one of two orders."""
 
     _dim_of_qkv: int  # which dimension tells q, k and v apart once the channels are split up: [N, T, ., ., D]
+    count_flops = staticmethod(count_flops_attn)
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
@@ -82,12 +78,14 @@ class _QKV(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """qkv: [N, 3 * C, T]. Returns [N, C, T]."""
-        return _attend(qkv, self.n_heads, self._dim_of_qkv)
-
-    @staticmethod
-    def count_flops(model: Any, _x: Any, y: Any) -> None:
-        """Counter for the `thop` package."""
-        count_flops_attn(model, _x, y)
+        width = qkv.shape[1]
+        if width % (3 * self.n_heads):
+            raise ValueError(f"{width} channels of queries, keys and values cannot be shared by {self.n_heads} heads.")
+        sizes = [self.n_heads, width // (3 * self.n_heads)]
+        sizes.insert(self._dim_of_qkv - 2, 3)
+        parts = qkv.transpose(1, 2).contiguous().unflatten(2, sizes).unbind(self._dim_of_qkv)
+        out = attention(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).flatten(2).transpose(1, 2)
+        return out.contiguous() if qkv.is_contiguous() else out
 
 
 class QKVAttentionLegacy(_QKV):
@@ -100,12 +98,3 @@ class QKVAttention(_QKV):
     """Attention where all q precede all k precede all v among the channels: (q, k, v) x H x D."""
 
     _dim_of_qkv = 2
-
-
-def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
-    """Add the multiply-adds of one attention's two matrix products to `model.total_ops`, for the `thop` package.
-
-    thop.profile(net, inputs=(x, t), custom_ops={QKVAttention: QKVAttention.count_flops})
-    """
-    batch, channels, *places = y[0].shape
-    model.total_ops += torch.DoubleTensor([2 * batch * int(np.prod(places)) ** 2 * channels])

@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .kernels import norm as norm_kernels
-from .kernels import plain
 from .kernels.layout import CHANNELS_LAST, channels_last, is_channels_last, plain_layout, recorded, transformed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORM_GROUPS = 32  # of all released networks; the number is not stored with the weights, so it cannot change
-
-
-def _weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` in `dtype`. A cast writes channels_last, which convolutions of channels_last images want anyway."""
-    if weight.dtype == dtype:
-        return weight
-    layout = CHANNELS_LAST.get(weight.dim(), torch.preserve_format)
-    return weight.to(dtype, memory_format=layout)
 
 
 class _CastAtUse:
@@ -40,7 +31,11 @@ class _CastAtUse:
         weight = self.weight
         if weight.requires_grad and torch.is_grad_enabled():
             weight = plain_layout(weight)  # no copy: a weight that learns is stored so
-        return _weight_as(weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if (
+            weight.dtype != x.dtype
+        ):  # a cast writes channels_last, which convolutions of channels_last images want anyway
+            weight = weight.to(x.dtype, memory_format=CHANNELS_LAST.get(weight.dim(), torch.preserve_format))
+        return weight, None if self.bias is None else self.bias.to(x.dtype)
 
 
 def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
@@ -92,17 +87,13 @@ class Linear(_CastAtUse, nn.Linear):
         return F.linear(x, *self._parameters_as(x))
 
 
-class SiLU(nn.SiLU):
-    """x * sigmoid(x): torch's own, under the name it had here before torch had one."""
-
-
 class GroupNorm32(nn.GroupNorm):
     """Group norm in the dtype and memory layout of its input; statistics are accumulated in float32."""
 
     fused: bool = True  # see Network.set_fused_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return plain.group_norm(x, self)
+        return norm_kernels.group_norm(x, self)
 
 
 def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
@@ -114,7 +105,7 @@ def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | 
     norm, act, *rest = layers
     ours = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
     if recorded() or not ours or not norm.fused or hooked(layers, norm, act):
-        return layers(x) if scale_shift is None else layers[1:](plain.modulated(norm(x), *scale_shift))
+        return layers(x) if scale_shift is None else layers[1:](norm_kernels.modulated(norm(x), *scale_shift))
     assert isinstance(norm, nn.GroupNorm)
     h = norm_kernels.norm_silu(x, norm, scale_shift)
     for layer in rest:
@@ -213,14 +204,6 @@ def zero_module(module: ModuleT) -> ModuleT:
     return module
 
 
-def scale_module(module: ModuleT, scale: float) -> ModuleT:
-    """Multiply every parameter of `module` by `scale` and return it."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(scale)
-    return module
-
-
 class TimestepBlock(nn.Module):
     """A module whose `forward` takes a time embedding as second argument."""
 
@@ -283,16 +266,6 @@ def lay_out_convolution(module: nn.Module) -> None:
     """Lay the weight of a convolution out channels_last, which saves a transposition per call; for `Module.apply`."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         module.weight.data = channels_last(module.weight.data)
-
-
-def convert_module_to_f16(module: nn.Module) -> None:
-    """Store the weights of a convolution in float16 (other modules are left alone); for `Module.apply`."""
-    store_convolution(module, torch.float16)
-
-
-def convert_module_to_f32(module: nn.Module) -> None:
-    """Store the weights of a convolution in float32 again; for `Module.apply`."""
-    store_convolution(module, torch.float32)
 
 
 def store_convolution(module: nn.Module, dtype: torch.dtype) -> None:

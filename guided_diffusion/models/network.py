@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -84,9 +84,10 @@ class Network(nn.Module):
         convolution that would follow (torch.utils.checkpoint stops at the last tensor that backward waits for). Compiled
         networks ignore it, as do blocks that recompute as a whole (use_checkpoint).
         """
-        blocks: list[Any] = [module for module in self.modules() if hasattr(module, "recompute_norms")]
-        for block in blocks:
-            block.recompute_norms = wanted
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "recompute_norms"):
+                module.recompute_norms = wanted
 
     def enter(self, x: Tensor) -> Tensor:
         """x in the torso's dtype and memory layout, refused if a level would have an odd size.
@@ -107,22 +108,23 @@ class Network(nn.Module):
         return x if torch.jit.is_tracing() or looked_at(self) else channels_last(x)
 
 
-def warn_of_missing_levels(image_size: int, asked: Collection[int], levels: int) -> None:
+def warn_of_missing_levels(image_size: int, attention_resolutions: Collection[int], levels: int) -> None:
     """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence.
 
     0 stands for sizes above the image's, which defaults for larger images ask for: named only where none of the factors is there.
     """
-    there = [2**level for level in range(levels)]
-    missing = sorted(factor for factor in asked if factor not in there)
-    if len(missing) < len(asked):
-        missing = [factor for factor in missing if factor]
+
+    def pixels(factors: Iterable[int]) -> str:
+        return ", ".join(f"{image_size // factor} ({factor})" if factor else "more than all (0)" for factor in factors)
+
+    factors = [2**level for level in range(levels)]
+    missing = set(attention_resolutions).difference(factors)
+    if missing != set(attention_resolutions):
+        missing.discard(0)
     if missing:
-        pixels = ", ".join(
-            f"{image_size // factor} ({factor})" if factor else "more than all (0)" for factor in missing
-        )
         warnings.warn(
-            f"no level of this network has the attention resolution {pixels}, so it gets no attention there. Its levels in "
-            f"pixels, and the downsampling factors: {', '.join(f'{image_size // factor} ({factor})' for factor in there)}.",
+            f"no level of this network has the attention resolution {pixels(sorted(missing))}, so it gets no attention there. "
+            f"Its levels in pixels, and the downsampling factors: {pixels(factors)}.",
             stacklevel=4,
         )
 

@@ -50,41 +50,24 @@ class AttentionPool2d(nn.Module):
 def make_pool(
     pool: str, channels: int, features: int, out_channels: int, dims: int, side: int, num_head_channels: int
 ) -> nn.Sequential:
-    """The classifier's output of that name.
+    """The classifier's output of that name: [N, channels, side, side] -> [N, out_channels].
 
-    channels, side: of the last features. features: how many means of blocks the spatial pools receive.
+    "adaptive": the mean over all places, then one linear layer. "attention": one attending place. "spatial": two linear layers
+    over the means of every block, [N, features]; "spatial_v2": the same with a normalised hidden layer.
     """
-    if pool == "adaptive":
-        return adaptive_pool(channels, out_channels, dims)
-    if pool == "attention":
-        return attention_pool(channels, out_channels, side, num_head_channels)
-    if pool == "spatial":
-        return spatial_pool(features, out_channels)
-    if pool == "spatial_v2":
-        return spatial_v2_pool(features, out_channels)
+    match pool:
+        case "adaptive":
+            mean: nn.Module = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](1)
+            last = zero_module(conv_nd(dims, channels, out_channels, 1))
+            return nn.Sequential(normalization(channels), nn.SiLU(), mean, last, nn.Flatten())
+        case "attention":
+            if num_head_channels == -1:
+                raise ValueError("the pool 'attention' needs num_head_channels; it is -1.")
+            attending = AttentionPool2d(side, channels, num_head_channels, out_channels)
+            return nn.Sequential(normalization(channels), nn.SiLU(), attending)
+        case "spatial":
+            return nn.Sequential(linear(features, HIDDEN), nn.ReLU(), linear(HIDDEN, out_channels))
+        case "spatial_v2":
+            hidden = (normalization(HIDDEN), nn.SiLU())
+            return nn.Sequential(linear(features, HIDDEN), *hidden, linear(HIDDEN, out_channels))
     raise ValueError(f"unknown pool {pool!r}; choose 'adaptive', 'attention', 'spatial' or 'spatial_v2'.")
-
-
-def adaptive_pool(channels: int, out_channels: int, dims: int) -> nn.Sequential:
-    """The mean over all places, then one linear layer: [N, channels, H, W] -> [N, out_channels]."""
-    mean: nn.Module = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](1)
-    last = zero_module(conv_nd(dims, channels, out_channels, 1))
-    return nn.Sequential(normalization(channels), nn.SiLU(), mean, last, nn.Flatten())
-
-
-def attention_pool(channels: int, out_channels: int, side: int, num_head_channels: int) -> nn.Sequential:
-    """One attending place: [N, channels, side, side] -> [N, out_channels]."""
-    if num_head_channels == -1:
-        raise ValueError("the pool 'attention' needs num_head_channels; it is -1.")
-    pool = AttentionPool2d(side, channels, num_head_channels, out_channels)
-    return nn.Sequential(normalization(channels), nn.SiLU(), pool)
-
-
-def spatial_pool(features: int, out_channels: int) -> nn.Sequential:
-    """Two linear layers over the means of every block: [N, features] -> [N, out_channels]."""
-    return nn.Sequential(linear(features, HIDDEN), nn.ReLU(), linear(HIDDEN, out_channels))
-
-
-def spatial_v2_pool(features: int, out_channels: int) -> nn.Sequential:
-    """As `spatial_pool`, with a normalised hidden layer."""
-    return nn.Sequential(linear(features, HIDDEN), normalization(HIDDEN), nn.SiLU(), linear(HIDDEN, out_channels))

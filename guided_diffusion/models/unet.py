@@ -18,45 +18,37 @@ Parameter names, shapes and order are those of the released checkpoints. What co
 memory layout a network computes is network.py's affair.
 
 Legend: N batch, C channels, H height, W width, E channels of the time embedding.
-This module is also `guided_diffusion.unet`: what it imports is part of what can be imported from there, and blocks look
-`checkpoint` up here at each call, so that a replacement is seen.
+This module is also `guided_diffusion.unet`. Blocks look `checkpoint` up here at each call, so that a replacement is seen.
 """
 
 from __future__ import annotations
 
-import math  # noqa: F401
-from abc import abstractmethod  # noqa: F401
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np  # noqa: F401
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import QKVAttention, QKVAttentionLegacy, count_flops_attn  # noqa: F401
+from .attention import QKVAttention, QKVAttentionLegacy
 from .kernels.layout import plain_layout
-from .layers import (  # noqa: F401
+from .layers import (
     Downsample,
     TimestepBlock,
     TimestepEmbedSequential,
     Upsample,
-    avg_pool_nd,
     checkpoint,
     conv_nd,
-    convert_module_to_f16,
-    convert_module_to_f32,
     linear,
     norm_silu,
     normalization,
     recompute_norm,
-    timestep_embedding,
     zero_module,
 )
 from .network import Network, warn_of_missing_levels
-from .pools import AttentionPool2d, make_pool  # noqa: F401
+from .pools import make_pool
 
 
 class ResBlock(TimestepBlock):

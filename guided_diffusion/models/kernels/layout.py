@@ -1,6 +1,8 @@
-"""In which layout images lie in memory, and when no kernel of our own may stand for torch's operators."""
+"""In which layout images lie in memory, and when torch's operators must do what a kernel of our own does otherwise."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +44,10 @@ def is_channels_last(x: Tensor) -> bool:
 def plain_layout(x: Tensor) -> Tensor:
     """`x` in ordinary contiguous memory, no copy if it is. So is its gradient, whatever the layouts in between."""
     return x.flatten().view(x.shape)  # backward is the same the other way round
+
+
+def gradients(y: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool], g: Tensor) -> Iterator[Tensor | None]:
+    """Of y, at those of its inputs that are wanted, such that they can be derived again; None for the others."""
+    leaves = [tensor for tensor, needed in zip(inputs, wanted) if needed]
+    of_leaves = iter(torch.autograd.grad(y, leaves, g, create_graph=True))
+    return (next(of_leaves) if needed else None for needed in wanted)

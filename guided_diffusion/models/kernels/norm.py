@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import channels_last, is_channels_last, recorded, transformed
-from .plain import gradients, group_norm, modulated
+from .layout import channels_last, gradients, is_channels_last, recorded, transformed
 
 _MOST_IMAGES = 65535  # the third axis of a CUDA grid, along which the kernels lay the images
 
@@ -66,6 +65,26 @@ def written_out(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> Ten
     of_all = (*a.shape, *[1] * (x.dim() - 2))
     y = F.group_norm(x.contiguous(), groups, eps=eps)
     return F.silu(torch.addcmul(b.view(of_all), y, a.view(of_all)))
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """`norm` of x [N, C, ...] in the dtype and memory layout of x; torch accumulates the statistics in float32."""
+    weight: Tensor = norm.weight
+    bias: Tensor = norm.bias
+    if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    channels_were_last = is_channels_last(x)
+    # torch's channels-last norm on the CPU loses digits, and crashes (2.13) where weights have a gradient and x has none. For
+    # forward mode there is none at all. Inductor writes its own.
+    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
+        x = x.contiguous()
+    y = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return channels_last(y) if channels_were_last else y  # some CUDA kernels answer in the plain layout
+
+
+def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """y * (1 + scale) + shift."""
+    return torch.addcmul(shift, y, 1 + scale)
 
 
 def _kernels(x: Tensor, *given: Tensor) -> Any:
@@ -117,7 +136,9 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
                 norm_triton.forward(x, a, a, 32, 1e-5)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        said = f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}"
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(
+            f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}",
+            stacklevel=2,
+        )
         return False
     return True
