@@ -11,7 +11,7 @@ from torch import Tensor
 from .denoiser import Denoised, Denoiser, Net, Spread
 from .process import Process, Tables
 
-# (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as a classifier is told it.
+# (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as the classifier takes it.
 GradLogProb = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -101,7 +101,7 @@ def classifier_free(conditional: Denoiser, unconditional: Denoiser, scale: float
 def interval(guided: Denoiser, plain: Denoiser, process: Process, *, sigma_min: float, sigma_max: float) -> Denoiser:
     """`guided` where sigma_min < sigma <= sigma_max, else `plain`; sigma = sqrt(1/alpha_bar - 1) (Kynkäänniemi et al. 2024).
 
-    Both are evaluated: choosing only one would mean waiting for the device to tell the step.
+    Both are evaluated: choosing only one would mean waiting for the device to read the step.
     """
     if not 0 <= sigma_min < sigma_max:
         raise ValueError(

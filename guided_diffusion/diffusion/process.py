@@ -2,7 +2,7 @@
 
 Notation of Ho et al. 2020 (arXiv 2006.11239): x_i = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps, steps i = 0 .. T-1, i = 0 nearly
 clean. A step position may lie between two steps: then i is a float tensor and what the noise level decides is interpolated in
-log-SNR = log(alpha_bar / (1 - alpha_bar)); on whole numbers it is exactly the table. The time told there is that of the process before
+log-SNR = log(alpha_bar / (1 - alpha_bar)); on whole numbers it is exactly the table. The time there is that of the process before
 respacing at this noise level.
 """
 
@@ -18,17 +18,17 @@ from torch import Tensor
 
 
 class Tables(Protocol):
-    """Whatever can say the value of a named table at a step position, shaped to multiply `like`."""
+    """Whatever has the value of a named table at a step position, shaped to multiply `like`."""
 
     def at(self, name: str, i: Tensor, like: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """Tables over steps i = 0..T-1. `betas` is the float64 truth; the tensors are float32 (or what `.to` was told), on one device."""
+    """Tables over steps i = 0..T-1. `betas` is the float64 truth; the tensors are float32 (or as `.to` made them), on one device."""
 
     betas: np.ndarray
-    time: Tensor  # what the network is told at step i: respacing and rescaling live here
+    time: Tensor  # the network's time input at step i, respaced and rescaled
     time_span: float  # length of the axis of `time`: number of steps before any respacing, or 1000 once rescaled
     beta: Tensor
     log_beta: Tensor
@@ -74,7 +74,7 @@ class Process:
         return value.view(-1, *(1,) * (like.ndim - 1))
 
     def time_at(self, i: Tensor) -> Tensor:
-        """What the network is told at positions `i`, `[B]`."""
+        """The network's time input at positions `i`, `[B]`."""
         if not i.is_floating_point():
             return _looked_up(self.time, i)
         if self.whole is None:
@@ -164,7 +164,7 @@ def _process(betas: np.ndarray, time: Tensor, span: float, device: torch.device,
 
 
 def make_process(betas: Any, time: Any = None) -> Process:
-    """A process on the CPU from its betas; `time` `[T]` is what the network is told at each step (default: the step's own number)."""
+    """A process on the CPU from its betas; `time` `[T]` is the network's input at each step (default: the number of the step)."""
     betas = check_betas(betas)
     times = torch.arange(len(betas)) if time is None else torch.as_tensor(time)
     if times.shape != (len(betas),):
@@ -175,7 +175,7 @@ def make_process(betas: Any, time: Any = None) -> Process:
 
 
 def rescale_time(process: Process, span: float = 1000.0) -> Process:
-    """The same process, with the network told times on an axis of length `span`, however many steps there were before respacing."""
+    """The same process, with times on an axis of length `span`, however many steps there were before respacing."""
     whole = process.whole and rescale_time(process.whole, span)
     return replace(process, time=rescaled(process.time, process.time_span, span), time_span=float(span), whole=whole)
 

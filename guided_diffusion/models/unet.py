@@ -369,7 +369,7 @@ class EncoderUNetModel(_Trunk):
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
     ) -> None:
-        num_classes = None  # classes are what it finds, not what it is given
+        num_classes = None  # classes are its outputs, not its inputs
         super().__init__(
             image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
             channel_mult, conv_resample, dims, num_classes, use_checkpoint, use_fp16, num_heads, num_head_channels,

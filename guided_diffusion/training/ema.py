@@ -103,10 +103,10 @@ class EMA:
 
     def _gathered(self, decay: str) -> list[Tensor] | None:
         """All averages in main memory on the main process, None elsewhere; one message after the other, so little memory is used."""
-        own = dict(zip(self._mine, self.copies[decay]))
+        share = dict(zip(self._mine, self.copies[decay]))
         whole = []
         for k, (_, p) in enumerate(self._params):
-            copy = own[k] if k in own else torch.empty_like(p)
+            copy = share[k] if k in share else torch.empty_like(p)
             if self._owners[k] != 0:
                 self._world.broadcast_(copy, src=self._owners[k], name=f"averages of decay {decay}")
             if self._world.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,11 +99,8 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[
                     f"the optimizer file is of another network: {name} of parameter {k} has shape {tuple(value.shape)} "
                     f"instead of {tuple(shape)}"
                 )
-    groups = [dict(group) for group in optimizer.param_groups]
-    start = 0
-    for group in groups:
-        group["params"] = list(range(start, start + len(group["params"])))
-        start += len(group["params"])
+    numbers = itertools.count()
+    groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 

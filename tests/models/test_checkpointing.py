@@ -33,17 +33,20 @@ def test_the_flag_is_obeyed(use_checkpoint: bool, monkeypatch: pytest.MonkeyPatc
 
 
 @BOTH
-def test_recomputation_happens_once_per_backward(use_checkpoint: bool) -> None:
+@pytest.mark.parametrize("norms", [False, True])
+def test_recomputation_happens_once_per_backward(use_checkpoint: bool, norms: bool) -> None:
+    """Norms are not computed a third time in blocks that recompute as a whole."""
     net, x, t = unet(use_checkpoint=use_checkpoint), images(), times()
-    runs = []
-    net.middle_block[0].in_layers.register_forward_hook(lambda *_: runs.append(1))
+    net.set_recompute_norms(norms)
+    runs, again = [], use_checkpoint or norms
+    net.middle_block[0].in_layers[0].register_forward_hook(lambda *_: runs.append(1))
     loss = net(x, t).pow(2).mean()
     assert len(runs) == 1
     loss.backward()
-    assert len(runs) == 1 + use_checkpoint
+    assert len(runs) == 1 + again
     with torch.no_grad():
         net(x, t)
-    assert len(runs) == 2 + use_checkpoint
+    assert len(runs) == 2 + again
 
 
 def test_gradients_with_dropout_are_those_without_recomputation() -> None:
@@ -185,19 +188,6 @@ def test_only_norms_are_computed_again(make: Any) -> None:
         kept.append(sum(size for key, size in sizes.items() if key not in own))
     assert operations[0] == operations[1]
     assert kept[1] < 0.65 * kept[0], kept
-
-
-def test_norms_are_computed_again_once_and_not_in_blocks_that_recompute_as_a_whole() -> None:
-    for use_checkpoint in (False, True):
-        net = unet(use_checkpoint=use_checkpoint)
-        net.set_recompute_norms()
-        runs: list[int] = []
-        net.middle_block[0].in_layers[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
-        gradients_of(net)
-        assert len(runs) == 2
-        with torch.no_grad():
-            net(images(), times())
-        assert len(runs) == 3
 
 
 def test_checkpoint_takes_parameters_it_does_not_need() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from network_recipe import build, layouts
-from small_networks import images, times, unet
+from small_networks import SMALL, images, times, unet
+
+from guided_diffusion.models.unet import UNetModel
 
 LAYOUTS = layouts()
 
@@ -21,20 +23,8 @@ def test_layout_is_that_of_the_released_file(name: str) -> None:
 
 
 def test_weights_can_be_assigned_to_a_network_without_memory() -> None:
-    net = unet()
+    net, x, t = unet(), images(), times()
     with torch.device("meta"):
-        empty = type(net)(
-            8,
-            3,
-            32,
-            6,
-            1,
-            (2,),
-            channel_mult=(1, 2),
-            num_head_channels=16,
-            use_scale_shift_norm=True,
-            resblock_updown=True,
-        )
+        empty = UNetModel(**SMALL, use_scale_shift_norm=True, resblock_updown=True)
     empty.load_state_dict(net.state_dict(), assign=True)
-    x, t = images(), times()
     torch.testing.assert_close(empty.eval()(x, t), net(x, t), rtol=0, atol=0)

@@ -87,11 +87,11 @@ def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, y, 1 + scale)
 
 
-def _kernels(x: Tensor, *given: Tensor) -> Any:
-    """The module whose kernels compute `norm_silu` of x with the other tensors given; None where torch's operators have to."""
-    if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *given):
+def _kernels(x: Tensor, *others: Tensor) -> Any:
+    """The module whose kernels compute `norm_silu` of x with the other tensors; None where torch's operators have to."""
+    if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *others):
         return None
-    rows = {len(part) for part in given if part.dim() > 1}
+    rows = {len(part) for part in others if part.dim() > 1}
     if len(rows) > 1 or rows - {1, len(x)}:
         return None  # the kernels read scale and shift alike, and torch would make several images of one
     if on_gpu(x):
