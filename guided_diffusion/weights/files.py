@@ -67,6 +67,10 @@ def read_weights(path: str, *, which: str = "") -> tuple[dict[str, Tensor], str]
 
 
 def _read(path: str) -> Any:
+    if not storage.exists(path):
+        raise ValueError(f"{path} does not exist; give the path of a saved .pt or .safetensors file")
+    if storage.isdir(path):
+        raise ValueError(f"{path} is a folder; give the path of one file in it")
     return _load_safetensors(path) if path.endswith(".safetensors") else load_object(path)
 
 
@@ -80,12 +84,12 @@ def _whole(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _flattened(found: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
+def _flattened(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested mappings by its names joined by dots, but for those of optimizers and the like."""
-    if isinstance(found, Tensor):
-        yield before.removesuffix("."), found
-    elif isinstance(found, (Mapping, list, tuple)):
-        for name, value in found.items() if isinstance(found, Mapping) else enumerate(found):
+    if isinstance(content, Tensor):
+        yield before.removesuffix("."), content
+    elif isinstance(content, (Mapping, list, tuple)):
+        for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):
             if isinstance(value, Tensor) or not _NO_WEIGHTS.match(str(name)):
                 yield from _flattened(value, f"{before}{name}.")
 
@@ -156,10 +160,6 @@ def _named_tensors(path: str, content: Any) -> dict[str, Tensor]:
 
 def load_object(path: str) -> Any:
     """Whatever `torch.save` put into a file, as long as it is tensors and plain containers. Errors as `load_weights`."""
-    if not storage.exists(path):
-        raise ValueError(f"{path} does not exist; give the path of a saved .pt file")
-    if storage.isdir(path):
-        raise ValueError(f"{path} is a folder; give the path of one .pt file in it")
     remote = storage.read_bytes(path) if storage.is_remote(path) else None
 
     def source() -> Any:
@@ -232,8 +232,6 @@ def _load_safetensors(path: str) -> dict[str, Tensor]:
         from safetensors.torch import load, load_file
     except ImportError as error:
         raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from error
-    if not storage.exists(path):
-        raise ValueError(f"{path} does not exist; give the path of a saved .safetensors file")
     try:
         return load(storage.read_bytes(path)) if storage.is_remote(path) else load_file(path)
     except SafetensorError as error:
@@ -268,18 +266,18 @@ def load_weights_into(
 
     With `assign` the network takes the tensors themselves, in their dtype and memory: for networks built on the meta device.
     """
-    own = net.state_dict()
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and own[name].shape != weights[name].shape
-    ]
+    of_net = net.state_dict()
+    differences = {
+        "tensors missing": [name for name in of_net if name not in weights],
+        "unknown tensors": [name for name in weights if name not in of_net],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in of_net.items()
+            if name in weights and value.shape != weights[name].shape
+        ],
+    }
     complaints = [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("tensors missing", missing), ("unknown tensors", unexpected), ("of another shape", shapes))
-        if names
+        f"{len(names)} {what} (first: {', '.join(names[:3])})" for what, names in differences.items() if names
     ]
     if complaints:
         raise ValueError(f"{source} is of another network: {'; '.join(complaints)}; build the network with its flags")
