@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import TWINS, filled, layouts, meta_shapes, outputs, shapes_of
+from checkpoint_files import TWINS, filled, meta_shapes, outputs
 
 import guided_diffusion as gd
 from guided_diffusion import build
@@ -344,6 +344,30 @@ def test_nothing_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "must not" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.pt", b"", "empty"),
+        ("noise.pt", b"\x93NUMPY not weights", "not a file of weights"),
+        ("lfs.pt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("page.pt", b"<!DOCTYPE html><html>", "web page"),
+        ("cut.pt", b"PK\x03\x04 half a file", "cut short"),
+        ("cut.safetensors", b"1234", "larger than the file"),
+    ],
+)
+def test_a_file_of_something_else_is_named(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, words)
+
+
+def test_an_optimizer_no_file_and_a_folder_are_no_weights(tmp_path: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "opt000001.pt")
+    refused(tmp_path / "opt000001.pt", "not weights by name")
+    for path, words in ((tmp_path / "absent.pt", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(ValueError, match=words):
+            load_weights(str(path))
+
+
 def test_a_legacy_file_that_claims_too_much(tmp_path: Path) -> None:
     """The format before zip archives notes sizes in a pickle; a file that lies about them is cut short."""
     buffer = io.BytesIO()
@@ -407,14 +431,3 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
     save_file(before.net.state_dict(), tmp_path / "bare.safetensors")
     after = gd.load(str(tmp_path / "bare.safetensors"), flags=line(kind, flags))
     assert torch.equal(outputs(after), outputs(before))
-
-
-def test_flags_of_every_released_layout_build_it_again() -> None:
-    """On the meta device: what is recognised and what the flags of 2021 say are the same network, all fifteen times."""
-    for name, layout in layouts().items():
-        config = identify.identify(f"{name}.pt", shapes_of(layout))
-        with torch.device("meta"):
-            net = build.build_network(config.model, config.diffusion)
-        found = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-        assert list(found.items()) == list(shapes_of(layout).items()), name
-        assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -168,40 +167,6 @@ def test_another_network_is_a_short_error(tmp_path):
         ValueError, match="of another network: 4 tensors missing .* 1 unknown tensors .* of another shape"
     ):
         make().restore(load_run(str(tmp_path)))
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("this must not be printed",))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_files_that_are_not_weights_are_named(tmp_path, capsys):
-    def check(name, content, words):
-        path = tmp_path / name
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        with pytest.raises(ValueError, match=words) as caught:
-            load_weights(str(path))
-        assert name in str(caught.value)
-
-    check("evil.pt", {"w": Evil()}, "would run code")
-    check("evil_old.pt", pickle.dumps(Evil()), "can run code")
-    check("empty.pt", b"", "empty")
-    check("noise.pt", b"\x93NUMPY not weights", "not a file of weights")
-    check("lfs.pt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")
-    check("page.pt", b"<!DOCTYPE html><html>", "web page")
-    check("opt000001.pt", {"state": {}, "param_groups": []}, "not weights by name")
-    torch.save({"w": torch.zeros(1000)}, tmp_path / "cut.pt")
-    check("cut.pt", (tmp_path / "cut.pt").read_bytes()[:2000], "cut short")
-    check("cut.safetensors", b"1234", "damaged or not a safetensors")
-    with pytest.raises(ValueError, match="does not exist"):
-        load_weights(str(tmp_path / "absent.pt"))
-    with pytest.raises(ValueError, match="is a folder"):
-        load_weights(str(tmp_path))
-    assert "must not" not in capsys.readouterr().out
 
 
 def test_old_and_foreign_formats_load(tmp_path):

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import TWINS, filled, meta_shapes
+from checkpoint_files import TWINS, filled, layouts, meta_shapes
 
 from guided_diffusion.cli.main import main
+from guided_diffusion.config import flatten
 from guided_diffusion.weights import identify
 from guided_diffusion.weights import released as presets
 
@@ -136,3 +137,33 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there are 64x64_diffusion" in capsys.readouterr().err
     assert main(["zoo", "show"]) == 2
     assert "zoo show needs a name" in capsys.readouterr().err
+
+
+def test_there_are_fifteen_and_each_has_an_address() -> None:
+    assert len(presets.PRESETS) == 15
+    assert all(p.url.startswith("https://") and p.url.endswith(f"/{p.name}.pt") for p in presets.PRESETS.values())
+    assert {p.classifier for p in presets.PRESETS.values()} - {""} <= set(presets.PRESETS)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_flags_are_the_recorded_ones(name: str) -> None:
+    preset = presets.PRESETS[name]
+    recorded = layouts()[name]
+    ours = flatten({"model": preset.model.to_dict(), "diffusion": preset.diffusion.to_dict()})
+    assert recorded["kind"] == preset.kind
+    differing = {k: (v, ours[k]) for k, v in recorded["flags"].items() if ours[k] != v}
+    differing.pop("use_fp16", None)  # arithmetic is a choice of the one who samples
+    assert differing == {}
+
+
+def test_unknown_name_lists_the_names() -> None:
+    assert presets.get("lsun_cat.pt") is presets.PRESETS["lsun_cat"]
+    with pytest.raises(ValueError, match="lsun_cow.*lsun_bedroom"):
+        presets.get("lsun_cow")
+
+
+def test_best_figures_stand_first() -> None:
+    """The paper's main result for each size, by which a reproduction is judged."""
+    best = {name: presets.get(name).recipes[0] for name in ("128x128_diffusion", "256x256_diffusion")}
+    assert best["128x128_diffusion"].scale == 0.5 and best["128x128_diffusion"].expected.fid == 2.97
+    assert best["256x256_diffusion"].scale == 1.0 and best["256x256_diffusion"].expected.fid == 4.59
