@@ -104,7 +104,7 @@ def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfi
         f"{model.prefix}channel_mult": ",".join(f"{m:g}" for m in model.multipliers),
         f"{model.prefix}attention_resolutions": attention,
     }
-    differs = "; ".join(each.text for each in wrong.values())
+    differs = "; ".join(text for _, text in wrong.values())
     _log.info("%s: %s: the levels stay, with attention at %s", path, differs, attention)
     return replace(config, model=replace(model, **sizes, **levels).validate())  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
 from .recognise import OPEN, SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, signature
@@ -105,25 +105,19 @@ def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-class Contradiction(NamedTuple):
-    """What the file has where a typed flag denies it, and a sentence about both."""
-
-    value: Any
-    text: str
-
-
-def refuse(path: str, wrong: Mapping[str, Contradiction], remedy: str = "") -> None:
-    """ValueError, in words, where flags contradict the file."""
+def refuse(path: str, wrong: Mapping[str, tuple[Any, str]], remedy: str = "") -> None:
+    """ValueError, in words, where there are `contradictions` of the file."""
     if wrong:
-        own = flag_line({name: each.value for name, each in wrong.items()})
+        own = flag_line({name: value for name, (value, _) in wrong.items()})
         raise ValueError(
-            f"{path} is another network than the flags say: {'; '.join(each.text for each in wrong.values())}. "
+            f"{path} is another network than the flags say: {'; '.join(text for _, text in wrong.values())}. "
             f"{remedy or f'Leave these flags out, or give its own: {own}'}"
         )
 
 
-def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, Contradiction]:
-    """By flag: what network and process have and typed flags deny. Other spellings of the same network are none."""
+def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """By flag: what network and process have where a typed flag denies it, and a sentence about both. Other spellings of the same
+    network are none."""
     wrong = {}
     sections: tuple[Any, ...] = (config.model, config.diffusion)
     for values in sections:
@@ -132,7 +126,7 @@ def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, Con
             other = replace(values, **({"predict": ""} if name == "predict_xstart" else {}), **{name: typed})
             if _meaning(values, name) != _meaning(other, name) and (typed or name != "num_classes"):
                 value = values.reading["predicts"] if name == "predict" else getattr(values, name)
-                wrong[name] = Contradiction(value, _text(values, name, value, typed))
+                wrong[name] = value, _text(values, name, value, typed)
     return wrong
 
 
