@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import BASE, CRITIC, filled, meta_shapes, outputs
+from checkpoint_files import BASE, CRITIC, enter_as_released, filled, outputs
 from PIL import Image
 
 import guided_diffusion as gd
 from guided_diffusion import build
 from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import classes_of
-from guided_diffusion.weights import convert, identify
+from guided_diffusion.weights import convert
 from guided_diffusion.weights.load import check_pair
 from guided_diffusion.weights.runs import load_weights, save_run
 
@@ -72,6 +72,10 @@ def run(command: str, data: str, out: Path, *words: str, steps: int = 1) -> Path
 
 def stored(path: Path) -> dict[str, Any]:
     return json.loads((path.parent / path.name.replace("model", "run").replace(".pt", ".json")).read_text())
+
+
+def assert_same(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(path)).items())
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: str, data: str, out: Path, *words: str) -> str:
@@ -164,7 +168,7 @@ def test_another_image_size_keeps_the_levels(place: Path, tmp_path: Path, capsys
     model = stored(after)["config"]["model"]
     assert (model["image_size"], model["attention_resolutions"], model["channel_mult"]) == (16, "8", "1,2")
     before = gd.load(str(place / "diffusion.safetensors")).net.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in load_weights(str(after)).items())
+    assert_same(after, before)
     words = start(place / "super_resolution.safetensors", "--large_size 16 --small_size 8")
     model = stored(run("train-upsampler", data, tmp_path / "up", *words))["config"]["model"]
     assert (model["large_size"], model["small_size"], model["attention_resolutions"]) == (16, 8, "8")
@@ -180,12 +184,12 @@ def test_a_start_from_one_kind_of_weights_alone(which: str, place: Path, tmp_pat
     expected = load_weights(str(source / ("ema_0.9_000005.pt" if which == "ema" else "model000005.pt")))
     after = run("train", data, tmp_path / "out", "--resume_checkpoint", str(source), "--resume_from", which)
     for path in (after, after.parent / "ema_0.9_000001.pt"):
-        assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(path)).items())
+        assert_same(path, expected)
     if which == "ema":  # the file itself says so too
         for k, more in enumerate(([], ["--resume_from", "ema"])):
             words = ["--resume_checkpoint", str(source / "ema_0.9_000005.pt"), *more]
             after = run("train", data, tmp_path / f"named{k}", *words)
-            assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(after)).items())
+            assert_same(after, expected)
     files = {"model": source / "model000005.pt", "ema": source / "ema_0.9_000005.pt"}
     both = {name: load_weights(str(path)) for name, path in files.items()}
     torch.save(both, tmp_path / "both.pt")
@@ -194,7 +198,7 @@ def test_a_start_from_one_kind_of_weights_alone(which: str, place: Path, tmp_pat
     table.write_text("".join(f"{name}/{k}.png,{n}\n" for n, name in enumerate(CLASSES) for k in range(3)))
     words = ["--resume_checkpoint", str(tmp_path / "both.pt"), "--weights", which, "--labels", str(table), *flags]
     after = run("train", data, tmp_path / "plain", *words, "--num_channels", "32")
-    assert all(torch.equal(value, expected[name]) for name, value in load_weights(str(after)).items())
+    assert_same(after, expected)
 
 
 def test_a_whole_save_of_another_run_is_continued(place: Path, tmp_path: Path) -> None:
@@ -218,7 +222,7 @@ def test_a_whole_save_without_a_configuration_may_have_prefixed_names(place: Pat
     begin = start(tmp_path / "again" / "model000005.pt")
     after = run("train", images_of(tmp_path / "data"), tmp_path / "out", *begin, *words, steps=6)
     before = load_weights(str(place / "diffusion" / "model000005.pt"))
-    assert all(torch.equal(value, before[name]) for name, value in load_weights(str(after)).items())
+    assert_same(after, before)
 
 
 def test_flags_about_a_start_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,10 +241,9 @@ def test_a_released_file_is_known_by_its_layout_and_name(
     kind = gd.presets.PRESETS[name].kind
     command, flags = KINDS[kind]
     flags = {**flags, "noise_schedule": "cosine"}
-    preset = identify.Preset(name, kind, {**flags, "num_classes": 4})
-    monkeypatch.setattr(identify, "SIGNATURES", {identify.signature(meta_shapes(kind, flags)): (name,)})
-    monkeypatch.setattr(identify, "PRESETS", {name: preset})
-    torch.save({"module." + k: v for k, v in filled(kind, flags).net.state_dict().items()}, tmp_path / f"{name}.pt")
+    released = filled(kind, flags)
+    enter_as_released(monkeypatch, name, kind, {**flags, "num_classes": 4}, released)
+    torch.save({"module." + k: v for k, v in released.net.state_dict().items()}, tmp_path / f"{name}.pt")
     source = ["--resume_checkpoint", str(tmp_path / f"{name}.pt")]
     after = run(command, images_of(tmp_path / "data"), tmp_path / "out", *source)  # four classes, as the file has
     assert stored(after)["config"]["diffusion"]["noise_schedule"] == "cosine"

@@ -13,18 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import TWINS, filled, meta_shapes, outputs
+from checkpoint_files import TWINS, enter_as_released, filled, outputs
 
 import guided_diffusion as gd
 from guided_diffusion import build
-from guided_diffusion.weights import convert, identify
+from guided_diffusion.weights import convert
 from guided_diffusion.weights.files import load_weights, read_metadata, read_weights
 from guided_diffusion.weights.runs import save_run
 
+KIND, FLAGS = TWINS["256x256_diffusion_uncond"]
 
-def line(kind: str, flags: dict[str, Any]) -> dict[str, Any]:
+
+def typed(flags: dict[str, Any]) -> dict[str, Any]:
     """What a user of 2021 types, but for the parts that this package adds."""
-    return {name: value for name, value in flags.items() if name not in ("num_classes",)}
+    return {name: value for name, value in flags.items() if name != "num_classes"}
+
+
+def reloaded(content: Any, path: Path, flags: dict[str, Any] = FLAGS, **options: Any) -> gd.Loaded:
+    """`content` saved as a plain file, and loaded with typed flags."""
+    torch.save(content, path)
+    return gd.load(str(path), flags=typed(flags), **options)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -34,8 +42,7 @@ def test_twins_load_bit_equal_by_flags_by_folder_and_by_safetensors(name: str, t
     expected = outputs(before)
     assert expected.abs().max() > 0.1
 
-    torch.save(before.net.state_dict(), tmp_path / "bare.pt")
-    bare = gd.load(str(tmp_path / "bare.pt"), flags=line(kind, flags))
+    bare = reloaded(before.net.state_dict(), tmp_path / "bare.pt", flags)
     gd.save(before, str(tmp_path / "run"))
     run = gd.load(str(tmp_path / "run"))
     convert.save_file(before, str(tmp_path / "one.safetensors"), "safetensors")
@@ -56,9 +63,8 @@ def test_a_released_layout_loads_without_a_flag(
     """A small twin stands for the released file: its layout is entered as the released one, with the twin's own flags."""
     kind, flags = TWINS[name]
     before = filled(kind, flags)
-    preset = identify.Preset(name, kind, {**gd.presets.PRESETS[name].flags, **flags, "attention_resolutions": "8"})
-    monkeypatch.setattr(identify, "SIGNATURES", {identify.signature(meta_shapes(kind, flags)): (name,)})
-    monkeypatch.setattr(identify, "PRESETS", {name: preset})
+    flags = {**gd.presets.PRESETS[name].flags, **flags, "attention_resolutions": "8"}
+    enter_as_released(monkeypatch, name, kind, flags, before)
     torch.save(before.net.state_dict(), tmp_path / f"{name}.pt")
     after = gd.load(str(tmp_path / f"{name}.pt"))
     assert not caplog.messages
@@ -75,17 +81,13 @@ def test_attention_kept_as_2d_convolutions_is_squeezed(tmp_path: Path) -> None:
     ends = ("qkv.weight", "proj_out.weight")
     state = {k: v.unsqueeze(-1) if k.endswith(ends) else v for k, v in before.net.state_dict().items()}
     assert sum(v.dim() == 4 and k.endswith(ends) for k, v in state.items()) > 4
-    torch.save(state, tmp_path / "cm.pt")
-    after = gd.load(str(tmp_path / "cm.pt"), flags=line(kind, flags))
-    assert torch.equal(outputs(after), outputs(before))
+    assert torch.equal(outputs(reloaded(state, tmp_path / "cm.pt", flags)), outputs(before))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    kind, flags = TWINS["256x256_diffusion_uncond"]
-    before = filled(kind, flags)
-    torch.save({k: v.to(dtype) for k, v in before.net.state_dict().items()}, tmp_path / "half.pt")
-    after = gd.load(str(tmp_path / "half.pt"), flags=line(kind, flags))
+    before = filled(KIND, FLAGS)
+    after = reloaded({k: v.to(dtype) for k, v in before.net.state_dict().items()}, tmp_path / "half.pt")
     assert {p.dtype for p in after.net.parameters()} == {torch.float32}
     before.net.load_state_dict({k: v.to(dtype).float() for k, v in before.net.state_dict().items()})
     assert torch.equal(outputs(after), outputs(before))
@@ -116,18 +118,15 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_files_load(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kind, flags = TWINS["256x256_diffusion_uncond"]
-    before = filled(kind, flags)
-    torch.save(WRAPPED[name](before.net.state_dict()), tmp_path / "wrapped.pt")
-    caplog.clear()
-    after = gd.load(str(tmp_path / "wrapped.pt"), flags=line(kind, flags))
+    before = filled(KIND, FLAGS)
+    after = reloaded(WRAPPED[name](before.net.state_dict()), tmp_path / "wrapped.pt")
     assert torch.equal(outputs(after), outputs(before)) and after.weights == ""
     assert any("which is left out" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize("name", ["ddp", "compiled", "state_dict"])
 def test_a_save_of_a_run_that_was_saved_again_loads(name: str, tmp_path: Path) -> None:
-    before = filled(*TWINS["256x256_diffusion_uncond"])
+    before = filled(KIND, FLAGS)
     gd.save(before, str(tmp_path))
     (weights,) = tmp_path.glob("model*.pt")
     torch.save(WRAPPED[name](before.net.state_dict()), weights)
@@ -152,14 +151,11 @@ BOTH: dict[str, Callable[[Any, Any], Any]] = {  # (raw, averaged) -> what a trai
 def test_of_raw_and_averaged_weights_the_choice_is_told(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kind, flags = TWINS["256x256_diffusion_uncond"]
-    network = filled(kind, flags)
-    raw, ema = network.net.state_dict(), shifted(network.net.state_dict())
-    path = str(tmp_path / "both.pt")
-    torch.save(BOTH[name](raw, ema), path)
+    raw = filled(KIND, FLAGS).net.state_dict()
+    ema = shifted(raw)
     for which, expected in (("", ema), ("ema", ema), ("model", raw)):
         caplog.clear()
-        found = gd.load(path, flags=line(kind, flags), weights=which)
+        found = reloaded(BOTH[name](raw, ema), tmp_path / "both.pt", weights=which)
         assert all(torch.equal(value, expected[key]) for key, value in found.net.state_dict().items()), which
         assert found.weights == (which or "ema")
         assert "EMA weights" in caplog.text and "raw weights" in caplog.text
@@ -167,22 +163,19 @@ def test_of_raw_and_averaged_weights_the_choice_is_told(
 
 
 def test_averaged_weights_alone_are_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kind, flags = TWINS["256x256_diffusion_uncond"]
-    before, path = filled(kind, flags), str(tmp_path / "a.pt")
+    before, path = filled(KIND, FLAGS), tmp_path / "a.pt"
     for content in ({"ema": before.net.state_dict()}, {"model_ema": before.net.state_dict(), "step": 7}):
-        torch.save(content, path)
         caplog.clear()
-        assert torch.equal(outputs(gd.load(path, flags=line(kind, flags))), outputs(before))
+        assert torch.equal(outputs(reloaded(content, path)), outputs(before))
         assert "EMA weights only" in caplog.text
         with pytest.raises(ValueError, match="--weights is 'model', but .*a.pt holds EMA weights only"):
-            gd.load(path, flags=line(kind, flags), weights="model")
+            reloaded(content, path, weights="model")
 
 
 def test_several_networks_of_one_kind_are_refused_and_unreadable_averages_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kind, flags = TWINS["256x256_diffusion_uncond"]
-    state, path = filled(kind, flags).net.state_dict(), str(tmp_path / "a.pt")
+    state, path = filled(KIND, FLAGS).net.state_dict(), str(tmp_path / "a.pt")
     torch.save({"ema_0.999": state, "ema_0.9999": state}, path)
     with pytest.raises(ValueError, match="several networks, 'ema_0.999', 'ema_0.9999'"):
         load_weights(path)
@@ -231,12 +224,7 @@ class Around(torch.nn.Module):
 
     def __init__(self, **shape: Any) -> None:
         super().__init__()
-        flags = {
-            name: value
-            for name, value in TWINS["256x256_diffusion_uncond"][1].items()
-            if name in gd.ModelConfig.names()
-        }
-        self.module = build.build_model(gd.ModelConfig(**flags), gd.DiffusionConfig(learn_sigma=True))
+        self.module = build.build_model(gd.ModelConfig.from_flags(FLAGS), gd.DiffusionConfig(learn_sigma=True))
         self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -378,7 +366,7 @@ def test_a_legacy_file_that_claims_too_much(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 100, 4096, -1, -100])
 def test_truncated_files_of_every_form(keep: int, tmp_path: Path) -> None:
-    before = filled(*TWINS["256x256_diffusion_uncond"])
+    before = filled(KIND, FLAGS)
     convert.save_file(before, str(tmp_path / "a.safetensors"), "safetensors")
     torch.save(before.net.state_dict(), tmp_path / "a.pt")
     for name in ("a.safetensors", "a.pt"):
@@ -426,8 +414,7 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
     assert read_metadata(str(tmp_path / "foreign.safetensors")) == {"format": "pt"}
     with pytest.raises(ValueError, match="begins with conv.weight"):
         gd.load(str(tmp_path / "foreign.safetensors"))
-    kind, flags = TWINS["256x256_diffusion_uncond"]
-    before = filled(kind, flags)
+    before = filled(KIND, FLAGS)
     save_file(before.net.state_dict(), tmp_path / "bare.safetensors")
-    after = gd.load(str(tmp_path / "bare.safetensors"), flags=line(kind, flags))
+    after = gd.load(str(tmp_path / "bare.safetensors"), flags=typed(FLAGS))
     assert torch.equal(outputs(after), outputs(before))
