@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -91,8 +92,13 @@ class Checkpoints:
             )
 
     def set_aside(self) -> None:
-        """Make room for a run that starts afresh: the saves of an earlier one move into a folder within this one."""
-        if self.world.is_main and (aside := checkpoint.set_aside(self.directory)) is not None:
+        """Make room for a run that starts afresh: the saves of an earlier one move into a folder within this one, `before_DATE`."""
+        saves = checkpoint.saves_in(self.directory) if self.world.is_main else {}
+        if saves:
+            aside = storage.join(self.directory, time.strftime("before_%Y%m%d-%H%M%S"))
+            storage.makedirs(aside)
+            for path in (path for files in saves.values() for path in files.values()):
+                storage.move(path, storage.join(aside, os.path.basename(path)))
             _log.info(f"starting afresh: the saves that were in {self.directory} are in {aside} now")
 
     def save(
@@ -170,7 +176,9 @@ class Checkpoints:
         for step in whole[: -self._keep_last]:
             milestone = self._keep_every > 0 and step % self._keep_every == 0
             if not milestone and saves[step]["run"] != self.last_good:
-                checkpoint.remove_run(self.directory, step)
+                # The JSON first, so that a half-deleted save never looks whole.
+                for path in (saves[step].pop("run"), *saves[step].values()):
+                    storage.remove(path)
 
 
 def find_save(directory: str, resume: str, *, kind: str, world: World | None = None) -> SavedRun | None:

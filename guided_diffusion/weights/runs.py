@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -148,25 +147,6 @@ def save_run(
     path = storage.join(directory, file_name("run", step))
     storage.write_json_atomic(path, run)
     return path
-
-
-def remove_run(directory: str, step: int) -> None:
-    """Delete one save; its JSON file goes first, so that a half-deleted save never looks whole."""
-    files = saves_in(directory)[step]
-    for role in sorted(files, key=lambda role: role != "run"):
-        storage.remove(files[role])
-
-
-def set_aside(directory: str) -> str | None:
-    """Move every file of a save into a new folder within `directory`, `before_DATE`; returns its path, None where there are none."""
-    paths = [path for files in saves_in(directory).values() for path in files.values()]
-    if not paths:
-        return None
-    aside = storage.join(directory, time.strftime("before_%Y%m%d-%H%M%S"))
-    storage.makedirs(aside)
-    for path in paths:
-        storage.move(path, storage.join(aside, os.path.basename(path)))
-    return aside
 
 
 # ---------------------------------------------------------------------------------------------------------------------
