@@ -11,12 +11,14 @@ import pkgutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from ..config import Section, changed, flag, flatten, laid_over
 from ..config.fields import RENAMED
 from ..runtime import launchers, storage
 
+_HELP = partial(argparse.HelpFormatter, max_help_position=36, width=120)
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 LAST = "for weights that carry no configuration"  # the group of all other flags of a command that reads weights
 # The groups of --help: title -> flags. A command shows those that it has; flags in no group are in the last one.
@@ -127,7 +129,7 @@ def parse(
     for field in (field for config in (*configs, Common) for field in fields(config) if "help" in field.metadata):
         known.setdefault(field.name, field)
     default = {name: (defaults or {}).get(name, field.default) for name, field in known.items()}
-    parser = Parser(program, description, formatter_class=_Help)
+    parser = Parser(program, description, formatter_class=_HELP)
     in_help = not {"-h", "--help"}.isdisjoint(argv)  # only then tables are read
     grouped = " ".join(groups.values()).split()
     for title, names in groups.items():
@@ -137,8 +139,7 @@ def parse(
                 group.add_argument("--config", metavar="FILE", help="JSON file with values for these flags")
             elif name in known:
                 _add(group, known[name], default[name], in_help)
-    renamed = {f"--{old}": f"--{now}" for old, now in RENAMED.items() if now in known}
-    arguments, unknown = parser.parse_known_args(_underscored(argv, renamed))
+    arguments, unknown = parser.parse_known_args(_present_names(argv, known))
     if unknown:
         raise ValueError(_unknown(unknown[0], known))
     typed = {key: value for key, value in vars(arguments).items() if key != "config"}
@@ -179,11 +180,6 @@ def int_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
 
 
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=120)
-
-
 def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
     help, choices, auto, table = (field.metadata[key] for key in ("help", "choices", "auto", "table"))
     if in_help and table:
@@ -199,15 +195,16 @@ def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
     group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
 
 
-def _underscored(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """--save-interval=5 -> --save_interval=5, and `renamed` flags by their present name; values stay as they are."""
-    fixed = []
+def _present_names(argv: Sequence[str], known: Mapping[str, Field[Any]]) -> list[str]:
+    """--save-interval=5 -> --save_interval=5, and flags that have been renamed by their present name; values stay as they are."""
+    words = []
     for word in argv:
         name, equals, value = word.partition("=")
         if name.startswith("--") and " " not in name:  # with a space it is the quoted value of --upsampler_flags
-            name = "--" + name[2:].replace("-", "_")
-        fixed.append(renamed.get(name, name) + equals + value)
-    return fixed
+            name = name[2:].replace("-", "_")
+            name = "--" + (RENAMED[name] if RENAMED.get(name) in known else name)
+        words.append(name + equals + value)
+    return words
 
 
 def _from_file(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
@@ -242,5 +239,5 @@ def _unknown(word: str, known: Mapping[str, Field[Any]]) -> str:
 
 def near(value: object, allowed: Iterable[object], prefix: str = "") -> str:
     """ " (did you mean ...?)" if one of the `allowed` is similar, else nothing."""
-    found = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{found[0]}?)" if found else ""
+    similar = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{similar[0]}?)" if similar else ""

@@ -32,9 +32,9 @@ def check(argv: Sequence[str]) -> int:
     from ..data import check as checking
 
     with bar:
-        found = checking.check(records, workers=max(1, args.workers), progress=bar.update)
-    print("\n".join(checking.describe_findings(records, found)))
-    return 1 if found.unreadable else 0
+        findings = checking.check(records, workers=max(1, args.workers), progress=bar.update)
+    print("\n".join(checking.describe_findings(records, findings)))
+    return 1 if findings.unreadable else 0
 
 
 def pack(argv: Sequence[str]) -> int:

@@ -82,7 +82,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
         train.check_start(parsed, kind)
         folder, _ = runs.run_folder(parsed.flags["out"], kind)
         alone = World(device=world.device)  # the other processes take no part in reading what the run starts from
-        config = train.configured(parsed, kind, alone, folder)[0].validate()
+        config = train.configured(parsed, kind, alone, folder)[0]
         with torch.device("meta"):  # shapes without numbers: a network of 500 million parameters costs nothing
             net = build_network(config.model, config.diffusion)
     except (ValueError, OSError) as error:

@@ -49,8 +49,8 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None 
         remote = type(error).__module__.split(".")[0] == "blobfile"  # a remote path that cannot be reached
         if not (isinstance(error, USER_ERRORS) or derived or remote):
             raise
-        told = getattr(error, "reported_elsewhere", False)
-        if not told and (isinstance(error, RuntimeError) or not launchers.leave_it_to_the_first(os.environ)):
+        reported = getattr(error, "reported_elsewhere", False)
+        if not reported and (isinstance(error, RuntimeError) or not launchers.leave_it_to_the_first(os.environ)):
             if any(word.startswith("--debug") for word in words):
                 traceback.print_exc()
             print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)

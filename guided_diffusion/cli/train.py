@@ -98,9 +98,9 @@ def check_start(parsed: arguments.Parsed, kind: str) -> None:
         for name in ("new_classes", "resume_from", "weights"):
             if parsed.flags[name]:
                 raise ValueError(f"--{name} needs --resume_checkpoint FILE, the weights to start from")
-    given = {name: parsed.flags[name] for name in ("resume_from", "weights") if parsed.flags[name]}
-    if not set(given.values()) <= set(WEIGHTS) or len(set(given.values())) > 1:
-        values = " and ".join(f"--{name} is {value!r}" for name, value in given.items())
+    which = {name: parsed.flags[name] for name in ("resume_from", "weights") if parsed.flags[name]}
+    if not set(which.values()) <= set(WEIGHTS) or len(set(which.values())) > 1:
+        values = " and ".join(f"--{name} is {value!r}" for name, value in which.items())
         raise ValueError(
             f"{values}; it must be ema or model (--weights is an alias of --resume_from: give one of them)"
         )
@@ -190,10 +190,10 @@ def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) ->
         return records, None
     records.require_labels()
     if saved is not None and not (start is not None and start.new_classes):
-        whose = start.path if start else saved.directory
-        remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {whose}")
+        source = start.path if start else saved.directory
+        remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {source}")
         as_2021 = start is not None and start.as_2021
-        records, note = renumber(records, saved.class_names, count, whose, as_2021=as_2021, remedy=remedy)
+        records, note = renumber(records, saved.class_names, count, source, as_2021=as_2021, remedy=remedy)
         if note:
             _log.info(note)
     if config.kind != "classifier":
@@ -341,11 +341,8 @@ def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
     count = min(len(held_out), MAX_ACCURACY_IMAGES)
     size = min(count, 64)
     batches = build.build_batches(held_out.take(range(count)), plan.config, batch_size=size, held_out=True)
-    some, losses, seed = (
-        islice(batches, math.ceil(count / size)),
-        partial(classifier_loss, process),
-        plan.config.train.seed,
-    )
+    some = islice(batches, math.ceil(count / size))
+    losses, seed = partial(classifier_loss, process), plan.config.train.seed
     table = accuracy_by_noise(trainer.net, losses, some, len(process), seed=seed, device=trainer.device)
     storage.write_json_atomic(storage.join(plan.folder, "accuracy_by_noise.json"), table)
 

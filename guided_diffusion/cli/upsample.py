@@ -128,16 +128,16 @@ def _second(options: Cascade) -> Upsampling:
     words = shlex.split(options.upsampler_flags)
     if any(word.startswith("--import") for word in words):  # the value may be a file's, and no file may run a program
         raise ValueError("--upsampler_flags has --import; give it to cascade itself")
-    given = {name: options.typed[name] for name in _SHARED if name in options.typed}
-    given |= {
+    flags = {name: options.typed[name] for name in _SHARED if name in options.typed}
+    flags |= {
         "model_path": options.upsampler_path,
         "use_ddim": options.upsampler_use_ddim,
         "classifier_path": options.upsampler_classifier_path,
         "classifier_scale": options.upsampler_classifier_scale,
-        "timestep_respacing": options.upsampler_timestep_respacing or given.get("timestep_respacing", ""),
-        "batch_size": options.upsampler_batch_size or given.get("batch_size", ""),
+        "timestep_respacing": options.upsampler_timestep_respacing or flags.get("timestep_respacing", ""),
+        "batch_size": options.upsampler_batch_size or flags.get("batch_size", ""),
         "num_samples": options.num_samples,
     }
-    first = [f"--{name}={value}" for name, value in given.items() if value != ""]
+    first = [f"--{name}={value}" for name, value in flags.items() if value != ""]
     program = "guided-diffusion cascade --upsampler_flags"
     return Upsampling.of(Upsampling.flags([*first, *words], program))

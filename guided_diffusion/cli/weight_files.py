@@ -50,22 +50,22 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     from ..weights.files import read_weights
     from .doctor import forward_of
 
-    found = load.find(args.path, weights=args.weights)
-    tensors, _ = read_weights(found.path, which=args.weights)
+    file = load.find(args.path, weights=args.weights)
+    tensors, _ = read_weights(file.path, which=args.weights)
     dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
     millions = sum(value.numel() for value in tensors.values()) / 1e6
-    yield f"file        {found.path}"
+    yield f"file        {file.path}"
     yield f"tensors     {len(tensors)}, {millions:.2f} million parameters, {dtypes}"
-    config, shapes = found.config, {name: tuple(value.shape) for name, value in tensors.items()}
+    config, shapes = file.config, {name: tuple(value.shape) for name, value in tensors.items()}
     if args.probe and (config is None or config.kind != "classifier"):
-        known = probe.known_of(found.path, shapes, args.image_size)
+        known = probe.known_of(file.path, shapes, args.image_size)
         images = open_images(args.probe, int(known["image_size"]), int(known["image_channels"]), labels="none")
         x0 = images.low_res(range(min(args.probe_images, len(images))))["low_res"].to(device)
         yield probe.verdict(probe.probe(load.fitted(tensors), known, x0))
         return
-    config = config or identify.identify(found.path, shapes)
-    yield f"kind        {config.kind}" + (f", after {found.step} training steps" if found.step is not None else "")
-    if names := found.class_names:
+    config = config or identify.identify(file.path, shapes)
+    yield f"kind        {config.kind}" + (f", after {file.step} training steps" if file.step is not None else "")
+    if names := file.class_names:
         yield f"classes     {len(names)}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
     yield f"network     {identify.flag_line(config.model.to_dict())}"
     yield f"process     {identify.flag_line(config.diffusion.to_dict())}"

@@ -39,25 +39,25 @@ def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
     """ "0.5,1, 2" or a sequence -> (0.5, 1, 2); whole numbers come back as int. ValueError names the flag."""
     parts = text.split(",") if isinstance(text, str) else list(text)
     try:
-        found = [float(part) for part in parts if str(part).strip()]
-        if not all(map(math.isfinite, found)):
+        values = [float(part) for part in parts if str(part).strip()]
+        if not all(map(math.isfinite, values)):
             raise ValueError("not finite")
     except ValueError:
         raise ValueError(f"--{flag} is {text!r}; it must be numbers separated by commas, such as 32,16,8") from None
-    return tuple(int(value) if value == int(value) else value for value in found)
+    return tuple(int(value) if value == int(value) else value for value in values)
 
 
 def options(text: str, flag: str) -> dict[str, Any]:
     """ "depth=6,width=384,norm=layer" -> {"depth": 6, "width": 384, "norm": "layer"}. ValueError names the flag."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = part.partition("=")
+        name, equals, word = part.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--{flag} is {text!r}; it must be names with values, such as depth=6,width=384")
-        found[name] = value
+        values[name] = word
         with contextlib.suppress(ValueError, SyntaxError):  # a number or a truth value; else it is text
-            found[name] = ast.literal_eval(value)
-    return found
+            values[name] = ast.literal_eval(word)
+    return values
 
 
 class Section:

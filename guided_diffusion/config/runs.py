@@ -210,11 +210,6 @@ class RunConfig:
         """diffusion, super_resolution or classifier."""
         return self.model.kind
 
-    def validate(self) -> RunConfig:
-        for section in SECTIONS:
-            getattr(self, section).validate()
-        return self._agreed()
-
     def _agreed(self) -> RunConfig:
         """Rules between sections."""
         train = self.train
@@ -254,8 +249,8 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, kind: str, values: Mapping[str, Any]) -> RunConfig:
-        found = {name: config.from_dict(values.get(name, {})) for name, config in cls.sections(kind).items()}
-        return cls(**found)  # type: ignore[arg-type]
+        sections = {name: config.from_dict(values.get(name, {})) for name, config in cls.sections(kind).items()}
+        return cls(**sections)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {section: getattr(self, section).to_dict() for section in SECTIONS}
@@ -281,24 +276,27 @@ _REPLACES = {
 }
 
 
-def laid_over(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(stored: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
     """Stored flags under those given now, where a given one also wins over stored ones that would decide in its place.
 
     `--use_fp16 True` over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. A number 0 or an empty text decides
     nothing and replaces nothing else.
     """
     # A given value that is the stored one changes nothing: the global batch, say, stays on any number of processes.
-    deciding = {n for n, value in given.items() if (value or isinstance(value, bool)) and value != stored.get(n)}
+    deciding = {n for n, value in typed.items() if (value or isinstance(value, bool)) and value != stored.get(n)}
     replaced = {other for name in deciding for other in _REPLACES.get(name, ())}
-    merged = {**{name: value for name, value in stored.items() if name not in replaced}, **given}
+    merged = {**{name: value for name, value in stored.items() if name not in replaced}, **typed}
     # A limit beyond the end of the stored annealing: the rate falls to 0 there and not before.
-    if "lr_anneal_steps" not in given and 0 < merged.get("lr_anneal_steps", 0) < given.get("max_steps", 0):
-        merged["lr_anneal_steps"] = given["max_steps"]
+    if "lr_anneal_steps" not in typed and 0 < merged.get("lr_anneal_steps", 0) < typed.get("max_steps", 0):
+        merged["lr_anneal_steps"] = typed["max_steps"]
     return merged
 
 
-def changed(stored: Mapping[str, Any], given: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed(stored: Mapping[str, Any], typed: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A sentence for each stored flag that is another one now, though it was not given: what `laid_over` decided."""
-    kept = sorted(set(stored) - set(given) - {"resume_checkpoint", "global_batch_size"})
-    was = [name for name in kept if now[name] != stored[name]]
-    return [f"--{name} was {stored[name]!r} before and is {now[name]!r} now, as the flags given decide" for name in was]
+    kept = sorted(set(stored) - set(typed) - {"resume_checkpoint", "global_batch_size"})
+    differing = [name for name in kept if now[name] != stored[name]]
+    return [
+        f"--{name} was {stored[name]!r} before and is {now[name]!r} now, as the flags given decide"
+        for name in differing
+    ]
