@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -63,29 +64,33 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_own_mistakes_keep_their_traceback() -> None:
-    def broken(_: object) -> int:
-        raise AssertionError("ours")
-
-    with pytest.raises(AssertionError):
-        runs.guarded(broken, [])
+class RequestFailure(Exception):
+    """As of the library for remote paths."""
 
 
-def test_an_unreachable_remote_path_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    failure = type("RequestFailure", (Exception,), {"__module__": "blobfile._common"})
-
-    def unreachable(_: object) -> int:
-        raise failure("cannot resolve the host")
-
-    assert runs.guarded(unreachable, []) == 2
-    assert capsys.readouterr().err == "error: cannot resolve the host\n"
+RequestFailure.__module__ = "blobfile._common"
 
 
-def test_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: object) -> int:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RequestFailure("cannot resolve the host"), 2, "error: cannot resolve the host\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+        (SystemExit(85), 85, ""),
+        (AssertionError("ours"), None, ""),
+        (RuntimeError("of torch"), None, ""),
+    ],
+)
+def test_errors_of_users_are_a_line_and_a_code_and_our_own_keep_their_traceback(
+    error: BaseException, code: int | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: object) -> int:
+        raise error
 
-    assert runs.guarded(interrupted, []) == 130
+    with pytest.raises(type(error)) if code is None else contextlib.nullcontext():
+        assert runs.guarded(failing, []) == code
+    assert capsys.readouterr().err == message
 
 
 def test_folders(monkeypatch: pytest.MonkeyPatch) -> None:
