@@ -10,7 +10,8 @@ Shapes: B batch, C channels, H and W rows and columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ POOL_FEATURES = 2048
 SPATIAL_CHANNELS = 7
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 NUM_CLASSES = 1008
+SPLIT = (0, 0)
 Size = int | tuple[int, int]
+Layers = list[Any]
 
 
 class InceptionOutputs(NamedTuple):
@@ -95,110 +98,64 @@ def _halve(x: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Branches side by side, joined along the channels. Each is a chain of convolutions under the published names."""
+    """Branches side by side, joined along the channels: name -> layers of (channels out, kernel, stride), one after the other.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.chains: dict[str, list[str]] = {}
-        """Branch -> names of its convolutions, one after the other."""
-        self.splits: dict[str, list[str]] = {}
-        """Branch -> names of the two convolutions, 1x3 and 3x1, that stand side by side at its end, where it has such."""
+    `branch_pool`, where there is one, sees the input through `pool`; a block without it ends in the halved input. The kernel SPLIT
+    stands for two convolutions side by side at the end of a branch, 1x3 and 3x1. Modules have the published names.
+    """
 
-    def add(
-        self, branch: str, channels: int, *layers: tuple[int, Size] | tuple[int, Size, int], split: int = 0
+    def __init__(
+        self, channels: int, pool: Callable[[torch.Tensor], torch.Tensor] = _average, **branches: Layers
     ) -> None:
-        """Add a branch; `layers`: (channels out, kernel, stride). `split`: channels of each of the two last ones, if any."""
-        alone = len(layers) == 1 and not split
-        self.chains[branch] = [branch] if alone else [f"{branch}_{k}" for k in range(1, len(layers) + 1)]
-        for name, (out, kernel, *stride) in zip(self.chains[branch], layers):
-            height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-            padding = 0 if stride else (height // 2, width // 2)
-            self.add_module(name, Conv(channels, out, kernel, stride[0] if stride else 1, padding))
-            channels = out
-        if split:
-            self.splits[branch] = [f"{branch}_{len(layers) + 1}{letter}" for letter in "ab"]
-            for name, (height, width) in zip(self.splits[branch], ((1, 3), (3, 1))):
-                self.add_module(name, Conv(channels, split, (height, width), padding=(height // 2, width // 2)))
+        super().__init__()
+        self.pool = pool
+        self.chains: dict[str, list[list[str]]] = {}
+        """Branch -> its layers, one after the other: names of convolutions, one or, at a SPLIT, two."""
+        for branch, layers in branches.items():
+            self.chains[branch], width = [], channels
+            for k, (out, kernel, *stride) in enumerate(layers, 1):
+                name = branch if len(layers) == 1 else f"{branch}_{k}"
+                kernels = {name: (kernel, kernel) if isinstance(kernel, int) else kernel}
+                if kernel == SPLIT:
+                    kernels = {f"{name}a": (1, 3), f"{name}b": (3, 1)}
+                for module, (height, across) in kernels.items():
+                    padding = 0 if stride else (height // 2, across // 2)
+                    self.add_module(module, Conv(width, out, (height, across), stride[0] if stride else 1, padding))
+                self.chains[branch].append(list(kernels))
+                width = out
 
-    def run(self, branch: str, x: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs of one branch: one, or two where it splits."""
-        for name in self.chains[branch]:
-            x = getattr(self, name)(x)
-        return [getattr(self, name)(x) for name in self.splits[branch]] if branch in self.splits else [x]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for branch, chain in self.chains.items():
+            parts = [self.pool(x) if branch == "branch_pool" else x]
+            for names in chain:
+                parts = [getattr(self, name)(parts[0]) for name in names]
+            outputs += parts
+        if "branch_pool" not in self.chains:
+            outputs.append(_halve(x))
+        return torch.cat(outputs, 1)
 
 
-class Mixed35(Block):
+def _mixed35(channels: int, pooled: int) -> Block:
     """35x35 block (`mixed`, `mixed_1`, `mixed_2`): 1x1, 5x5, double 3x3 and pooled branch."""
-
-    def __init__(self, channels: int, pooled: int) -> None:
-        super().__init__()
-        self.add("branch1x1", channels, (64, 1))
-        self.add("branch5x5", channels, (48, 1), (64, 5))
-        self.add("branch3x3dbl", channels, (64, 1), (96, 3), (96, 3))
-        self.add("branch_pool", channels, (pooled, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [y for branch in ("branch1x1", "branch5x5", "branch3x3dbl") for y in self.run(branch, x)]
-        return torch.cat(parts + self.run("branch_pool", _average(x)), 1)
+    dbl = [(64, 1), (96, 3), (96, 3)]
+    return Block(
+        channels, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=dbl, branch_pool=[(pooled, 1)]
+    )
 
 
-class Reduce35(Block):
-    """From 35x35 to 17x17 (`mixed_3`)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.add("branch3x3", channels, (384, 3, 2))
-        self.add("branch3x3dbl", channels, (64, 1), (96, 3), (96, 3, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([*self.run("branch3x3", x), *self.run("branch3x3dbl", x), _halve(x)], 1)
-
-
-class Mixed17(Block):
+def _mixed17(width: int) -> Block:
     """17x17 block (`mixed_4` .. `mixed_7`): 1x1, 7x7 in two steps, double 7x7 in four steps, pooled branch."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        row, column = (width, (1, 7)), (width, (7, 1))
-        self.add("branch1x1", 768, (192, 1))
-        self.add("branch7x7", 768, (width, 1), row, (192, (7, 1)))
-        self.add("branch7x7dbl", 768, (width, 1), column, row, column, (192, (1, 7)))
-        self.add("branch_pool", 768, (192, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.run("branch1x1", x) + self.others(x), 1)
-
-    def others(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The three branches after the 1x1 one (whose output is read by itself in `mixed_6`)."""
-        return self.run("branch7x7", x) + self.run("branch7x7dbl", x) + self.run("branch_pool", _average(x))
+    row, column = (width, (1, 7)), (width, (7, 1))
+    two = [(width, 1), row, (192, (7, 1))]
+    four = [(width, 1), column, row, column, (192, (1, 7))]
+    return Block(768, branch1x1=[(192, 1)], branch7x7=two, branch7x7dbl=four, branch_pool=[(192, 1)])
 
 
-class Reduce17(Block):
-    """From 17x17 to 8x8 (`mixed_8`)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add("branch3x3", 768, (192, 1), (320, 3, 2))
-        self.add("branch7x7x3", 768, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([*self.run("branch3x3", x), *self.run("branch7x7x3", x), _halve(x)], 1)
-
-
-class Mixed8(Block):
+def _mixed8(channels: int, pool: Callable[[torch.Tensor], torch.Tensor]) -> Block:
     """8x8 block (`mixed_9`, `mixed_10`): 1x1, two branches that split into 1x3 and 3x1, pooled branch."""
-
-    def __init__(self, channels: int, pool_is_maximum: bool) -> None:
-        super().__init__()
-        self.pool_is_maximum = pool_is_maximum
-        self.add("branch1x1", channels, (320, 1))
-        self.add("branch3x3", channels, (384, 1), split=384)
-        self.add("branch3x3dbl", channels, (448, 1), (384, 3), split=384)
-        self.add("branch_pool", channels, (192, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [y for branch in ("branch1x1", "branch3x3", "branch3x3dbl") for y in self.run(branch, x)]
-        return torch.cat(parts + self.run("branch_pool", _maximum(x) if self.pool_is_maximum else _average(x)), 1)
+    one, dbl = [(384, 1), (384, SPLIT)], [(448, 1), (384, 3), (384, SPLIT)]
+    return Block(channels, pool, branch1x1=[(320, 1)], branch3x3=one, branch3x3dbl=dbl, branch_pool=[(192, 1)])
 
 
 class InceptionV3(nn.Module):
@@ -218,17 +175,18 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = Mixed35(192, 32)
-        self.Mixed_5c = Mixed35(256, 64)
-        self.Mixed_5d = Mixed35(288, 64)
-        self.Mixed_6a = Reduce35(288)
-        self.Mixed_6b = Mixed17(128)
-        self.Mixed_6c = Mixed17(160)
-        self.Mixed_6d = Mixed17(160)
-        self.Mixed_6e = Mixed17(192)
-        self.Mixed_7a = Reduce17()
-        self.Mixed_7b = Mixed8(1280, pool_is_maximum=False)
-        self.Mixed_7c = Mixed8(2048, pool_is_maximum=True)
+        self.Mixed_5b = _mixed35(192, 32)
+        self.Mixed_5c = _mixed35(256, 64)
+        self.Mixed_5d = _mixed35(288, 64)
+        self.Mixed_6a = Block(288, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
+        self.Mixed_6b = _mixed17(128)
+        self.Mixed_6c = _mixed17(160)
+        self.Mixed_6d = _mixed17(160)
+        self.Mixed_6e = _mixed17(192)
+        long = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
+        self.Mixed_7a = Block(768, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=long)
+        self.Mixed_7b = _mixed8(1280, _average)
+        self.Mixed_7c = _mixed8(2048, _maximum)
         self.fc = nn.Linear(POOL_FEATURES, NUM_CLASSES)
         self.requires_grad_(False).eval()
 
@@ -239,11 +197,10 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_halve(x))))
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        (first,) = self.Mixed_6d.run("branch1x1", x)
-        # Row, column, channel: the order in which the graph lays out the tensor, and so the order of published mu_s.
-        spatial = first[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        x = torch.cat([first, *self.Mixed_6d.others(x)], 1)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        # Of its first branch, the 1x1 one. Row, column, channel: the order in which the graph lays out the tensor, and so the order
+        # of published mu_s.
+        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         pool = x.float().mean((2, 3))
         return InceptionOutputs(pool, spatial.float())

@@ -11,6 +11,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,7 @@ from guided_diffusion.runtime import storage
 
 from .conversions import Bounds, check_bounds, declared_bounds, plan, refuse_binary, refuse_one_image
 from .npy import DiskArray, Npz
-from .pictures import PictureSource
-from .sources import MAX_BATCH_BYTES, ImageSource
+from .sources import MAX_BATCH_BYTES, ImageSource, PictureSource
 from .statistics import Stored, validated
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
@@ -112,10 +112,37 @@ class FileSource(ImageSource):
         self._arrays = arrays
 
     def labels(self) -> np.ndarray | None:
-        return stored_labels(self.name, self._arrays, self.count or 0)
+        arrays = self._arrays
+        return class_numbers(f"arr_1 in {self.name}", arrays["arr_1"], self.count or 0) if "arr_1" in arrays else None
 
     def statistics(self) -> Stored | None:
-        return stored_statistics(self.name, self._arrays)
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> Stored | None:
+        """mu and sigma and, where the file has both, mu_s and sigma_s; None without `mu`.
+
+        ValueError for `mu` without `sigma`, and for arrays of another shape or that are no covariance.
+        """
+        name, arrays = self.name, self._arrays
+        if "mu" not in arrays:
+            return None
+        if "sigma" not in arrays:
+            raise ValueError(f"{name} holds mu without sigma; a precomputed mean needs its covariance")
+
+        def read(key: str) -> np.ndarray:
+            array, shape = arrays[key], STATISTICS[key]
+            if array.shape != shape or array.dtype.kind != "f":
+                raise ValueError(
+                    f"{key} in {name} has shape {array.shape} and dtype {array.dtype}, expected {shape} floats: features "
+                    "of the Inception network of 2015. Statistics of another network cannot be compared with them"
+                )
+            return array[:]
+
+        pool = validated(read("mu"), read("sigma"), name=f"mu, sigma in {name}")
+        if not {"mu_s", "sigma_s"} <= arrays.keys():
+            return Stored(pool, None)
+        return Stored(pool, validated(read("mu_s"), read("sigma_s"), name=f"mu_s, sigma_s in {name}"))
 
     def sha256(self) -> str:
         return storage.sha256_of(self.name)
@@ -276,33 +303,3 @@ def class_numbers(name: str, labels: Array, count: int) -> np.ndarray:
     if numbers.min(initial=0) < 0:
         raise ValueError(f"{name} holds the label {numbers.min()}; classes are numbered from 0")
     return numbers
-
-
-def stored_labels(name: str, arrays: Mapping[str, DiskArray], count: int) -> np.ndarray | None:
-    """The class numbers in `arr_1`, None without it."""
-    return class_numbers(f"arr_1 in {name}", arrays["arr_1"], count) if "arr_1" in arrays else None
-
-
-def stored_statistics(name: str, arrays: Mapping[str, DiskArray]) -> Stored | None:
-    """The statistics mu and sigma and, where the file has both, mu_s and sigma_s; None without `mu`.
-
-    ValueError for `mu` without `sigma`, and for arrays of another shape or that are no covariance.
-    """
-    if "mu" not in arrays:
-        return None
-    if "sigma" not in arrays:
-        raise ValueError(f"{name} holds mu without sigma; a precomputed mean needs its covariance")
-
-    def read(key: str) -> np.ndarray:
-        array, shape = arrays[key], STATISTICS[key]
-        if array.shape != shape or array.dtype.kind != "f":
-            raise ValueError(
-                f"{key} in {name} has shape {array.shape} and dtype {array.dtype}, expected {shape} floats: features "
-                "of the Inception network of 2015. Statistics of another network cannot be compared with them"
-            )
-        return array[:]
-
-    pool = validated(read("mu"), read("sigma"), name=f"mu, sigma in {name}")
-    if "mu_s" in arrays and "sigma_s" in arrays:
-        return Stored(pool, validated(read("mu_s"), read("sigma_s"), name=f"mu_s, sigma_s in {name}"))
-    return Stored(pool, None)

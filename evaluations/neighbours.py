@@ -107,7 +107,12 @@ def neighbours(
     with full_float32():
         for rows in _spans(len(x), PUBLISHED_BLOCK):
             for columns in _spans(len(y), PUBLISHED_BLOCK):
-                _count_block(found, x, y, radii_x, radii_y, rows, columns, how)
+                fitting = how
+                if how.dtype == torch.float16 and not _fits_half(x[rows], y[columns], how):
+                    fitting = how._replace(dtype=torch.float32)
+                for at in _spans(rows.stop, tile, rows.start):
+                    masks = _inside(x[at], y[columns], radii_x[at], radii_y[columns], fitting)
+                    _add(found, *masks, at, columns)
     return found
 
 
@@ -143,9 +148,9 @@ def _how(dtype: torch.dtype, device: torch.device | str, tile: int, *sets: np.nd
     return _How(dtype, device, tile, dtype != torch.float16)
 
 
-def _spans(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _spans(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    for at in range(start, stop, size):
+        yield slice(at, min(at + size, stop))
 
 
 def _distances(u: np.ndarray, v: np.ndarray, how: _How) -> torch.Tensor:
@@ -220,30 +225,16 @@ def _settle_radii(x: np.ndarray, rows: np.ndarray, radii: np.ndarray, k: int, ho
     return np.concatenate(unsettled)
 
 
-def _count_block(
-    found: Neighbours,
-    x: np.ndarray,
-    y: np.ndarray,
-    radii_x: np.ndarray,
-    radii_y: np.ndarray,
-    rows: slice,
-    columns: slice,
-    how: _How,
-) -> None:
-    """Add the counts of one block of pairs to `found`, in place."""
-    if how.dtype == torch.float16 and not _fits_half(x[rows], y[columns], how):
-        how = how._replace(dtype=torch.float32)
+def _add(found: Neighbours, in_reference: torch.Tensor, in_sample: torch.Tensor, rows: slice, columns: slice) -> None:
+    """Add the pairs of some samples with some references to `found`, in place."""
     groups = len(found.by_group)
-    for span in _spans(rows.stop - rows.start, how.tile):
-        at = slice(rows.start + span.start, rows.start + span.stop)
-        in_reference, in_sample = _inside(x[at], y[columns], radii_x[at], radii_y[columns], how)
-        found.ball_counts[at] += in_reference.view(torch.uint8).sum(dim=1, dtype=torch.int32).cpu().numpy()
-        for offset in range(min(groups, span.stop - span.start)):
-            group = (at.start + offset) % groups
-            # The greatest byte, not any(): the same answer, thirty times faster on a CPU.
-            for mask, reached in ((in_sample, found.by_group), (in_reference, found.occupied_by_group)):
-                part = mask[offset::groups].view(torch.uint8).amax(dim=0)
-                reached[group, columns] |= part.cpu().numpy().view(bool)
+    found.ball_counts[rows] += in_reference.view(torch.uint8).sum(dim=1, dtype=torch.int32).cpu().numpy()
+    for offset in range(min(groups, rows.stop - rows.start)):
+        group = (rows.start + offset) % groups
+        # The greatest byte, not any(): the same answer, thirty times faster on a CPU.
+        for mask, reached in ((in_sample, found.by_group), (in_reference, found.occupied_by_group)):
+            part = mask[offset::groups].view(torch.uint8).amax(dim=0)
+            reached[group, columns] |= part.cpu().numpy().view(bool)
 
 
 def _inside(

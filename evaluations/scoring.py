@@ -42,13 +42,6 @@ class Side(NamedTuple):
     spatial: statistics.Statistics | None
 
 
-class Opened(NamedTuple):
-    """A set that was checked before any work, and the statistics that come with it."""
-
-    images: ImageSource
-    stored: statistics.Stored | None
-
-
 class Scored(NamedTuple):
     """A set's report and the influences behind its error bars, by score name."""
 
@@ -76,7 +69,7 @@ class Scorer:
         self._radii: np.ndarray | None = None
         self._roots: dict[str, torch.Tensor] = {}
 
-    def open(self, source: Any) -> Opened:
+    def open(self, source: Any) -> ImageSource:
         """Open a set and refuse now what would be refused after the work."""
         images = self.encoder.open(source)
         if self.settings.per_class:
@@ -84,25 +77,27 @@ class Scorer:
                 images.want_labels()
             except ValueError as error:
                 raise ValueError(f"{error}. Scores per class (--per_class, --all) need them") from error
-        stored = images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are Inception's
-        if stored is None and images.count is not None:
+        if self._stored(images) is None and images.count is not None:
             _refuse_few(images.name, images.count)
-        return Opened(images, stored)
+        return images
 
-    def read_reference(self, opened: Opened) -> None:
+    def _stored(self, images: ImageSource) -> statistics.Stored | None:
+        return images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are Inception's
+
+    def read_reference(self, images: ImageSource) -> None:
         """Encode the reference and take its statistics, precomputed ones where its file has them."""
-        self.reference = self._read(opened, "reference")
+        self.reference = self._read(images, "reference")
 
-    def score(self, opened: Opened) -> Scored | None:
+    def score(self, images: ImageSource) -> Scored | None:
         """All wanted scores of one set of samples."""
-        sample = self._read(opened, "sample")
+        sample = self._read(images, "sample")
         if sample is None or self.reference is None:
             return None
         log.info("Computing evaluations...")
         return self._score(sample, self.reference)
 
-    def _read(self, opened: Opened, role: str) -> Side | None:
-        images, stored = opened
+    def _read(self, images: ImageSource, role: str) -> Side | None:
+        stored = self._stored(images)
         log.info(f"computing {role} batch activations...")
         encoded = self.encoder.encode(images, self.settings, self.world)
         if encoded is None:
@@ -306,8 +301,8 @@ def evaluate(
         against, *sets = [scorer.open(source) for source in (reference, *(samples if many else [samples]))]
         scorer.read_reference(against)
         scored = []
-        for opened in sets:
-            one = scorer.score(opened)
+        for images in sets:
+            one = scorer.score(images)
             if one is not None:
                 scored.append(one)
                 if show is not None:

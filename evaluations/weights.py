@@ -69,12 +69,14 @@ def scope_names() -> dict[str, str]:
     for i, (module, block) in enumerate(blocks):
         # The graph calls branches "tower", "tower_1", ..., but for a first one of a single convolution.
         without_tower = len(next(iter(block.chains.values()))) == 1
-        for place, (branch, chain) in enumerate(block.chains.items()):
-            tower = place - without_tower
+        for tower, chain in enumerate(block.chains.values(), -without_tower):
             scope = _numbered("mixed", i) + (f"/{_numbered('tower', tower)}" if tower >= 0 else "")
-            names |= {f"{scope}/{_numbered('conv', k)}": f"{module}.{name}" for k, name in enumerate(chain)}
-            split = block.splits.get(branch, [])
-            names |= {f"{scope}/mixed/{_numbered('conv', k)}": f"{module}.{name}" for k, name in enumerate(split)}
+            for k, layer in enumerate(chain):
+                several = len(layer) > 1
+                places = (
+                    [f"mixed/{_numbered('conv', side)}" for side in range(2)] if several else [_numbered("conv", k)]
+                )
+                names |= {f"{scope}/{place}": f"{module}.{name}" for place, name in zip(places, layer)}
     return names
 
 
