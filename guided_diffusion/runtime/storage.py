@@ -307,13 +307,7 @@ def cache_folder() -> str:
 
 
 def download(
-    url: str,
-    path: str,
-    *,
-    check: Callable[[str], Any],
-    size: int = 0,
-    progress: bool = True,
-    timeout_s: float = 30.0,
+    url: str, path: str, *, check: Callable[[str], Any], size: int = 0, progress: bool = True, timeout_s: float = 30.0
 ) -> None:
     """Download `url` to the local file `path` with a progress bar; the file appears complete and checked, or not at all.
 

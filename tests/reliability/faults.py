@@ -18,8 +18,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,47 +66,27 @@ class Tally:
 TABLE_HEAD = "| run | ranks | moments | signals | files compared | verdict | slowest end after a signal, s |\n|---|---|---|---|---|---|---|"
 
 
-def make_images(folder: Path, count: int = 40, size: int = 11, seed: int = 0) -> Path:
+def make_images(folder: Path, number: int = 40, size: int = 11, seed: int = 0) -> Path:
     """A folder of small PNG files of random smooth colours."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    for k in range(count):
+    for k in range(number):
         coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"picture{k:04d}.png")
     return folder
 
 
 def train_words(data: Path, out: Path, steps: int, save: int = 5, *more: str) -> list[str]:
-    words = [
-        "train",
-        "--data_dir",
-        str(data),
-        "--out",
-        str(out),
-        "--max_steps",
-        str(steps),
-        "--save_interval",
-        str(save),
-    ]
-    return [*words, *NETWORK, *TRAINING, *more]
+    options = f"--max_steps {steps} --save_interval {save}".split()
+    return ["train", "--data_dir", str(data), "--out", str(out), *options, *NETWORK, *TRAINING, *more]
 
 
-def sample_words(model: Path, out: Path, count: int, batch: int = 4, *more: str) -> list[str]:
-    words = [
-        "sample",
-        "--model_path",
-        str(model),
-        "--out",
-        str(out),
-        "--num_samples",
-        str(count),
-        "--batch_size",
-        str(batch),
-    ]
-    return [*words, "--timestep_respacing", "8", "--seed", "5", *more]
+def sample_words(model: Path, out: Path, count: int, batch: int = 4) -> list[str]:
+    options = f"--num_samples {count} --batch_size {batch} --timestep_respacing 8 --seed 5".split()
+    return ["sample", "--model_path", str(model), "--out", str(out), *options]
 
 
 def saves(folder: Path) -> dict[int, dict[str, Any]]:
@@ -172,82 +154,87 @@ def finish(job: Job, tally: Tally) -> bool:
     return not any(codes)
 
 
-def disturb_training(
-    work: Path, moments: int, *, ranks: int, steps: int, seed: int, more: tuple[str, ...] = ()
+def disturb(
+    work: Path,
+    moments: int,
+    words: Callable[[Path], list[str]],
+    compare: Callable[[Path, Path], tuple[int, list[str]]],
+    is_complete: Callable[[Path], bool],
+    *,
+    what: str,
+    seed: int,
+    sizes: tuple[int, ...],
+    calm_size: int = 1,
+    run: Callable[..., Any] = command,
 ) -> Tally:
-    """Interrupt runs `moments` times; compare every save with the undisturbed run's."""
-    tally = Tally("training", str(ranks))
-    data = work / "data" if (work / "data").exists() else make_images(work / "data")
-    calm = work / f"calm{ranks}"
-    logs = work / f"logs{ranks}"
-    job = Job(ranks, [train_words(data, calm, steps, 5, *more)], logs)
+    """Interrupt `words(folder)` `moments` times, going on each time with the next number of ranks of `sizes`.
+
+    `compare(undisturbed folder, disturbed folder)`: how many files or states, and the names of those that differ.
+    """
+    tally = Tally(what, "/".join(map(str, sizes)))
+    calm, logs = work / f"calm_{what}_{calm_size}", work / f"logs_{what}"
+    job = Job(calm_size, [words(calm)], logs, run=run)
     if not finish(job, tally):
         return tally
     whole_s, disturber = job.seconds(), Disturber(seed)
     for number in range(10 * moments):
-        if tally.moments >= moments or tally.problems:
+        if tally.moments >= moments:
             break
-        folder = work / f"storm{ranks}_{number}"
-        for job in _again(ranks, train_words(data, folder, steps, 5, *more), logs):
-            if tally.moments >= moments or not disturber.strike(
-                job, 0.7 * whole_s, tally, lambda folder=folder: steps in saves(folder)
-            ):
-                if finish(job, tally):
-                    break
+        folder = work / f"storm_{what}_{calm_size}_{number}"
+        for turn in count(number):
+            job = Job(sizes[turn % len(sizes)], [words(folder)], logs, run=run)
+            again = tally.moments < moments and disturber.strike(
+                job, 0.6 * whole_s, tally, partial(is_complete, folder)
+            )
+            if not again:
+                finish(job, tally)
+            if tally.problems:
                 return tally
-        count, differing = compare_saves(calm, folder)
-        tally.compared += count
+            if not again:
+                break
+        compared, differing = compare(calm, folder)
+        tally.compared += compared
         tally.differing += [f"{folder.name}: {name}" for name in differing]
-        if steps not in saves(folder):
-            tally.problems.append(f"{folder.name} has no save at step {steps}")
-        if tally.good():
+        if not differing:
             shutil.rmtree(folder)
     return tally
 
 
+def disturb_training(work: Path, moments: int, *, ranks: int, steps: int, seed: int) -> Tally:
+    """Every save is compared with the undisturbed run's."""
+    data = work / "data" if (work / "data").exists() else make_images(work / "data")
+
+    def compare(calm: Path, folder: Path) -> tuple[int, list[str]]:
+        compared, differing = compare_saves(calm, folder)
+        return compared, differing if steps in saves(folder) else [*differing, f"no save at step {steps}"]
+
+    return disturb(
+        work,
+        moments,
+        lambda folder: train_words(data, folder, steps),
+        compare,
+        lambda folder: steps in saves(folder),
+        what="training",
+        seed=seed,
+        sizes=(ranks,),
+        calm_size=ranks,
+    )
+
+
 def disturb_sampling(
-    work: Path,
-    moments: int,
-    words: Callable[[Path], list[str]],
-    *,
-    seed: int,
-    sizes: tuple[int, ...] = (1, 2, 4),
-    what: str = "sampling",
-    run: Callable[..., Any] = command,
+    work: Path, moments: int, words: Callable[[Path], list[str]], *, seed: int, what: str = "sampling", **options: Any
 ) -> Tally:
-    """Interrupt `words(folder)` `moments` times, going on each time with another number of ranks; compare the bytes of the npz."""
-    tally = Tally(what, "/".join(map(str, sizes)))
-    logs = work / f"logs_{what}"
-    job = Job(1, [words(work / f"calm_{what}")], logs, run=run)
-    if not finish(job, tally):
-        return tally
-    whole_s, disturber = job.seconds(), Disturber(seed)
-    (expected,) = (work / f"calm_{what}").glob("*.npz")
-    for number in range(10 * moments):
-        if tally.moments >= moments or tally.problems:
-            break
-        folder = work / f"storm_{what}_{number}"
-        turn = 0
-        while True:
-            size = sizes[(number + turn) % len(sizes)]
-            job, turn = Job(size, [words(folder)], logs, run=run), turn + 1
-            if tally.moments >= moments or not disturber.strike(
-                job, 0.6 * whole_s, tally, (folder / expected.name).exists
-            ):
-                if finish(job, tally):
-                    break
-                return tally
-            if tally.problems:
-                return tally
-        tally.compared += 1
-        if (folder / expected.name).read_bytes() != expected.read_bytes():
-            tally.differing.append(folder.name)
-    return tally
+    """The npz has the bytes of one that one process wrote, whatever the numbers of ranks."""
 
+    def npz(folder: Path) -> list[bytes]:
+        return [path.read_bytes() for path in folder.glob("*.npz")]
 
-def _again(ranks: int, words: list[str], logs: Path) -> Iterator[Job]:
-    while True:
-        yield Job(ranks, [words], logs)
+    def compare(calm: Path, folder: Path) -> tuple[int, list[str]]:
+        assert len(npz(calm)) == 1
+        return 1, [] if npz(folder) == npz(calm) else ["npz"]
+
+    is_complete = lambda folder: bool(npz(folder))  # noqa: E731
+    return disturb(work, moments, words, compare, is_complete, what=what, seed=seed, sizes=(1, 2, 4), **options)
 
 
 def run(
@@ -255,7 +242,7 @@ def run(
 ) -> list[Tally]:
     """All of it; the first of `ranks` trains the model that is sampled."""
     tallies = [disturb_training(work, moments, ranks=size, steps=steps, seed=seed + size) for size in ranks]
-    model = work / f"calm{ranks[0]}"
+    model = work / f"calm_training_{ranks[0]}"
     return [*tallies, disturb_sampling(work, moments, lambda out: sample_words(model, out, images), seed=seed)]
 
 

@@ -19,19 +19,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # Names that launchers set: a test that itself runs under one must not pass them on.
 _INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PRELOAD = [
-    "torch",
-    "numpy",
-    "PIL.Image",
-    "guided_diffusion.build",
-    "guided_diffusion.cli.train",
-    "guided_diffusion.cli.sample",
-]
-_PRELOAD += [
-    "guided_diffusion.training.trainer",
-    "guided_diffusion.training.saver",
-    "guided_diffusion.sampling.queue",
-]
+_PRELOAD = (
+    "torch numpy PIL.Image guided_diffusion.build guided_diffusion.cli.train guided_diffusion.cli.sample "
+    "guided_diffusion.training.trainer guided_diffusion.training.saver guided_diffusion.sampling.queue"
+).split()
 
 
 def command(words: Sequence[str]) -> int:
@@ -44,15 +35,7 @@ def command(words: Sequence[str]) -> int:
 class Job:
     """One job of `size` ranks, running since construction. `run(*arguments)` is what every rank calls; its int is the exit code."""
 
-    def __init__(
-        self,
-        size: int,
-        arguments: Sequence[Any],
-        logs: Path,
-        *,
-        run: Callable[..., Any] = command,
-        env: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, size: int, arguments: Sequence[Any], logs: Path, *, run: Callable[..., Any] = command) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.glob("job*_rank0.log")))
         self.logs = [logs / f"job{number:03d}_rank{rank}.log" for rank in range(size)]
@@ -61,7 +44,7 @@ class Job:
         port = _free_port()
         self.ranks = []
         for rank, log in enumerate(self.logs):
-            place = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(env or {})}
+            place = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             if size > 1:
                 place |= {
                     "RANK": str(rank),

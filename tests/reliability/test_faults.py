@@ -26,27 +26,16 @@ def test_upsampling_goes_on(tmp_path):
     assert job.wait() == [0], job.text()
 
     def upsample(out):
-        words = [
-            "upsample",
-            "--model_path",
-            str(model),
-            "--base_samples",
-            str(data),
-            "--out",
-            str(out),
-            "--num_samples",
-            "40",
-        ]
-        return [*words, "--batch_size", "4", "--timestep_respacing", "6"]
+        words = ["upsample", "--model_path", str(model), "--base_samples", str(data), "--out", str(out)]
+        return [*words, *"--num_samples 40 --batch_size 4 --timestep_respacing 6".split()]
 
     tally = disturb_sampling(tmp_path, 2, upsample, seed=3, what="upsampling")
     assert tally.good() and tally.compared, "\n".join([tally.row(), *tally.differing, *tally.problems])
 
 
 def test_features_go_on(tmp_path):
-    data = make_images(tmp_path / "data", count=90)
-    tally = disturb_sampling(
-        tmp_path, 4, lambda out: [str(data), str(out)], seed=11, sizes=(1, 2, 4), what="features", run=workers.features
-    )
+    data = make_images(tmp_path / "data", number=90)
+    words = lambda out: [str(data), str(out)]  # noqa: E731
+    tally = disturb_sampling(tmp_path, 4, words, seed=11, what="features", run=workers.features)
     # The ranks share nothing but the folder: one that is left alone goes on, or says after a while which images are missing.
     assert not tally.differing and tally.compared, "\n".join([tally.row(), *tally.differing, *tally.problems])
