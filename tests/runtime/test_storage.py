@@ -20,6 +20,12 @@ from hypothesis import strategies as st
 from guided_diffusion.runtime import storage
 
 
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    root = Path(storage.__file__).parents[2]
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(words, cwd=root, check=False, capture_output=True, text=True)
+
+
 def test_a_write_appears_whole(tmp_path):
     target = tmp_path / "new" / "folder" / "a.bin"
     with storage.atomic_write(target) as file:
@@ -69,11 +75,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, step):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_really_full_device(tmp_path, monkeypatch):
     real = builtins.open
-    monkeypatch.setattr(
-        builtins,
-        "open",
-        lambda path, mode="r", **options: real("/dev/full", "wb") if mode == "xb" else real(path, mode),
-    )
+    full = lambda path, mode="r", **_: real("/dev/full", "wb") if mode == "xb" else real(path, mode)  # noqa: E731
+    monkeypatch.setattr(builtins, "open", full)
     with pytest.raises(OSError, match="cannot write: No space left on device"):
         storage.write_bytes_atomic(tmp_path / "a", b"x" * 100_000)
     assert os.listdir(tmp_path) == []
@@ -122,14 +125,11 @@ def test_killed_in_the_middle_the_old_file_stands(tmp_path):
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    root = Path(storage.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=root, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert run_python(program).returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_text() == "old"
     leftover = [name for name in os.listdir(tmp_path) if name != "a"]
-    assert all(
-        name.startswith(".a.") and name.endswith(".tmp") for name in leftover
-    )  # hidden: no reader takes it for a file of ours
+    # Hidden: no reader takes it for a file of ours.
+    assert all(name.startswith(".a.") and name.endswith(".tmp") for name in leftover)
 
 
 def test_links_and_permissions_are_kept(tmp_path):
@@ -185,11 +185,10 @@ def test_local_files_need_no_blobfile(tmp_path):
         except ImportError as error:
             print(error)
     """
-    root = Path(storage.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=root, check=True, capture_output=True, text=True
+    assert (
+        run_python(program).stdout.strip()
+        == "'gs://bucket/a' is a remote path and needs blobfile: pip install blobfile"
     )
-    assert done.stdout.strip() == "'gs://bucket/a' is a remote path and needs blobfile: pip install blobfile"
 
 
 @pytest.fixture
@@ -336,7 +335,7 @@ def test_the_lock_of_a_killed_job_is_free_though_a_worker_outlives_it(tmp_path: 
             os.kill(os.getpid(), 9)
         time.sleep(2)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, cwd=Path(__file__).parents[2])
+    run_python(code)
     assert (tmp_path / "run.lock").exists()
     storage.lock_folder(tmp_path).release()
 

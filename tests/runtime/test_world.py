@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -264,23 +266,17 @@ def test_collectives(launch, launcher):
     assert done.text.count("rank  host") == 4  # once for each world
 
 
-def test_slurm_environments_meet(launch_with):
+def test_slurm_environments_meet(environ):
     """A launcher that is not installed here, by its variables: processes meet by the node list."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         job = str(listener.getsockname()[1])  # any number: other test runs on this machine take another
-    slurm = [
-        {
-            "SLURM_STEP_ID": "0",
-            "SLURM_JOB_ID": job,
-            "SLURM_PROCID": r,
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_NODELIST": "localhost",
-        }
-        for r in "01"
-    ]
-    for done in launch_with(slurm, COLLECTIVES):
-        assert done.code == 0, done.text
+    step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": job, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    words = ["timeout", "150", sys.executable, "-c", COLLECTIVES]
+    ranks = [environ | step | {"SLURM_PROCID": rank} for rank in "01"]
+    jobs = [subprocess.Popen(words, env=each, text=True, stdout=-1, stderr=-2) for each in ranks]
+    outputs = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
 
 
 DYING = """
