@@ -6,6 +6,7 @@ import pytest
 from checkpoint_files import layouts, meta_shapes
 
 from guided_diffusion.weights.recognise import Layout, NotThisFamily, inspect_shapes, normalise_keys
+from guided_diffusion.weights.released import PRESETS
 
 LAYOUTS = layouts()
 Shapes = dict[str, tuple[int, ...]]
@@ -21,25 +22,16 @@ def open_flags(layout: Layout) -> set[str]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_released_layouts_say_what_they_were_made_with(name: str) -> None:
-    released, found = LAYOUTS[name], inspect_shapes(shapes_of(name))
-    assert found.kind == released["kind"]
-    flags = released["flags"]
-    spelled = {f"classifier_{name}" for name in ("width", "depth", "use_scale_shift_norm", "resblock_updown")}
-    spelled |= set("num_channels num_res_blocks use_scale_shift_norm resblock_updown learn_sigma class_cond".split())
-    shared = spelled & set(flags) & set(found.flags)
-    assert len(shared) >= 4
-    assert {name: found.flags[name] for name in shared} == {name: flags[name] for name in shared}
-    size = flags.get("large_size") or flags["image_size"]
-    asked = flags.get("attention_resolutions") or flags["classifier_attention_resolutions"]
-    reached = {2**level for level in range(len(found.multipliers))}
-    assert set(found.attention_ds) == {size // int(r) for r in asked.split(",")} & reached
-    assert found.flags["image_channels"] == 3
-    assert found.flags.get("num_classes") == (1000 if flags.get("class_cond", True) else None)
-    if found.kind == "classifier":
-        assert found.flags["image_size"] == size and not found.open
-        assert found.flags["classifier_pool"] == flags["classifier_pool"]
+    read, preset = inspect_shapes(shapes_of(name)), PRESETS[name]
+    flags = {**preset.model.to_dict(), **preset.diffusion.to_dict()}
+    assert read.kind == preset.kind and read.multipliers == preset.model.multipliers
+    assert read.flags == {flag: flags[flag] for flag in read.flags} and len(read.flags) >= 7
+    reached = {2**level for level in range(len(read.multipliers))}
+    assert set(read.attention_ds) == set(preset.model.attention_downsamplings) & reached
+    if read.kind == "classifier":
+        assert not read.open
     else:
-        assert {"num_heads", "noise_schedule", "use_new_attention_order"} <= open_flags(found)
+        assert {"num_heads", "noise_schedule", "use_new_attention_order"} <= open_flags(read)
 
 
 @pytest.mark.parametrize("name", ["64x64_diffusion", "64_256_upsampler", "128x128_classifier"])
@@ -119,14 +111,8 @@ def test_channels_that_can_be_read_in_two_ways() -> None:
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
 @pytest.mark.parametrize("updown", [False, True])
 def test_classifiers_of_every_pool(pool: str, updown: bool) -> None:
-    own = {
-        "width": 32,
-        "depth": 2,
-        "pool": pool,
-        "resblock_updown": updown,
-        "attention_resolutions": "16",
-        "num_head_channels": 32,
-    }
+    own = {"width": 32, "depth": 2, "pool": pool, "resblock_updown": updown, "attention_resolutions": "16"}
+    own["num_head_channels"] = 32
     flags = {"image_size": 64, "num_classes": 5, **{f"classifier_{name}": value for name, value in own.items()}}
     found = inspect_shapes(meta_shapes("classifier", flags))
     assert found.flags["classifier_pool"] == pool and found.flags["num_classes"] == 5
