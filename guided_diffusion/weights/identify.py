@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
+from ..config.fields import numbers
 from .recognise import OPEN, SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, signature
 from .released import PRESETS, SIGNATURES, Preset
 
@@ -152,15 +153,14 @@ def _text(values: Any, name: str, has: Any, typed: Any) -> str:
         has = f"{values.num_classes} classes" if has else "no classes"
         return f"the file has {has}; you asked for --class_cond {typed}"
     if name.endswith("attention_resolutions"):
-        return f"the file has attention at {_spaced(has)}; you asked for {_spaced(typed)}"
+        return f"the file has attention at {_listed(has)}; you asked for {_listed(typed)}"
     if name.endswith("channel_mult"):
-        has = ", ".join(f"{m:g}" for m in values.multipliers)
-        return f"the file has channel multipliers {has}; you asked for {_spaced(typed)}"
+        return f"the file has channel multipliers {_listed(values.multipliers)}; you asked for {_listed(typed)}"
     return f"the file has {name} {has}; you asked for {typed}"
 
 
-def _spaced(text: object) -> str:
-    return ", ".join(part.strip() for part in str(text).split(",") if part.strip()) or "none"
+def _listed(text: Any) -> str:
+    return ", ".join(map(str, numbers(text, ""))) or "none"
 
 
 def _check_choices(path: str, layout: Layout, known: Mapping[str, Any], typed: Mapping[str, Any]) -> None:

@@ -115,18 +115,15 @@ def save_run(
     tensors and arrays; all are restored exactly.
     """
     storage.makedirs(directory)
-    parts: dict[str, Any] = {}
-    if optimizer is not None:
-        parts[file_name("opt", step)] = dict(optimizer)
-    parts.update({file_name(f"ema_{rate}", step): dict(weights) for rate, weights in (ema or {}).items()})
-    parts[file_name("model", step)] = dict(model)
-
+    averaged = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
+    parts = {**({} if optimizer is None else {"opt": optimizer}), **averaged, "model": model}
     receipts = {}
-    for name, content in parts.items():
+    for role, content in parts.items():
+        name = file_name(role, step)
         with storage.atomic_write(storage.join(directory, name)) as file:
             hashing = _Hashing(file)
             try:
-                torch.save(content, cast(IO[bytes], hashing))
+                torch.save(dict(content), cast(IO[bytes], hashing))
             except RuntimeError:  # torch hides a full disk behind "unexpected pos"
                 if hashing.error is None:
                     raise

@@ -7,6 +7,7 @@ import http.server
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,18 @@ class Server:
         self.asked: list[str] = []
         server = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(http.server.SimpleHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.asked.append(self.path)
-                file = folder / self.path.strip("/")
-                if not file.is_file():
-                    self.send_error(404)
-                    return
-                content = file.read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: server.cut])
+                super().do_GET()
+
+            def copyfile(self, source: Any, outputfile: Any) -> None:
+                outputfile.write(source.read()[: server.cut])
 
             def log_message(self, *_: Any) -> None:
                 return None
 
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self._http.server_port}/"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
