@@ -23,21 +23,14 @@ def store(images: np.ndarray, kind: str, folder: Path):
     path = folder / f"images.{kind}"
     if kind == "npz":
         np.savez(path, images, np.arange(len(images)))
-    elif kind == "deflated":
-        path = folder / "deflated.npz"
-        np.savez_compressed(path, images)
-    elif kind == "fortran":
-        path = folder / "fortran.npz"
-        np.savez(path, np.asfortranarray(images))
-    elif kind == "fortran deflated":
-        path = folder / "fortran_deflated.npz"
-        np.savez_compressed(path, np.asfortranarray(images))
-    elif kind == "npy":
-        np.save(path, images)
-    elif kind == "npy 2.0":
-        path = folder / "two.npy"
+    elif kind in ("deflated", "fortran", "fortran deflated"):
+        path = folder / f"{kind.replace(' ', '_')}.npz"
+        save = np.savez_compressed if "deflated" in kind else np.savez
+        save(path, np.asfortranarray(images) if "fortran" in kind else images)
+    elif kind.startswith("npy"):
+        path = folder / "images.npy"
         with open(path, "wb") as file:
-            np.lib.format.write_array(file, images, version=(2, 0))
+            np.lib.format.write_array(file, images, version=(2, 0) if kind == "npy 2.0" else None)
     elif kind == "folder":
         path = folder / "pictures"
         for i, image in enumerate(images):

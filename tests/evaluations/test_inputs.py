@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -62,11 +61,8 @@ def test_identity_follows_the_content(kind, images, tmp_path):
     other = images.copy()
     other[3, 2, 1, 0] ^= 1
     assert open_images(store(other, kind, tmp_path / "b")).sha256() != one
-
-
-def test_identity_of_a_file_is_its_sha256(images, tmp_path):
-    path = store(images, "npz", tmp_path)
-    assert open_images(path).sha256() == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if kind == "npz":
+        assert one == hashlib.sha256((tmp_path / "a" / "images.npz").read_bytes()).hexdigest()
 
 
 def test_labels(images, tmp_path):
@@ -164,13 +160,8 @@ def test_a_member_that_is_needed_twice_is_refused(images, tmp_path):
 
 def test_statistics(images, tmp_path):
     rng = np.random.RandomState(0)
-    full = {
-        "mu": rng.rand(2048),
-        "sigma": np.diag(rng.rand(2048)),
-        "mu_s": rng.rand(2023),
-        "sigma_s": np.diag(rng.rand(2023)),
-    }
-    full = {name: value.astype(np.float32) for name, value in full.items()}
+    full = {f"{kind}{end}": rng.rand(size) for end, size in (("", 2048), ("_s", 2023)) for kind in ("mu", "sigma")}
+    full = {name: (value if "mu" in name else np.diag(value)).astype(np.float32) for name, value in full.items()}
     np.savez(tmp_path / "ref.npz", arr_0=images, **full)
     source = open_images(tmp_path / "ref.npz")
     pool, spatial = source.statistics()
@@ -263,9 +254,6 @@ def test_grey_is_told(shape, images):
         (np.full((2, 4, 4, 3), np.inf, np.float32), "not finite"),
         (np.full((2, 4, 4, 3), -1.5, np.float32), r"\[0, 1\] or \[-1, 1\]"),
         (np.full((2, 4, 4, 3), 300), "expected 0..255"),
-        (np.full((2, 4, 4, 3), -3, np.int8), "expected 0..255"),
-        (np.ones((2, 4, 4, 3), bool), "truth values"),
-        (np.ones((2, 4, 4, 3), np.uint8), "cast to integers"),
         (np.ones((2, 4, 4, 3), complex), "no images"),
         (np.array([None]), "no images"),
     ],
@@ -276,10 +264,7 @@ def test_what_cannot_be_meant_is_refused(array, words):
         open_images(array)
 
 
-ONE = [(32, 24, 3), (3, 32, 24), (32, 24, 1), (32, 24, 4), (4, 32, 24)]
-
-
-@pytest.mark.parametrize("shape", ONE, ids=str)
+@pytest.mark.parametrize("shape", [(32, 24, 3), (3, 32, 24), (32, 24, 1), (32, 24, 4), (4, 32, 24)], ids=str)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
 def test_one_image_is_no_set_of_images(shape, dtype, tmp_path):
     image = np.linspace(0, 1 if dtype is np.float32 else 255, int(np.prod(shape))).reshape(shape).astype(dtype)
@@ -306,8 +291,8 @@ def test_a_last_batch_of_three_grey_images_is_no_image(images):
         (np.zeros((5, 4, 4, 3), np.int32), "int32 from 0 to 0"),
         (np.eye(4, dtype=np.uint8)[None, :, :, None].repeat(5, 0), r"only 0 and 1 \(uint8\)"),
         (np.full((5, 4, 4, 3), 60_000, np.uint16), "uint16 from 60000 to 60000.* Convert"),
-        (np.full((5, 4, 4, 3), -200, np.int16), "int16 from -200 to -200.* Convert"),
-        (np.eye(4)[None, :, :, None].repeat(5, 0) > 0, "multiply by 255"),
+        (np.full((5, 4, 4, 3), -3, np.int8), "int8 from -3 to -3.* Convert"),
+        (np.eye(4)[None, :, :, None].repeat(5, 0) > 0, "truth values .*multiply by 255"),
     ],
     ids=lambda value: str(value)[-30:] if isinstance(value, str) else "",
 )
@@ -456,10 +441,8 @@ def test_large_pictures_come_in_small_batches(tmp_path):
 
 
 def test_a_zip_of_pictures_may_hold_an_array_too(tmp_path: Path) -> None:
-    stream = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(stream, "PNG")
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
-        archive.writestr("a.png", stream.getvalue())
+        archive.writestr("a.png", encoded(np.zeros((4, 4, 3), np.uint8)))
         archive.writestr("emb.npy", b"")
     assert open_images(tmp_path / "z.zip").count == 1
     for array in ("arr_0.npy", "mu.npy"):  # either may be meant

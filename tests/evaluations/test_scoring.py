@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +20,15 @@ from evaluations.settings import Settings
 from evaluations.shards import Features
 from guided_diffusion.runtime.launchers import Place
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:precision and recall rest", "ignore:FD corners", "ignore:array in memory has no"
+)
 RNG = np.random.default_rng(0)
 REFERENCE = RNG.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
 SAMPLES = np.clip(RNG.integers(0, 256, (50, 8, 8, 3)) * 0.9 + 20, 0, 255).astype(np.uint8)
 LABELS = np.arange(50) % 3
 PLAIN = Settings(progress=False, device="cpu")
-ALL = Settings(
-    progress=False, device="cpu", errors=True, kid=True, density_coverage=True, fid_infinity=True, per_class=True
-)
+ALL = replace(PLAIN, errors=True, kid=True, density_coverage=True, fid_infinity=True, per_class=True)
 
 
 def corners(images: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,6 @@ def files(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "ref.npz"), str(tmp_path / "smp.npz")
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_every_metric_is_there(files: tuple[str, str], encoder: Encoder) -> None:
     found = evaluate(files[0], files[1], ALL, encoder=encoder)
     one = found.sets[0]
@@ -68,7 +67,6 @@ def test_every_metric_is_there(files: tuple[str, str], encoder: Encoder) -> None
     assert all(row.fid > 0 and row.references == 20 for row in one.per_class)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_receipt_holds_identity_and_json_is_strict(files: tuple[str, str], encoder: Encoder, tmp_path: Path) -> None:
     found = evaluate(files[0], files[1], PLAIN, encoder=encoder)
     found.write(tmp_path / "a.json")
@@ -82,14 +80,9 @@ def test_receipt_holds_identity_and_json_is_strict(files: tuple[str, str], encod
     assert report.classic_lines(found.sets[0])[0].startswith("Precision: ")
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_several_sets_are_compared(files: tuple[str, str], encoder: Encoder, tmp_path: Path) -> None:
-    found = evaluate(
-        files[0],
-        [SAMPLES, SAMPLES[:, ::-1].copy(), SAMPLES[:40]],
-        Settings(progress=False, errors=True),
-        encoder=encoder,
-    )
+    sets = [SAMPLES, SAMPLES[:, ::-1].copy(), SAMPLES[:40]]
+    found = evaluate(files[0], sets, replace(PLAIN, errors=True), encoder=encoder)
     assert len(found.sets) == 3 and len(found.differences) == 3 * 3
     assert [d.paired for d in found.differences if d.score == "FD corners"] == [True, False, False]
     assert all(d.paired for d in found.differences if d.score == "Recall")  # by groups of samples
@@ -99,7 +92,6 @@ def test_several_sets_are_compared(files: tuple[str, str], encoder: Encoder, tmp
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_reading_order_of_the_sources_and_of_images_does_not_matter(encoder: Encoder) -> None:
     scores = [
         {s.name: s.value for s in evaluate(REFERENCE[order], SAMPLES, PLAIN, encoder=encoder).sets[0].scores}
@@ -114,7 +106,6 @@ def test_only_the_first_process_reports(files: tuple[str, str], encoder: Encoder
     assert evaluate(files[0], files[1], PLAIN, encoder=encoder, world=Place(1, 2)) is None
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners", "ignore:array in memory has no")
 def test_what_is_doubtful_is_said(encoder: Encoder) -> None:
     with pytest.warns(UserWarning, match="at least 4 images"):
         found = evaluate(REFERENCE, SAMPLES[:3], Settings(progress=False, per_class=True), encoder=encoder)
@@ -131,7 +122,6 @@ def test_what_is_doubtful_is_said(encoder: Encoder) -> None:
     assert not any("sorted" in text for text in found.warnings)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_a_conversion_is_told_on_the_spot(encoder: Encoder) -> None:
     with pytest.warns(UserWarning, match=r"array in memory: float32 images in \[0, 1\]: taken as round"):
         found = evaluate(REFERENCE, SAMPLES.astype(np.float32) / 255, PLAIN, encoder=encoder)
@@ -146,21 +136,23 @@ def test_features_and_counts_without_a_score() -> None:
         evaluate(REFERENCE, SAMPLES[:1], PLAIN, encoder=CallableEncoder("corners", corners))
 
 
-def test_features_made_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_features_made_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "evaluations")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(features="npz")
     x, y = RNG.standard_normal((40, 5)).astype(np.float32), RNG.standard_normal((45, 5)).astype(np.float32)
-    np.savez(tmp_path / "x.npz", features=x)
-    np.savez(tmp_path / "y.npz", y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = evaluate(str(tmp_path / "y.npz"), str(tmp_path / "x.npz"), Settings(features="npz"))
+    np.savez("x.npz", features=x)
+    np.savez("y.npz", y)
+    found = evaluate("y.npz", "x.npz", settings)
     assert found.sets[0].score("FD npz").value == metrics.frechet_distance_of_features(x, y)
-    np.savez(tmp_path / "bad.npz", np.zeros((3, 3), int))
+    np.savez("bad.npz", np.zeros((3, 3), int))
     with pytest.raises(ValueError, match="expected a float matrix"):
-        evaluate(str(tmp_path / "bad.npz"), str(tmp_path / "x.npz"), Settings(features="npz"))
-    np.savez(tmp_path / "bad.npz", features=x, arr_1=np.arange(39))
+        evaluate("bad.npz", "x.npz", settings)
+    np.savez("bad.npz", features=x, arr_1=np.arange(39))
     with pytest.raises(ValueError, match=r"arr_1 in .* of shape \(39,\) .* each of the 40 .* Scores per class"):
-        evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz", per_class=True))
+        evaluate("y.npz", "bad.npz", replace(settings, per_class=True))
     for bad, words in (
         (x[:, :4], "holds 4 features of each image and .* 5"),
         (np.where(x == x[3, 2], np.nan, x), "features hold nan"),
@@ -170,45 +162,38 @@ def test_features_made_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         (x[:0], "holds 0 images"),
         (np.array([[1.0, 2.0], [3.0]], dtype=object), "pickled"),
     ):
-        np.savez(tmp_path / "bad.npz", features=bad)
+        np.savez("bad.npz", features=bad)
         caplog.clear()
         with pytest.raises(ValueError, match=words):
-            evaluate(
-                str(tmp_path / "y.npz"),
-                [str(tmp_path / "x.npz"), str(tmp_path / "bad.npz")],
-                Settings(features="npz"),
-            )
+            evaluate("y.npz", ["x.npz", "bad.npz"], settings)
         assert not caplog.messages  # the second set is looked at before the first is scored
-    (tmp_path / "bad.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])
+    Path("bad.npz").write_bytes(Path("x.npz").read_bytes()[:300])
     with pytest.raises(ValueError, match="cut off or damaged"):
-        evaluate(str(tmp_path / "y.npz"), str(tmp_path / "bad.npz"), Settings(features="npz"))
+        evaluate("y.npz", "bad.npz", settings)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change",
     [
-        (lambda x: {"features": 1e30 * x, "spectrum": np.zeros(2, complex)}, None),
-        (lambda x: {"features": x.astype(np.float16), "names": np.array(["a"] * 40)}, None),
-        (lambda x: {"features": np.repeat(x[:1], 40, 0)}, None),
-        (lambda x: {"features": x, "arr_1": np.array(["a"] * 40)}, None),
-        (lambda x: {"features": x, "arr_1": np.array(["a"] * 40)}, "arr_1"),
+        lambda x: {"features": 1e30 * x, "spectrum": np.zeros(2, complex)},
+        lambda x: {"features": x.astype(np.float16), "names": np.array(["a"] * 40)},
+        lambda x: {"features": np.repeat(x[:1], 40, 0)},
+        lambda x: {"features": x, "arr_1": np.array(["a"] * 40)},
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_hostile_features_give_finite_scores_or_an_error(change, words: str | None, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "y.npz", **change(rng.standard_normal((45, 5)).astype(np.float32))) if words is None else None
-    np.savez(tmp_path / "x.npz", **change(rng.standard_normal((40, 5)).astype(np.float32)))
-    if words is not None:
-        with pytest.raises(ValueError, match=words):
-            evaluate(str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), replace(ALL, features="npz"))
-        return
-    settings = replace(ALL, features="npz", per_class=False)
-    one = evaluate(str(tmp_path / "y.npz"), str(tmp_path / "x.npz"), settings).sets[0]
+def test_hostile_features_give_finite_scores_or_an_error(change, tmp_path: Path) -> None:
+    rng, paths = np.random.default_rng(0), (tmp_path / "y.npz", tmp_path / "x.npz")
+    stored = [change(rng.standard_normal((count, 5)).astype(np.float32)) for count in (45, 40)]
+    for path, arrays in zip(paths, stored):
+        np.savez(path, **arrays)
+    one = evaluate(*paths, replace(ALL, features="npz", per_class=False)).sets[0]
     assert all(math.isfinite(score.value) and math.isfinite(score.error) for score in one.scores)
-    with np.load(tmp_path / "x.npz") as x, np.load(tmp_path / "y.npz") as y:
-        exact = metrics.frechet_distance_of_features(x["features"], y["features"])
-    assert one.score("FD npz").value == exact
+    y, x = (arrays["features"] for arrays in stored)
+    assert one.score("FD npz").value == metrics.frechet_distance_of_features(x, y)
+    if "arr_1" in stored[0]:
+        with pytest.raises(ValueError, match="arr_1"):
+            evaluate(*paths, replace(ALL, features="npz"))
 
 
 def untouchable(images: torch.Tensor) -> torch.Tensor:
@@ -236,14 +221,11 @@ def test_mistakes_are_told_before_an_image_is_encoded(store, settings, words: st
     np.savez(good, SAMPLES, LABELS)
     if store is not None:
         np.savez(bad, **store)
-    reference, samples = (
-        (bad, [good]) if place == "reference" else (good, [bad, good] if place == "first" else [good, bad])
-    )
+    reference, samples = {"reference": (bad, [good]), "first": (good, [bad, good]), "last": (good, [good, bad])}[place]
     with pytest.raises(ValueError, match=words):
         evaluate(reference, samples, settings, encoder=CallableEncoder("corners", untouchable))
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_labels_that_no_score_asks_for_change_nothing(encoder: Encoder, tmp_path: Path) -> None:
     encoder.weight = torch.randn(5, 6)
     np.savez(tmp_path / "plain.npz", SAMPLES)
@@ -306,17 +288,12 @@ def test_a_reference_of_mu_and_sigma(tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "skew.npz", mu=pool.mu, sigma=np.triu(np.ones((6, 6))))
     np.savez(tmp_path / "negative.npz", mu=pool.mu, sigma=-pool.sigma)
+    untouched = PretendedInception("inception", untouchable)
     for name, words in (("other", "another network"), ("skew", "not symmetric"), ("negative", "negative eigenvalues")):
         with pytest.raises(ValueError, match=words):
-            evaluate(
-                SAMPLES,
-                [SAMPLES, tmp_path / f"{name}.npz"],
-                PLAIN,
-                encoder=PretendedInception("inception", untouchable),
-            )
+            evaluate(SAMPLES, [SAMPLES, tmp_path / f"{name}.npz"], PLAIN, encoder=untouched)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_a_shorter_last_split_is_told(encoder: Encoder) -> None:
     encoder.weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -331,7 +308,6 @@ def test_a_shorter_last_split_is_told(encoder: Encoder) -> None:
     assert len(said([SAMPLES, SAMPLES[:40], SAMPLES[:31]], 20)) == 2
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_an_order_by_class_shows_without_labels() -> None:
     rng = np.random.default_rng(0)
     classes = np.repeat(np.arange(4), 16)
@@ -366,7 +342,6 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         make_encoder(Settings(features=f"dinov2:{tmp_path}"), torch.device("cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_compare_names_the_first_difference(
     files: tuple[str, str], encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -398,7 +373,6 @@ def classes_of(root: Path, images: np.ndarray, *names: str) -> str:
     return str(root)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
 def test_classes_of_folders_are_matched_by_name(encoder: Encoder, tmp_path: Path) -> None:
     settings = replace(PLAIN, per_class=True)
     against = classes_of(tmp_path / "ref", REFERENCE, "ant", "bee", "cat")
@@ -412,7 +386,6 @@ def test_classes_of_folders_are_matched_by_name(encoder: Encoder, tmp_path: Path
     assert any("lacks 1 of the classes of" in told and "(3)" in told for told in other.warnings)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
 def test_scores_per_class_that_are_left_out_are_told(files: tuple[str, str], encoder: Encoder, tmp_path: Path) -> None:
     plain, far = str(tmp_path / "plain.npz"), str(tmp_path / "far.npz")
     np.savez(plain, REFERENCE)
@@ -426,14 +399,12 @@ def test_scores_per_class_that_are_left_out_are_told(files: tuple[str, str], enc
             evaluate(reference, samples, replace(PLAIN, per_class=True), encoder=encoder)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest")
 def test_fewer_images_than_features_are_named() -> None:
     encoder = CallableEncoder("pixels", lambda images: images[:, :4, :4].float().flatten(1))  # 48 of them
     with pytest.warns(UserWarning, match="FD pixels: the sample set has 40 images for 48 features.*rank deficient"):
         evaluate(REFERENCE, SAMPLES[:40], PLAIN, encoder=encoder)
 
 
-@pytest.mark.filterwarnings("ignore:precision and recall rest", "ignore:FD corners")
 def test_sizes_that_differ_are_told(encoder: Encoder) -> None:
     words = "holds images of 8x4, array in memory of 8x8"
     with pytest.warns(UserWarning, match=words):
