@@ -307,7 +307,7 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
 def _callbacks(plan: _Plan, process: Any, log: Log) -> list[Callback]:
     """What to call every n steps."""
     from ..build import build_timesteps
-    from ..sampling.preview import write_preview
+    from ..sampling.pipeline import write_preview
     from ..training.callbacks import SampleGrid, Validation
     from ..training.losses import classifier_loss
     from ..weights.load import Loaded

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,27 +83,24 @@ def measure(
             denoise = make_denoiser(model.net, model.process, cond, clip=clip, **model.reading)
             noise = Streams(seed, EVALUATE, ids=ids, device=world.device)
             bound = likelihood.bits_per_dim(denoise, model.process, here.images, noise=noise.randn_like)
-            rows = torch.stack([bound.total, bound.prior, bound.vb[:, -1]], dim=1)
             terms = torch.stack([bound.vb, bound.eps_mse, bound.x0_mse], dim=1)
-            gathered = _of_all_ranks(terms, ids, count, world).unflatten(1, (3, -1))
-            _require_finite(gathered, done, records, seed, model)
-            values.append(_of_all_ranks(rows, ids, count, world).cpu())
-            steps.append(gathered.sum(dim=0).cpu())
+            columns = [torch.tensor(ids, device=world.device), bound.total, bound.prior]
+            rows = torch.cat(
+                [torch.stack([column.double() for column in columns], dim=1), terms.double().flatten(1)], dim=1
+            )
+            rows = world.all_gather_cat(rows, name="terms of the bound")
+            rows = rows[rows[:, 0].argsort()]  # in the order of their images, whichever rank had them
+            rows = rows[rows[:, 0] < count]
+            terms = rows[:, 3:].unflatten(1, (3, -1))
+            _require_finite(terms, done, records, seed, model)
+            values.append(torch.cat([rows[:, 1:3], terms[:, 0, -1:]], dim=1).cpu())
+            steps.append(terms.sum(dim=0).cpu())
             complete = min(count, done + per_step)
             bar.update(complete - done)
             log.info("done %d samples: bpd=%s", complete, torch.cat(values)[:, 0].mean().item())
     by_image = torch.cat(values).numpy()
     means = (torch.stack(steps).sum(dim=0) / count).float().numpy()
     return Bounds(*by_image.T, *means)
-
-
-def _of_all_ranks(values: Tensor, ids: Sequence[int], count: int, world: World) -> Tensor:
-    """The rows of all ranks in the order of their images, without those from `count` on, float64 `[B, ...]` flattened."""
-    numbers = torch.tensor(ids, dtype=torch.float64, device=values.device)[:, None]
-    joined = torch.cat([numbers, values.double().flatten(1)], dim=1)
-    rows = world.all_gather_cat(joined, name="terms of the bound")
-    rows = rows[rows[:, 0].argsort()]
-    return rows[rows[:, 0] < count][:, 1:]
 
 
 def _require_finite(terms: Tensor, done: int, records: Records, seed: int, model: Loaded) -> None:
@@ -151,9 +147,8 @@ def write(folder: str, bounds: Bounds, config: Mapping[str, Any]) -> None:
     """
     storage.makedirs(folder)
     for name in ("vb", "mse", "xstart_mse"):
-        buffer = io.BytesIO()
-        np.savez(buffer, getattr(bounds, name))
-        storage.write_bytes_atomic(storage.join(folder, f"{name}_terms.npz"), buffer.getvalue())
+        with storage.atomic_write(storage.join(folder, f"{name}_terms.npz")) as file:
+            np.savez(file, getattr(bounds, name))
     about = {
         "bits_per_dim": float(bounds.total.mean()),
         "standard_error": standard_error(bounds.total),

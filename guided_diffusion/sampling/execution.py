@@ -34,50 +34,52 @@ class Compiled:
 
     torch keeps eight graphs at most: batches of a ninth size are computed without one, after a warning.
 
-    What cannot be compiled as one graph is done by the denoisers of `otherwise` from then on, after a warning; `failure` says
-    why. Without `otherwise` the error is raised. `backend` is torch.compile's.
+    If a step cannot be compiled as one graph, `on_failure` is called after a warning, and the denoisers of `make` are called as
+    they are from then on; `failure` says why. Without `on_failure` the error is raised. `backend` is torch.compile's.
     """
 
     def __init__(
-        self, make: Conditioned, *, otherwise: Conditioned | None = None, backend: str | Callable[..., Any] = "inductor"
+        self,
+        make: Conditioned,
+        *,
+        on_failure: Callable[[], None] | None = None,
+        backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         def step(x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            found = make(cond)(x, i)
-            return found.x0.contiguous(), *found.both()
+            denoised = make(cond)(x, i)
+            return denoised.x0.contiguous(), *denoised.both()
 
-        self._make, self._otherwise, self._warned = make, otherwise, False
+        self._make, self._on_failure, self._warned = make, on_failure, False
         self._step = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, backend=backend)
         self.failure: Exception | None = None
 
     def __call__(self, cond: Cond) -> Denoiser:
         def denoise(x: Tensor, i: Tensor) -> Denoised:
             if self.failure is None:
-                given = {name: _plain(value) for name, value in cond.items()}  # now, as its values may have changed
+                inputs = {name: _plain(value) for name, value in cond.items()}  # now, as its values may have changed
                 try:
                     with torch.inference_mode(False), torch.no_grad():
-                        x0, *variance = self._step(_plain(x), _plain(i), given)
+                        x0, *variance = self._step(_plain(x), _plain(i), inputs)
                         return Denoised(x0, Spread(*variance))
                 except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay in use
                     self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
-                    return self._make(cond)(x, i)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    if self._otherwise is None:
+                    if self._on_failure is None:
                         raise
-                    self._give_up(error)
-            assert self._otherwise is not None
-            return self._otherwise(cond)(x, i)
+                    self.failure = error
+                    # Its first two lines, as one; the rest is for those who debug torch.
+                    reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
+                    self._warn(
+                        f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself"
+                    )
+                    self._on_failure()
+            return self._make(cond)(x, i)
 
         return denoise
 
-    def _give_up(self, error: Exception) -> None:
-        self.failure = error
-        # Its first two lines, as one; the rest is for those who debug torch.
-        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
-        self._warn(f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself")
-
     def _warn(self, text: str) -> None:
         if not self._warned:
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=3)
         self._warned = True
 
 
@@ -139,8 +141,8 @@ class Graphed:
         def denoise(x: Tensor, i: Tensor) -> Denoised:
             if self.failure is not None or (self._record is None and not x.is_cuda):
                 return plain(x, i)
-            given = [x, i, *cond.values()]
-            key = (*cond, *((value.shape, value.dtype) for value in given))
+            inputs = [x, i, *cond.values()]
+            key = (*cond, *((value.shape, value.dtype) for value in inputs))
             if key not in self._recorded:
                 try:
                     self._recorded[key] = self._made(x, i, cond)
@@ -149,12 +151,12 @@ class Graphed:
                         raise
                     self.failure = error
                     return plain(x, i)
-            held = self._recorded[key]
-            for own, value in zip(held.inputs, given):
-                own.copy_(value)
-            held.replay()
+            recorded = self._recorded[key]
+            for memory, value in zip(recorded.inputs, inputs):
+                memory.copy_(value)
+            recorded.replay()
             # x0 is handed on to the caller's caller; the variance is used up before the next replay.
-            return Denoised(held.result.x0.clone(), held.result.spread)
+            return Denoised(recorded.result.x0.clone(), recorded.result.spread)
 
         return denoise
 

@@ -6,6 +6,7 @@ what is missing. The npz is put together at the end, one part at a time.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -113,9 +114,9 @@ class Job:
 
     @property
     def npz(self) -> str:
-        """Path of the finished file."""
+        """Path of the finished file, named as in 2021."""
         channels, height, width = self.shape
-        return storage.join(self.out, writers.npz_name(self.request.num_samples, height, width, channels))
+        return self.in_folder(f"samples_{self.request.num_samples}x{height}x{width}x{channels}.npz")
 
     def in_folder(self, name: str) -> str:
         """Path of a file in the job's folder."""
@@ -163,12 +164,12 @@ def prepare(job: Job) -> list[int] | None:
     return np.flatnonzero(~done).tolist()
 
 
-def keep(job: Job, ids: Sequence[int], pixels: np.ndarray) -> None:
-    """Write the finished images `ids`, uint8 `[len(ids), H, W, C]`, as parts, one for each stretch of consecutive numbers."""
-    starts = [k for k in range(len(ids)) if k == 0 or ids[k] != ids[k - 1] + 1]
-    for first, stop in zip(starts, [*starts[1:], len(ids)]):
-        name = f"images_{ids[first]:08d}_{ids[stop - 1]:08d}.npy"
-        writers.write_part(storage.join(job.out, PARTS, name), pixels[first:stop])
+def keep(job: Job, first: int, pixels: np.ndarray) -> None:
+    """Write finished images from number `first` on, uint8 `[B, H, W, C]`, as one part."""
+    name = f"images_{first:08d}_{first + len(pixels) - 1:08d}.npy"
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(pixels), allow_pickle=False)
+    storage.write_bytes_atomic(storage.join(job.out, PARTS, name), buffer.getvalue())
 
 
 def assemble(job: Job) -> None:
@@ -179,13 +180,13 @@ def assemble(job: Job) -> None:
     labels = job.request.labels.of(range(count))
 
     # Parts never overlap: each was made of images that no part had. The last may reach beyond a smaller num_samples.
-    pixels = (writers.read_part(path)[: count - first] for first, _, path in parts)
+    pixels = (_read_part(path)[: count - first] for first, _, path in parts)
     writers.write_npz(job.npz, pixels, (count, height, width, channels), labels)
     written = job.npz
     if job.grid:
         shown = min(job.grid, count)
-        head = [writers.read_part(path)[: shown - first] for first, _, path in parts if first < shown]
-        captions = None if labels is None else [_name(int(label), job.class_names) for label in labels[:shown]]
+        head = [_read_part(path)[: shown - first] for first, _, path in parts if first < shown]
+        captions = None if labels is None else writers.class_captions(labels[:shown], job.class_names)
         writers.write_grid(job.in_folder(PICTURE), np.concatenate(head), captions)
         written += f" and {job.in_folder(PICTURE)}"
     _write_receipt(job, {"file": job.npz, "bytes": storage.size(job.npz), "sha256": storage.sha256_of(job.npz)})
@@ -263,6 +264,11 @@ def _parts(job: Job) -> list[tuple[int, int, str]]:
     return sorted((int(m[1]), int(m[2]), storage.join(folder, name)) for m, name in found)
 
 
+def _read_part(path: str) -> np.ndarray:
+    images: np.ndarray = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+    return images
+
+
 def _whole_parts(job: Job) -> list[tuple[int, int, str]]:
     """`_parts` without those that a failing disk cut short; they are removed, to be made again."""
     bytes_each, header, whole = int(np.prod(job.shape)), 128, []
@@ -273,7 +279,3 @@ def _whole_parts(job: Job) -> list[tuple[int, int, str]]:
             log.info("%s is cut short; its images are made again", path)
             storage.remove(path)
     return whole
-
-
-def _name(label: int, names: Sequence[str]) -> str:
-    return names[label] if label < len(names) else str(label)

@@ -22,6 +22,7 @@ from ..weights.load import Loaded, check_pair
 from .execution import Compiled, Conditioned, Graphed
 from .jobs import LabelPlan, Request
 from .queue import Pipeline, answers
+from .writers import class_captions, write_grid
 
 # Base model and upsampler use one seed; without this their first noise would begin with the same numbers.
 NOISE_OF_UPSAMPLERS = 256
@@ -99,6 +100,23 @@ def sample(
     return next(made).images
 
 
+def write_preview(model: Loaded, path: str, *, steps: str, seed: int = 0, count: int = 16) -> None:
+    """Write `count` samples by DDIM, the classes spread evenly and named, as one PNG: always of the same noise.
+
+    `steps` as in --timestep_respacing; every step where the process has fewer than that asks for.
+    """
+    labels = captions = None
+    if "y" in model.inputs:
+        labels = np.arange(count) * max(1, model.num_classes // count) % model.num_classes
+        captions = class_captions(labels, model.class_names)
+    try:
+        respaced(model.process, steps)
+    except ValueError:
+        steps = ""
+    images = sample(model, labels=labels, num_images=count, sampler="ddim", steps=steps or None, seed=seed)
+    write_grid(path, images, captions)
+
+
 def noise_seed(model: Loaded, seed: int) -> int:
     """The seed of a model's noise: an upsampler must not see the noise of the base model."""
     return key_of(seed, NOISE_OF_UPSAMPLERS) if "low_res" in model.inputs else seed
@@ -149,24 +167,18 @@ def make_pipeline(
             denoise = guide(denoise, steps, gradient, guided.scale)
         return denoise
 
-    compiled: list[nn.Module] = []
+    def compile_networks() -> None:
+        for each in networks:
+            compile_network(each.net)
 
-    def networks_compiled(cond: Mapping[str, Tensor]) -> Denoiser:
-        """The way for a step that cannot be compiled as one graph."""
-        if not compiled:
-            compiled.extend(each.net for each in networks)
-            for net in compiled:
-                compile_network(net)
-        return make(cond)
-
-    executed: Conditioned = Compiled(make, otherwise=networks_compiled) if compile else make
+    executed: Conditioned = Compiled(make, on_failure=compile_networks) if compile else make
     if graphs:
         executed = Graphed(executed)
 
     def pipeline(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
-        given = {"eta": eta, "noise": randn_like}
+        values = {"eta": eta, "noise": randn_like}
         try:
-            return last(run(executed(cond), noise, steps, **{name: given[name] for name in options}))
+            return last(run(executed(cond), noise, steps, **{name: values[name] for name in options}))
         except NotFinite as error:
             raise NotFinite(error.row, f"{error}; {why_not_finite(networks)}") from None
 

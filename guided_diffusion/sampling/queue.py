@@ -9,6 +9,7 @@ never change: nothing is compiled twice, and recorded CUDA graphs stay valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -152,84 +153,77 @@ def generate_all(
     batch, and all write to one storage. Raises Interrupted after the batch in which `should_stop` became true on any rank,
     and ValueError if a folder holds images with other settings, another job is at work in it, or two requests have one name.
     """
-    world = world or World()
+    world, size = world or World(), jobs[0].batch_size
     names = [job.request.name for job in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two requests are called {twice[0]!r}; each needs a name of its own")
-    lock, missing = _open(jobs, folder) if world.is_main else (None, None)
+    by_name = dict(zip(names, jobs))
+    with _locked(jobs, folder, world) as missing:
+        if len(jobs) == 1:
+            batches = list(in_place(jobs[0].request, missing.get(names[0], ()), size))
+        else:
+            batches = list(pack((Place(by_name[name].request, i) for name, ids in missing.items() for i in ids), size))
+        begun = {name: len(images) for name, images in missing.items() if images}
+        alone = sum(-(-count // size) for count in begun.values())
+        saving = Saving(len(begun), sum(begun.values()), len(batches), alone)
+        if world.is_main:  # jobs whose images were all there, only the npz was missing
+            for name in missing.keys() - begun.keys():
+                assemble(by_name[name])
+
+        total = sum(by_name[name].request.num_samples for name in begun)
+        made, finished = total - saving.images, len(jobs) - len(begun)
+        shown = progress and world.is_main and bool(batches)
+        with tqdm(
+            total=total, initial=made, unit="image", mininterval=1.0, dynamic_ncols=True, disable=not shown
+        ) as bar:
+            for first in range(0, len(batches), world.size):
+                round_ = batches[first : first + world.size]  # a batch for each rank
+                if world.rank < len(round_):
+                    batch = round_[world.rank]
+                    _keep(batch, draw(pipeline, batch, shape=jobs[0].shape, device=world.device), by_name)
+                places = [place for batch in round_ for place in batch if place.wanted]
+                made += len(places)
+                bar.update(len(places))
+                stop = world.any_true(should_stop(), name="stop sampling?")  # after this, all have written their images
+                ready = [place.request.name for place in places if place.image == missing[place.request.name][-1]]
+                finished += len(ready)
+                if world.is_main and ready:
+                    bar.clear()  # messages get lines of their own
+                    for name in ready:
+                        assemble(by_name[name])
+                if stop and first + world.size < len(batches):
+                    done = f"{made} of {total} images" if len(jobs) == 1 else f"{finished} of {len(jobs)} requests"
+                    raise Interrupted(f"{done} are in {folder}; the same command goes on from there")
+        world.barrier("all images are written")
+        return saving
+
+
+@contextmanager
+def _locked(jobs: Sequence[Job], folder: str, world: World) -> Iterator[dict[str, list[int]]]:
+    """Hold the lock of the folder; gives the images to make of each unfinished job. ValueError on all ranks alike."""
+    lock = None
+    missing: dict[str, list[int]] | str = {}
     try:
+        if world.is_main:
+            try:
+                lock = storage.lock_folder(folder, LOCK)
+                left = {job.request.name: prepare(job) for job in jobs}
+                missing = {name: images for name, images in left.items() if images is not None}
+            except ValueError as error:
+                missing = str(error)
         missing = world.broadcast_object(missing, name="what is left to sample")
         if isinstance(missing, str):
             raise ValueError(missing)
-        assert missing is not None
-        return _make(pipeline, jobs, folder, missing, world, should_stop, progress)
+        yield missing
     finally:
         if lock is not None:
             lock.release()
 
 
-def _open(jobs: Sequence[Job], folder: str) -> tuple[Any, dict[str, list[int]] | str]:
-    """(lock of the folder; of each unfinished job the images to make, or what is wrong). On the main rank."""
-    lock = None
-    try:
-        lock = storage.lock_folder(folder, LOCK)
-        found = {job.request.name: prepare(job) for job in jobs}
-    except ValueError as error:
-        return lock, str(error)
-    return lock, {name: missing for name, missing in found.items() if missing is not None}
-
-
-def _make(
-    pipeline: Pipeline,
-    jobs: Sequence[Job],
-    folder: str,
-    missing: Mapping[str, list[int]],
-    world: World,
-    should_stop: Callable[[], bool],
-    progress: bool,
-) -> Saving:
-    by_name = {job.request.name: job for job in jobs}
-    size = jobs[0].batch_size
-    if len(jobs) == 1:
-        batches = list(in_place(jobs[0].request, missing.get(jobs[0].request.name, ()), size))
-    else:
-        queue = (Place(job.request, i) for job in jobs for i in missing.get(job.request.name, ()))
-        batches = list(pack(queue, size))
-    begun = {name: len(images) for name, images in missing.items() if images}
-    saving = Saving(len(begun), sum(begun.values()), len(batches), sum(-(-count // size) for count in begun.values()))
-    if world.is_main:  # jobs whose images were all there, only the npz was missing
-        for name in missing.keys() - begun.keys():
-            assemble(by_name[name])
-
-    total = sum(by_name[name].request.num_samples for name in begun)
-    made, finished = total - saving.images, len(jobs) - len(begun)
-    shown = progress and world.is_main and bool(batches)
-    with tqdm(total=total, initial=made, unit="image", mininterval=1.0, dynamic_ncols=True, disable=not shown) as bar:
-        for first in range(0, len(batches), world.size):
-            round_ = batches[first : first + world.size]  # a batch for each rank
-            if world.rank < len(round_):
-                batch = round_[world.rank]
-                _keep(batch, draw(pipeline, batch, shape=jobs[0].shape, device=world.device), by_name)
-            places = [place for batch in round_ for place in batch if place.wanted]
-            made += len(places)
-            bar.update(len(places))
-            stop = world.any_true(should_stop(), name="stop sampling?")  # after this, all have written their images
-            ready = [place.request.name for place in places if place.image == missing[place.request.name][-1]]
-            finished += len(ready)
-            if world.is_main and ready:
-                bar.clear()  # messages get lines of their own
-                for name in ready:
-                    assemble(by_name[name])
-            if stop and first + world.size < len(batches):
-                done = f"{made} of {total} images" if len(jobs) == 1 else f"{finished} of {len(jobs)} requests"
-                raise Interrupted(f"{done} are in {folder}; the same command goes on from there")
-    world.barrier("all images are written")
-    return saving
-
-
 def _keep(batch: Sequence[Place], pixels: np.ndarray, jobs: Mapping[str, Job]) -> None:
-    """Write the wanted images of a batch as parts of their jobs."""
-    wanted = [k for k, place in enumerate(batch) if place.wanted]
-    for name, group in groupby(wanted, key=lambda k: batch[k].request.name):
-        places = list(group)
-        keep(jobs[name], [batch[k].image for k in places], pixels[places])
+    """Write the wanted images of a batch: a part for each stretch of one request with consecutive numbers."""
+    stretches = groupby(range(len(batch)), key=lambda k: (batch[k].wanted, batch[k].request.name, batch[k].image - k))
+    for (wanted, name, _), group in stretches:
+        if wanted:
+            places = list(group)
+            keep(jobs[name], batch[places[0]].image, pixels[places])

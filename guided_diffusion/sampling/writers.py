@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
 
 import numpy as np
 
@@ -15,35 +13,22 @@ from ..runtime import storage
 _TILE = 64
 
 
-def npz_name(count: int, height: int, width: int, channels: int) -> str:
-    """`samples_50000x64x64x3.npz`, as in 2021."""
-    return f"samples_{count}x{height}x{width}x{channels}.npz"
-
-
-def write_npz(
-    path: str,
-    parts: Iterable[np.ndarray],
-    shape: Sequence[int],
-    labels: np.ndarray | None = None,
-    *,
-    dtype: Any = np.uint8,
-) -> None:
-    """Write `arr_0` (parts joined along the first axis, `shape` in all) and, where given, `arr_1` (labels, int64).
+def write_npz(path: str, parts: Iterable[np.ndarray], shape: Sequence[int], labels: np.ndarray | None = None) -> None:
+    """Write `arr_0` (uint8 parts joined along the first axis, `shape` in all) and, where given, `arr_1` (labels, int64).
 
     Reads one part at a time, so memory stays that of one part. The file appears complete or not at all. Raises
     ValueError when the parts do not add up to `shape`.
     """
     with storage.atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            _header(member, tuple(shape), np.dtype(dtype))
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(member, header)
             found = 0
             for part in parts:
-                if part.shape[1:] != tuple(shape[1:]) or part.dtype != np.dtype(dtype):
-                    raise ValueError(
-                        f"a part of {path} is {part.dtype} {part.shape}; wanted {np.dtype(dtype)} [*, {shape[1:]}]"
-                    )
+                if part.shape[1:] != tuple(shape[1:]) or part.dtype != np.uint8:
+                    raise ValueError(f"a part of {path} is {part.dtype} {part.shape}; wanted uint8 [*, {shape[1:]}]")
                 member.write(np.ascontiguousarray(part).data)
-                found += part.shape[0]
+                found += len(part)
             if found != shape[0]:
                 raise ValueError(f"{path} got {found} images instead of {shape[0]}")
         if labels is not None:
@@ -51,22 +36,9 @@ def write_npz(
                 np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
 
 
-def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, described)
-
-
-def write_part(path: str, images: np.ndarray) -> None:
-    """One finished stretch of images as a plain npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(images), allow_pickle=False)
-    storage.write_bytes_atomic(path, buffer.getvalue())
-
-
-def read_part(path: str) -> np.ndarray:
-    """The inverse of `write_part`."""
-    found: np.ndarray = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
-    return found
+def class_captions(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """The name of each label; its number if the class has none."""
+    return [class_names[k] if k < len(class_names) else str(k) for k in labels.tolist()]
 
 
 def write_grid(
@@ -92,6 +64,5 @@ def write_grid(
         picture.paste(tile.resize((tile_width, tile_height), Image.Resampling.NEAREST), (x, y))
         if captions:
             draw.text((x, y + tile_height), captions[k][: max(1, tile_width // 6)], fill=(0, 0, 0))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    storage.write_bytes_atomic(path, buffer.getvalue())
+    with storage.atomic_write(path) as file:
+        picture.save(file, format="PNG")

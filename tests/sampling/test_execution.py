@@ -133,19 +133,17 @@ def test_what_cannot_be_traced_is_done_the_other_way_and_told_once() -> None:
     def awkward(cond: Cond) -> Denoiser:
         def denoise(x: Tensor, i: Tensor) -> Denoised:
             torch._dynamo.graph_break()
-            return Denoised(2 * x, Spread(x, x))
+            return Denoised(2 * x + cond["y"], Spread(x, x))
 
         return denoise
 
-    def other(cond: Cond) -> Denoiser:
-        return lambda x, i: Denoised(x + cond["y"], Spread(x, x))
-
-    whole = Compiled(awkward, otherwise=other, backend="eager")
+    failures: list[str] = []
+    whole = Compiled(awkward, on_failure=lambda: failures.append("one"), backend="eager")
     with pytest.warns(UserWarning, match="cannot be compiled as one graph") as told:
         for k in range(3):
             found = whole({"y": torch.tensor(float(k))})(torch.ones(2, 3), torch.zeros(2))
-            assert torch.equal(found.x0, torch.full((2, 3), 1.0 + k))
-    assert len(told) == 1 and whole.failure is not None
+            assert torch.equal(found.x0, torch.full((2, 3), 2.0 + k))
+    assert len(told) == len(failures) == 1 and whole.failure is not None
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         Compiled(awkward, backend="eager")({})(torch.ones(2, 3), torch.zeros(2))
 
