@@ -76,8 +76,9 @@ def by_folder(names: Sequence[str]) -> Labels:
 
 def detect(names: Sequence[str]) -> Labels:
     """Folders where every image lies in one of at least two; else prefixes where they look like classes; else none."""
-    if _are_chunks(names):
-        return NONE
+    numbered = [_NUMBERED_FILE.fullmatch(name) for name in names]
+    if all(match is not None and match[2].startswith(match[1].rstrip("0")) for match in numbered):
+        return NONE  # the folders only cut a long row of numbered files into chunks: each is named as the numbers in it begin
     if all("/" in name for name in names):
         labels = by_folder(names)
         if len(labels.class_names) > 1:
@@ -90,30 +91,19 @@ def detect(names: Sequence[str]) -> Labels:
     return NONE
 
 
-def _are_chunks(names: Sequence[str]) -> bool:
-    """Whether the folders only cut a long row of numbered files into chunks: each is named as the numbers in it begin."""
-    found = [_NUMBERED_FILE.fullmatch(name) for name in names]
-    return all(match is not None and match[2].startswith(match[1].rstrip("0")) for match in found)
-
-
-def from_file(path: str, names: Sequence[str]) -> Labels:
+def from_file(path: str, names: Sequence[str], content: bytes | None = None) -> Labels:
     """Read a `.csv` (path,label; header optional) or `.json` (`{"labels": [[path, label], ...]}` or `{path: label}`) table.
 
-    ValueError if the table and the images do not match one to one.
+    `content`: that of the file, if it was read already. `NONE` if the table says so itself (EDM's `"labels": null`). ValueError if
+    the table and the images do not match one to one.
     """
     try:
-        data = storage.read_bytes(path)
+        text = _decode(storage.read_bytes(path) if content is None else content, path)
     except (FileNotFoundError, IsADirectoryError):
         allowed = "'auto', 'folders', 'prefix', 'none' or the path of a csv/json file"
         raise ValueError(f"labels={path!r}: no such file; must be {allowed}") from None
-    return _from_bytes(data, path, names)
-
-
-def _from_bytes(data: bytes, source: str, names: Sequence[str]) -> Labels:
-    """`from_file` on the bytes of a table called `source`. `NONE` if the table says so itself (EDM's `"labels": null`)."""
-    text = _decode(data, source)
-    entries = _json_entries(text, source) if source.lower().endswith(".json") else _csv_entries(text, source)
-    return NONE if entries is None else _match(_parse(entries, source), names, source)
+    entries = _json_entries(text, path) if path.lower().endswith(".json") else _csv_entries(text, path)
+    return NONE if entries is None else _match(_parse(entries, path), names, path)
 
 
 def label_files(members: Iterable[str], names: Sequence[str], *, beside: bool) -> list[str]:
@@ -133,7 +123,7 @@ def from_members(
         return None
     found = sorted(filter(_is_table, members), key=len)
     if len(found) == 1 and all(name.startswith(found[0].removesuffix(_TABLE)) for name in names):
-        return _from_bytes(read(members[found[0]]), f"{root}/{found[0]}", names)
+        return from_file(f"{root}/{found[0]}", names, read(members[found[0]]))
     if found:
         fault = "one of several tables of labels" if len(found) > 1 else "a table of labels for some of the images only"
         remedy = (
@@ -183,12 +173,11 @@ def _key(name: str) -> str:
 def _decode(data: bytes, source: str) -> str:
     """The text of a table: UTF-8, or what its byte order mark says. ValueError gives the row that is neither."""
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        row, found = data[: error.start].count(b"\n") + 1, data[error.start : error.start + 1]
-        raise ValueError(f"{source}, row {row}: {found!r} is not {encoding} text; save the table as UTF-8") from None
+        row, wrong = data[: error.start].count(b"\n") + 1, data[error.start : error.start + 1]
+        raise ValueError(f"{source}, row {row}: {wrong!r} is not {encoding} text; save the table as UTF-8") from None
     if "\0" in text:
         raise ValueError(f"{source}: holds zero bytes, which no UTF-8 text does; save the table as UTF-8")
     return text
@@ -242,41 +231,37 @@ def _json_entries(text: str, source: str) -> list[Entry] | None:
 
 
 def _csv_entries(text: str, source: str) -> list[Entry]:
-    try:
-        rows = _csv_rows(text)
-    except csv.Error as error:
-        raise ValueError(f"{source}: not a csv table: {error}") from None
-    path_at, label_at = 0, 1
-    if rows and _has_header(rows[0][1]):
-        head = [cell.lower() for cell in rows.pop(0)[1]]
-        path_at = next(k for k, cell in enumerate(head) if cell in _PATH_COLUMNS)
-        label_at = head.index(next(name for name in _LABEL_COLUMNS if name in head))  # numbers before their names
-    elif wide := [each for each in rows if any(each[1][2:])]:
+    tables = []
+    for separator in (",", "\t", ";"):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        try:
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{source}: not a csv table: {error}") from None
+        tables.append([(line, row) for line, row in rows if any(row)])
+    # The separator that cuts the first line into names of columns, else into several cells.
+    rows = max(tables, key=lambda rows: (_columns(rows) is not None, bool(rows) and len(rows[0][1]) > 1))
+    columns = _columns(rows)
+    if columns is None and (wide := [each for each in rows if any(each[1][2:])]):
         line, row = wide[0]
         raise ValueError(
             f"{source}, row {line}: {','.join(row)!r} has {len(row)} columns, and no first line says which is which: begin the "
             f"table with their names, path,label and others (allowed: {', '.join(_PATH_COLUMNS)}; {', '.join(_LABEL_COLUMNS)})"
         )
+    path_at, label_at = columns or (0, 1)
+    rows = rows[1:] if columns else rows
     for line, row in rows:
         if len(row) <= max(path_at, label_at):
             raise ValueError(f"{source}, row {line}: {','.join(row)!r} lacks a path or a label")
     return [(f"row {line}", row[path_at], row[label_at]) for line, row in rows]
 
 
-def _csv_rows(text: str) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of the lines that are not blank; the separator is the one that cuts the first of them best."""
-    found = []
-    for separator in (",", "\t", ";"):
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-        rows = [(line, row) for line, row in rows if any(row)]
-        found.append((bool(rows) and _has_header(rows[0][1]), bool(rows) and len(rows[0][1]) > 1, rows))
-    return max(found, key=lambda each: each[:2])[2]
-
-
-def _has_header(row: Sequence[str]) -> bool:
-    head = [cell.lower() for cell in row]
-    return any(cell in _PATH_COLUMNS for cell in head) and any(cell in _LABEL_COLUMNS for cell in head)
+def _columns(rows: Sequence[tuple[int, Sequence[str]]]) -> tuple[int, int] | None:
+    """The columns of path and label, as the first line names them; None if it does not."""
+    head = [cell.lower() for cell in rows[0][1]] if rows else []
+    paths = [k for k, cell in enumerate(head) if cell in _PATH_COLUMNS]
+    labels = [head.index(name) for name in _LABEL_COLUMNS if name in head]  # numbers before their names
+    return (paths[0], labels[0]) if paths and labels else None
 
 
 def _match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labels:

@@ -87,9 +87,9 @@ def _empty_folders(source: sources.Source) -> tuple[str, ...]:
     """Folders in the root below which there is no image, and links to where there is none; hidden ones are not looked at."""
     held = {name.split("/")[0] for name in source.names}
     others = [name for name in storage.listdir(source.root) if name not in held and not name.startswith(".")]
-    whole = {name: storage.join(source.root, name) for name in others}
-    broken = {name for name, path in whole.items() if os.path.islink(path) and not os.path.exists(path)}
-    return tuple(name for name, path in whole.items() if name in broken or storage.isdir(path))
+    paths = {name: storage.join(source.root, name) for name in others}
+    is_broken = lambda path: os.path.islink(path) and not os.path.exists(path)  # noqa: E731
+    return tuple(name for name, path in paths.items() if is_broken(path) or storage.isdir(path))
 
 
 def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:

@@ -71,13 +71,11 @@ def sample(
 
     ValueError if the model wants labels or small images and there are none, or has no use for them.
     """
-    wants_labels = "y" in model.inputs or guidance is not None
-    wants = {"labels": wants_labels, "low_res": "low_res" in model.inputs}
-    for (name, wanted), given in zip(wants.items(), (labels, low_res)):
-        if wanted != (given is not None):
-            raise ValueError(f"{name} is {'missing: give' if wanted else 'given, but this model takes no'} {name}")
-    counts = [len(given) for given in (labels, low_res) if given is not None]
-    count = num_images or max(counts, default=0)
+    wanted = {"labels": "y" in model.inputs or guidance is not None, "low_res": "low_res" in model.inputs}
+    for (name, wants), value in zip(wanted.items(), (labels, low_res)):
+        if wants != (value is not None):
+            raise ValueError(f"{name} is {'missing: give' if wants else 'given, but this model takes no'} {name}")
+    count = num_images or max(len(values) for values in (labels, low_res, ()) if values is not None)
     if not count:
         raise ValueError("num_images is missing; give it, or labels")
     if guidance is not None:

@@ -41,13 +41,13 @@ def list_source(root: str) -> Source:
 def _kind_of_folder(root: str, files: Mapping[str, str]) -> type[Source]:
     top = {name.lower(): name for name in files if "/" not in name}
     marked = {kind: fnmatch.filter(top, kind.marker) for kind in SOURCES.values() if kind.marker}
-    found = {kind: repr(top[names[0]]) for kind, names in marked.items() if names}
-    held = [name for name in files if is_image(name)]
-    shown = ([f"{len(held)} images{first(held)}"] if held else []) + list(found.values())
+    kinds = {kind: repr(top[names[0]]) for kind, names in marked.items() if names}
+    loose = [name for name in files if is_image(name)]
+    shown = [*([f"{len(loose)} images{first(loose)}"] if loose else []), *kinds.values()]
     if len(shown) > 1:
         remedy = "give the path of what is meant, or move the other away"
         raise ValueError(f"{root!r} holds {' and beside them '.join(shown)}; {remedy}")
-    return next(iter(found), Folder)
+    return next(iter(kinds), Folder)
 
 
 def _kind_of_file(root: str) -> type[Source]:
