@@ -117,18 +117,10 @@ def test_packing_mistakes(write_pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index",
-    [
-        {"format": 1},
-        {"format": 1, "count": 3, "shape": [8, 8, 3], "shards": ["a.npy"], "labels": None},
-        {"format": "npz", "files": []},
-        {"format": 2},
-        {"name": "of another tool"},
-        [1, 2],
-    ],
+    "index", [{"format": 1}, {"format": "npz"}, {"format": 2}, {"name": "another"}, [1, 2], "", None]
 )
 def test_an_index_of_another_tool_or_version_is_named(tmp_path, index):
-    (tmp_path / "packed.json").write_text(json.dumps(index))
+    (tmp_path / "packed.json").write_text(json.dumps(index) if index != "" else "")
     words = r"packed.json: not the index|packed data of format .*; this version reads format 1"
     with pytest.raises(ValueError, match=words) as raised:
         list_records(str(tmp_path))

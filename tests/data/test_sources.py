@@ -23,18 +23,7 @@ from guided_diffusion.data.loader import make_batches
 from guided_diffusion.data.sources import SOURCES, Source, open_source
 from guided_diffusion.runtime import storage
 
-NAMES = (
-    "b.png",
-    "a_1.JPG",
-    "a.b/x_2.jpeg",
-    "a/z.gif",
-    "a/B/q_9_1.png",
-    "a-c/y.png",
-    "Z.png",
-    "a b.png",
-    "ä_3.png",
-    "a0.png",
-)
+NAMES = "b.png,a_1.JPG,a.b/x_2.jpeg,a/z.gif,a/B/q_9_1.png,a-c/y.png,Z.png,a b.png,ä_3.png,a0.png".split(",")
 
 
 def walk_like_2021(folder: str) -> list[str]:
