@@ -85,10 +85,8 @@ def flags(
         defaults["out"] = runs.script_folder()
     else:
         defaults["microbatch"] = 0  # as fits: a batch too large for the device's memory is no reason to fail
-    sections = RunConfig.sections(kind)
-    description = f"{start.__doc__} {sections['model'].__doc__}"
-    configs = (start, *sections.values())
-    return arguments.parse(argv, configs, program=program, description=description, defaults=defaults)
+    configs = (start, *RunConfig.sections(kind).values())
+    return arguments.parse(argv, configs, program=program, description=str(start.__doc__), defaults=defaults)
 
 
 def check_start(parsed: arguments.Parsed, kind: str) -> None:

@@ -26,7 +26,8 @@ def inspect(argv: Sequence[str], program: str) -> int:
     """What a file of weights is; `--probe` decides by the denoising loss what its tensors cannot tell."""
     parser = Parser(program, inspect.__doc__)
     parser.add_argument("path", help="a file of weights, or the folder of a run")
-    parser.flag("probe", "", "folder of images like those of its training; decides heads and schedule")
+    images = "images like those of its training; decides heads and schedule"
+    parser.flag("probe", "", images, metavar="FOLDER")
     parser.flag("probe_images", 4, "how many of them are used")
     parser.flag("image_size", 0, "for --probe, where the channel multipliers belong to no standard size")
     parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
