@@ -157,16 +157,11 @@ def _entry(value: Any, name: str, where: str, options: Sampling) -> Entry:
             f"{where}: name is {name!r}; it becomes the name of a folder: text of up to 100 letters, digits, - and _"
         )
     values = {key: value[key] for key in ("seed", "num_samples", "labels") if key in value}
-    classes = _classes(value["classes"], where) if "classes" in value else options.classes
+    classes = value.get("classes", options.classes)  # 7, "3,7", [3, "cat"]
+    words = classes if isinstance(classes, list) else [classes]
+    if not words or any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
+        raise ValueError(f'{where}: classes is {classes!r}; write 7, "3,7", or a list of numbers or names')
     try:
-        return Entry(name, where, replace(options, **values, classes=classes).validate())
+        return Entry(name, where, replace(options, **values, classes=",".join(map(str, words))).validate())
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
-
-
-def _classes(value: Any, where: str) -> str:
-    """7, "3,7", [3, "cat"] -> as the flag --classes is written."""
-    words: Sequence[Any] = value if isinstance(value, list) else [value]
-    if not words or any(isinstance(word, bool) or not isinstance(word, (int, str)) for word in words):
-        raise ValueError(f'{where}: classes is {value!r}; write 7, "3,7", or a list of numbers or names')
-    return ",".join(str(word) for word in words)

@@ -49,8 +49,7 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     setup = making.Setup.read(options, world)
     chosen = setup.labels() if options.classes or not setup.num_classes else None
     try:
-        small = _open(options, setup)
-        labels = chosen or _labels(small, setup)
+        small, labels = _small(options, setup, chosen)
     except ValueError as error:
         raise ValueError(f"--base_samples {error}") from None
     log.info("enlarging %d images of %s (%s)", len(small), options.base_samples, small.about)
@@ -62,31 +61,28 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     return setup.make(setup.job(request, "upsampled", **receipt), stop)
 
 
-def _open(options: Upsampling, setup: making.Setup) -> Images:
-    """The images to enlarge. ValueError if the model does not take them."""
+def _small(options: Upsampling, setup: making.Setup, chosen: LabelPlan | None) -> tuple[Images, LabelPlan]:
+    """The images to enlarge, and the classes that were chosen, else those of the images. ValueError if the networks do not take them."""
     from ..data.samples import open_images
-    from ..sampling.jobs import class_names_beside
+    from ..sampling.jobs import LabelPlan, class_names_beside
 
-    path, size, channels = options.base_samples, setup.model.small_size, setup.model.shape[0]
+    path, model = options.base_samples, setup.model
     if not storage.exists(path):
         raise FileNotFoundError(f"--base_samples {path}: there is no such file or folder")
-    labels = "auto" if setup.num_classes and not options.classes else "none"
-    return open_images(path, size, channels, labels=labels, class_names=class_names_beside(path))
-
-
-def _labels(small: Images, setup: making.Setup) -> LabelPlan:
-    """The classes of the small images. ValueError if they have none, or others than the networks."""
-    from ..sampling.jobs import LabelPlan
-
+    labels = "none" if chosen else "auto"
+    names = class_names_beside(path)
+    small = open_images(path, model.small_size, model.shape[0], labels=labels, class_names=names)
+    if chosen:
+        return small, chosen
     if small.records.labels is None:
         raise ValueError(
             f"{small.records.root} has no labels (arr_1), and the networks want classes; "
             f"give --classes with one or more of 0 to {setup.num_classes - 1}"
         )
-    labels, note = small.labels_for(setup.num_classes, setup.class_names, setup.model.path)
+    numbers, note = small.labels_for(setup.num_classes, setup.class_names, model.path)
     if note:
         log.info(note)
-    return LabelPlan.fixed(labels)
+    return small, LabelPlan.fixed(numbers)
 
 
 @dataclass(frozen=True)

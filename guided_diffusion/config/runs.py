@@ -222,14 +222,14 @@ class RunConfig:
             )
         if train.min_snr_gamma and train.loss_weight not in ("", "min_snr"):
             raise ValueError(f"{weight} is for --loss_weight min_snr, not {train.loss_weight}; give one of the two")
-        if self.train.recompute == "norms" and self.train.compile:
+        if train.recompute == "norms" and train.compile:
             raise ValueError(
                 "--recompute 'norms' has no effect with --compile True: a compiler chooses for itself what to compute again; "
                 "leave one of the two out, or give --recompute auto or all"
             )
-        if self.train.recompute in ("none", "norms") and getattr(self.model, "use_checkpoint", False):
+        if train.recompute in ("none", "norms") and getattr(self.model, "use_checkpoint", False):
             raise ValueError(
-                f"--recompute {self.train.recompute!r} lets no block recompute as a whole, --use_checkpoint True all of them; "
+                f"--recompute {train.recompute!r} lets no block recompute as a whole, --use_checkpoint True all of them; "
                 "give one of the two"
             )
         return self
