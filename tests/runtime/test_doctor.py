@@ -20,19 +20,9 @@ from guided_diffusion.runtime.world import World
 from guided_diffusion.training.checks import check_speed
 from guided_diffusion.training.memory import StepPlan, kept_bytes
 
-TINY = [
-    "--device",
-    "cpu",
-    "--image_size",
-    "16",
-    "--num_channels",
-    "32",
-    "--num_res_blocks",
-    "1",
-    "--channel_mult",
-    "1,2",
-]
-TINY += ["--attention_resolutions", "8", "--max_steps", "20", "--save_interval", "10"]
+SMALL = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8"}
+TINY = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+TINY += "--device cpu --max_steps 20 --save_interval 10".split()
 
 
 @pytest.fixture
@@ -49,9 +39,7 @@ def lines_of(text):
 
 
 def test_a_run_that_would_work(pictures, tmp_path, capsys):
-    code = main(
-        [*TINY, "--data_dir", str(pictures), "--batch_size", "2", "--out", str(tmp_path / "run"), "--measure", "True"]
-    )
+    code = main([*TINY, *f"--data_dir {pictures} --batch_size 2 --out {tmp_path}/run --measure True".split()])
     lines = lines_of(capsys.readouterr().out)
     assert code == 0 and not any(line.startswith(FAIL) for line in lines.values())
     assert "6 images" in lines["data"] and "3.0 steps per epoch" in lines["batch"]
@@ -74,31 +62,18 @@ def test_what_would_fail_is_named(pictures, capsys, flags, line, words):
     assert code == 1 and lines[line].startswith(FAIL) and words in lines[line]
 
 
-@pytest.mark.parametrize("kind", ["classifier", "super_resolution"])
-def test_the_other_kinds(capsys, kind):
-    sizes = {
-        "classifier": [
-            "--image_size",
-            "32",
-            "--classifier_width",
-            "32",
-            "--classifier_depth",
-            "1",
-            "--classifier_attention_resolutions",
-            "8",
-        ],
-        "super_resolution": [
-            "--large_size",
-            "16",
-            "--small_size",
-            "8",
-            "--num_channels",
-            "32",
-            "--channel_mult",
-            "1,2",
-        ],
-    }[kind]
-    assert main(["--kind", kind, "--device", "cpu", *sizes]) == 0
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (
+            "classifier",
+            "--image_size 32 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 8",
+        ),
+        ("super_resolution", "--large_size 16 --small_size 8 --num_channels 32 --channel_mult 1,2"),
+    ],
+)
+def test_the_other_kinds(capsys, kind, sizes):
+    assert main(["--kind", kind, "--device", "cpu", *sizes.split()]) == 0
     assert "million parameters" in capsys.readouterr().out
 
 
@@ -129,7 +104,7 @@ def test_the_configuration_is_that_of_train(monkeypatch, tmp_path):
 
 
 def test_a_run_that_goes_on_is_examined_as_it_was_begun(pictures, tmp_path, capsys, monkeypatch):
-    words = [*TINY, "--max_steps", "1", "--save_interval", "1", "--sample_interval", "-1", "--batch_size", "2"]
+    words = [*TINY, *"--max_steps 1 --save_interval 1 --sample_interval -1 --batch_size 2".split()]
     out = str(tmp_path / "run")
     assert train.main([*words, "--data_dir", str(pictures), "--out", out], "train", kind="diffusion") == 0
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
@@ -177,7 +152,6 @@ def test_disk(tmp_path, monkeypatch):
 
 def test_a_faulty_device_is_found(monkeypatch):
     assert doctor.check_device(World()).status == WARN  # a CPU works, and is slow
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.zeros_like(a))
     real = torch.Tensor.matmul
     calls = []
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (calls.append(1), real(a, b) + (len(calls) == 1))[1])
@@ -193,31 +167,15 @@ def test_table_and_verdict():
         "1 to repair, 1 to look at",
     ]
     assert report([Finding(OK, "a", "fine")]).endswith("all well")
-    assert [format_bytes(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
-        "0 B",
-        "1023 B",
-        "1.5 KiB",
-        "5.0 GiB",
-        "3.0 TiB",
-    ]
+    sizes = [format_bytes(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)]
+    assert sizes == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "3.0 TiB"]
 
 
 def config_of(**flags):
-    base = {
-        "image_size": 16,
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "channel_mult": "1,2",
-        "attention_resolutions": "8",
-    }
-    return RunConfig.from_flags("diffusion", {**base, **flags})
+    return RunConfig.from_flags("diffusion", {**SMALL, **flags})
 
 
-def counted(**flags):
-    return counted_on("cpu", **flags)
-
-
-def counted_on(device, recompute="none", **flags):
+def counted(device="cpu", recompute="none", **flags):
     config = config_of(**flags)
     with torch.device("meta"):
         net = build_network(config.model, config.diffusion)
@@ -249,7 +207,7 @@ def test_counted_memory_is_what_autograd_keeps():
 def test_a_gpu_without_triton_keeps_more_unless_norms_are_recomputed(monkeypatch):
     def on_a_gpu(triton, recompute):
         monkeypatch.setattr(norm, "available", lambda: triton)
-        return counted_on("cuda", recompute)[1]
+        return counted("cuda", recompute)[1]
 
     assert on_a_gpu(True, "none") == counted()[1] < 0.8 * on_a_gpu(False, "none")
     assert on_a_gpu(True, "norms") == pytest.approx(on_a_gpu(False, "norms"), rel=0.02)
