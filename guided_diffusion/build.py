@@ -165,19 +165,13 @@ def build_batches(
 
 def trainer_options(train: TrainConfig) -> dict[str, Any]:
     """The keyword arguments of Trainer that are plain values of the config."""
-    anneal = train.last_step if getattr(train, "anneal_lr", False) else train.lr_anneal_steps
+    same = ("lr", "weight_decay", "ema_rates", "fp16_scale_growth", "seed", "shard_optimizer", "shard_ema")
     return {
-        "lr": train.lr,
-        "lr_anneal_steps": anneal,
+        **{name: getattr(train, name) for name in same},
+        "lr_anneal_steps": train.last_step if getattr(train, "anneal_lr", False) else train.lr_anneal_steps,
         "lr_warmup_steps": train.warmup_steps,
-        "weight_decay": train.weight_decay,
-        "ema_rates": train.ema_rates,
-        "fp16_scale_growth": train.fp16_scale_growth,
         "microbatch": max(0, train.microbatch),
         "max_grad_norm": train.grad_clip,
-        "seed": train.seed,
-        "shard_optimizer": train.shard_optimizer,
-        "shard_ema": train.shard_ema,
         "ddp_options": {"static_graph": train.static_graph, "compress_gradients": train.compress_gradients},
         "log_every": train.log_interval,
         "save_every": train.save_interval,

@@ -181,7 +181,7 @@ class Checkpoints:
                     storage.remove(path)
 
 
-def find_save(directory: str, resume: str, *, kind: str, world: World | None = None) -> SavedRun | None:
+def find_save(directory: str, resume: str, *, kind: str, world: World) -> SavedRun | None:
     """The save that a start of the run in `directory` continues, agreed by all processes; None for step 0.
 
     It is the newest whole save in `directory`, whatever the run was started from. Where there is none: the file or folder
@@ -190,7 +190,6 @@ def find_save(directory: str, resume: str, *, kind: str, world: World | None = N
     """
     if resume in ("", "none"):
         return None
-    world = World() if world is None else world
     return _on_main(world, lambda: _find(directory, resume, kind), "choosing the save to resume from")
 
 

@@ -191,7 +191,7 @@ def get(name: str) -> Preset:
     return preset
 
 
-def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
+def fetch(preset: Preset, cache: str) -> str:
     """The path of the released file: as it lies in `cache`, else downloaded into it with a progress bar.
 
     A download is checked twice: its length against the server's word, and its tensors' names and shapes against the released
@@ -200,7 +200,7 @@ def fetch(preset: Preset, cache: str, *, timeout: float = 30.0) -> str:
     target = os.path.join(cache, preset.file)
     if not os.path.isfile(target):
         try:
-            storage.download(preset.url, target, check=lambda path: check(path, preset), timeout_s=timeout)
+            storage.download(preset.url, target, check=lambda path: check(path, preset))
         except OSError as error:
             raise ConnectionError(
                 f"cannot download {preset.url} ({error}). Bring the file from a machine that can, and place it at {target}"
