@@ -14,32 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "diffusion"))
 from recorded import CASES, SEEDS, SHAPE, SHORT, Recorded, cond_fn, data, steps
 
 from guided_diffusion import gaussian_diffusion as gd
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-
-
-def diffusion_of(
-    steps=1000,
-    learn_sigma=False,
-    sigma_small=False,
-    noise_schedule="linear",
-    use_kl=False,
-    predict_xstart=False,
-    rescale_timesteps=False,
-    rescale_learned_sigmas=False,
-    timestep_respacing="",
-    kind=SpacedDiffusion,
-):
-    """What the 2021 factory made of these flags."""
-    rescaled = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
-    fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
-    return kind(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
-        model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
-        loss_type=gd.LossType.RESCALED_KL if use_kl else rescaled,
-        rescale_timesteps=rescale_timesteps,
-    )
+from guided_diffusion.script_util import create_gaussian_diffusion
 
 
 def plain(num_steps=8, **options):
@@ -59,7 +34,7 @@ def half(x, t, **kwargs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_steps_and_losses(name):
-    recorded, diffusion = Recorded(name), diffusion_of(**CASES[name])
+    recorded, diffusion = Recorded(name), create_gaussian_diffusion(**CASES[name])
     x0, noise, kwargs = data()
     t = steps(diffusion.num_timesteps)
     np.testing.assert_allclose(diffusion.betas, recorded["betas"], rtol=0, atol=1e-9)
@@ -82,7 +57,7 @@ def test_recorded_steps_and_losses(name):
 
 @pytest.mark.parametrize("name", SHORT)
 def test_recorded_chains_with_equal_seeds(name):
-    recorded, diffusion = Recorded(name), diffusion_of(**CASES[name])
+    recorded, diffusion = Recorded(name), create_gaussian_diffusion(**CASES[name])
     x0, _, kwargs = data()
     named = {"model_kwargs": kwargs, "device": "cpu"}
     torch.manual_seed(SEEDS["p_loop_guided"])
@@ -264,7 +239,7 @@ def test_plms_of_order_one_is_ddim():
 
 
 def test_condition_score_reads_attributes_as_they_are():
-    diffusion = diffusion_of(**CASES[next(iter(CASES))])
+    diffusion = create_gaussian_diffusion(**CASES[next(iter(CASES))])
     x, t = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2])
     out = {"pred_xstart": torch.zeros_like(x), "mean": x, "variance": x, "log_variance": x}
     diffusion.sqrt_recipm1_alphas_cumprod = np.full(diffusion.num_timesteps, 3.0)
