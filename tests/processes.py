@@ -45,6 +45,25 @@ def start_ranks(command: Sequence[str], size: int = 2, **options: Any) -> list[s
     return [subprocess.Popen(command, env=environ, **options) for environ in ranks]
 
 
+def run_forked(*programs: str) -> str:
+    """Run each program in a fork of one process that has torch, as torch takes seconds to import; returns what they print."""
+    each = """
+import os, sys, torch, torch.distributed
+for program in sys.argv[1:]:
+    if not os.fork():
+        exec(program, {})
+        sys.stdout.flush()
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", each, *programs], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run_script(
     name: str, words: str, folder: Path, *, code: int = 0, before: Sequence[str] = (), **environ: str
 ) -> str:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, run_forked
 
 import guided_diffusion as gd
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "guided_diffusion"
 NAMES = sorted({*gd._HOME, *gd._MODULES})
 
@@ -50,24 +50,27 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = gd.nothing
 
 
-@pytest.mark.parametrize("first", ["import guided_diffusion.respace", "pass"])
-def test_respace_is_module_and_function_whatever_came_first(first: str) -> None:
-    code = (
-        f"{first}\nimport guided_diffusion as gd\nfrom guided_diffusion import respace\n"
-        "assert len(gd.respace(gd.make_process([0.1] * 4), [0, 2])) == 2\nassert respace.SpacedDiffusion"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+def test_respace_is_module_and_function_whatever_came_first() -> None:
+    program = """
+import guided_diffusion as gd
+from guided_diffusion import respace
+assert len(gd.respace(gd.make_process([0.1] * 4), [0, 2])) == 2
+assert respace.SpacedDiffusion
+"""
+    run_forked(f"import guided_diffusion.respace\n{program}", program)
 
 
 def test_a_copy_under_another_package_works(tmp_path: Path) -> None:
     """Many programs carry the package below their own; only relative imports allow that."""
     (tmp_path / "extern").mkdir()
     (tmp_path / "extern" / "guided_diffusion").symlink_to(ROOT / "guided_diffusion")
-    code = (
-        "import sys, extern.guided_diffusion.script_util as s\n"
-        "assert 'guided_diffusion' not in sys.modules\ns.create_gaussian_diffusion()"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    run_forked(f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import extern.guided_diffusion.script_util as s
+assert 'guided_diffusion' not in sys.modules
+s.create_gaussian_diffusion()
+""")
 
 
 def test_respace_needs_no_door(monkeypatch: pytest.MonkeyPatch) -> None:

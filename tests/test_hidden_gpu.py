@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_forked
 
 from guided_diffusion.runtime.devices import choose_device
 
@@ -22,9 +21,8 @@ def test_commands_and_fixtures_of_unmarked_tests_take_the_cpu(seen_by_a_fixture:
 
 
 def test_started_processes_see_none_either() -> None:
-    code = "import torch; print(torch.cuda.is_available(), torch.cuda.device_count())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and found.stdout.split() == ["False", "0"]
+    found = run_forked("import torch; print(torch.cuda.is_available(), torch.cuda.device_count())")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and found.split() == ["False", "0"]
 
 
 @pytest.mark.gpu

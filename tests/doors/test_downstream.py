@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import ROOT, run_forked
 from torch import Tensor
 
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion import respace, script_util
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
-ROOT = Path(__file__).resolve().parents[2]
 DOORS = (
     "dist_util fp16_util gaussian_diffusion image_datasets logger losses nn resample respace script_util train_util unet"
 ).split()
@@ -66,18 +63,16 @@ def test_an_installation_ships_every_module(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_needs_mpi_or_remote_storage_at_import() -> None:
-    code = f"""
-import sys
+    run_forked(f"""
+import importlib, sys
 for name in ("mpi4py", "mpi4py.MPI", "blobfile", "tqdm"):
     sys.modules[name] = None
-import importlib
 for door in {DOORS!r}:
     importlib.import_module("guided_diffusion." + door)
 from guided_diffusion import dist_util, image_datasets
 assert (dist_util.MPI.COMM_WORLD.Get_rank(), image_datasets.MPI.COMM_WORLD.Get_size()) == (0, 1)
 assert dist_util.MPI.COMM_WORLD.bcast([1], root=0) == [1]
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+""")
 
 
 # --- flags and factories ---

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import textwrap
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_forked
 from torch.utils.data import DataLoader
 
 from guided_diffusion import image_datasets
@@ -25,7 +22,6 @@ from guided_diffusion.image_datasets import (
     random_crop_arr,
 )
 
-ROOT = Path(image_datasets.__file__).parents[1]
 NAMES = ("b_1.png", "a_1.png", "sub/c_1.png", "a_2.jpg", "c_2.png", "ignored.webp")
 
 
@@ -140,17 +136,13 @@ def test_a_replaced_dataset_and_a_share_below_one_batch(folder, monkeypatch):
         next(load_data(data_dir=folder, batch_size=6, image_size=8))
 
 
-def run(program: str, **environment: str) -> str:
-    environment |= {"PATH": "", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", textwrap.dedent(program)]
-    return subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
-
-
 def test_ranks_share_the_pictures(folder):
-    program = f"""
-        from itertools import islice
-        from guided_diffusion.image_datasets import load_data
-        data = load_data(data_dir={folder!r}, batch_size=1, image_size=8, deterministic=True, class_cond=True, random_flip=False)
-        print([extra["y"].item() for _, extra in islice(data, 4)])
-    """
-    assert run(program, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2") == "[0, 2, 0, 2]\n"
+    printed = run_forked(f"""
+import os
+from itertools import islice
+os.environ |= {{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}}
+from guided_diffusion.image_datasets import load_data
+data = load_data(data_dir={folder!r}, batch_size=1, image_size=8, deterministic=True, class_cond=True, random_flip=False)
+print([extra["y"].item() for _, extra in islice(data, 4)])
+""")
+    assert printed == "[0, 2, 0, 2]\n"

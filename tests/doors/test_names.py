@@ -6,13 +6,12 @@ import importlib
 import inspect
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_forked
 
 from guided_diffusion.cli import sample, train
 
@@ -157,25 +156,16 @@ ROOMS = "build sampling config training.trainer weights.released weights.load".s
 LATER += [f"guided_diffusion.{name}" for name in ROOMS]
 
 
-# Each door is imported in a process of its own that already has torch: a fork, as torch takes seconds to import.
-LOADED_BY_DOORS = """
-import importlib, json, os, sys
-import torch, torch.distributed
-before = set(sys.modules)
-for name in sys.argv[1:]:
-    if not os.fork():
-        importlib.import_module("guided_diffusion." + name)
-        print(json.dumps([name, sorted(set(sys.modules) - before)]), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
 @pytest.fixture(scope="module")
 def loaded_by_doors() -> dict[str, list[str]]:
-    command = [sys.executable, "-c", LOADED_BY_DOORS, *FROZEN["names"]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    program = """
+import importlib, json, sys
+before = set(sys.modules)
+importlib.import_module("guided_diffusion.{0}")
+print(json.dumps(["{0}", sorted(set(sys.modules) - before)]))
+"""
+    printed = run_forked(*(program.format(name) for name in FROZEN["names"]))
+    return dict(json.loads(line) for line in printed.splitlines())
 
 
 @pytest.mark.parametrize("module", FROZEN["names"])
