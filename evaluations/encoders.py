@@ -21,7 +21,7 @@ from guided_diffusion.runtime import storage
 from guided_diffusion.runtime.launchers import Place
 
 from .features import extract
-from .inception import POOL_FEATURES, SPATIAL_FEATURES, InceptionV3
+from .inception import InceptionV3
 from .inputs import SCAN_BYTES, FileSource, open_images
 from .npy import DiskArray, Npz
 from .settings import Settings
@@ -65,9 +65,6 @@ class InceptionEncoder(Encoder):
         self.net, self.weight = net, net.fc.weight.detach()
 
     def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
-        if images.count == 0:
-            sizes = (POOL_FEATURES, SPATIAL_FEATURES)
-            return Features(*(np.empty((0, size), np.float32) for size in sizes)) if world.rank == 0 else None
         return extract(images, self.net, settings, world=world)
 
     def receipt(self, settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .commands import place
 from .encoders import Encoder, make_encoder
 from .features import pick_device
 from .settings import Settings
+from .shards import Features
 from .sources import ImageSource
 
 CUSTOMARY_PR_REFERENCES = 10_000
@@ -99,8 +100,9 @@ class Scorer:
     def _read(self, images: ImageSource, role: str) -> Side | None:
         stored = self._stored(images)
         log.info(f"computing {role} batch activations...")
-        encoded = self.encoder.encode(images, self.settings, self.world)
-        if encoded is None:
+        nothing = Features(np.empty((0, 0), np.float32))  # statistics only: there is nothing to encode
+        encoded = nothing if images.count == 0 else self.encoder.encode(images, self.settings, self.world)
+        if encoded is None or self.world.rank != 0:
             return None
         notes = tuple(sorted(images.notes))
         for note in notes:
