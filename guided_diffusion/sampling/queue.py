@@ -87,7 +87,7 @@ def in_place(request: Request, missing: Sequence[int], batch_size: int) -> Itera
 def draw(pipeline: Pipeline, batch: Sequence[Place], *, shape: Shape, device: torch.device | str = "cpu") -> np.ndarray:
     """The images of a batch, uint8 `[len(batch), H, W, C]`.
 
-    ValueError if some requests have classes and others have none, or if values of an image are not finite: it would be black.
+    ValueError if some requests have classes and others have none, and NotFinite, which is one, for an image that would be black.
     """
     streams = Streams.of([(place.request.seed, SAMPLE, place.image) for place in batch], device)
     inputs = [place.request.inputs(place.image) for place in batch]
@@ -100,7 +100,7 @@ def draw(pipeline: Pipeline, batch: Sequence[Place], *, shape: Shape, device: to
         images = pipeline(streams.normal(shape), streams.randn_like, cond)
         check_finite(images)
     except NotFinite as error:
-        raise ValueError(f"{batch[error.row]}: {error}") from None
+        raise NotFinite(error.row, f"{batch[error.row]}: {error}") from None
     return to_uint8(images).cpu().numpy()
 
 

@@ -72,7 +72,7 @@ class SampleGrid:
                 self._draw(net, path)
                 _log.info(f"wrote {path}{f' (EMA {decay})' if decay else ''}")
             except NotFinite as error:  # training itself watches its losses, and says what it does
-                _log.warning(f"no picture of samples at step {trainer.steps_done}: row {error.row}: {error}")
+                _log.warning(f"no picture of samples at step {trainer.steps_done}: {error}")
             except OSError as error:  # no reason to end training
                 _log.warning(str(error))
         trainer.net.train()

@@ -11,15 +11,21 @@ import torch
 from chains import chain
 from torch import Tensor
 
-from guided_diffusion.config import SampleConfig
+from guided_diffusion import build
+from guided_diffusion.config import RunConfig, SampleConfig
 from guided_diffusion.diffusion import guidance, samplers
 from guided_diffusion.diffusion.denoiser import make_denoiser
 from guided_diffusion.diffusion.process import Process, make_process, respace, space_timesteps
 from guided_diffusion.diffusion.schedules import named_betas
 from guided_diffusion.sampling.jobs import Job, Request
+from guided_diffusion.sampling.pipeline import write_preview
 from guided_diffusion.sampling.queue import answers, generate
+from guided_diffusion.training.callbacks import SampleGrid
+from guided_diffusion.training.trainer import Trainer
+from guided_diffusion.weights.load import Loaded
 
 NAN, INF = math.nan, math.inf
+SMALL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "4", "diffusion_steps": 100}
 
 
 def steps(count: int = 6) -> Process:
@@ -82,3 +88,21 @@ def test_no_job_writes_such_an_image(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.np[yz]"))
     with pytest.raises(ValueError, match="request 'b', image 1: its values"):
         list(answers(broken, [Request("a", 2), Request("b", 2)], shape=(3, 4, 4), batch_size=4))
+
+
+def test_a_preview_of_a_broken_network_is_a_warning_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its losses end a run, if they stay so; a picture never does."""
+    config = RunConfig.from_flags("diffusion", SMALL)
+    net = build.build_network(config.model, config.diffusion, seed=0)
+    torch.nn.init.constant_(net.out[-1].weight, NAN)
+    process = build.build_process(config.diffusion)
+
+    def draw(net: torch.nn.Module, path: str) -> None:
+        write_preview(Loaded(net, process, config, ""), path, steps="4")
+
+    trainer = Trainer(net, lambda *_: None, iter([]), ema_rates=(0.9,))  # type: ignore[arg-type,return-value]
+    SampleGrid(draw, str(tmp_path))(trainer)
+    assert "no picture of samples at step 0: image 0: its values are not finite" in caplog.text
+    assert not list(tmp_path.iterdir()) and trainer.net.training
