@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import TWINS, filled, layouts, outputs
+from checkpoint_files import TWINS, filled, layouts
 from PIL import Image
 
 import guided_diffusion as gd
@@ -136,18 +136,20 @@ def test_cost_of_the_released_64_model_is_that_of_others() -> None:
     assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]
 
 
-def test_unknown_files_list_their_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(filled("diffusion", NETWORK).net.state_dict(), tmp_path / "mine.pt")
-    assert main(["inspect", str(tmp_path / "mine.pt")]) == 2
-    assert "Choose one of each line" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path / "mine.pt"), "--probe", str(tmp_path)]) == 2
-    assert "give --image_size" in capsys.readouterr().err
-
-
-def test_the_probe_is_for_diffusion_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(filled(*TWINS["64_256_upsampler"]).net.state_dict(), tmp_path / "up.pt")
-    assert main(["inspect", str(tmp_path / "up.pt"), "--probe", str(tmp_path)]) == 2
-    assert "is a super_resolution network" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("network", "words", "message"),
+    [
+        (("diffusion", NETWORK), "", "Choose one of each line"),
+        (("diffusion", NETWORK), "--probe .", "give --image_size"),
+        (TWINS["64_256_upsampler"], "--probe .", "is a super_resolution network"),
+    ],
+)
+def test_what_a_file_does_not_say_is_asked_for(
+    network: Any, words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(filled(*network).net.state_dict(), tmp_path / "mine.pt")
+    assert main(["inspect", str(tmp_path / "mine.pt"), *words.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_found_flags_load_the_file(digits: Path, tmp_path: Path) -> None:

@@ -17,24 +17,15 @@ from guided_diffusion.cli import runs
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from guided_diffusion.cli.main import main; main(['--help']); print('torch' in sys.modules)"
-    assert python(code).rstrip().endswith("False")
-
-
-@pytest.mark.parametrize("command", ["train", "train-classifier", "sample"])
-def test_help_of_commands_needs_no_torch(command: str) -> None:
     code = (
-        "import sys\nfrom guided_diffusion.cli.main import main\n"
-        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+        "import contextlib, sys\nfrom guided_diffusion.cli.main import main\nmain(['--help'])\n"
+        "for command in ('train', 'train-classifier', 'sample', 'upsample', 'cascade', 'nll', 'zoo', 'data'):\n"
+        "    with contextlib.suppress(SystemExit):\n        main([command, '--help'])\n"
+        "print('torch' in sys.modules)"
     )
-    assert python(code).rstrip().endswith("0 False")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.rstrip().endswith("False"), done.stderr
 
 
 def test_unknown_command_suggests(capsys: pytest.CaptureFixture[str]) -> None:
