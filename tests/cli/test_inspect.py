@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import TWINS, filled, layouts
+from checkpoint_files import TWINS, filled, layouts, outputs
 from PIL import Image
 
 import guided_diffusion as gd
