@@ -127,7 +127,7 @@ def from_members(
     if found:
         fault = "one of several tables of labels" if len(found) > 1 else "a table of labels for some of the images only"
         remedy = (
-            f"put one {_TABLE} above all images, or say where labels come from: --labels TABLE, folders, prefix or none"
+            f"put one {_TABLE} above all images, or name the source of labels: --labels TABLE, folders, prefix or none"
         )
         raise ValueError(f"{root}/{found[0]} is {fault}{first(found)}; {remedy}")
     beside: dict[str, list[str]] = {}
@@ -139,9 +139,8 @@ def from_members(
             own = posixpath.splitext(name)[0] + ending
             files = [own] if own in members else beside.get(_key(name) + ending, [])
             if len(files) > 1:
-                raise ValueError(
-                    f"{root}: {name!r} may belong to several files{first(files)}; give it one of its own name"
-                )
+                several = f"may belong to several files{first(files)}; give it one of its own name"
+                raise ValueError(f"{root}: {name!r} {several}")
             label = _label(read(members[files[0]]), f"{root}: {files[0]}") if files else None
             if label is not None:
                 entries.append((files[0], name, label))

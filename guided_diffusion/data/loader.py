@@ -243,21 +243,16 @@ def _start_worker(worker: int) -> None:
 
 def _check_sizes(records: Records, image_size: images.Size, batch_size: int, processes: int, crop: str) -> None:
     """ValueError if the records are too few for a batch, or were packed too small for the crop."""
-    where, count = records.root or "the data", len(records)
+    where, count, batch = records.root or "the data", len(records), f"batch_size={batch_size} (over all processes)"
     if batch_size < 1 or batch_size % processes:
-        allowed = f"must be a positive multiple of {processes} processes"
-        raise ValueError(f"batch_size={batch_size} (over all processes): {allowed}")
+        raise ValueError(f"{batch}: must be a positive multiple of {processes} processes")
     if batch_size > count:
         remedy = f"lower it to at most {count // processes * processes}, or add images"
-        raise ValueError(
-            f"batch_size={batch_size} (over all processes) is larger than the {count} images of {where}; {remedy}"
-        )
+        raise ValueError(f"{batch} is larger than the {count} images of {where}; {remedy}")
     height, width = images.height_width(image_size)
     # Packed images have lost what lies outside of them: a crop that needs more would be enlarged, and blurred.
     least = (height, width) if crop == "center" else images.largest_cover((height, width))
     stored = records.stored_size or least
     if stored[0] < least[0] or stored[1] < least[1]:
-        raise ValueError(
-            f"{where}: packed at {stored[0]}x{stored[1]}, but crop={crop!r} at {height}x{width} needs at "
-            f"least {least[0]}x{least[1]}; pack the source at that size"
-        )
+        needs = f"crop={crop!r} at {height}x{width} needs at least {least[0]}x{least[1]}; pack the source at that size"
+        raise ValueError(f"{where}: packed at {stored[0]}x{stored[1]}, but {needs}")

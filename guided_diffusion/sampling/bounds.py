@@ -84,11 +84,9 @@ def measure(
             noise = Streams(seed, EVALUATE, ids=ids, device=world.device)
             bound = likelihood.bits_per_dim(denoise, model.process, here.images, noise=noise.randn_like)
             terms = torch.stack([bound.vb, bound.eps_mse, bound.x0_mse], dim=1)
-            columns = [torch.tensor(ids, device=world.device), bound.total, bound.prior]
-            rows = torch.cat(
-                [torch.stack([column.double() for column in columns], dim=1), terms.double().flatten(1)], dim=1
-            )
-            rows = world.all_gather_cat(rows, name="terms of the bound")
+            numbers = torch.tensor(ids, dtype=torch.float64, device=world.device)  # makes all columns float64
+            columns = [column[:, None] for column in (numbers, bound.total, bound.prior)]
+            rows = world.all_gather_cat(torch.cat([*columns, terms.flatten(1)], dim=1), name="terms of the bound")
             rows = rows[rows[:, 0].argsort()]  # in the order of their images, whichever rank had them
             rows = rows[rows[:, 0] < count]
             terms = rows[:, 3:].unflatten(1, (3, -1))

@@ -83,9 +83,8 @@ def sample(
     classes = model.num_classes or (guidance.classifier.num_classes if guidance else 0)
     plan = LabelPlan() if labels is None else LabelPlan.fixed(np.asarray(labels))
     if plan.classes and not 0 <= plan.classes[0] <= plan.classes[-1] < classes:
-        raise ValueError(
-            f"labels has {sorted({plan.classes[0], plan.classes[-1]})}; there are the classes 0 to {classes - 1}"
-        )
+        ends = sorted({plan.classes[0], plan.classes[-1]})
+        raise ValueError(f"labels has {ends}; there are the classes 0 to {classes - 1}")
 
     def small_images(ids: Sequence[int]) -> dict[str, Tensor]:
         assert low_res is not None

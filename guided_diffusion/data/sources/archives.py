@@ -34,9 +34,8 @@ class Zip(Source):
             if info.flag_bits & 1:
                 raise ValueError(f"{self.root!r}: {info.filename!r} is encrypted; make the archive again without")
             if info.file_size > 1032 * info.compress_size + 64:  # deflate cannot do better than 1032:1
-                raise ValueError(
-                    f"{self.root!r}: {info.filename!r} claims {info.file_size} bytes, which is not possible"
-                )
+                size = f"claims {info.file_size} bytes, which is not possible; make the archive again"
+                raise ValueError(f"{self.root!r}: {info.filename!r} {size}")
             _add_member(members, tidy(info.filename), info.filename, self.root)
         return dict(sorted(members.items(), key=lambda member: member[0].split("/")))
 
