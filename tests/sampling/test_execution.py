@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import again
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -163,14 +164,6 @@ def test_many_compiled_steps_in_one_process() -> None:
 def test_a_recorded_compiled_step_reads_conditions_anew() -> None:
     """As CUDA graphs do it: everything is done again on the same memory."""
     counter = CompileCounterWithBackend("aot_eager")
-
-    def again(run: Callable[[], Denoised]) -> tuple[Denoised, Callable[[], None]]:
-        answer = run()
-
-        def replay() -> None:
-            answer.x0.copy_(run().x0)
-
-        return answer, replay
 
     graphed = Graphed(Compiled(playful, backend=counter), record=again)
     for labels in (torch.tensor([0, 1, 2]), torch.tensor([3, 2, 1])):

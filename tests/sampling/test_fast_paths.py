@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import again
 from guided_pair import Shape, critic, generator, small
 from torch import Tensor
 
@@ -100,19 +101,6 @@ def test_bfloat16_stays_within_three_percent_for_one_call() -> None:
     assert (found - plain).norm() < 0.03 * plain.norm()
 
 
-def again(run: Any) -> Any:
-    """A recorder without a graph: doing it again is calling it again, into the memory of the first answer."""
-    answer = run()
-
-    def replay() -> None:
-        fresh = run()
-        answer.x0.copy_(fresh.x0)
-        for old, new in zip(answer.both(), fresh.both()):
-            old.copy_(new)
-
-    return answer, replay
-
-
 def test_a_recorded_step_follows_new_inputs_and_new_labels() -> None:
     recorded: list[int] = []
 
@@ -194,19 +182,16 @@ def test_a_step_that_cannot_be_compiled_whole_has_its_networks_compiled(monkeypa
     assert len(told) == 1 and compiled == [model.net, guide.net]
 
 
-def out_of_memory_above(limit: int, tried: list[int]) -> Any:
+@pytest.mark.parametrize(("limit", "most", "expected"), [(0, 64, 0), (1, 64, 1), (20, 64, 16), (100, 50, 50)])
+def test_the_largest_batch_that_fits(limit: int, most: int, expected: int) -> None:
+    tried: list[int] = []
+
     def attempt(size: int) -> None:
         tried.append(size)
         if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    return attempt
-
-
-@pytest.mark.parametrize(("limit", "most", "expected"), [(0, 64, 0), (1, 64, 1), (20, 64, 16), (100, 50, 50)])
-def test_the_largest_batch_that_fits(limit: int, most: int, expected: int) -> None:
-    tried: list[int] = []
-    assert pipeline.largest_that_fits(out_of_memory_above(limit, tried), most) == expected
+    assert pipeline.largest_that_fits(attempt, most) == expected
     assert max(tried) <= most
 
 
