@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..data.listing import Records
     from ..runtime.doctor import Finding
     from ..runtime.world import World
     from ..training.memory import StepPlan
@@ -72,28 +73,35 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     import torch
 
     from ..build import build_batches, build_network
-    from ..data.listing import list_records
+    from ..runtime.devices import require_compiler
     from ..runtime.doctor import FAIL, OK, WARN, Finding, check_disk, planned_saves
     from ..runtime.world import World
     from ..training import checks
     from ..training.memory import StepPlan
+    from ..weights.continuing import with_classes, with_global_batch
 
     try:
         train.check_start(parsed, kind)
         folder, _ = runs.run_folder(parsed.flags["out"], kind)
         alone = World(device=world.device)  # the other processes take no part in reading what the run starts from
-        config = train.configured(parsed, kind, alone, folder)[0]
+        config, saved, start = train.configured(parsed, kind, alone, folder)
+        config = with_global_batch(config, world.size)
+        if config.train.compile:
+            require_compiler(world.device)
         with torch.device("meta"):  # shapes without numbers: a network of 500 million parameters costs nothing
             net = build_network(config.model, config.diffusion)
     except (ValueError, OSError) as error:
         return [Finding(FAIL, "flags", str(error))]
-    data, options = config.data, config.train
-    batch_size = options.global_batch_size or options.batch_size * world.size
-    labelled = getattr(config.model, "class_cond", kind == "classifier")
+    options, batch_size = config.train, config.train.global_batch_size
     findings = [Finding(WARN, "data", "no --data_dir given: not looked at")]
-    if data.data_dir:
-        labels = data.labels if labelled else "none"
-        finding, records = checks.check_data(lambda: list_records(data.data_dir, labels=labels), labelled)
+    if config.data.data_dir:
+
+        def list_images() -> Records:
+            records, _ = train.list_images(config, saved, start)
+            with_classes(config, records.class_names, records.root)
+            return records
+
+        finding, records = checks.check_data(list_images)
         findings = [finding]
         if records is not None:
             make = partial(build_batches, records, config, batch_size=batch_size, size=world.size)

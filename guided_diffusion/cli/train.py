@@ -159,7 +159,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
         require_compiler(world.device)
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
-    records, held_out = _records(config, saved, start)
+    records, held_out = list_images(config, saved, start)
     config = with_classes(config, records.class_names, records.root)
     names = records.class_names if records.labels is not None else ()
     if start is not None and start.tensors is not None:
@@ -177,7 +177,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     return _Plan(world, folder, config, records, held_out, names, resume, saved, start)
 
 
-def _records(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
+def list_images(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
     """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
     from ..data.classes import hold_out, renumber
     from ..data.listing import list_records

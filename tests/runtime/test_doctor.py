@@ -54,9 +54,13 @@ def test_a_run_that_would_work(pictures, tmp_path, capsys):
         (["--data_dir", "/nowhere/at/all"], "data", "/nowhere/at/all"),
         (["--batch_size", "2", "--lr", "-1"], "flags", "--lr is -1.0"),
         (["--batch_size", "100000000"], "memory", "--microbatch"),
+        (["--class_cond", "True", "--num_classes", "1"], "data", "--num_classes is 1, but"),
+        (["--class_cond", "True", "--labels", "none"], "data", "needs labels"),
+        (["--compile", "True"], "flags", "--compile True needs a C++ compiler"),
     ],
 )
-def test_what_would_fail_is_named(pictures, capsys, flags, line, words):
+def test_what_would_fail_is_named(pictures, capsys, flags, line, words, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
     code = main([*TINY, "--data_dir", str(pictures), *flags])
     lines = lines_of(capsys.readouterr().out)
     assert code == 1 and lines[line].startswith(FAIL) and words in lines[line]
@@ -287,6 +291,8 @@ TWO = "import sys\nfrom guided_diffusion.cli.doctor import main\nsys.exit(main(s
 def test_two_processes_time_their_talk(launch):
     done = launch("mpiexec", TWO, *TINY)
     assert done.code == 0, done.text
+    odd = launch("mpiexec", TWO, *TINY, "--global_batch_size", "3")
+    assert odd.code == 1 and "--global_batch_size is 3; it must be a multiple of the 2 processes" in odd.text
     lines = lines_of(done.text)
     assert "2 processes by mpich over gloo" in lines["processes"] and "GB/s" in lines["processes"]
     assert done.text.count("million parameters") == 1 and "device 0" in done.text and "device 1" in done.text
