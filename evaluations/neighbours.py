@@ -117,12 +117,7 @@ def neighbours(
 
 
 def squared_radii(
-    points: Any,
-    *,
-    k: int = 3,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    tile: int = 1024,
+    points: Any, *, k: int = 3, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tile: int = 1024
 ) -> np.ndarray:
     """Squared distance [n] of each point to its k-th nearest other point of the set, float64."""
     x = _matrix(points, "points", k)

@@ -109,8 +109,7 @@ def test_rooms_hold_no_global_state(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "allowed"),
-    [("evaluations", ("data.", "runtime.storage", "runtime.launchers")), ("scripts", ("cli.",))],
+    ("folder", "allowed"), [("evaluations", ("data.", "runtime.storage", "runtime.launchers")), ("scripts", ("cli.",))]
 )
 def test_beside_the_package_little_of_it_is_imported(folder: str, allowed: tuple[str, ...]) -> None:
     for path in sorted((ROOT / folder).rglob("*.py")):
