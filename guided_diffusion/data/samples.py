@@ -68,7 +68,8 @@ def open_images(
 
     `labels`: where the classes of the latter come from, as --labels says it.
     """
-    if path.endswith(".npz") and not storage.isdir(path):
+    is_npz = path.endswith(".npz") or (storage.exists(path) and not path.lower().endswith((".zip", ".tar")))
+    if is_npz and not storage.isdir(path):
         images, numbers = _read_npz(path, size, channels)
         about = "no labels" if numbers is None else f"labels of {len(set(numbers.tolist()))} classes"
         names = () if numbers is None else tuple(class_names)

@@ -99,6 +99,8 @@ def test_conditions_are_the_small_images_themselves(small: Path) -> None:
     packed = open_images(str(small.parent / "packed.npz"), 8, 3)
     assert torch.equal(packed.low_res([4, 2])["low_res"], base.low_res([4, 2])["low_res"])
     assert packed.records.labels is None
+    named = open_images(str(shutil.copy(small, small.parent / "of another name")), 8, 3)
+    assert torch.equal(named.low_res([4, 2])["low_res"], base.low_res([4, 2])["low_res"])
 
 
 @pytest.mark.parametrize("sampler", [["--use_ddim", "True"], [], ["--sampler", "heun"]])
