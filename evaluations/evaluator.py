@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
         try:
+            # A file of such a name is a reference to score, not a command.
             if arguments and arguments[0] in COMMANDS and not os.path.isfile(arguments[0]):
                 return int(import_module(f".{arguments[0]}", __package__).main(arguments[1:]))
             return _score(arguments)
@@ -47,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:  # TimeoutError is an OSError
-            # Give process 0 up to 10 s to report first (torchrun then ends this one). Print anyway: the error may concern
-            # this process's share of the images only.
-            launchers.leave_it_to_the_first(os.environ)
+            # Let the first process of the machine report, before torchrun ends the job. Print here too: the error may concern this
+            # process's share of the images only.
+            launchers.wait_for_local_main(os.environ)
             print(f"error: {error}", file=sys.stderr)
             return 2
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="evaluator.py",
-        description="FID, sFID, Inception Score, precision and recall of samples, with the numbers of 2021.",
+        description="FID, sFID, Inception Score, precision and recall of samples, as the evaluator of 2021 computes them "
+        "(precision and recall to the last digit with --pr_dtype float16).",
         epilog="Further commands: 'compare A.json B.json' lists the settings and inputs in which two reports differ; "
         "'reference IMAGES --image_size 64 --out ref.npz' makes a reference of your own; 'selftest' checks agreement with the "
         "2021 evaluator on this machine.",
@@ -82,7 +84,7 @@ def _parser() -> Parser:
     add("--fid_infinity", action="store_true", help="FID at several numbers of samples, extrapolated to infinity")
     add("--per_class", action="store_true", help="scores of each class of the labels arr_1")
     add("--all", action="store_true", help="same as --errors --kid --density_coverage --fid_infinity --per_class")
-    add("--json", metavar="FILE", help="write scores with their receipt")
+    add("--json", metavar="FILE", help="write scores with all settings, hashes of the inputs and versions, as JSON")
     add("--plot", metavar="FILE.png", help="draw FID against N, and precision against recall (needs matplotlib)")
     parser.add_common()
     return parser
@@ -112,7 +114,7 @@ def _score(arguments: list[str]) -> int:
     log.addHandler(progress)
     log.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
     try:
-        log.info("warming up PyTorch...")
+        log.info("warming up PyTorch...")  # only because the evaluator of 2021 prints such a line, which programs read
         report = evaluate(options.reference, options.samples, settings, show=show, world=world)
     finally:
         log.removeHandler(progress)

@@ -18,7 +18,7 @@ BLOCK = 1024
 
 
 class Node(NamedTuple):
-    """Partial result: number of rows, their mean [d] and their scatter [d, d], float64."""
+    """Partial result, float64: number of rows, their mean [d], and their scatter [d, d], the sum of (x - mean)(x - mean)^T."""
 
     rows: int
     mean: np.ndarray
@@ -45,7 +45,7 @@ class Statistics:
 
 
 class Stored(NamedTuple):
-    """Precomputed statistics of Inception features; `spatial` is None where a file has none."""
+    """Precomputed statistics of Inception features: `pool` for FID, `spatial` for sFID, None where a file has none."""
 
     pool: Statistics
     spatial: Statistics | None
@@ -61,7 +61,7 @@ class Moments:
         self.dim = dim
         self.count = 0
         """Number of images added so far."""
-        self._waiting: list[np.ndarray] = []  # rows of the last block, which is not full
+        self._pending: list[np.ndarray] = []  # rows of the block that is not full yet
         self._nodes: list[
             tuple[int, Node]
         ] = []  # (level, node) from left to right; a node of level l covers 2**l blocks
@@ -73,14 +73,15 @@ class Moments:
             raise ValueError(f"features must have shape [n, {self.dim}], got {list(rows.shape)}")
         while len(rows):
             part, rows = np.split(rows, [BLOCK - self.count % BLOCK])
-            self._waiting.append(part.copy())  # the caller may reuse its buffer
+            self._pending.append(part.copy())  # the caller may reuse its buffer
             self.count += len(part)
             if self.count % BLOCK == 0:
                 self._close_block()
 
     def _close_block(self) -> None:
-        level, node = 0, _reduce(np.concatenate(self._waiting))
-        self._waiting = []
+        """Reduce a full block, and combine as binary numbers carry: two nodes of one level become one of the next."""
+        level, node = 0, _reduce(np.concatenate(self._pending))
+        self._pending = []
         while self._nodes and self._nodes[-1][0] == level:
             level, node = level + 1, _combine(self._nodes.pop()[1], node)
         self._nodes.append((level, node))
@@ -90,9 +91,9 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
         nodes = [node for _, node in self._nodes]
-        if self._waiting:
-            nodes.append(_reduce(np.concatenate(self._waiting)))
-        # Right to left: small last pieces meet each other before they meet the big left ones.
+        if self._pending:
+            nodes.append(_reduce(np.concatenate(self._pending)))
+        # From right to left, so that the small pieces at the end are combined first: with a large one each would lose digits.
         total = nodes.pop()
         for node in reversed(nodes):
             total = _combine(node, total)
@@ -135,8 +136,8 @@ def validated(mu: Any, sigma: Any, *, name: str = "statistics") -> Statistics:
     scale = float(np.abs(sigma).max(initial=0.0))
     if float(np.abs(sigma - sigma.T).max(initial=0.0)) > 1e-4 * scale:
         raise ValueError(f"{name}: the covariance is not symmetric")
-    # float32 rounding can leave negative eigenvalues of about 1e-7 times the largest; allow 1e-4 times the largest entry,
-    # reject anything beyond.
+    # Rounding to float32 can leave eigenvalues down to about -1e-7 times the largest. As much as 1e-4 times the largest entry is
+    # allowed: with that on the diagonal the Cholesky decomposition must exist.
     slack = 1e-4 * scale * np.eye(len(mu))
     if scale and torch.linalg.cholesky_ex(torch.from_numpy(sigma + slack)).info:
         raise ValueError(f"{name}: the covariance is not positive semi-definite (it has negative eigenvalues)")

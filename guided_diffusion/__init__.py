@@ -84,7 +84,8 @@ def __getattr__(name: str) -> Any:
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "respace":
-        # Importing the 2021 module of that name binds it here, and it can be called as the function; without it, the function itself.
+        # `respace` is a function and a module of 2021. Importing that module would replace the function here, so it is always the module,
+        # which can be called as the function; the function itself where the module is not there.
         with suppress(ModuleNotFoundError):
             value = import_module(".respace", __name__)
     globals()[name] = value

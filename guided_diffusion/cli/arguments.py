@@ -40,7 +40,7 @@ TRAINING = {
     "data": "data_dir val_data_dir val_fraction labels new_classes random_crop random_flip on_error noised",
     "optimization": "lr weight_decay lr_anneal_steps anneal_lr warmup_steps iterations max_steps batch_size global_batch_size grad_clip "
     "ema_rate dropout schedule_sampler min_snr_gamma loss_weight use_kl rescale_learned_sigmas seed fp16_scale_growth",
-    "speed and memory": "microbatch recompute memory_limit_gb use_checkpoint classifier_use_checkpoint device precision "
+    "speed and memory": "microbatch recompute memory_limit_gb use_checkpoint device precision "
     "use_fp16 classifier_use_fp16 compile workers shard_optimizer shard_ema compress_gradients static_graph timeout_s",
     "files and log": "out resume_checkpoint resume_from weights config save_interval keep_last keep_every log_interval eval_interval "
     "sample_interval sample_steps progress tensorboard debug",
@@ -146,14 +146,14 @@ def parse(
     if arguments.config:
         stored, typed_now = _from_file(arguments.config, known), typed
         typed = laid_over(stored, typed_now)
-        if launchers.first_of_machine(os.environ):
+        if launchers.is_local_main(os.environ):
             for sentence in changed(stored, typed_now, {**default, **typed}):
                 print(f"note: --config {arguments.config}: {sentence}", file=sys.stderr)
     for name, value in typed.items():
-        auto, choices = (known[name].metadata[key] for key in ("auto", "choices"))
-        if auto is not None and str(value).lower() == "auto":
-            if isinstance(auto, str):
-                raise ValueError(f"--{name} is 'auto', but {auto}")
+        auto, no_auto, choices = (known[name].metadata[key] for key in ("auto", "no_auto", "choices"))
+        if (no_auto or auto is not None) and str(value).lower() == "auto":
+            if no_auto:
+                raise ValueError(f"--{name} is 'auto', but {no_auto}")
             typed[name] = auto
         elif choices and value not in choices:
             listed = ", ".join(map(repr, choices))
@@ -181,14 +181,16 @@ def int_or_auto(text: str) -> int | str:
 
 
 def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
-    help, choices, auto, table = (field.metadata[key] for key in ("help", "choices", "auto", "table"))
+    help, choices, auto, no_auto, table = (
+        field.metadata[key] for key in ("help", "choices", "auto", "no_auto", "table")
+    )
     if in_help and table:
         choices = tuple(pkgutil.resolve_name(f"{__package__.rpartition('.')[0]}.{table}"))
     listed = f" [{', '.join(str(choice) or 'empty' for choice in choices)}]" if choices else ""
     if isinstance(default, bool):  # a bare --flag means True
         options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
-    elif auto is not None:
-        options = {"type": int_or_auto, "metavar": "int" if isinstance(auto, str) else "int|auto"}
+    elif no_auto or auto is not None:
+        options = {"type": int_or_auto, "metavar": "int" if no_auto else "int|auto"}
     else:
         options = {"type": type(default), "metavar": type(default).__name__}
     text = f"{help}{listed} (default {default!r})".replace("%", "%%")

@@ -50,7 +50,7 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None 
         if not (isinstance(error, USER_ERRORS) or derived or remote):
             raise
         reported = getattr(error, "reported_elsewhere", False)
-        if not reported and (isinstance(error, RuntimeError) or not launchers.leave_it_to_the_first(os.environ)):
+        if not reported and (isinstance(error, RuntimeError) or not launchers.wait_for_local_main(os.environ)):
             if any(word.startswith("--debug") for word in words):
                 traceback.print_exc()
             print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)

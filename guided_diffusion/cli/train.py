@@ -107,8 +107,8 @@ def check_start(parsed: arguments.Parsed, kind: str) -> None:
 def configured(
     parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool = False
 ) -> tuple[RunConfig, SavedRun | None, Origin | None]:
-    """What a start in `folder` trains with: flags, completed by the save or file that it goes on from; that save, and what is known of
-    that file."""
+    """(configuration, save to continue or None, file to begin with or None) of a start in `folder`. What is not typed comes from that
+    save or file."""
     import torch
 
     from ..training.saver import find_save
@@ -162,9 +162,11 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     records, held_out = list_images(config, saved, start)
     config = with_classes(config, records.class_names, records.root)
     names = records.class_names if records.labels is not None else ()
-    if start is not None and start.tensors is not None:
+    if start is not None and start.tensors is not None:  # the weights alone are taken, training begins at step 0
         saved = None
-    if resume == "none":
+    if (
+        resume == "none"
+    ):  # a scheduler may start the same command again: it goes on with the run that the first start began
         saved = already_begun(folder, config, world)
         if saved is not None and names and saved.class_names != names:
             raise ValueError(
@@ -266,9 +268,10 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
         loss = diffusion_loss(process, timesteps, **build.loss_options(config))
 
     def batches(step: int) -> Batches:
+        # A run may go on with another batch size, so its place in the data is counted in images.
         return plan.batches(plan.records, plan.batch_size, step, start_image=trainer.samples_seen if step else None)
 
-    batches(0).close()  # complain about batch size and data now, not after the checkpoint is read
+    batches(0).close()  # raises now, not after the checkpoint is read, if batch size and data do not fit
     trainer = Trainer(
         net,
         loss,

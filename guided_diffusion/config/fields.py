@@ -1,4 +1,4 @@
-"""What every part of a configuration has: a meaning for each field, checks that name the flag, flags and dicts back and forth."""
+"""What configurations are made of: fields with help, choices and limits, and sections that are read from flags and dicts and checked."""
 
 from __future__ import annotations
 
@@ -23,15 +23,25 @@ def flag(
     choices: tuple[Any, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
-    auto: int | str | None = None,
+    auto: int | None = None,
+    no_auto: str = "",
     table: str = "",
 ) -> Any:
     """A field and its flag.
 
-    auto   the number that the word auto stands for on a command line, or why there is no such word
-    table  MODULE:NAME of the dict whose keys are the choices, where programs may add some: checked when it is used
+    auto     the number that the word auto stands for on a command line
+    no_auto  the error for the word auto, where users expect it and there is none
+    table    MODULE:NAME of the dict whose keys are the choices. Programs may add more, so the value is checked when it is used
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "auto": auto, "table": table}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "auto": auto,
+        "no_auto": no_auto,
+        "table": table,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -61,14 +71,14 @@ def options(text: str, flag: str) -> dict[str, Any]:
 
 
 class Section:
-    """Shared by all configs: reading from flags and JSON, comparison in words, one check per field."""
+    """A part of a configuration. `from_flags` and `from_dict` check what they read; call `validate` after `replace`."""
 
     def validate(self: C) -> C:
         """Return self if every value is possible, else raise ValueError naming flag, value and what is allowed."""
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if allowed := _must_be(f, value):
-                raise ValueError(f"--{f.name} is {value!r}; it must be {allowed}")
+            if requirement := _broken_requirement(f, value):
+                raise ValueError(f"--{f.name} is {value!r}; it must be {requirement}")
         self._check()
         return self
 
@@ -98,8 +108,8 @@ class Section:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
-def _must_be(f: Field[Any], value: Any) -> str:
-    """What the value of a field must be, in words; "" if this one is possible."""
+def _broken_requirement(f: Field[Any], value: Any) -> str:
+    """What the value of a field must be and this one is not, in words; "" if it is possible."""
     kind, choices, low, high = type(f.default), *(f.metadata.get(key) for key in ("choices", "low", "high"))
     if kind in _KIND_IN_WORDS and type(value) is not kind and (kind, type(value)) != (float, int):
         return _KIND_IN_WORDS[kind]
@@ -117,7 +127,7 @@ _KIND_IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections or flags -> flags. Also reads the JSON beside a checkpoint, whose configuration is under "config"."""
+    """{section: {flag: value}}, or {flag: value}, as {flag: value}; also from what stands in a save's JSON under "config"."""
     values = values["config"] if isinstance(values.get("config"), Mapping) else values
     flat: dict[str, Any] = {}
     for name, value in values.items():

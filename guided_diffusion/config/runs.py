@@ -14,7 +14,7 @@ WEIGHTS = ("", "ema", "model")  # which weights of a file or run folder that hol
 WEIGHTS_HELP = (
     "which weights to take where model_path holds both: those of the EMA (ema) or the raw ones (model); else the EMA"
 )
-_CHOSEN = "what a network learns depends on its batch, so give a number; --microbatch auto finds how much of it fits"
+_NO_AUTO_BATCH = "the batch size changes what is learned, so give a number; --microbatch auto finds how much of it fits"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class DiffusionConfig(Section):
     use_kl: bool = flag(False, "train on the variational bound")
     predict_xstart: bool = flag(False, "the network predicts the clean image, not the noise")
     rescale_timesteps: bool = flag(False, "give the network steps scaled to 0..1000")
-    rescale_learned_sigmas: bool = flag(False, "weigh the bound of learned variances as the mean squared error")
+    rescale_learned_sigmas: bool = flag(
+        False, "scale the bound of learned variances by steps / 1000: it never outweighs the mse"
+    )
     predict: str = flag("", "what the network predicts; empty = by --predict_xstart", choices=("", "eps", "x0", "v"))
     sigma_small: bool = flag(
         False, "variance of a step, where not learned: the posterior's (small) instead of beta (large)"
@@ -81,7 +83,7 @@ class TrainConfig(Section):
     lr: float = flag(1e-4, "learning rate", low=0.0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0.0)
     lr_anneal_steps: int = flag(0, "lower the learning rate to 0 over this many steps, then end; 0 = never", low=0)
-    batch_size: int = flag(1, "images per step and process", low=1, auto=_CHOSEN)
+    batch_size: int = flag(1, "images per step and process", low=1, no_auto=_NO_AUTO_BATCH)
     microbatch: int = flag(
         -1,
         "images per forward and backward pass; -1 = the whole batch; auto (or 0) = the whole or half, a quarter ... as fits",
@@ -101,7 +103,9 @@ class TrainConfig(Section):
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
     save_interval: int = flag(10000, "steps between two checkpoints", low=1)
     resume_checkpoint: str = flag(
-        "", "go on from this file or folder; empty or auto = the newest save of the run folder; none = start afresh"
+        "",
+        "go on from this file or folder; empty or auto = the newest save of the run folder; none = start afresh, but go on with a run "
+        "that this very command has begun in --out",
     )
     fp16_scale_growth: float = flag(1e-3, "growth per step of the logarithm of the loss scale in float16", low=0.0)
     global_batch_size: int = flag(0, "images per step over all processes; 0 = --batch_size times processes", low=0)
@@ -116,7 +120,8 @@ class TrainConfig(Section):
     compile: bool = flag(False, "the network through torch.compile: minutes at first, then faster on a GPU")
     compress_gradients: bool = flag(False, "send gradients between processes in bfloat16: half the bytes, less exact")
     static_graph: bool = flag(
-        False, "promise that every step uses the same weights, which saves work between processes"
+        False,
+        "promise that the same weights get gradients in every step, which saves work between processes (DDP's static_graph)",
     )
     shard_ema: bool = flag(False, "divide the EMA weights among the processes: less memory on each")
     sample_interval: int = flag(
@@ -137,8 +142,8 @@ class TrainConfig(Section):
 
     @property
     def last_step(self) -> int:
-        """The number of updates after which training ends; 0 = never."""
-        return self.max_steps or self.lr_anneal_steps
+        """The number of updates after which training ends: when a limit is reached, or the learning rate is 0; 0 = never."""
+        return min(filter(None, (self.max_steps, self.lr_anneal_steps)), default=0)
 
     def _check(self) -> None:
         _ = self.ema_rates
@@ -154,16 +159,18 @@ class ClassifierTrainConfig(TrainConfig):
     """How a classifier's weights are made; 2021 spelled some flags differently from the generator's."""
 
     lr: float = flag(3e-4, "learning rate", low=0.0)
-    batch_size: int = flag(4, "images per step and process", low=1, auto=_CHOSEN)
+    batch_size: int = flag(4, "images per step and process", low=1, no_auto=_NO_AUTO_BATCH)
     ema_rate: str = flag("", "decays of EMA weights; empty = none")
     iterations: int = flag(150000, "end after this many updates", low=1)
     noised: bool = flag(True, "train on noised images, as guidance needs")
-    anneal_lr: bool = flag(False, "lower the learning rate to 0 over --iterations")
+    max_steps: int = flag(0, "end after this many updates; 0 = after --iterations", low=0)
+    anneal_lr: bool = flag(False, "lower the learning rate to 0 until the last update")
     eval_interval: int = flag(5, "steps between two batches of validation", low=1)
 
     @property
     def last_step(self) -> int:
-        return self.max_steps or self.iterations
+        updates = self.max_steps or self.iterations
+        return updates if self.anneal_lr else min(updates, self.lr_anneal_steps or updates)
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,8 @@ class RunConfig:
         """diffusion, super_resolution or classifier."""
         return self.model.kind
 
-    def _agreed(self) -> RunConfig:
-        """Rules between sections."""
+    def _check_sections(self) -> RunConfig:
+        """This run; ValueError if settings of different sections contradict each other."""
         train = self.train
         weight = (
             f"--min_snr_gamma {train.min_snr_gamma:g}" if train.min_snr_gamma else f"--loss_weight {train.loss_weight}"
@@ -245,10 +252,11 @@ class RunConfig:
     @classmethod
     def from_flags(cls, kind: str, flags: Mapping[str, Any]) -> RunConfig:
         run = cls(**{name: config.from_flags(flags) for name, config in cls.sections(kind).items()})  # type: ignore[arg-type]
-        return run._agreed()
+        return run._check_sections()
 
     @classmethod
     def from_dict(cls, kind: str, values: Mapping[str, Any]) -> RunConfig:
+        # Rules between sections are not applied: what was stored may be from before there was such a rule.
         sections = {name: config.from_dict(values.get(name, {})) for name, config in cls.sections(kind).items()}
         return cls(**sections)  # type: ignore[arg-type]
 
@@ -258,15 +266,14 @@ class RunConfig:
 
 SECTIONS = ("model", "diffusion", "data", "train")
 
-# Flags that decide one thing between them: a flag given now, and what it replaces of what was stored.
-_REPLACES = {
+# A flag that is given now, and the stored flags that it takes out, as they would override it.
+_OVERRIDES = {
     "use_fp16": ("precision",),
     "classifier_use_fp16": ("precision",),
     "lr_anneal_steps": ("max_steps",),
     "iterations": ("max_steps",),
     "use_checkpoint": ("recompute", "memory_limit_gb"),
-    "classifier_use_checkpoint": ("recompute", "memory_limit_gb"),
-    "recompute": ("use_checkpoint", "classifier_use_checkpoint", "memory_limit_gb"),
+    "recompute": ("use_checkpoint", "memory_limit_gb"),
     "batch_size": ("global_batch_size",),
     "val_fraction": ("val_data_dir",),
     "num_heads": ("num_head_channels",),
@@ -277,14 +284,14 @@ _REPLACES = {
 
 
 def laid_over(stored: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored flags under those given now, where a given one also wins over stored ones that would decide in its place.
+    """Stored flags and those typed now as one; typed ones win, and take out the stored ones that would override them.
 
-    `--use_fp16 True` over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. A number 0 or an empty text decides
-    nothing and replaces nothing else.
+    So `--use_fp16 True` wins over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. 0 and empty text switch a flag
+    off: they take out nothing.
     """
-    # A given value that is the stored one changes nothing: the global batch, say, stays on any number of processes.
+    # A typed value that is the stored one changes nothing: the global batch, say, stays on any number of processes.
     deciding = {n for n, value in typed.items() if (value or isinstance(value, bool)) and value != stored.get(n)}
-    replaced = {other for name in deciding for other in _REPLACES.get(name, ())}
+    replaced = {other for name in deciding for other in _OVERRIDES.get(name, ())}
     merged = {**{name: value for name, value in stored.items() if name not in replaced}, **typed}
     # A limit beyond the end of the stored annealing: the rate falls to 0 there and not before.
     if "lr_anneal_steps" not in typed and 0 < merged.get("lr_anneal_steps", 0) < typed.get("max_steps", 0):

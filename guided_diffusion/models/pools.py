@@ -1,4 +1,4 @@
-"""How the classifier turns features into outputs: four pools, and the attention pool of CLIP."""
+"""The output heads of the classifier, from features to logits; one of them is the attention pool of CLIP."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HIDDEN = 2048  # width between the two linear layers of the spatial pools
 
 
 class AttentionPool2d(nn.Module):
-    """Attention pooling of CLIP (Radford et al. 2021): the image's mean, as one more place, attends to all places.
+    """Attention pooling of CLIP (Radford et al. 2021): the mean of all positions, as one more token, attends to all of them.
 
-    spacial_dim: height and width of the image. embed_dim: its channels C, a multiple of num_heads_channels.
+    spacial_dim: height and width of the features. embed_dim: their channels C, a multiple of num_heads_channels.
     output_dim: channels of the result, C if None.
     """
 
@@ -50,21 +50,22 @@ class AttentionPool2d(nn.Module):
 def make_pool(
     pool: str, channels: int, features: int, out_channels: int, dims: int, side: int, num_head_channels: int
 ) -> nn.Sequential:
-    """The classifier's output of that name: [N, channels, side, side] -> [N, out_channels].
+    """The output head of that name; returns [N, out_channels].
 
-    "adaptive": the mean over all places, then one linear layer. "attention": one attending place. "spatial": two linear layers
-    over the means of every block, [N, features]; "spatial_v2": the same with a normalised hidden layer.
+    Of the last features, [N, channels, side, side] (`dims` dimensions of space): "adaptive" is group norm, SiLU, the mean over all
+    positions and a linear layer, "attention" ends in AttentionPool2d. Of the means over positions of all blocks, [N, features]:
+    "spatial" is two linear layers with ReLU, "spatial_v2" the same with group norm and SiLU.
     """
     match pool:
         case "adaptive":
-            mean: nn.Module = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](1)
-            last = zero_module(conv_nd(dims, channels, out_channels, 1))
-            return nn.Sequential(normalization(channels), nn.SiLU(), mean, last, nn.Flatten())
+            average: nn.Module = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](1)
+            output = zero_module(conv_nd(dims, channels, out_channels, 1))
+            return nn.Sequential(normalization(channels), nn.SiLU(), average, output, nn.Flatten())
         case "attention":
             if num_head_channels == -1:
                 raise ValueError("the pool 'attention' needs num_head_channels; it is -1.")
-            attending = AttentionPool2d(side, channels, num_head_channels, out_channels)
-            return nn.Sequential(normalization(channels), nn.SiLU(), attending)
+            attention_pool = AttentionPool2d(side, channels, num_head_channels, out_channels)
+            return nn.Sequential(normalization(channels), nn.SiLU(), attention_pool)
         case "spatial":
             return nn.Sequential(linear(features, HIDDEN), nn.ReLU(), linear(HIDDEN, out_channels))
         case "spatial_v2":

@@ -1,7 +1,7 @@
 """Which launcher started this process, and where do its processes meet?
 
-Everything here reads an environment handed in, so that it can be tested as a table. Nothing is changed: in particular
-`CUDA_VISIBLE_DEVICES` stays what the user or the cluster made it.
+The environment variables are an argument, so that tests can pass their own. None is changed: in particular `CUDA_VISIBLE_DEVICES`
+stays what the user or the cluster made it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Place:
     local_size: int | None = 1
     launcher: str = "alone"
     variables: tuple[str, str] = field(default=("", ""), compare=False)
-    """The names of those that hold rank and size."""
+    """The names of the environment variables that gave rank and size."""
 
 
 # The variables of rank, size, local rank and local size, in the order in which launchers are looked for.
@@ -37,9 +37,9 @@ _VARIABLES = (
     ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
     ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
 )
-# Traces of an MPI launcher whose rank and size variables we do not know by name: worth asking MPI itself.
+# Signs of an MPI launcher: if no complete pair of rank and size was found, mpi4py is asked.
 _MPI_TRACES = ("PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID")
-_FIRST_SPEAKS_S = 10.0
+_FIRST_REPORTS_S = 10.0  # how long the other processes wait
 
 
 def discover(environ: Mapping[str, str]) -> Place:
@@ -81,8 +81,8 @@ def discover(environ: Mapping[str, str]) -> Place:
     return Place()
 
 
-def first_of_machine(environ: Mapping[str, str]) -> bool:
-    """Whether no other process of the job on this machine is there to say what is wrong with a command line."""
+def is_local_main(environ: Mapping[str, str]) -> bool:
+    """Whether this is local rank 0 (rank 0 where the local rank is unknown): the process that reports errors of a command line."""
     try:
         place = discover(environ)
     except ValueError:
@@ -90,15 +90,15 @@ def first_of_machine(environ: Mapping[str, str]) -> bool:
     return not (place.rank if place.local_rank is None else place.local_rank)
 
 
-def leave_it_to_the_first(environ: Mapping[str, str]) -> bool:
-    """Whether the first process of this machine says what is wrong with a command line, and this one need not.
+def wait_for_local_main(environ: Mapping[str, str]) -> bool:
+    """Let local rank 0 report an error first; returns whether this process must not report it as well.
 
-    Others wait for some seconds, since the launcher may end the first once they leave. Then torchrun has ended them, or its variables are
-    left over from another job and there is no first process: so they speak.
+    Every other process waits for 10 s, since a launcher may end local rank 0 as soon as one process has left. torchrun would have ended
+    this process meanwhile; if it has not, its variables are of an earlier job and there is no local rank 0: then this process reports.
     """
-    if first_of_machine(environ):
+    if is_local_main(environ):
         return False
-    time.sleep(_FIRST_SPEAKS_S)
+    time.sleep(_FIRST_REPORTS_S)
     return discover(environ).launcher != "torchrun"
 
 
@@ -120,25 +120,27 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def known_address(place: Place, environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Where rank 0 listens, if every process can tell it without talking.
+    """The address of rank 0, where every process can work it out without communication.
 
-    By MASTER_ADDR and MASTER_PORT, the Slurm node list and job id, or, where MPI has started all processes on this host, by its
-    job. (MPI itself is not asked there: an `mpiexec` whose processes have called it ends all of them as soon as one ends with an
-    error, before they could say why.)
+    It comes from MASTER_ADDR and MASTER_PORT, from Slurm's node list and job id, or, if MPI has started all processes on this host, it
+    is 127.0.0.1 and a port made from the job's name. (mpi4py is not used there: once MPI is initialised, `mpiexec` kills all processes
+    when one fails, before they could print why.)
     """
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if bool(host) != bool(port) and place.launcher != "slurm":
+        raise ValueError(f"MASTER_ADDR is {host!r} and MASTER_PORT is {port!r}; set both, or neither")
     if place.launcher == "slurm":
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         if not host and nodes:
             host = first_slurm_host(nodes)
+        if not host:
+            raise ValueError(
+                "the environment has no list of Slurm's nodes (SLURM_STEP_NODELIST); set MASTER_ADDR and MASTER_PORT"
+            )
         port = port or _port_of(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
-    elif not host and not port and place.launcher != "torchrun" and place.local_size == place.size:
+    elif not host and place.launcher != "torchrun" and place.local_size == place.size:
         host, port = "127.0.0.1", _port_of(_mpi_job(environ))
-    if host and port:
-        return host, int(port)
-    if host or port:
-        raise ValueError(f"MASTER_ADDR={host!r} and MASTER_PORT={port!r}: set both or neither; several nodes need both")
-    return None
+    return (host, int(port)) if host and port else None
 
 
 def _port_of(job: str) -> str:

@@ -24,7 +24,7 @@ KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "
 FREE = {
     "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
 }  # fmt: skip
-# What no shape can tell about a generator, however it was released.
+# What no shape can tell about a denoising network, with both ways to give its heads.
 _OPEN = ("num_heads", "num_head_channels", *OPEN)
 
 
@@ -66,15 +66,16 @@ def identify(
     if preset is not None and preset.kind != kind:
         preset, named = None, False
 
-    # Of a file under its released name all is known, of another one what its shapes fix: to deny that is an error.
+    # Name and layout are those of a released model: every flag must agree with it. Else only what shapes fix must be agreed with; if
+    # the layout is that of a release but other flags differ, the file was trained with other settings.
     as_released = contradictions(RunConfig(preset.model, preset.diffusion), typed) if preset else {}
     wrong = as_released
     if not named:
-        size = 2 ** (len(layout.multipliers) + 2)  # one that the levels allow, where none is known
+        size = 2 ** (len(layout.multipliers) + 2)  # some size that every level can halve, for this comparison alone
         config = RunConfig.from_flags(kind, {"image_size": size, "large_size": size, "small_size": 1, **known})
         wrong = {name: each for name, each in contradictions(config, typed).items() if name in known}
     refuse(path, wrong, f"Its own flags are: {flag_line(preset.flags if preset else known)}")
-    if preset is None or (as_released and not named):  # the layout of a released model, perhaps, but another training
+    if preset is None or (as_released and not named):
         _check_choices(path, layout, known, typed)
         return RunConfig.from_flags(kind, {**typed, **use, **known})
     if not named:
@@ -117,13 +118,13 @@ def refuse(path: str, wrong: Mapping[str, tuple[Any, str]], remedy: str = "") ->
 
 
 def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """By flag: what network and process have where a typed flag denies it, and a sentence about both. Other spellings of the same
-    network are none."""
+    """{flag: (value of the configuration, sentence)} of each typed flag that contradicts it. Another spelling of the same does not."""
     wrong = {}
     sections: tuple[Any, ...] = (config.model, config.diffusion)
     for values in sections:
         for name in (name for name in values.names() if name in flags and flags[name] != getattr(values, name)):
             typed = flags[name]
+            # `predict` would override `predict_xstart`; --num_classes 0, as counted in the data, contradicts nothing.
             other = replace(values, **({"predict": ""} if name == "predict_xstart" else {}), **{name: typed})
             if _meaning(values, name) != _meaning(other, name) and (typed or name != "num_classes"):
                 value = values.reading["predicts"] if name == "predict" else getattr(values, name)
@@ -166,8 +167,8 @@ def _listed(text: Any) -> str:
 def _check_choices(path: str, layout: Layout, known: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
     """ValueError with the candidates where something that shapes leave open was not typed.
 
-    A user who typed any flag that shapes fix has typed a line of 2021, whose untyped flags have the defaults of 2021; the log
-    says which.
+    Who typed any flag that shapes fix has typed a command line of 2021: what is missing in it has the defaults of 2021, and the log says
+    so. Else nothing is assumed.
     """
     heads = "classifier_num_head_channels"
     if layout.kind == "classifier" and heads not in typed:

@@ -37,11 +37,12 @@ class NotThisFamily(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """What shapes determine. Resolutions are relative: attention at `1/2`, `1/4` … of the image size.
+    """What shapes determine.
 
     kind            "diffusion", "super_resolution" or "classifier"
     flags           2021 flags (and num_classes, image_channels) that the shapes fix
-    attention_ds    downsampling factors with attention, as fractions of the image size
+    multipliers     channels of each level, in those of the first convolution
+    attention_ds    downsampling factors of the levels with attention: 1, 2, 4 ...
     attention_widths  channels of every attention block: head counts must divide them
     open            what shapes cannot tell; of a generator the heads are first
     """
@@ -68,7 +69,7 @@ def signature(shapes: Shapes) -> str:
 def inspect_shapes(shapes: Shapes, *, kind: str | None = None, image_channels: int | None = None) -> Layout:
     """Read the flags off a state dict's names and shapes.
 
-    Where the channels of a generator can be read in several ways, it is that of `image_channels` (and `kind`), else the likeliest.
+    If the numbers of channels allow several networks, it is the one with `image_channels` (and of `kind`), else the most common one.
     Raises NotThisFamily (a ValueError) that names the first thing missing or unexpected.
     """
     shapes = normalise_keys(shapes)
@@ -109,7 +110,10 @@ def _count_blocks(shapes: Shapes, stem: str) -> int:
 def _levels(
     shapes: Shapes, width: int, depth: int, blocks: int
 ) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]:
-    """Multipliers by level, downsampling factors with attention, and attention widths, from the way down."""
+    """Multipliers by level, downsampling factors with attention, and attention widths, from the way down.
+
+    After the first convolution each level has `depth` blocks and, but for the last, one that downsamples.
+    """
     multipliers, attention, widths = [], [], []
     for level, first in enumerate(range(1, blocks, depth + 1)):
         channels = _require(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 4)[0]
@@ -174,7 +178,7 @@ def _choice(name: str, values: tuple[object, ...]) -> Choice:
 def _readings(channels_in: int, channels_out: int) -> list[tuple[str, int, bool]]:
     """Every (kind, image channels, learned variance) that the channels allow, the likeliest first.
 
-    An upsampler gets two images, one above the other; a learned variance doubles the output.
+    An upsampler is given the noisy image and the enlarged small one as channels of one input; a learned variance doubles the output.
     """
     kinds = [("diffusion", channels_in)]
     if channels_in % 2 == 0:
@@ -188,7 +192,7 @@ def _readings(channels_in: int, channels_out: int) -> list[tuple[str, int, bool]
     ]
     if not readings:
         raise NotThisFamily(
-            f"{channels_in} input and {channels_out} output channels fit neither a generator nor an upsampler"
+            f"{channels_in} input and {channels_out} output channels fit neither a diffusion model nor an upsampler"
         )
     return readings
 
@@ -239,23 +243,23 @@ def _pool(shapes: Shapes) -> tuple[str, int]:
 
 
 def _depth_fits(shapes: Shapes, depth: int, blocks: int, convolutions: list[int]) -> bool:
-    """Whether the input blocks can be levels of `depth` blocks with a halving between them.
+    """Whether the input blocks can be levels of `depth` blocks with a downsampling between them.
 
-    A halving convolution is seen as such. A residual block that halves looks like one that does not, but it changes no width
-    and has no attention; and all blocks of a level agree in width and in attention.
+    A convolution that downsamples has a name of its own. A residual block that does has the names of any other, but it keeps its
+    channels and has no attention. The blocks of one level agree in channels and attention.
     """
     if blocks % (depth + 1):
         return False
-    halving = list(range(depth + 1, blocks, depth + 1))
+    downsampling = list(range(depth + 1, blocks, depth + 1))
     if convolutions:
-        return convolutions == halving
+        return convolutions == downsampling
     widths, attends = {}, {}
     for block in range(1, blocks):
         if f"input_blocks.{block}.0.in_layers.2.weight" not in shapes:
             return False
         widths[block] = shapes[f"input_blocks.{block}.0.in_layers.2.weight"][:2]
         attends[block] = f"input_blocks.{block}.1.qkv.weight" in shapes
-    if any(len(set(widths[block])) > 1 or attends[block] for block in halving):
+    if any(len(set(widths[block])) > 1 or attends[block] for block in downsampling):
         return False
     levels = (range(first, first + depth) for first in range(1, blocks, depth + 1))
     return all(len({(widths[block][0], attends[block]) for block in level}) == 1 for level in levels)

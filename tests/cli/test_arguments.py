@@ -105,7 +105,9 @@ def test_training_wants_its_batch_size_as_a_number(kind: str, tmp_path: Path) ->
     path = tmp_path / "c.json"
     path.write_text('{"batch_size": "auto"}')
     for words in (["--batch_size", "auto"], ["--config", str(path)]):
-        with pytest.raises(ValueError, match="--batch_size is 'auto', but what a network learns.*--microbatch auto"):
+        with pytest.raises(
+            ValueError, match="--batch_size is 'auto', but the batch size changes what is learned.*--microbatch auto"
+        ):
             arguments.parse(words, configs, program="p", description="d")
     assert arguments.parse(["--batch_size", "7"], configs, program="p", description="d").typed == {"batch_size": 7}
 

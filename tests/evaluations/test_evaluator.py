@@ -137,7 +137,7 @@ def test_says_which_variables_make_it_one_of_several(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(launchers, "_FIRST_SPEAKS_S", 0)
+    monkeypatch.setattr(launchers, "_FIRST_REPORTS_S", 0)
     for name, value in zip(names.split(), (rank, size)):
         monkeypatch.setenv(name, value)
     given = [str(tmp_path / "x.npz"), "--weights", "w.pb"]

@@ -52,7 +52,7 @@ def test_a_later_process_speaks_where_there_may_be_no_first(launcher, monkeypatc
     """Variables of torchrun are easily left over in a shell, and then nobody else is there to say what is wrong."""
     for name, value in STALE[launcher].items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launchers, "_FIRST_SPEAKS_S", 0.0)
+    monkeypatch.setattr(launchers, "_FIRST_REPORTS_S", 0.0)
     assert launchers.discover(STALE[launcher]).rank == 1
     assert main(["sample", "--model_pth", "gone.pt"]) == 2
     assert ("--model_pth" in capsys.readouterr().err) == (launcher == "torchrun")

@@ -129,6 +129,19 @@ def test_slurm_steps_agree_on_an_address_without_talking():
     assert known_address(place, {**environ, "MASTER_ADDR": "x", "MASTER_PORT": "5"}) == ("x", 5)
 
 
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        (SRUN, "no list of Slurm's nodes .* set MASTER_ADDR and MASTER_PORT"),
+        ({**OPENMPI, "MASTER_ADDR": "node1"}, "MASTER_ADDR is 'node1' and MASTER_PORT is None; set both, or neither"),
+        ({**TORCHRUN, "MASTER_PORT": "29500"}, "MASTER_ADDR is None and MASTER_PORT is '29500'; set both, or neither"),
+    ],
+)
+def test_what_an_address_lacks_is_named(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        known_address(discover(environ), environ)
+
+
 def test_an_mpi_job_on_one_host_agrees_on_a_port_without_talking():
     here = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "job7"}
     addresses = [known_address(discover({**here, "OMPI_COMM_WORLD_RANK": r}), here) for r in "03"]

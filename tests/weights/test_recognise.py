@@ -70,7 +70,7 @@ def test_foreign_files_are_told_by_their_first_names() -> None:
     shapes = shapes_of("64x64_diffusion")
     with pytest.raises(NotThisFamily, match=r"shape \[768\]; a network of this family has 2"):
         inspect_shapes({**shapes, "time_embed.0.weight": (768,)})
-    with pytest.raises(NotThisFamily, match="neither a generator nor an upsampler"):
+    with pytest.raises(NotThisFamily, match="neither a diffusion model nor an upsampler"):
         inspect_shapes({**shapes, "out.2.weight": (5, 192, 3, 3)})
     with pytest.raises(NotThisFamily, match="gives 500 numbers for 192 channels"):
         inspect_shapes({**shapes, "input_blocks.1.0.emb_layers.1.weight": (500, 768)})
