@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises instead of ending the process, with the flag `--import`."""
 
     def __init__(self, program: str = "", description: str | None = None, **options: Any) -> None:
-        super().__init__(program, description=description, allow_abbrev=False, **options)
+        super().__init__(program, description=description, **{"allow_abbrev": False, **options})
         help = "program (FILE.py, or a module's name) to run first: it may add to ARCHITECTURES, SCHEDULES ... (docs/extending.md)"
         self.add_argument("--import", action=_ImportProgram, default=argparse.SUPPRESS, metavar="FILE", help=help)
 

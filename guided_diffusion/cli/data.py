@@ -60,7 +60,7 @@ def pack(argv: Sequence[str]) -> int:
 
 
 def _parser(command: str, description: str | None) -> Parser:
-    parser = Parser(f"guided-diffusion data {command}", description)
+    parser = Parser(f"guided-diffusion data {command}", description, allow_abbrev=True)
     source = "folder of images, .zip with dataset.json, (folder of) WebDataset .tar, LSUN lmdb, packed folder"
     parser.add_argument("source", help=source)
     parser.flag("labels", "auto", "auto, folders, prefix, none, or a csv/json file")
@@ -70,7 +70,7 @@ def _parser(command: str, description: str | None) -> Parser:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    if not re.fullmatch(r"0*[1-9][0-9]*(x0*[1-9][0-9]*)?", text.lower()):
+    if not re.fullmatch(r"\s*0*[1-9][0-9]*(\s*x\s*0*[1-9][0-9]*)?\s*", text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a side like 64 or HEIGHTxWIDTH like 64x96")
     height, *width = (int(side) for side in text.lower().split("x"))
     return (height, width[0]) if width else height

@@ -136,7 +136,10 @@ class Setup:
         )
 
     def job(self, request: Request, kind: str, **receipt: Any) -> Job:
-        """The job of a request; `kind` begins the folder's name if none is given, `receipt` is what else its images depend on."""
+        """The job of a request; `kind` begins the folder's name if none is given, `receipt` is what else its images depend on.
+
+        A request with a name stands for several, each with a seed of its own.
+        """
         from ..sampling.jobs import Job
         from ..sampling.pipeline import largest_batch
 
@@ -151,9 +154,11 @@ class Setup:
                 raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
             log.info("--batch_size auto: %d images at a time", batch_size)
         (_, height, width), classes = model.shape, len(request.labels.classes)
-        what = f"images of {height}x{width}, {options.method}, {len(model.process)} steps, seed {options.seed}"
+        what = f"{request.name}, " if request.name else ""
+        what += f"{request.num_samples} images of {height}x{width}, {options.method}, {len(model.process)} steps"
         what += f", {classes} classes" if classes else ""
-        log.info("%d %s, into %s (%s)", request.num_samples, what, out, chosen)
+        what += "" if request.name else f", seed {options.seed}"
+        log.info("%s, into %s (%s)", what, out, chosen)
         here = ("out", "device", "debug", "requests")  # flags of this start alone
         typed = {name: value for name, value in options.typed.items() if name not in here}
         return Job(

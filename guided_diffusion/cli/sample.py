@@ -82,7 +82,9 @@ def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: St
     entries = world.broadcast_object(entries, name="requests")
     setup = making.Setup.read(options, world)
     plans = [setup.labels(entry.options, f"{entry.where}: classes") for entry in entries]
-    shared = setup.job(Request("all", sum(entry.options.num_samples for entry in entries)), "requests")
+    shared = setup.job(
+        Request(f"{len(entries)} requests", sum(entry.options.num_samples for entry in entries)), "requests"
+    )
     jobs = []
     for entry, labels in zip(entries, plans):
         request = Request(entry.name, entry.options.num_samples, entry.options.seed, labels)

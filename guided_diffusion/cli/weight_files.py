@@ -144,9 +144,6 @@ def zoo(argv: Sequence[str], program: str) -> int:
     parser.add_argument("name", nargs="?", default="", help="a model's name, for show and get")
     parser.flag("cache", "", "folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)")
     args = parser.parse_args(argv)
-
-    from ..runtime.log import setup_messages
-
     if args.action == "list":
         print(table())
         return 0
@@ -156,6 +153,9 @@ def zoo(argv: Sequence[str], program: str) -> int:
     if args.action == "show":
         print(card(preset))
         return 0
+
+    from ..runtime.log import setup_messages
+
     setup_messages()
     print(fetch(preset, args.cache or storage.cache_folder()))
     return 0

@@ -176,9 +176,7 @@ class Checkpoints:
         for step in whole[: -self._keep_last]:
             milestone = self._keep_every > 0 and step % self._keep_every == 0
             if not milestone and saves[step]["run"] != self.last_good:
-                # The JSON first, so that a half-deleted save never looks whole.
-                for path in (saves[step].pop("run"), *saves[step].values()):
-                    storage.remove(path)
+                checkpoint.remove_save(saves[step]["run"])
 
 
 def find_save(directory: str, resume: str, *, kind: str, world: World) -> SavedRun | None:

@@ -109,6 +109,8 @@ class Trainer:
         self.batch_size, self.microbatch = batch_size, microbatch
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
         self.seed, self.schedule_sampler = seed, schedule_sampler
+        # One without a state has nothing to learn, and gathering its losses would cost a wait per step.
+        self._sampler_learns = schedule_sampler is not None and bool(schedule_sampler.state_dict())
         self.callbacks = list(callbacks)
         self.log, self.log_every, self.progress = log, log_every, progress
         self.checkpoints, self.save_every = checkpoints, save_every
@@ -211,8 +213,7 @@ class Trainer:
     def _update_schedule_sampler(self, positions: Tensor, seen: Sequence[Losses]) -> None:
         """Hand the losses of the whole global batch to the schedule sampler, in order of position, so that all processes learn the same."""
         steps = [losses.i for losses in seen if losses.i is not None]
-        # One without a state has nothing to learn, and gathering its losses would cost a wait per step.
-        if self.schedule_sampler is None or not self.schedule_sampler.state_dict() or not steps:
+        if self.schedule_sampler is None or not self._sampler_learns or not steps:
             return
         raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in seen]
         table = torch.stack([positions.to(self.device), torch.cat(steps), torch.cat(raw).float()], dim=1)
@@ -231,6 +232,10 @@ class Trainer:
         saving. Raises `TrainingDiverged` after too many bad steps and `SaveError` if saving failed and that was to end
         the run.
         """
+        if min(until, self.lr_anneal_steps) < 0:
+            raise ValueError(
+                f"a limit of training is negative: until={until}, lr_anneal_steps={self.lr_anneal_steps}; 0 is none"
+            )
         target = min((limit for limit in (until, self.lr_anneal_steps) if limit), default=None)
         if target is None:
             _log.info("training without end: neither a last step nor lr_anneal_steps is set; interrupt it when done")

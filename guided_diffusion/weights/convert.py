@@ -298,7 +298,10 @@ def _require_none(left: Mapping[str, Tensor], network: str) -> None:
 def save_diffusers(loaded: Loaded, folder: str) -> Callable[..., Tensor]:
     """Write `folder` in diffusers' layout (UNet2DModel.from_pretrained reads it); returns their network as `net(x, time, y)`."""
     model, learn_sigma = loaded.config.model, loaded.config.diffusion.learn_sigma
-    net = _unet2d_class()(**arguments_for_unet2d(model, learn_sigma=learn_sigma))
+    arguments = arguments_for_unet2d(
+        model, learn_sigma=learn_sigma
+    )  # says what does not fit before diffusers is loaded
+    net = _unet2d_class()(**arguments)
     ours = {name: value.detach().float().cpu() for name, value in loaded.net.state_dict().items()}
     net.load_state_dict(to_diffusers(ours, model))
     net.save_pretrained(folder)

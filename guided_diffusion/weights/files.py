@@ -66,11 +66,14 @@ def read_weights(path: str, *, which: str = "") -> tuple[dict[str, Tensor], str]
     return _whole(path, {name.removeprefix(prefix): flat[name] for name in names}), taken
 
 
-def _read(path: str) -> Any:
+def _require_file(path: str) -> None:
     if not storage.exists(path):
         raise ValueError(f"{path} does not exist; give the path of a saved .pt or .safetensors file")
     if storage.isdir(path):
         raise ValueError(f"{path} is a folder; give the path of one file in it")
+
+
+def _read(path: str) -> Any:
     return _load_safetensors(path) if path.endswith(".safetensors") else load_object(path)
 
 
@@ -109,16 +112,14 @@ def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
     by_role: dict[str, list[str]] = {}
     for prefix in sorted(prefixes, key=lambda prefix: prefix.count(".")):
         by_role.setdefault(_role(prefix), []).append(prefix)
-    named = {
-        role: f"{_KINDS[role]} ({', '.join(repr(p.removesuffix('.')) for p in held)})" for role, held in by_role.items()
-    }
+    names = {role: f"({', '.join(repr(p.removesuffix('.')) for p in held)})" for role, held in by_role.items()}
     role = which or ("ema" if "ema" in by_role else "model")
     other = "model" if role == "ema" else "ema"
     if role not in by_role:
         if by_role == {"model": [""]}:  # a plain file does not say which it holds
             _log.info("%s holds one set of weights, so there is nothing to choose for --weights %s", path, which)
             return "", ""
-        raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only: {named[other]}")
+        raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only {names[other]}")
     prefix = by_role[role][0]
     nearest = [repr(p.removesuffix(".")) for p in by_role[role] if p.count(".") == prefix.count(".")]
     if len(nearest) > 1:
@@ -127,10 +128,11 @@ def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
         )
     if len(by_role) > 1:
         rest = "" if which else f"; --weights {other} takes the others"
-        _log.info("%s holds %s and %s: taking the %s%s", path, named[role], named[other], _KINDS[role], rest)
+        held = f"{_KINDS[role]} {names[role]} and {_KINDS[other]} {names[other]}"
+        _log.info("%s holds %s: taking the %s%s", path, held, _KINDS[role], rest)
         return prefix, role
     if role == "ema":
-        _log.info("%s holds EMA weights only: %s", path, named[role])
+        _log.info("%s holds EMA weights only %s", path, names[role])
     elif prefix:
         _log.info("%s: the network's tensors are those below %r, which is left out of their names", path, prefix)
     return prefix, ""
@@ -160,6 +162,7 @@ def _named_tensors(path: str, content: Any) -> dict[str, Tensor]:
 
 def load_object(path: str) -> Any:
     """Whatever `torch.save` put into a file, as long as it is tensors and plain containers. Errors as `load_weights`."""
+    _require_file(path)
     remote = storage.read_bytes(path) if storage.is_remote(path) else None
 
     def source() -> Any:
@@ -232,6 +235,7 @@ def _load_safetensors(path: str) -> dict[str, Tensor]:
         from safetensors.torch import load, load_file
     except ImportError as error:
         raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from error
+    _require_file(path)
     try:
         return load(storage.read_bytes(path)) if storage.is_remote(path) else load_file(path)
     except SafetensorError as error:

@@ -154,7 +154,8 @@ def saves_in(directory: str) -> dict[int, dict[str, str]]:
     """The saves in a folder by step, the oldest first: the path of each file by its role. {} where there is no such folder."""
     saves: dict[int, dict[str, str]] = {}
     for name in storage.listdir(directory) if storage.isdir(directory) else ():
-        if (parsed := parse_name(name)) is not None:
+        # "model2.pt" is no name that a save has: its files would not be found again.
+        if (parsed := parse_name(name)) is not None and file_name(*parsed) == name:
             saves.setdefault(parsed[1], {})[parsed[0]] = storage.join(directory, name)
     return dict(sorted(saves.items()))
 
@@ -166,6 +167,22 @@ def read_run_json(path: str) -> dict[str, Any] | None:
         return None
     beside = storage.join(os.path.dirname(path), file_name("run", parsed[1]))
     return _read_json(beside) if storage.exists(beside) else None
+
+
+def remove_save(path: str) -> None:
+    """Delete the JSON file `path` of a save and the files that it lists: first the JSON, so that a half-deleted save never looks whole.
+
+    Of a damaged JSON nothing is deleted: what belongs to the save is not known.
+    """
+    try:
+        names = list(_read_json(path)["files"])
+    except ValueError as error:
+        _log.warning("not removed: %s", error)
+        return
+    storage.remove(path)
+    for name in names:
+        if parse_name(name) is not None:
+            storage.remove(storage.join(os.path.dirname(path), name))
 
 
 def last_before_bad_steps(directory: str, step: int) -> int | None:
@@ -198,7 +215,7 @@ def find_latest(directory: str) -> SavedRun | None:
                 load_weights(files["model"])  # without sizes and hashes all that can be checked
                 return _opened(directory, step, files)
         except ValueError as error:  # noqa: PERF203 - a loop over few saves
-            _log.warning("passing over the save at step %d: %s", step, error)
+            _log.warning("passing over the save at step %d in %s: %s", step, directory, error)
     return None
 
 
@@ -241,6 +258,10 @@ def _open_complete(directory: str, step: int) -> SavedRun:
         if storage.sha256_of(path) != receipt["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
         files[(parse_name(name) or (name,))[0]] = path
+    try:
+        state = _decode(run["state"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the state in {file_name('run', step)} cannot be read ({error})") from error
     return _opened(
         directory,
         run["step"],
@@ -248,7 +269,7 @@ def _open_complete(directory: str, step: int) -> SavedRun:
         kind=run["kind"],
         config=run["config"],
         class_names=tuple(run["class_names"]),
-        state=run["state"],
+        state=state,
         started_from=run.get("started_from", ""),
     )
 
@@ -261,7 +282,7 @@ def _opened(directory: str, step: int, files: Mapping[str, str], **about: Any) -
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        run = json.loads(storage.read_bytes(path), object_hook=_decode)
+        run = json.loads(storage.read_bytes(path))
         version = run["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: cut short or not the JSON file of a run ({error})") from error
@@ -293,10 +314,14 @@ def _encode(value: Any) -> Any:
     return value
 
 
-def _decode(value: dict[str, Any]) -> Any:
-    """What one JSON object stands for; those within it are decoded already."""
+def _decode(value: Any) -> Any:
+    """The inverse of `_encode`."""
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
     if "__tensor__" in value:
-        return torch.tensor(value["data"], dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
+        return torch.tensor(_decode(value["data"]), dtype=getattr(torch, value["__tensor__"])).reshape(value["shape"])
     if "__array__" in value:
-        return np.array(value["data"], dtype=value["__array__"]).reshape(value["shape"])
-    return float(value["__float__"]) if "__float__" in value else value
+        return np.array(_decode(value["data"]), dtype=value["__array__"]).reshape(value["shape"])
+    return float(value["__float__"]) if "__float__" in value else {key: _decode(item) for key, item in value.items()}

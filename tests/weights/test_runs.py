@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from training.toys import assert_same_state, make, toy_net
 
 from guided_diffusion.runtime import storage
 from guided_diffusion.weights import runs as checkpoint
-from guided_diffusion.weights.runs import find_latest, load_run, load_weights, parse_name, read_run_json, save_run
+from guided_diffusion.weights.runs import (
+    find_latest,
+    load_run,
+    load_weights,
+    parse_name,
+    read_run_json,
+    remove_save,
+    save_run,
+)
 
 
 def save(directory, step, **options):
@@ -205,3 +214,33 @@ def test_channels_last_weights_are_saved_contiguous(tmp_path):
         saves.save(1, model={"w": weight}, ema={}, optimizer=None, state={})
     loaded = load_weights(str(tmp_path / "model000001.pt"))["w"]
     assert loaded.is_contiguous() and torch.equal(loaded, weight)
+
+
+def test_a_file_is_of_a_save_only_by_the_name_that_training_gives(tmp_path):
+    """model2.pt may be anybody's: its weights are taken at step 0, and a folder of it has no save."""
+    torch.save(make().net.state_dict(), tmp_path / "model2.pt")
+    torch.save({}, tmp_path / "opt2.pt")
+    assert find_latest(str(tmp_path)) is None
+    taken = load_run(str(tmp_path / "model2.pt"))
+    assert taken.step == 0 and taken.optimizer is None
+
+
+def test_removing_a_save_leaves_what_is_not_its_own(tmp_path, caplog):
+    own = save(tmp_path, 10), save(tmp_path, 20)
+    kept = tmp_path / "ema_0.77_000010.pt"
+    kept.write_bytes(b"of the user")
+    remove_save(own[0])
+    cut_short(tmp_path / "run000020.json")
+    remove_save(own[1])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {kept.name, "run000020.json", "opt000020.pt", "ema_0.9_000020.pt", "model000020.pt"}
+    assert "not removed" in caplog.text
+
+
+@pytest.mark.parametrize("state", [{"x": {"__tensor__": "float3", "shape": [1], "data": [1.0]}},
+                                   {"x": {"__tensor__": "float32", "shape": [2], "data": [1.0]}}])  # fmt: skip
+def test_a_state_that_cannot_be_read_matters_to_training_only(tmp_path, state, caplog):
+    path = Path(save(tmp_path, 10))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": state}))
+    assert read_run_json(str(tmp_path / "model000010.pt"))["step"] == 10
+    assert find_latest(str(tmp_path)) is None and "the state in run000010.json cannot be read" in caplog.text
