@@ -1,4 +1,4 @@
-"""Which device is this process's, is it the only one there, and in which arithmetic networks compute on it."""
+"""The device of a process: choosing it, finding a GPU that two ranks share, its memory, and the precision networks compute in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> str:
-    """fp32, bf16 or fp16: `precision` where given, else by `use_fp16`, which the CPU answers with fp32."""
+    """`precision` unless it is empty; else fp16 if `use_fp16` is set and the device is not the CPU; else fp32."""
     slow = "float16 convolutions are some 30 times slower on the CPU"
     if precision == "fp16" and device.type == "cpu":
         _log.warning("--precision fp16, as asked for, although %s", slow)
@@ -43,10 +43,10 @@ def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> st
 
 
 def compute_in(net: nn.Module, precision: str, *, store: bool = False) -> None:
-    """Let a network compute in fp32, bf16 or fp16; with `store` it may keep its weights so. ValueError where it can only do fp32."""
-    choose = getattr(net, "set_compute_dtype", None)
-    if choose is not None:
-        choose(DTYPES[precision], **({"store": True} if store else {}))
+    """Let a network compute in fp32, bf16 or fp16; `store`: it may also store its weights in it. ValueError if it supports fp32 only."""
+    set_dtype = getattr(net, "set_compute_dtype", None)
+    if set_dtype is not None:
+        set_dtype(DTYPES[precision], **({"store": True} if store else {}))
     elif precision != "fp32":
         raise ValueError(
             f"{type(net).__name__} cannot compute in {precision}, as it has no set_compute_dtype(dtype, store); give --precision fp32"
@@ -56,8 +56,8 @@ def compute_in(net: nn.Module, precision: str, *, store: bool = False) -> None:
 def choose_device(device: str | torch.device, local_rank: int, local_size: int) -> torch.device:
     """The device of one process among `local_size` on its host.
 
-    With as many visible GPUs as processes, process k takes GPU k; with one visible GPU (clusters that bind one to each task) it takes
-    that one, and `shared_gpu` finds out whether others did too.
+    Where several GPUs are visible, local rank k takes GPU k. Where one is (clusters that bind one GPU to each task), every process takes
+    the GPU it sees; `shared_gpu` finds out later whether two of them hold the same one.
     """
     wanted = str(device)
     if wanted == "auto":
@@ -86,10 +86,10 @@ def choose_device(device: str | torch.device, local_rank: int, local_size: int) 
 
 
 def shared_gpu(rows: list[dict[str, str]]) -> str:
-    """What is wrong if two ranks hold one GPU, else "". `rows`: one per rank with "rank", "host", "device", "identity"."""
-    holders: dict[str, dict[str, str]] = {}
+    """An error message if two ranks hold the same GPU, else "". `rows`: one per rank with "rank", "host", "device", "identity"."""
+    first_holder: dict[str, dict[str, str]] = {}
     for row in rows:
-        other = holders.setdefault(row["host"] + row["identity"], row) if row["identity"] else row
+        other = first_holder.setdefault(row["host"] + row["identity"], row) if row["identity"] else row
         if other is not row:
             return (
                 f"ranks {other['rank']} and {row['rank']} on host {row['host']} would share one GPU ({row['device']}). Start one "
@@ -100,7 +100,7 @@ def shared_gpu(rows: list[dict[str, str]]) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Host, device and memory of this process. "identity" is the same for two processes of a host exactly if they hold one GPU."""
+    """Host, device and memory of this process. "identity" is equal for two processes on a host if they hold the same GPU; "" on a CPU."""
     name, identity = platform.processor() or platform.machine(), ""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -117,22 +117,22 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes free on a GPU; or of this host's memory, within the limits of this container or job (0: unknown)."""
+    """Free bytes of a GPU; for the CPU, available bytes of main memory within the limits of this container or job (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return min([_line_of("/proc/meminfo", "MemAvailable:") or whole, *_left_in_groups()])
+    return min([_line_of("/proc/meminfo", "MemAvailable:") or whole, *_left_in_cgroups()])
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes of a GPU that tensors of this process take; on the CPU what the whole process holds (0: unknown)."""
+    """Bytes of a GPU that this process's tensors occupy; for the CPU, the resident memory of the whole process (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _line_of("/proc/self/status", "VmRSS:") or _highest()
+    return _line_of("/proc/self/status", "VmRSS:") or _peak_resident()
 
 
 def give_back(device: torch.device) -> None:
-    """Return memory that allocators keep for later to the device or the system."""
+    """Return free memory that the allocators of CUDA or glibc keep cached to the device or the operating system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -141,15 +141,15 @@ def give_back(device: torch.device) -> None:
 
 
 def _line_of(path: str, name: str) -> int:
-    """The bytes that a line of one of Linux's reports gives in KiB; 0 where there is none."""
+    """The size in bytes that the line `name` of a Linux /proc file gives in KiB; 0 if the file or the line is missing."""
     if not Path(path).exists():
         return 0
     lines = (line.split() for line in Path(path).read_text().splitlines())
     return next((int(words[1]) * 1024 for words in lines if words[:1] == [name]), 0)
 
 
-def _highest() -> int:
-    """The most bytes that this process ever held, as systems other than Linux tell it; 0 on Windows."""
+def _peak_resident() -> int:
+    """Peak resident memory of this process in bytes: a substitute where there is no /proc; 0 on Windows."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -157,18 +157,18 @@ def _highest() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _left_in_groups() -> list[int]:
-    """Bytes left below each memory limit that holds for this process, at least 1 (Linux control groups, version 2)."""
+def _left_in_cgroups() -> list[int]:
+    """Bytes left below the memory limit of this process's cgroup and of each cgroup above it, at least 1 (Linux, cgroup version 2)."""
     lines = _OWN_GROUP.read_text().splitlines() if _OWN_GROUP.exists() else []
     names = [line[3:].strip("/") for line in lines if line.startswith("0::")]
     left = []
-    for group in [place for name in names for place in (_GROUPS / name, *(_GROUPS / name).parents)]:
+    for group in [folder for name in names for folder in (_GROUPS / name, *(_GROUPS / name).parents)]:
         try:
-            most, now = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+            limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
             words = (group / "memory.stat").read_text().split()
-            # Files that were read count as memory, but make way for what asks for it.
-            left.append(max(1, int(most) - int(now) + int(words[words.index("inactive_file") + 1])))
-        except (OSError, ValueError):  # noqa: PERF203 - no such group, or "max": no limit
+            # The page cache counts as used, but the kernel drops its inactive part when a process needs memory.
+            left.append(max(1, int(limit) - int(used) + int(words[words.index("inactive_file") + 1])))
+        except (OSError, ValueError):  # noqa: PERF203 - no such cgroup, or "max": no limit
             pass
     return left
 

@@ -1,4 +1,4 @@
-"""Questions to the machine before a long run: does the device compute, do the processes hear each other, is there room on the disk."""
+"""Checks of the machine before a long run: versions, arithmetic of the device, all-reduce between the processes, free disk space."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def format_bytes(count: float) -> str:
 
 
 def check_versions() -> Finding:
-    """Python and torch, and a torch that cannot see a GPU which is there."""
+    """The versions of Python and torch; a warning if there is an NVIDIA driver but torch was built without CUDA."""
     text = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
     if torch.version.cuda is None and Path("/proc/driver/nvidia").exists():
         return Finding(
@@ -94,23 +94,23 @@ def check_all_reduce(world: World, num_bytes: int = 16 << 20, repeats: int = 4) 
 
 
 def check_disk(folder: str, one_save: int, num_saves: int | None) -> Finding:
-    """Is there room for checkpoints of `one_save` bytes, `num_saves` of them (None: no end in sight)."""
+    """Whether `num_saves` checkpoints of `one_save` bytes each fit on the disk of `folder` (None: the number has no limit)."""
     each = f"a checkpoint takes {format_bytes(one_save)}"
     if storage.is_remote(folder):
         return Finding(OK, "disk", f"{folder} is remote, its room unknown; {each}")
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK):
-        return Finding(FAIL, "disk", f"{place} cannot be written")
-    free = shutil.disk_usage(place).free
-    text = f"{format_bytes(free)} free at {place}; {each}"
+    existing = Path(folder).absolute()  # the folder itself may not have been made yet
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        return Finding(FAIL, "disk", f"{existing} cannot be written")
+    free = shutil.disk_usage(existing).free
+    text = f"{format_bytes(free)} free at {existing}; {each}"
     if free < one_save * 1.1:
         return Finding(FAIL, "disk", f"{text}: not even one fits")
     if num_saves is None:
-        fit = int(free // max(one_save, 1))
+        count = int(free // max(one_save, 1))
         return Finding(
-            WARN, "disk", f"{text}; the run has no last step and keeps all: full after {fit}. Set --keep_last"
+            WARN, "disk", f"{text}; the run has no last step and keeps all: full after {count}. Set --keep_last"
         )
     if free < one_save * (num_saves + 1):
         return Finding(
@@ -120,7 +120,7 @@ def check_disk(folder: str, one_save: int, num_saves: int | None) -> Finding:
 
 
 def planned_saves(last_step: int, save_interval: int, keep_last: int, keep_every: int) -> int | None:
-    """How many checkpoints lie in the folder of a run in the end; None: no end in sight."""
+    """How many checkpoints a run keeps in the end; None if it keeps all and has no last step."""
     saves = last_step // save_interval + 1 if last_step else None
     if not keep_last:
         return saves

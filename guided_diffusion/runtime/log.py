@@ -27,19 +27,19 @@ FIRST_COLUMNS = ("step", "samples")
 
 
 def silence_closed_streams() -> None:
-    """Send output to the null device where its reader is gone (a pipe without a reader, a closed terminal), so that writing is no error."""
+    """Redirect stdout and stderr to the null device if their reader has gone (closed pipe or terminal), so that writing raises nothing."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # no file, or no poll (Windows)
             poll = select.poll()
-            poll.register(stream.fileno(), 0)
+            poll.register(stream.fileno(), 0)  # 0: report only errors and hang-ups
             if poll.poll(0):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 class _Messages(logging.Handler):
-    """Prints messages as they are, warnings with that word before them; through a `Log` that is open, so that its files hold them too."""
+    """Prints log messages, warnings with the prefix "warning: "; an open `Log` writes them instead, so that its files hold them too."""
 
     def __init__(self, log: Log | None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Messages(logging.Handler):
         text = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
         if self._log is not None and self._log.writers:
             self._log.info(text)
-        else:  # a reader that has left is an error here, as it is for print
+        else:  # without a `Log` a closed pipe raises, as print does
             print(text, flush=True)
 
 
@@ -57,7 +57,7 @@ def setup_messages(world: World | None = None, log: Log | None = None) -> None:
     """Show the package's messages (its loggers from level INFO on) on standard output, on the main process only.
 
     Commands call it; programs that use the package as a library configure `logging` as they like. A later call replaces what an
-    earlier one set up: the commands make one before the processes meet, one when the world is known and one with the run's `log`.
+    earlier one set up: commands call it before the processes have met, again with the `world`, and again with the run's `log`.
     """
     package = logging.getLogger(__name__.rpartition(".runtime.")[0])
     for handler in [handler for handler in package.handlers if isinstance(handler, (_Messages, logging.NullHandler))]:
@@ -69,7 +69,7 @@ def setup_messages(world: World | None = None, log: Log | None = None) -> None:
 
 
 class Writer:
-    """A place for rows (`write`) and messages (`note`), which only text takes."""
+    """One output of a `Log`: `write` takes rows, `note` messages."""
 
     _file: Any
 
@@ -77,17 +77,17 @@ class Writer:
         raise NotImplementedError
 
     def note(self, text: str) -> None:
-        """Write a message, where there is room for one."""
+        """Write a message; outputs for numbers alone ignore it."""
 
     def close(self) -> None:
         self._file.close()
 
 
 class TextWriter(Writer):
-    """A table for people, on a stream or appended to a file. Without a target: whatever `sys.stdout` is at the time."""
+    """Rows as tables, on a stream or appended to a file. Without a target: on `sys.stdout` as it is at the time of writing."""
 
     def __init__(self, target: str | os.PathLike[str] | TextIO | None = None) -> None:
-        self._opened = isinstance(target, (str, os.PathLike))
+        self._owns_file = isinstance(target, (str, os.PathLike))
         self._file = open(target, "a") if isinstance(target, (str, os.PathLike)) else target  # noqa: SIM115
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class TextWriter(Writer):
         file.flush()
 
     def close(self) -> None:
-        if self._opened:
+        if self._owns_file:
             super().close()
 
 
@@ -116,7 +116,7 @@ class JsonWriter(Writer):
 
 
 class CsvWriter(Writer):
-    """One row per `write`, appended. A new name becomes a new last column: the header is rewritten, old rows stay empty there."""
+    """One row per `write`, appended. A new name becomes a new last column, empty in the rows before: the file is rewritten."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
@@ -136,7 +136,7 @@ class CsvWriter(Writer):
         writer.writerows(row + [""] * (len(columns) - len(row)) for row in _rows(self._path)[1:])
         temporary = Path(f"{os.fspath(self._path)}.tmp")
         temporary.write_text(text.getvalue(), newline="")
-        os.replace(temporary, self._path)  # a crash leaves the old file or the new one
+        os.replace(temporary, self._path)  # atomic: a crash leaves the old file or the new one, never half of one
         self._file.close()
         self._file, self.columns = _open_for_rows(self._path), columns
 
@@ -175,8 +175,8 @@ WRITERS: dict[str, Callable[[Path], Writer]] = {
 class Log:
     """Writes a row per `dump`, and messages.
 
-    `directory`: a local folder, made if missing; None keeps to the screen. `continuing`: this run resumes one in that folder; otherwise
-    earlier rows there are kept and reported. `world`: with several ranks, `dump` is a collective where `mean` was called.
+    `directory`: a local folder, made if missing; None writes to stdout only. `continuing`: this run resumes the one in that folder;
+    otherwise a message says how many earlier rows there are. `world`: with several ranks, `dump` is a collective if `mean` was called.
     """
 
     def __init__(
@@ -191,9 +191,9 @@ class Log:
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count], float64
         self._failing: set[Writer] = set()
         self.writers: list[Writer] = []
-        """Empty on other ranks than the first, and after `close`."""
+        """Empty on all ranks but rank 0, and after `close`."""
         self.reader_left = False
-        """Whether the program that read our words (`| tee`, `| head`) has ended: mostly a sign that the job shall end."""
+        """Whether the program that reads our output (`| tee`, `| head`) has ended: usually a sign that the job should end."""
         if unknown := [name for name in writers if name not in WRITERS]:
             raise ValueError(f"unknown log format {unknown[0]!r}; choose among {', '.join(WRITERS)}")
         if directory is not None and "://" in str(directory):
@@ -215,9 +215,9 @@ class Log:
             )
 
     def mean(self, name: str, values: Tensor, where: Tensor) -> None:
-        """Add the values at the true places of `where` to the mean of `name` over all ranks, which add the same names.
+        """Add the `values` where the mask `where` is true to the mean `name` over all ranks, which add the same names in the same order.
 
-        They are summed where they are and read once, in `dump`. A mean of no values is not written.
+        Sums stay on the device of `values` and are read once, in `dump`. A mean of no values is not written.
         """
         # Sums of thousands of float32 losses lose digits; MPS has no float64.
         dtype = torch.float32 if values.device.type == "mps" else torch.float64
@@ -225,7 +225,7 @@ class Log:
         self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def dump(self, row: Mapping[str, Any]) -> None:
-        """Write one row: `row`, which needs a "step", and the means since the last one."""
+        """Write one row: the values of `row`, and the means of what `mean` was given since the last row."""
         if self._sums:
             pairs = self._world.all_reduce_sum_(torch.stack(list(self._sums.values())).cpu().double(), "log means")
             row = {**row, **{name: s / n for name, (s, n) in zip(self._sums, pairs.tolist()) if n}}
@@ -240,7 +240,7 @@ class Log:
             self._attempt(writer, partial(writer.note, text))
 
     def _attempt(self, writer: Writer, action: Callable[[], None]) -> None:
-        """A full disk, or a folder that is gone, costs rows of the log and not the run; it is reported once per writer."""
+        """Write; an OSError (full disk, deleted folder) loses rows of the log but does not end the run, and is reported once per writer."""
         try:
             action()
         except OSError as error:
@@ -270,12 +270,12 @@ def table(values: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A Python number for whatever has one element (tensors, numpy scalars)."""
+    """A tensor or numpy scalar as a Python number; any other value as it is."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _open_for_rows(path: str | os.PathLike[str]) -> TextIO:
-    """`path` open at its end, where a half line that a killed run may have left is completed, so that ours starts on its own."""
+    """Open `path` to append rows. If a killed run left an unfinished last line, end it first, so that the next row is a line of its own."""
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

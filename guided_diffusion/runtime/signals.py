@@ -1,10 +1,10 @@
-"""Asked to stop: a signal sets a flag; the ranks agree on it between two steps, save once, and leave with a code of their own.
+"""Stopping early on a signal: it sets a flag; between two steps the ranks agree on it, save once, and exit with a code of its own.
 
-Slurm sends SIGUSR1 before a time limit (`#SBATCH --signal=USR1@120`), cloud machines SIGTERM before they are taken back, a closed terminal
+Slurm sends SIGUSR1 before a time limit (`#SBATCH --signal=USR1@120`), clouds SIGTERM before they preempt a machine, a closed terminal
 SIGHUP. Exit code 85 (`REQUEUE_EXIT_CODE`) says: stopped early, everything saved, start me again. Ctrl-C (SIGINT) does the same and ends
 with 130: a person does not want to be started again. See docs/clusters.md.
 
-Signals often go to every process of a job. Those that a process of ours starts leave them to it: see `leave_to_parent`.
+Signals often go to every process of a job. Worker processes ignore them, and their parent decides: see `leave_to_parent`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .world import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 from .world import World
 
 AGREE_S = 2.0
-"""About how often several processes ask each other whether to stop; each time costs one wait for the device."""
+"""Seconds between two steps at which the ranks ask each other whether to stop; each time the host waits for the device."""
 
 # Names, because Windows has neither SIGUSR1 nor SIGHUP
 DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")
 TRAINING_SIGNALS = (*DEFAULT_SIGNALS, "SIGINT")
-# `nohup` and shells that start a command in the background have these ignored for it, and mean it.
+# `nohup`, and shells that start a command in the background, make it ignore these signals: they stay ignored.
 _MAY_BE_IGNORED = ("SIGHUP", "SIGINT")
-# Repetitions within so many seconds are one request: `timeout` and launchers send a signal to a process and to its whole group.
+# Repetitions within so many seconds are one request: `timeout` and launchers signal a process and then its whole process group.
 _ONE_REQUEST_S = {"SIGINT": 0.2}
 _ONE_REQUEST_BY_PROGRAMS_S = 3.0
 
 
 class Stop:
-    """A flag that signals set. Use it as a context manager: the handlers that were there before come back afterwards.
+    """A flag that signals set. Use it as a context manager: on exit the earlier handlers are restored.
 
-    A later signal of the same kind ends the process at once (SIGINT), or gets the handler from before, so that an impatient second SIGTERM
-    ends it too. Outside the main thread Python allows no handlers; the flag can then only be set by `request`.
+    A second signal of the same kind goes to the earlier handler, Python's own for SIGINT excepted; by default it ends the process at once.
+    Outside the main thread Python allows no handlers; the flag can then only be set by `request`.
     """
 
     def __init__(self, signals: Sequence[str] = DEFAULT_SIGNALS) -> None:
@@ -51,16 +51,16 @@ class Stop:
             raise ValueError(f"{unknown[0]!r} is no signal; name them like {DEFAULT_SIGNALS}")
         self.reason: str | None = None
         self.interrupted = False
-        """Whether it was Ctrl-C, here or on another rank: a person and no scheduler."""
+        """Whether the reason is Ctrl-C, on this or another rank: a person stopped the job, not a scheduler."""
         self.quiet = False
-        """Say nothing on Ctrl-C: set on all ranks but the main one, as all hear it."""
+        """Print nothing on Ctrl-C: set on all ranks but rank 0, as the terminal signals every rank."""
         self._names = [name for name in signals if hasattr(signal, name)]
-        self._before: dict[int, Any] = {}
-        self._since: dict[int, float] = {}
+        self._earlier: dict[int, Any] = {}  # signal number -> the handler before ours
+        self._received: dict[int, float] = {}  # signal number -> time of the first signal
 
     @property
     def exit_code(self) -> int:
-        """What a command that stopped early ends with."""
+        """The exit code of a command that stopped early."""
         return 130 if self.interrupted else REQUEUE_EXIT_CODE
 
     @property
@@ -79,21 +79,21 @@ class Stop:
                 number = getattr(signal, name)
                 if name in _MAY_BE_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                     continue
-                self._before[number] = signal.signal(number, self._handle)
+                self._earlier[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._earlier.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        self._before = {}
+        self._earlier = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        since = self._since.setdefault(number, now)
+        since = self._received.setdefault(number, now)
         if since != now:
             if now - since > _ONE_REQUEST_S.get(name, _ONE_REQUEST_BY_PROGRAMS_S):
-                before = self._before.get(number) or signal.SIG_DFL  # None: a handler that Python did not install
-                # Python's own handler would unwind, and wait for a save on the way.
+                before = self._earlier.get(number) or signal.SIG_DFL  # None: a handler that Python did not install
+                # Python's own SIGINT handler raises KeyboardInterrupt, whose clean-up waits for a save that is being written.
                 signal.signal(number, signal.SIG_DFL if before is signal.default_int_handler else before)
                 os.kill(os.getpid(), number)
             return
@@ -101,16 +101,16 @@ class Stop:
         silence_closed_streams()
         if name == "SIGINT":
             self.interrupted = True
-            if not self.quiet:  # past Python's buffers, which the signal may have found in use
+            if not self.quiet:  # os.write: the signal may have come while Python's buffered stderr was in use
                 with contextlib.suppress(OSError):
                     os.write(2, b"\ninterrupted: ends after this step, with everything saved; once more ends at once\n")
 
 
 def leave_to_parent() -> None:
-    """Call it in a process that works for another one of ours: it ends when that one says so or is gone, and not before.
+    """Call it in a worker process: from then on it ends only on a SIGTERM of its parent, or when the parent has ended.
 
-    A scheduler, `timeout` or a terminal signals every process of a job. One that died of it would end the main one with an error, before
-    it has saved; and a main process that is killed must leave nothing behind.
+    A scheduler, `timeout` or a terminal signals every process of a job. A worker that such a signal killed would end the main process with
+    an error before it has saved. (Where the sender of a signal is unknown, on macOS and Windows, any SIGTERM ends the worker.)
     """
     started_by = multiprocessing.parent_process()
     parents = {os.getppid(), started_by.pid if started_by is not None else None}
@@ -126,9 +126,9 @@ def leave_to_parent() -> None:
     def end_with_parent(parent: int = os.getppid()) -> None:
         while os.getppid() == parent:
             if not sender_is_known:
-                time.sleep(_LOOK_S)
+                time.sleep(_PARENT_POLL_S)
                 continue
-            sent = signal.sigtimedwait(numbers, _LOOK_S)
+            sent = signal.sigtimedwait(numbers, _PARENT_POLL_S)
             if sent is not None and sent.si_signo == signal.SIGTERM and sent.si_pid in parents:
                 break
         os._exit(0)
@@ -136,27 +136,27 @@ def leave_to_parent() -> None:
     threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
 
 
-_LOOK_S = 0.5
+_PARENT_POLL_S = 0.5
 
 
 class Agreement:
-    """At which steps the processes ask each other whether to stop: steps that all know without talking, about `AGREE_S` apart."""
+    """Decides at which steps the ranks ask each other whether to stop: about `AGREE_S` apart, and without communication the same on all."""
 
     def __init__(self, world: World, stop: Stop) -> None:
         self._world, self._stop = world, stop
-        self._next = 0  # the first step from which on they ask again
-        self._last: tuple[int, float] | None = None  # step and time of the last question
+        self._next = 0  # the next step at which they ask
+        self._last: tuple[int, float] | None = None  # step and time when they last asked
 
     def due(self, step: int) -> bool:
-        """Whether this is such a step, the same answer on all processes."""
+        """Whether the ranks ask each other at this step; all ranks get the same answer."""
         return self._world.size == 1 or step >= self._next
 
     def stop(self, step: int) -> bool:
-        """Whether anybody was asked to stop. A collective, for steps that are due."""
+        """Whether any rank was asked to stop. A collective: call it at the steps that are `due`."""
         stop, world, now = self._stop, self._world, time.monotonic()
         if world.size == 1:
             return stop.requested
-        pace = AGREE_S  # seconds per step; unknown at first
+        pace = AGREE_S  # seconds per step; this value, before it was measured, makes them ask again at the next step
         if self._last is not None:
             pace = (now - self._last[1]) / max(1, step - self._last[0])
         sums = torch.tensor([float(stop.requested), float(stop.interrupted), pace], device=world.device)

@@ -1,4 +1,4 @@
-"""Files, wherever they lie: local paths by the standard library, `gs://`, `az://` and `https://` (Azure blobs) through blobfile.
+"""Local and remote files: local paths by the standard library, `gs://`, `az://` and `https://` (Azure blobs) through blobfile.
 
 blobfile is imported when, and only when, a path is remote; a machine without it works on local files. Paths are plain strings with `/`
 between their parts (local ones may be anything `os.fspath` takes). Nothing here keeps state but
@@ -46,22 +46,22 @@ def is_remote(path: PathLike) -> bool:
 
 
 def expand(path: PathLike) -> str:
-    """`path` with a leading `~` as the home folder, where no shell has done it: in files of flags, environment variables, notebooks."""
+    """`path` with a leading `~` expanded to the home folder: no shell does it in files of flags, environment variables and notebooks."""
     return os.path.expanduser(os.fspath(path))
 
 
 def command_words(argv: Sequence[str]) -> list[str]:
-    """A command line with `~` as the home folder (`~/data`, `--data_dir=~/data`) and without the `--local_rank` that old launchers add.
+    """A command line with each leading `~` expanded (`~/data`, `--data_dir=~/data`), without the `--local_rank` that old launchers add.
 
-    Processes find their place by the environment, which those launchers set as well.
+    Processes read their rank from the environment, where those launchers put it too.
     """
     words: list[str] = []
-    before = ""
+    previous = ""
     for word in argv:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        added = name.replace("-", "_") == "__local_rank" or (before == "__local_rank" and word.isdecimal())
-        before = word.replace("-", "_")
-        if not added:
+        is_local_rank = name.replace("-", "_") == "__local_rank" or (previous == "__local_rank" and word.isdecimal())
+        previous = word.replace("-", "_")
+        if not is_local_rank:
             words.append(name + equals + (expand(value) if value.startswith("~") else value))
     return words
 
@@ -71,13 +71,13 @@ def _blobfile(path: PathLike) -> Any:
         import blobfile
     except ImportError as error:
         raise ImportError(f"{os.fspath(path)!r} is a remote path and needs blobfile: pip install blobfile") from error
-    # Left alone, blobfile tries for ever: without a network a command would hang instead of saying so.
-    return _patient(blobfile.create_context) if hasattr(blobfile, "create_context") else blobfile
+    # By default blobfile retries for ever: without a network a command would hang instead of failing.
+    return _with_retry_limit(blobfile.create_context) if hasattr(blobfile, "create_context") else blobfile
 
 
 @functools.cache
-def _patient(create_context: Callable[..., Any]) -> Any:
-    """blobfile with an end to its patience; made once, as it holds connections and credentials."""
+def _with_retry_limit(create_context: Callable[..., Any]) -> Any:
+    """blobfile with a limit on retries; made once, as it holds connections and credentials."""
     return create_context(retry_limit=_RETRIES)
 
 
@@ -136,8 +136,8 @@ def walk_files(path: PathLike) -> Iterator[str]:
 
 
 def _walk_local(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-    here = os.path.realpath(folder)
-    if here in above or (above and f"{above[-1]}{os.sep}".startswith(f"{here.rstrip(os.sep)}{os.sep}")):
+    real = os.path.realpath(folder)
+    if real in above or (above and f"{above[-1]}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}")):
         return
     with os.scandir(folder) as entries:
         # os.path.isdir answers for a link to itself too, where is_dir() raises.
@@ -145,7 +145,7 @@ def _walk_local(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     for name, is_folder in listed:
         full = os.path.join(folder, name)
         if is_folder:
-            yield from _walk_local(full, (*above, here))
+            yield from _walk_local(full, (*above, real))
         else:
             yield full
 
@@ -219,17 +219,17 @@ def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
 
 
 def remove_unfinished(folder: PathLike, names: Collection[str] | None = None) -> int:
-    """Delete what killed writers of `names` (None: of any file) left in a local folder, gigabytes perhaps; returns how many files.
+    """Delete the temporary files that killed writers of `names` (None: of any file) left in a local folder; returns how many.
 
-    Only where nobody else writes them.
+    Call it only while no other process writes these files.
     """
     if is_remote(folder) or not os.path.isdir(folder):
         return 0
     unfinished = [name for name in os.listdir(folder) if _UNFINISHED.match(name)]
-    left = [name for name in unfinished if names is None or name[1:].rsplit(".", 2)[0] in names]
-    for name in left:
+    stale = [name for name in unfinished if names is None or name[1:].rsplit(".", 2)[0] in names]
+    for name in stale:
         remove(join(folder, name))
-    return len(left)
+    return len(stale)
 
 
 def _sync_folder(folder: str) -> None:
@@ -275,7 +275,7 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
 
 
 def to_json(values: Any, *, indent: int | None = 1) -> str:
-    """`values` as JSON that every reader takes: figures that are not finite become null, as JSON has no word for them."""
+    """`values` as JSON that every reader takes: numbers that are not finite become null, as JSON has no notation for them."""
     return json.dumps(_finite(values), indent=indent, allow_nan=False)
 
 
@@ -311,8 +311,8 @@ def download(
 ) -> None:
     """Download `url` to the local file `path` with a progress bar; the file appears complete and checked, or not at all.
 
-    `size` in bytes is what must come (0: what the server announces). `check` is called with the name of the complete temporary file
-    and raises if its content is not the wanted one. OSError when the connection fails or another number of bytes comes.
+    `size`: the expected number of bytes (0: as the server announces). `check` is called with the name of the complete temporary file
+    and raises if its content is wrong. OSError when the connection fails or another number of bytes comes.
     """
     import http.client
     import urllib.request
@@ -340,10 +340,10 @@ def download(
 
 
 def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:
-    """Hold `folder` for this job until `release()` of what is returned, or the end of the process; ValueError if another job holds it.
+    """Lock `folder` for this job until the returned lock's `release()` or the end of the process; ValueError if another job holds it.
 
-    The lock on the file `name` in it is the operating system's, so a job that was killed leaves none behind; the file stays. None for
-    remote folders and on file systems without locks: these are not guarded.
+    The operating system holds the lock, on the file `name` in the folder, so a killed job leaves no lock behind, only the file. Returns
+    None for remote folders and on file systems without locks: these are not locked.
     """
     if is_remote(folder):
         return None
@@ -355,7 +355,7 @@ def lock_folder(folder: PathLike, name: str = "run.lock") -> Any:
     try:
         lock.acquire(timeout=_LOCK_WAIT_S)
     except filelock.Timeout:
-        holder = ""  # as far as the file says
+        holder = ""  # the file names the holder where it could be written and read
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             held = json.loads(read_bytes(path))
             holder = f": process {held['pid']} on {held['host']} since {held['since']}"

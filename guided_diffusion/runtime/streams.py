@@ -1,6 +1,6 @@
 """Random numbers that belong to an example, not to a batch or a process.
 
-Every training example and every sampled image owns a stream of its own, addressed by integers: (seed, purpose, step, place). Whoever
+Every training example and every sampled image has a stream of its own, addressed by integers (seed, purpose, step, position). Whoever
 computes it, in whatever batch, on however many processes, draws the same numbers. So image 4711 is the same image on 1 or 64 GPUs, and
 a run that continues needs no saved generator state: the address is enough.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Purposes: the second part of an address, so that the streams of one seed never meet.
+# Purposes: the second part of an address, so that streams for different purposes are independent.
 TRAIN, SAMPLE, LABELS, DATA, EVALUATE = range(1, 6)
 
 _MASK = (1 << 64) - 1

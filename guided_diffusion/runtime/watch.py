@@ -1,7 +1,7 @@
-"""One process's failure becomes everybody's, within seconds and with its reason printed.
+"""When one rank fails, end all ranks within seconds and print the reason.
 
 A collective whose partner has died may wait for ever: over NCCL nothing notices, and `mpiexec` does not kill for a plain non-zero exit.
-So a dying rank leaves a note in the store that the processes met through, and a small thread in every rank reads it.
+So a failing rank writes its reason (a death note) to the TCPStore of the job, and a thread in every rank polls that key.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 POLL_S = 0.5
-GRACE_S = 30.0  # between the first and the second of two alarms, so that they do not talk at once
+GRACE_S = 30.0  # between the timeouts of the backend and of the watch, so that only one of them reports
 DEATH_NOTE = "guided_diffusion/death"
 BEAT = "guided_diffusion/beat"
-BEAT_S = 2.0  # how often a rank says that it lives
-SILENCE_S = 60.0  # without such a sign a rank counts as dead; long imports and compilations stay below
+BEAT_S = 2.0  # how often a rank writes its heartbeat to the store
+SILENCE_S = 60.0  # without a heartbeat for so long a rank counts as dead; imports and compilations take less
 
 
 @dataclass
 class Context:
-    """What this rank is doing now: the changeable part of a `World`, for error messages and the watching thread."""
+    """What this rank is doing now: the mutable part of a `World`, for error messages and the watching thread."""
 
     rank: int = 0
     size: int = 1
@@ -34,7 +34,7 @@ class Context:
     since: float = 0.0
     patience_s: float = 600.0
     silence_s: float = SILENCE_S
-    pending: list[tuple[str, float, Any]] = field(default_factory=list)  # NCCL works that the host has not waited for
+    pending: list[tuple[str, float, Any]] = field(default_factory=list)  # (operation, start, work) of NCCL collectives
     store: Any = None
     watch: Watch | None = None
 
@@ -55,7 +55,7 @@ class Context:
 
 
 class Watch(threading.Thread):
-    """Ends this process when another rank has left a note or died without one, or when an operation here is long overdue."""
+    """Ends this process when another rank has left a note or lost its heartbeat, or an operation here exceeds `patience_s`."""
 
     def __init__(self, context: Context, store: Any) -> None:
         super().__init__(name="guided-diffusion-watch", daemon=True)
@@ -63,7 +63,7 @@ class Watch(threading.Thread):
         self._stopped = threading.Event()
         self._rounds = 0
         self._beats: dict[int, tuple[bytes, int]] = {}  # rank -> its last beat, rounds since then
-        self._say_alive()  # before the process group is made, so that nobody asks too early
+        self._write_heartbeat()  # before the process group is made: rank 0 may read it from then on
 
     def run(self) -> None:
         while not self._stopped.wait(POLL_S):
@@ -71,20 +71,20 @@ class Watch(threading.Thread):
                 note = self._store.get(DEATH_NOTE).decode() if self._store.check([DEATH_NOTE]) else None
                 self._rounds += 1
                 if self._rounds % round(BEAT_S / POLL_S) == 0:
-                    self._say_alive()
+                    self._write_heartbeat()
                     if self._context.rank == 0:
                         self._find_silent_ranks()
             except RuntimeError:
-                # The process that hosts the store has gone without the last barrier. A collective that waits for it usually fails
-                # in the main thread too, and says more; over NCCL it may wait for ever.
+                # The host of the store has ended before the last barrier. Give the main thread time to fail first: the error of
+                # a collective says more. Over NCCL it may wait for ever instead.
                 if self._stopped.wait(10 * POLL_S):
                     return
                 leave(
                     f"[{self._context.where()}] ends because the process that hosts the store (rank 0, or torchrun) has gone\n"
                 )
             if note is not None and not note.startswith(f"{self._context.rank}\n"):
-                # The collective that waits for the dead rank usually fails in the main thread too, once that rank is gone: let it
-                # have the word.
+                # The collective that waits for the dead rank usually fails in the main thread too: give that error time to be
+                # reported first.
                 if self._stopped.wait(4 * POLL_S):
                     return
                 reason = note.partition("\n")[2]
@@ -97,18 +97,18 @@ class Watch(threading.Thread):
                 post_note(self._context, f"{self._context.where()} waited {waited:.0f} s for {operation}")
                 leave("", after=self._context)
 
-    def _say_alive(self) -> None:
+    def _write_heartbeat(self) -> None:
         self._store.set(f"{BEAT}/{self._context.rank}", str(self._rounds))
 
     def _find_silent_ranks(self) -> None:
-        """Find the ranks that were killed, by the out-of-memory killer say, and could leave no note.
+        """Find ranks that were killed and left no note (by the out-of-memory killer, say), and end the job.
 
-        Counted in rounds and not in seconds, so that a job that was suspended as a whole wakes up in peace.
+        Counted in rounds and not in seconds, so that suspending and resuming the whole job raises no alarm.
         """
         others = range(1, self._context.size)
         for rank, beat in zip(others, self._store.multi_get([f"{BEAT}/{rank}" for rank in others])):
-            before, silent = self._beats.get(rank, (b"", 0))
-            silent = silent + 1 if beat == before else 0
+            last_beat, silent = self._beats.get(rank, (b"", 0))
+            silent = silent + 1 if beat == last_beat else 0
             self._beats[rank] = (beat, silent)
             if silent * BEAT_S > self._context.silence_s:
                 reason = f"rank {rank} gave no sign of life for {silent * BEAT_S:.0f} s: killed (out of memory?), stopped, or cut off"
@@ -123,18 +123,18 @@ class Watch(threading.Thread):
 
 
 def timeout_message(context: Context, operation: str, waited: float) -> str:
-    """The words for a collective that some rank never joined."""
+    """The error message for a collective that some rank has not joined in time."""
     return (
-        f"[{context.where()}] {operation} got no answer for {waited:.0f} s. Some rank is not there: look at the other ranks' output for "
+        f"[{context.where()}] {operation} got no answer for {waited:.0f} s. Some rank did not join: look at the other ranks' output for "
         "a traceback or for another step or operation. If every rank waits here, the network is at fault: try NCCL_P2P_DISABLE=1, "
         "NCCL_DEBUG=INFO, or name the interface in NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME."
     )
 
 
 def post_note(context: Context, reason: str) -> str | None:
-    """Leave the reason of this rank's death for the others. Returns an earlier rank's reason, which stays, or None.
+    """Write to the store why this rank ends. If another rank's note is there already, it stays, and its reason is returned; else None.
 
-    Then `leave` with `after`: as soon as another rank has read it and left, the launcher may end this one.
+    Print first, and then call `leave` with `after`: the launcher may kill this rank as soon as another one has read the note and ended.
     """
     if context.store is None:
         return None
@@ -147,7 +147,7 @@ def post_note(context: Context, reason: str) -> str | None:
 
 
 def leave(message: str, code: int = 1, *, after: Context | None = None) -> NoReturn:
-    """Write `message` to stderr and end: at once, or when the others have had time to read the note of `after` and to write their words.
+    """Write `message` to stderr and exit: at once or, with `after`, once the other ranks have had time to read the note and to report.
 
     Without Python's clean-up: after a lost rank it can hang or abort in gloo, NCCL and MPI.
     """
@@ -155,19 +155,19 @@ def leave(message: str, code: int = 1, *, after: Context | None = None) -> NoRet
     sys.stderr.flush()
     sys.stdout.flush()
     if after is not None and after.store is not None:
-        # Longest where the store is hosted.
+        # Rank 0 waits longest, because it may host the store.
         time.sleep((3 if after.rank == 0 else 2) * POLL_S)
     os._exit(code)
 
 
 def die(context: Context, error: BaseException) -> NoReturn:
     """Print `error`'s traceback, each line marked with the rank, tell the others and end with a non-zero code."""
-    mark = f"[{context.where()}] "
+    prefix = f"[{context.where()}] "
     if isinstance(error, KeyboardInterrupt):  # Ctrl-C reaches every rank; one line is enough
         earlier = post_note(context, "interrupted")
-        leave("" if earlier == "interrupted" else f"{mark}interrupted\n", 130, after=context)
+        leave("" if earlier == "interrupted" else f"{prefix}interrupted\n", 130, after=context)
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write("".join(mark + line for line in text.splitlines(keepends=True)))
+    sys.stderr.write("".join(prefix + line for line in text.splitlines(keepends=True)))
     sys.stderr.flush()
     earlier = post_note(context, f"{context.where()} failed: {type(error).__name__}: {error}")
-    leave(f"{mark}ends because {earlier}\n" if earlier else "", 1, after=context)
+    leave(f"{prefix}ends because {earlier}\n" if earlier else "", 1, after=context)

@@ -1,7 +1,7 @@
-"""Who am I among the processes, which device is mine, and how do we talk.
+"""The processes of a job: this one's rank and device, and the collectives between them.
 
-One process is no group at all: nothing is initialised and every collective is a no-op. Several processes (torchrun, srun, mpiexec) meet
-once, check that no two share a GPU, and from then on speak through torch.distributed only: NCCL on CUDA, gloo elsewhere.
+A single process makes no process group, and every collective is a no-op. Several processes (torchrun, srun, mpiexec) meet through a store,
+check that no two share a GPU, and from then on communicate through torch.distributed only: NCCL on CUDA, gloo elsewhere.
 Every collective is entered by all ranks or by none; never write one under `if world.is_main`.
 """
 
@@ -34,10 +34,10 @@ DEFAULT_TIMEOUT_S = 600.0
 REQUEUE_EXIT_CODE = 85  # "stopped early on request, everything saved: start me again"
 _log = logging.getLogger(__name__)
 _MEETINGS = count()
-# By address, as long as the process lives: it may meet the others there again, some of whom have not yet left the world before.
+# By place and address, for the life of the process: a later `start` meets there again, maybe while other ranks still use the last world.
 _STORES: dict[Any, Any] = {}
 _TIMEOUT = re.compile("[Tt]imed out|[Tt]imeout")
-# In the words of gloo, NCCL, TCPStore and the operating system when a partner does not answer.
+# Found in the errors of gloo, NCCL, TCPStore and the operating system when another rank does not answer.
 _NETWORK = re.compile(f"{_TIMEOUT.pattern}|[Cc]onnection|gloo|NCCL|TCPStore|socket|[Bb]roken pipe|remote|peer")
 
 
@@ -46,14 +46,14 @@ class CollectiveError(RuntimeError):
 
 
 class _ReportedElsewhere(ValueError):
-    """A user's error that all ranks raise alike, and rank 0 reports."""
+    """A user's error that every rank raises and rank 0 alone reports."""
 
     reported_elsewhere = True
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. `World()` is the world of one process on the CPU."""
+    """Rank, world size and device of this process, and its collectives. `World()` is a single process on the CPU."""
 
     rank: int = 0
     size: int = 1
@@ -65,12 +65,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, the one that writes files and speaks."""
+        """True on rank 0, which writes files and messages."""
         return self.rank == 0
 
     @contextmanager
     def operation(self, name: str) -> Iterator[None]:
-        """Name what the body waits for; a lost or silent partner is raised as `CollectiveError` with rank, step and `name`."""
+        """Name the collective that the body waits for: if it fails or times out, `CollectiveError` gives rank, step and `name`."""
         context, start = self.context, time.monotonic()
         outer = (context.operation, context.since)
         context.operation, context.since = name, start
@@ -93,7 +93,7 @@ class World:
             context.operation, context.since = outer
 
     def barrier(self, name: str = "barrier") -> None:
-        """Wait until every rank is here. A sum that is read on the host, so that it really waits on CUDA too."""
+        """Wait until every rank is here. An all-reduce whose result the host reads, so that the host waits on CUDA too."""
         self.any_true(False, name)
 
     def broadcast_(self, tensor: Tensor, src: int = 0, name: str = "broadcast") -> Tensor:
@@ -101,7 +101,7 @@ class World:
         return self._in_place(dist.broadcast, tensor, name, src=src)
 
     def all_reduce_sum_(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
-        """Replace `tensor` by its sum over the ranks, in place; returns it. Stays asynchronous to the host on CUDA."""
+        """Replace `tensor` by its sum over the ranks, in place; returns it. On CUDA the host does not wait."""
         return self._in_place(dist.all_reduce, tensor, name)
 
     def _in_place(self, collective: Callable[..., Any], tensor: Tensor, name: str, **options: Any) -> Tensor:
@@ -156,7 +156,7 @@ class World:
         return box
 
     def any_true(self, flag: bool, name: str = "any_true") -> bool:
-        """True on every rank if `flag` is true on any: one number travels."""
+        """True on every rank if `flag` is true on any rank: an all-reduce of one number."""
         if self.size == 1:
             return bool(flag)
         with self.operation(name):
@@ -164,7 +164,7 @@ class World:
 
 
 def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
-    """Find out who we are and join the other processes.
+    """Find the rank and device of this process and join the process group.
 
     `device`: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", or one device such as "cuda:1" for one process.
     `timeout_s`: how long a rank waits in a collective before it ends with an error that names it.
@@ -187,7 +187,7 @@ def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIM
     row, chosen = {}, torch.device("cpu")
     try:
         chosen = choose_device(device, local_rank, local_size)
-    except ValueError as error:  # told to the others, who would wait for us
+    except ValueError as error:  # sent to the other ranks, so that all of them raise it
         row = {"problem": str(error)}
     backend = backend_of(chosen)
     world = World(place.rank, place.size, local_size, chosen, backend, place.launcher, context)
@@ -195,7 +195,7 @@ def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIM
     problem = next((row["problem"] for row in rows if "problem" in row), "") or shared_gpu(rows)
     if problem:
         raise (ValueError if world.is_main else _ReportedElsewhere)(problem)
-    # gloo raises its own timeout in the main thread; NCCL would abort the process without our words, so there the watch comes first.
+    # gloo raises on a timeout in the main thread. NCCL would abort the process without our message, so there the watch times out first.
     nccl = backend == "nccl"
     context.patience_s = timeout_s if nccl else timeout_s + watch.GRACE_S
     context.silence_s = min(watch.SILENCE_S, timeout_s)
@@ -206,22 +206,22 @@ def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIM
         backend, store=store, rank=place.rank, world_size=place.size, timeout=limit, device_id=device_id
     )
     context.watch.start()
-    atexit.register(context.watch.stop)  # a thread inside the store at the interpreter's end would abort it
+    atexit.register(context.watch.stop)  # a thread that still waits for the store would abort the process at exit
     if world.is_main:
         _log.info(table(rows))
     return world
 
 
 def stop(world: World) -> None:
-    """Wait for the other ranks and take the process group down. Call it on every rank that ends well.
+    """Wait for the other ranks and destroy the process group. Call it on every rank that ends without an error.
 
-    gloo threads that outlive the interpreter can abort the process, so a group must not be left to the exit.
+    gloo threads that outlive the interpreter can abort the process, so the group is destroyed before the exit.
     """
     context = world.context
     if context.watch is None or not dist.is_initialized():
         return
     try:
-        # In this order: a rank that waits here for the others must go on saying that it lives.
+        # In this order: a rank that waits here for the others must keep up its heartbeat.
         world.barrier("last barrier before the end")
         context.watch.stop()
     finally:
@@ -232,8 +232,8 @@ def stop(world: World) -> None:
 def take_down() -> None:
     """Destroy the process group and let its threads finish.
 
-    Whoever still refers to the group (a wrapped network) keeps its threads alive, and one of them may be dropping the tensors
-    of the last message, for which it needs the interpreter: if that has begun to end by then, the process aborts.
+    An object that still refers to the group (a DDP network) keeps its threads alive. Such a thread may still be freeing the tensors of
+    the last collective, which needs the interpreter: if that is already shutting down, the process aborts. Hence the pause.
     """
     dist.destroy_process_group()
     time.sleep(0.1)
@@ -246,7 +246,7 @@ def session(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_T
     With several ranks, an exception in the body is printed with its rank and ends the whole job within seconds.
     """
     world = start(device, timeout_s=timeout_s)
-    leaving = None
+    leaving = None  # exit codes of success, and of a stop that all ranks agreed on, leave the group in order like a normal end
     try:
         try:
             yield world
@@ -264,7 +264,7 @@ def session(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_T
 
 
 def _adopt(device: str | torch.device, place: launchers.Place) -> World:
-    """The world of a process group that somebody else has made."""
+    """The world of a process group that the calling program has made."""
     rank, size = dist.get_rank(), dist.get_world_size()
     if place.size != size:
         place = launchers.Place(rank, size, None, None, place.launcher)
@@ -293,8 +293,8 @@ def _meet(place: launchers.Place, timeout_s: float) -> Any:
                 store = _meet_through_mpi(place, limit)
             _STORES[place, known] = store
         _STORES[place, known].set_timeout(limit)
-        # The store outlives a restart by torchrun, and each of a process's worlds; what they left in it, such as a death note or
-        # the addresses of gloo, is not ours.
+        # The store outlives restarts by torchrun and each world of this process. Keys that these left in it (a death note, the
+        # addresses of gloo) must not be read again, so each world prefixes its keys.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"attempt{attempt}/meeting{next(_MEETINGS)}", _STORES[place, known])
     except (RuntimeError, TimeoutError) as error:
@@ -304,7 +304,7 @@ def _meet(place: launchers.Place, timeout_s: float) -> Any:
 
 
 def _meet_through_mpi(place: launchers.Place, limit: timedelta) -> Any:
-    """Several hosts: rank 0 opens any free port, and MPI tells the others where."""
+    """A store for processes on several hosts: rank 0 opens a free port and broadcasts its address through MPI."""
     comm = launchers.mpi_communicator()
     if comm is None or comm.Get_size() != place.size:
         raise ValueError(
@@ -332,8 +332,8 @@ def _exchange(store: Any, key: str, place: launchers.Place, value: Any) -> list[
         return [json.loads(text) for text in store.multi_get(names)]
     except RuntimeError as error:
         missing = [str(rank) for rank, name in enumerate(names) if place.rank == 0 and not store.check([name])]
-        who = f"no word from rank {', '.join(missing)}" if missing else str(error)
-        raise CollectiveError(f"[rank {place.rank} of {place.size}] exchanging {key}: {who}") from None
+        cause = f"no word from rank {', '.join(missing)}" if missing else str(error)
+        raise CollectiveError(f"[rank {place.rank} of {place.size}] exchanging {key}: {cause}") from None
 
 
 def _describe(world: World) -> dict[str, str]:
