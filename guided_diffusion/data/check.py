@@ -1,4 +1,4 @@
-"""A look at images before a run: their classes, whether each can be decoded, and how large they are; and that in words."""
+"""Check images before a run (their classes, sizes and modes, and whether each can be decoded) and report it as lines of text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN_CLASSES, _SHOWN_SIZES, _SHOWN_FILES = 20, 10, 50
 
 
 class Findings(NamedTuple):
-    """Of all images that can be decoded, how many have each size and PIL mode; and what is wrong with the others."""
+    """How many of the images that can be decoded have each size and each PIL mode; the errors of the others."""
 
     sizes: Counter[tuple[int, int]]  # (width, height)
     modes: Counter[str]
@@ -38,12 +38,12 @@ def check(records: Records, *, workers: int = 4, progress: Progress = None) -> F
         findings.unreadable.extend(packed.verify(records.root, progress))
         return findings
     source = open_source(records.kind, records.root)
-    for found in source.each(records.paths, _size_and_mode, workers, progress):
-        if isinstance(found, ValueError):
-            findings.unreadable.append(str(found))
+    for result in source.each(records.paths, _size_and_mode, workers, progress):
+        if isinstance(result, ValueError):
+            findings.unreadable.append(str(result))
         else:
-            findings.sizes[found[0]] += 1
-            findings.modes[found[1]] += 1
+            findings.sizes[result[0]] += 1
+            findings.modes[result[1]] += 1
     return findings
 
 
@@ -53,7 +53,7 @@ def _size_and_mode(image: PILImage.Image) -> tuple[tuple[int, int], str]:
 
 
 def describe_records(records: Records) -> Iterator[str]:
-    """Lines for the terminal: how many images there are, what was left out, and the classes with their counts."""
+    """Lines for the terminal: the number of images, the files left out, and the number of images of each class."""
     yield f"{len(records)} images in {records.root} ({records.kind})"
     if records.left_out:
         yield records.left_out

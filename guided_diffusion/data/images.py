@@ -75,13 +75,13 @@ def random_crop(
 ) -> np.ndarray:
     """A random `size` window of the image scaled so that the window is `min_frac` to `max_frac` of its shorter side.
 
-    The draws are those of the 2021 release in its order (scale, top, left), so one `random.Random` state gives the same pixels.
+    The draws are those of the 2021 release in its order (scale, top, left), so the same `random.Random` state gives the same pixels.
     """
     if not 0 < min_frac <= max_frac <= 1:
         raise ValueError(f"min_frac={min_frac}, max_frac={max_frac}: must satisfy 0 < min_frac <= max_frac <= 1")
     height, width = height_width(size)
-    drawn = rng.randrange(math.ceil(min(height, width) / max_frac), math.ceil(min(height, width) / min_frac) + 1)
-    scaled = _cover(image, *_covered((height, width), drawn))
+    shorter_side = rng.randrange(math.ceil(min(height, width) / max_frac), math.ceil(min(height, width) / min_frac) + 1)
+    scaled = _cover(image, *_covered((height, width), shorter_side))
     top = rng.randrange(scaled.shape[0] - height + 1)
     left = rng.randrange(scaled.shape[1] - width + 1)
     return scaled[top : top + height, left : left + width]
@@ -103,7 +103,7 @@ def _cover(image: np.ndarray | PILImage.Image, height: int, width: int) -> np.nd
     from PIL.Image import Resampling
 
     if isinstance(image, np.ndarray) and image.shape[:2] == (height, width):
-        return image  # as packed images are: resizing to the same size changes nothing
+        return image  # packed images have the size already: resizing would change nothing
     scaled = from_array(image) if isinstance(image, np.ndarray) else image
     while scaled.width >= 2 * width and scaled.height >= 2 * height:
         scaled = scaled.resize((scaled.width // 2, scaled.height // 2), resample=Resampling.BOX)
@@ -122,7 +122,7 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 def preprocessing_id(size: Size, channels: int = 3, crop: str = "center") -> str:
-    """A name for what happens to an image before training: equal names mean equal pixels. Put it beside packed data and scores."""
+    """A name of the preprocessing: equal names mean equal pixels. It is stored with packed data and with scores."""
     height, width = height_width(size)
     return f"{crop}-crop/box-halving+bicubic/{height}x{width}/{mode_of(channels)}/v1"
 
@@ -140,7 +140,7 @@ def to_float(images: Tensor, flips: Tensor | None = None) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float `[N, C, H, W]` in [-1, 1] (clamped) -> uint8 `[N, H, W, C]`; exactly undoes `to_float`, else truncates as in 2021."""
+    """float `[N, C, H, W]` in [-1, 1] (clamped) -> uint8 `[N, H, W, C]`: inverts `to_float`; values between are truncated as in 2021."""
     values = (images.to(torch.float32) + 1) * 127.5 + _TRUNCATION_SLACK
     return values.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

@@ -22,10 +22,10 @@ _SHOWN = 5
 _TABLE = "dataset.json"
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "name")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "y", "target")
-# EDM writes 00000/img00000000.png and 001000/001234.png, FFHQ comes as 01000/01234.png: such folders are no classes.
+# Folders that are no classes: EDM writes 00000/img00000000.png and 001000/001234.png, FFHQ comes as 01000/01234.png.
 _NUMBERED_FILE = re.compile(r"(?:.*/)?(\d{5,})/(?:img)?(\d{5,})\.\w+")
 _LIKE_A_NUMBER = re.compile(r"[+\-\u2212]?\.?\d[\d.,' \xa0]*(?:e[+-]?\d+)?", re.IGNORECASE)
-# A larger number is a date or an identifier, and a name for each class up to it would fill the memory.
+# At most 6 digits: a larger number is a date or an identifier, and a name for each class up to it would fill the memory.
 _CLASS_NUMBER = re.compile(r"\+?0*(\d{1,6})(?:\.0*)?")
 _MISSING = ("", *"nan <na> none null n/a #n/a".split())  # how pandas and spreadsheets write that there is no label
 
@@ -47,7 +47,7 @@ NONE = Labels(None, (), "none")
 
 
 def tidy(name: str) -> str:
-    """A name in a table or an archive as it is once unpacked: `/` between parts, no `./`, never outside the root."""
+    """Normalise a name in a table or an archive to the path after unpacking: `/` between parts, no `./`, never outside the root."""
     return posixpath.normpath("/" + name.replace("\\", "/")).lstrip("/")
 
 
@@ -59,12 +59,12 @@ def from_names(values: Sequence[str], source: str) -> Labels:
 
 
 def by_prefix(names: Sequence[str]) -> Labels:
-    """The text before the first `_` of the file name, as in 2021 (a name without `_` is its own class, extension and all)."""
+    """Label each image by the text before the first `_` of its file name, as in 2021 (without `_`: by the name with its extension)."""
     return from_names([name.rsplit("/", 1)[-1].split("_")[0] for name in names], "prefix")
 
 
 def by_folder(names: Sequence[str]) -> Labels:
-    """The folder, relative to the root. ValueError if an image lies in the root itself."""
+    """Label each image by its folder, relative to the root. ValueError if an image lies in the root itself."""
     loose = [name for name in names if "/" not in name]
     if loose:
         raise ValueError(
@@ -75,10 +75,10 @@ def by_folder(names: Sequence[str]) -> Labels:
 
 
 def detect(names: Sequence[str]) -> Labels:
-    """Folders where every image lies in one of at least two; else prefixes where they look like classes; else none."""
+    """Labels by folder if all images lie in folders, two or more; else by prefix if prefixes look like classes; else none."""
     numbered = [_NUMBERED_FILE.fullmatch(name) for name in names]
     if all(match is not None and match[2].startswith(match[1].rstrip("0")) for match in numbered):
-        return NONE  # the folders only cut a long row of numbered files into chunks: each is named as the numbers in it begin
+        return NONE  # folders that only split numbered files into chunks: the folder's number, without end zeros, begins each file's
     if all("/" in name for name in names):
         labels = by_folder(names)
         if len(labels.class_names) > 1:
@@ -107,7 +107,7 @@ def from_file(path: str, names: Sequence[str], content: bytes | None = None) -> 
 
 
 def label_files(members: Iterable[str], names: Sequence[str], *, beside: bool) -> list[str]:
-    """The members of a source that may hold labels: dataset.json; `beside`: also `.cls` and `.json` with the key of an image.
+    """The members of a source that may hold labels: dataset.json; with `beside` also `.cls` and `.json` files with the key of an image.
 
     WebDataset's rule: names up to the first dot are the key, and members that share it belong together.
     """
@@ -121,23 +121,23 @@ def from_members(
     """The labels in what `label_files` found (name -> the address that `read` reads); None if there are none."""
     if not members:
         return None
-    found = sorted(filter(_is_table, members), key=len)
-    if len(found) == 1 and all(name.startswith(found[0].removesuffix(_TABLE)) for name in names):
-        return from_file(f"{root}/{found[0]}", names, read(members[found[0]]))
-    if found:
-        fault = "one of several tables of labels" if len(found) > 1 else "a table of labels for some of the images only"
+    tables = sorted(filter(_is_table, members), key=len)
+    if len(tables) == 1 and all(name.startswith(tables[0].removesuffix(_TABLE)) for name in names):
+        return from_file(f"{root}/{tables[0]}", names, read(members[tables[0]]))
+    if tables:
+        fault = "one of several tables of labels" if tables[1:] else "a table of labels for some of the images only"
         remedy = (
             f"put one {_TABLE} above all images, or name the source of labels: --labels TABLE, folders, prefix or none"
         )
-        raise ValueError(f"{root}/{found[0]} is {fault}{first(found)}; {remedy}")
-    beside: dict[str, list[str]] = {}
+        raise ValueError(f"{root}/{tables[0]} is {fault}{first(tables)}; {remedy}")
+    beside: dict[str, list[str]] = {}  # key and ending -> the label files with them
     for member in members:
         beside.setdefault(_key(member) + posixpath.splitext(member)[1], []).append(member)
     entries: list[Entry] = []
     for name in names:
         for ending in (".cls", ".json"):
-            own = posixpath.splitext(name)[0] + ending
-            files = [own] if own in members else beside.get(_key(name) + ending, [])
+            same_stem = posixpath.splitext(name)[0] + ending
+            files = [same_stem] if same_stem in members else beside.get(_key(name) + ending, [])
             if len(files) > 1:
                 several = f"may belong to several files{first(files)}; give it one of its own name"
                 raise ValueError(f"{root}: {name!r} {several}")
@@ -157,7 +157,7 @@ def _label(content: bytes, source: str) -> Any:
     data = _json(text, source)
     if isinstance(data, dict):
         return next((data[key] for key in ("label", "cls", "class") if key in data), None)
-    return None if isinstance(data, str) else data  # a lone text is a caption
+    return None if isinstance(data, str) else data  # a JSON file that is only a string holds a caption
 
 
 def _is_table(name: str) -> bool:
@@ -170,7 +170,7 @@ def _key(name: str) -> str:
 
 
 def _decode(data: bytes, source: str) -> str:
-    """The text of a table: UTF-8, or what its byte order mark says. ValueError gives the row that is neither."""
+    """The text of a table: UTF-8, or UTF-16 if it begins with that byte order mark. ValueError names the first row that is not."""
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:
         text = data.decode(encoding).removeprefix("\ufeff")
@@ -183,19 +183,19 @@ def _decode(data: bytes, source: str) -> str:
 
 
 def _parse(entries: Sequence[Entry], source: str) -> dict[str, Label]:
-    """Lines of a table -> {name: label}: all labels whole numbers, or all names. ValueError gives the line that is neither.
+    """Lines of a table -> {name: label}: all labels are whole numbers, or all are names. ValueError names a line that is neither.
 
-    A number may be written `3`, `"3"` or `3.0`. One bad line never turns numbers into names, which would be numbered anew.
+    A number may be written `3`, `"3"` or `3.0`. One bad line must not turn numbers into names: they would be numbered anew.
     """
     numeric = any(_LIKE_A_NUMBER.fullmatch(_text(label)) for _, _, label in entries)
     kind = "whole number from 0 to 999999, as the others are" if numeric else "class number or name"
     table: dict[str, Label] = {}
-    for where, name, found in entries:
-        text, number = _text(found), _CLASS_NUMBER.fullmatch(_text(found))
-        several = isinstance(found, (list, dict)) or text[:1] + text[-1:] in ("[]", "{}")
+    for where, name, value in entries:
+        text, number = _text(value), _CLASS_NUMBER.fullmatch(_text(value))
+        several = isinstance(value, (list, dict)) or text[:1] + text[-1:] in ("[]", "{}")
         if (numeric and not number) or several or text.lower() in _MISSING:
             more = " (an image has one class, not several)" if several else ""
-            raise ValueError(f"{source}, {where}: the label of {name!r} is {found!r}; it must be a {kind}{more}")
+            raise ValueError(f"{source}, {where}: the label of {name!r} is {value!r}; it must be a {kind}{more}")
         label = int(number[1]) if number else text
         if table.setdefault(tidy(name), label) != label:
             raise ValueError(f"{source}, {where}: {name!r} has two labels, {table[tidy(name)]!r} and {label!r}")
@@ -214,7 +214,7 @@ def _json(text: str, source: str, of_pairs: Callable[[list[tuple[str, Any]]], An
 
 
 def _json_entries(text: str, source: str) -> list[Entry] | None:
-    # Pairs instead of dicts, which would drop all but the last of two labels of one image.
+    # Lists of pairs, because a dict would silently keep only the last of two labels of one image.
     data = _json(text, source, list)
     for row in data if isinstance(data, list) else ():
         if isinstance(row, tuple) and row[0] == "labels" and not isinstance(row[1], (str, int)):
@@ -238,7 +238,7 @@ def _csv_entries(text: str, source: str) -> list[Entry]:
         except csv.Error as error:
             raise ValueError(f"{source}: not a csv table: {error}") from None
         tables.append([(line, row) for line, row in rows if any(row)])
-    # The separator that cuts the first line into names of columns, else into several cells.
+    # The separator under which the first line names the columns, else under which it has several cells.
     rows = max(tables, key=lambda rows: (_columns(rows) is not None, bool(rows) and len(rows[0][1]) > 1))
     columns = _columns(rows)
     if columns is None and (wide := [each for each in rows if any(each[1][2:])]):
@@ -256,17 +256,17 @@ def _csv_entries(text: str, source: str) -> list[Entry]:
 
 
 def _columns(rows: Sequence[tuple[int, Sequence[str]]]) -> tuple[int, int] | None:
-    """The columns of path and label, as the first line names them; None if it does not."""
+    """(column of the path, column of the label) by a header line; None if there is no header."""
     head = [cell.lower() for cell in rows[0][1]] if rows else []
     paths = [k for k, cell in enumerate(head) if cell in _PATH_COLUMNS]
-    labels = [head.index(name) for name in _LABEL_COLUMNS if name in head]  # numbers before their names
+    labels = [head.index(name) for name in _LABEL_COLUMNS if name in head]  # label before class_name
     return (paths[0], labels[0]) if paths and labels else None
 
 
 def _match(table: Mapping[str, Label], names: Sequence[str], source: str) -> Labels:
-    """Put a table beside the images. Class numbers stay as they are; names are numbered in sorted order.
+    """The labels of the images `names`, in that order. Class numbers stay as they are; class names are numbered in sorted order.
 
-    Names in the table are relative to the root, or to a folder below it that leaves each image its own name.
+    Paths in the table are relative to the root, or to a folder below it: leading folders of images are dropped until all paths agree.
     """
     keys = list(names)
     while not (len(keys) == len(table) and all(key in table for key in keys)):

@@ -21,7 +21,7 @@ from . import sources
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Images in a fixed order. For `kind` "files" a path opens as it is; in an archive it is an address `sources.open_source` reads."""
+    """Images in a fixed order. A path opens as a file if `kind` is "files"; else it is an address for `sources.open_source`."""
 
     paths: tuple[str, ...]
     labels: np.ndarray | None = None  # int64 [len(paths)], each in 0 .. len(class_names) - 1
@@ -48,7 +48,7 @@ class Records:
         return replace(self, paths=paths, labels=labels)
 
     def digest(self) -> str:
-        """SHA-256 of names (relative to the root), order and labels: equal on two machines if they would train on the same records."""
+        """SHA-256 of names (relative to the root), order and labels: equal on two machines if both list the same records."""
         digest, cut = hashlib.sha256(), len(self.root) if self.kind == "files" else 0
         for path in self.paths:
             name = path[cut:] if path.startswith(self.root) else path
@@ -73,8 +73,8 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
     """List the images below `root`: a folder, packed data, a zip, WebDataset tars (one, a pattern or a folder), or an LSUN lmdb.
 
     `labels`: "folders" (sub-folder names), "prefix" (text before the first `_` of a file name), "none", the path of a csv or json
-    table, or "auto": the source's own labels (dataset.json, packed labels), else folders, else prefixes, else none. What was taken is
-    in `label_source`; nothing else is read. ValueError if there are no images.
+    table, or "auto": the source's own labels (dataset.json, packed labels), else folders, else prefixes, else none. The result's
+    `label_source` says which it was. ValueError if there are no images.
     """
     source = sources.list_source(storage.expand(root))
     found = source.labels(labels)
@@ -84,17 +84,17 @@ def list_records(root: str | os.PathLike[str], *, labels: str = "auto") -> Recor
 
 
 def _empty_folders(source: sources.Source) -> tuple[str, ...]:
-    """Folders in the root below which there is no image, and links to where there is none; hidden ones are not looked at."""
-    held = {name.split("/")[0] for name in source.names}
-    others = [name for name in storage.listdir(source.root) if name not in held and not name.startswith(".")]
+    """Folders in the root that hold no image at any depth, and broken links; hidden ones are skipped."""
+    with_images = {name.split("/")[0] for name in source.names}
+    others = [name for name in storage.listdir(source.root) if name not in with_images and not name.startswith(".")]
     paths = {name: storage.join(source.root, name) for name in others}
     is_broken = lambda path: os.path.islink(path) and not os.path.exists(path)  # noqa: E731
     return tuple(name for name, path in paths.items() if is_broken(path) or storage.isdir(path))
 
 
 def split_records(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
-    """(training, validation): a part of the records, drawn by `seed`, is held out."""
+    """(training, validation) records: `fraction` of the records, drawn by `seed` but at least one, are held out for validation."""
     count = len(records)
     order = np.random.RandomState(key_of(seed, TRAIN) & 0xFFFFFFFF).permutation(count)
-    held = max(1, round(count * fraction))
-    return records.take(sorted(order[held:].tolist())), records.take(sorted(order[:held].tolist()))
+    val_count = max(1, round(count * fraction))
+    return records.take(sorted(order[val_count:].tolist())), records.take(sorted(order[:val_count].tolist()))

@@ -1,8 +1,8 @@
-"""Records -> endless batches, whose content is a function of (seed, step, place in the batch) and of nothing else.
+"""Records -> endless batches, whose content depends only on (seed, step, position in the batch).
 
-Not of the number of processes, the number of workers, or where the run was interrupted: the image at step `s`, position `p` of the
+It does not depend on the number of processes or workers, nor on where the run was interrupted: the image at step `s`, position `p` of the
 global batch is number `g = s * batch_size + p` of an endless walk; epoch `g // len(records)` visits every record once, in the order
-`order(seed, epoch)`. Crop and flip draw from a generator addressed by (seed, epoch, record). To resume, start at another step.
+`order(seed, epoch)`. Crop and flip draw from a generator seeded by (seed, epoch, record). To resume, start at another step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .images import Size
 from .listing import Records
 from .sources import open_source
 
-_MAX_REPLACEMENTS = 100  # unreadable images in a row before "skip" gives up: then the data is broken, not a file
+_MAX_REPLACEMENTS = 100  # unreadable images in a row before "skip" gives up: then the whole data set is broken
 
 
 class Batch(NamedTuple):
@@ -34,15 +34,15 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 [B, H, W, C]
     labels: Tensor | None  # int64 [B]
-    positions: Tensor  # int64 [B], the place of each example in the global batch
+    positions: Tensor  # int64 [B], the position of each example in the global batch
     step: int
-    flips: Tensor | None = None  # bool [B]: which examples are to be mirrored, as `to_device` does
-    low_res_size: Size = 0  # of the smaller images that an upsampler is given too; 0 = none
+    flips: Tensor | None = None  # bool [B]: the examples that `to_device` mirrors
+    low_res_size: Size = 0  # size of the low-resolution copies that `to_device` adds for an upsampler; 0 = none
 
     def to_device(self, device: torch.device) -> FinishedBatch:
-        """The batch as a loss takes it, on `device`. `positions` stay in main memory: they address generators there."""
-        there = [None if t is None else t.to(device, non_blocking=True) for t in (self.images, self.labels, self.flips)]
-        pixels, labels, flips = there
+        """The batch on `device`, as a loss takes it. `positions` stay in main memory, where they seed generators."""
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in (self.images, self.labels, self.flips)]
+        pixels, labels, flips = moved
         assert pixels is not None
         x = images.to_float(pixels, flips)
         low_res = images.low_res(x, self.low_res_size) if self.low_res_size else None
@@ -62,7 +62,7 @@ class FinishedBatch(NamedTuple):
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The permutation of `count` records in an epoch, int64.
 
-    By the legacy generator of numpy: its numbers are promised never to change, so a run resumed years later sees the same order.
+    Drawn by numpy's legacy generator, whose numbers never change between versions: a run resumed years later sees the same order.
     """
     key = streams.key_of(seed, streams.DATA, epoch)
     state = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
@@ -75,7 +75,7 @@ Index = tuple[int, list[tuple[int, int]]]  # a step, and (epoch, record) of each
 def _indices(
     count: int, batch_size: int, rank: int, size: int, seed: int, shuffle: bool, start_step: int, start_image: int
 ) -> Iterator[Index]:
-    """Endless: what each step reads of `count` records."""
+    """Endless: for each step, the records that this process reads out of `count`."""
     orders: dict[int, np.ndarray] = {}
     for step in itertools.count(start_step):
         begin = start_image + (step - start_step) * batch_size
@@ -83,17 +83,17 @@ def _indices(
         for epoch in {walk[0][0], walk[-1][0]} - orders.keys():  # at most two: a batch is no larger than the data
             orders[epoch] = order(seed, epoch, count) if shuffle else np.arange(count)
         orders = {epoch: permutation for epoch, permutation in orders.items() if epoch >= walk[0][0]}
-        yield step, [(epoch, int(orders[epoch][place])) for epoch, place in walk]
+        yield step, [(epoch, int(orders[epoch][position])) for epoch, position in walk]
 
 
-# What a worker hands back: a batch, why images were skipped, or the text of an error, which torch would wrap in a traceback.
+# What a worker returns: batch or None, errors of skipped images, error as text (torch would wrap an exception in a traceback).
 _Fetched = tuple[Batch | None, list[str], str]
 
 
 class _Examples(Dataset[_Fetched]):
-    """Decodes and augments; runs in the workers, so it holds plain arrays instead of a million strings.
+    """Decodes and augments images, in the worker processes. It holds the paths as one array of bytes and not as strings.
 
-    (Touching a Python string in a forked process copies its page; a list of them slowly multiplies memory by the number of workers.)
+    (Reading a Python string in a forked process copies its page, so a list of paths would slowly take its memory once per worker.)
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class _Examples(Dataset[_Fetched]):
         self._skip_unreadable = skip_unreadable
 
     def __getitem__(self, index: Index) -> _Fetched:
-        step, places = index
+        step, addresses = index
         skipped: list[str] = []
         try:
-            examples = [self._example(epoch, record, skipped) for epoch, record in places]
+            examples = [self._example(epoch, record, skipped) for epoch, record in addresses]
         except ValueError as error:
             return None, skipped, str(error)
         pixels, flips, records = zip(*examples)
@@ -130,9 +130,9 @@ class _Examples(Dataset[_Fetched]):
         return Batch(torch.from_numpy(np.stack(pixels)), labels, self._positions, step, mirrored), skipped, ""
 
     def _example(self, epoch: int, record: int, skipped: list[str]) -> tuple[np.ndarray, bool, int]:
-        """(the window cut out of an image, whether to mirror it, which record it is); the next record that can be read, skipping.
+        """(cropped image, whether to mirror it, record that was read): with `skip_unreadable` the next record that can be read.
 
-        Draws belong to the address (epoch, record), so nothing else moves them.
+        The random draws depend on the seed, the epoch and the record asked for only.
         """
         key, count = streams.key_of(self._seed, streams.DATA, epoch, record), len(self._ends) - 1
         for _ in range(min(_MAX_REPLACEMENTS, count)):
@@ -152,14 +152,14 @@ class _Examples(Dataset[_Fetched]):
 
 
 class Batches(Iterator[Batch]):
-    """The endless iterator of `make_batches`, with what a training log wants to know about it."""
+    """The endless iterator of `make_batches`, with counters for the training log."""
 
     def __init__(
         self, examples: _Examples, indices: Callable[[], Iterator[Index]], workers: int, low_res_size: Size
     ) -> None:
         self._examples, self._indices, self._workers, self._low_res_size = examples, indices, workers, low_res_size
         self._fetched: Iterator[_Fetched] | None = None
-        self.wait_seconds = 0.0  # time spent inside next(): what the device waits for the data
+        self.wait_seconds = 0.0  # time spent in next(), while the device waits for data
         self.skipped = 0  # unreadable images met, an example counted each time it was replaced
 
     def __next__(self) -> Batch:
@@ -173,7 +173,7 @@ class Batches(Iterator[Batch]):
                 prefetch_factor=4 if self._workers else None,
                 worker_init_fn=_start_worker,
                 pin_memory=torch.cuda.is_available(),
-                # Its own generator, so that making a loader does not move the global one.
+                # Else DataLoader would draw a seed from torch's global generator.
                 generator=torch.Generator().manual_seed(0),
             )
             self._fetched = iter(loader)
@@ -189,7 +189,7 @@ class Batches(Iterator[Batch]):
         return batch._replace(low_res_size=self._low_res_size)
 
     def close(self) -> None:
-        """Stop the workers; the next `next()` would begin again at the first step."""
+        """Stop the workers; a later `next()` begins again at the first step."""
         self._fetched = None
 
 
@@ -213,9 +213,9 @@ def make_batches(
 ) -> Batches:
     """Endless batches of process `rank` of `size`: positions rank, rank + size, ... of each global batch of `batch_size`.
 
-    `start_image`: the place in the endless walk of the first image of `start_step`, None = `start_step * batch_size`; it matters to a
-    run that goes on with another batch size. `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: half of the
-    examples are to be mirrored; `.flips` says which, and `Batch.to_device` does it. `workers`: processes that decode;
+    `start_image`: the index `g` (see above) of the first image of `start_step`, None = `start_step * batch_size`; another value lets a
+    run continue with another batch size. `crop`: "center" or "random" (80 to 100 % of the shorter side). `flip`: mark half of the
+    examples in `.flips`; `Batch.to_device` mirrors them. `workers`: processes that decode;
     0 decodes in this one. `on_error`: "raise" a ValueError that names an unreadable file, or "skip": take the next record in its
     place, and count it in `.skipped`. `.wait_seconds` grows by the time `next()` takes.
     `low_res_size`: an upsampler's batches also hold their images shrunk to it. Pinned memory where CUDA is.
@@ -243,16 +243,16 @@ def _start_worker(worker: int) -> None:
 
 def _check_sizes(records: Records, image_size: images.Size, batch_size: int, processes: int, crop: str) -> None:
     """ValueError if the records are too few for a batch, or were packed too small for the crop."""
-    where, count, batch = records.root or "the data", len(records), f"batch_size={batch_size} (over all processes)"
+    source, count, batch = records.root or "the data", len(records), f"batch_size={batch_size} (over all processes)"
     if batch_size < 1 or batch_size % processes:
         raise ValueError(f"{batch}: must be a positive multiple of {processes} processes")
     if batch_size > count:
         remedy = f"lower it to at most {count // processes * processes}, or add images"
-        raise ValueError(f"{batch} is larger than the {count} images of {where}; {remedy}")
+        raise ValueError(f"{batch} is larger than the {count} images of {source}; {remedy}")
     height, width = images.height_width(image_size)
-    # Packed images have lost what lies outside of them: a crop that needs more would be enlarged, and blurred.
+    # Packed images are cropped already: a larger crop would have to enlarge them, and so blur them.
     least = (height, width) if crop == "center" else images.largest_cover((height, width))
     stored = records.stored_size or least
     if stored[0] < least[0] or stored[1] < least[1]:
         needs = f"crop={crop!r} at {height}x{width} needs at least {least[0]}x{least[1]}; pack the source at that size"
-        raise ValueError(f"{where}: packed at {stored[0]}x{stored[1]}, but {needs}")
+        raise ValueError(f"{source}: packed at {stored[0]}x{stored[1]}, but {needs}")

@@ -59,16 +59,16 @@ def pack(
     source = open_source(records.kind, records.root)
 
     def cropped() -> Iterator[np.ndarray]:
-        """The images that can be read; which these are goes to `kept`, what is wrong with others to `skipped`."""
+        """The cropped images that can be read; appends their indices to `kept`, and the errors of others to `skipped`."""
         crop = lambda image: images.center_crop(images.as_array(image, channels), image_size)  # noqa: E731
-        for k, found in enumerate(source.each(records.paths, crop, workers, progress)):
-            if not isinstance(found, ValueError):
+        for k, result in enumerate(source.each(records.paths, crop, workers, progress)):
+            if not isinstance(result, ValueError):
                 kept.append(k)
-                yield found
+                yield result
             elif on_error == "skip":
-                skipped.append(str(found))
+                skipped.append(str(result))
             else:
-                raise ValueError(f"{found}; remove or repair it, or leave such files out with on_error='skip'")
+                raise ValueError(f"{result}; remove or repair it, or leave such files out with on_error='skip'")
 
     rows, per_shard = cropped(), max(1, shard_bytes // (height * width * channels))
     while block := list(islice(rows, per_shard)):
@@ -97,7 +97,7 @@ def pack(
 
 
 def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
-    """Write an array; its entry in the index."""
+    """Write an array; return its entry in the index."""
     path, array = storage.join(folder, name), np.ascontiguousarray(array)
     with storage.atomic_write(path) as file:  # numpy.save would hide the cause of an error, such as a full disk
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
@@ -106,16 +106,16 @@ def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def verify(folder: str | os.PathLike[str], progress: Progress = None) -> list[str]:
-    """Compare every array file of a packed folder with its checksum; the complaints, empty if all is well."""
+    """Compare every array file of a packed folder with its checksum; returns an error for each that differs or is missing."""
     root = os.fspath(folder)
     index = read_packed_index(root)
-    complaints = []
+    errors = []
     for entry in filter(None, [*index["shards"], index["labels"]]):
         path = storage.join(root, entry["file"])
         if not storage.exists(path):
-            complaints.append(f"{path}: missing")
+            errors.append(f"{path}: missing")
         elif storage.sha256_of(path) != entry["sha256"]:
-            complaints.append(f"{path}: changed since it was packed (SHA-256 differs)")
+            errors.append(f"{path}: changed since it was packed (SHA-256 differs)")
         if progress is not None:
             progress(entry.get("count", 0))
-    return complaints
+    return errors

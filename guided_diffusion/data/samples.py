@@ -1,4 +1,4 @@
-"""Finished images of one size, from an npz as sample commands write it or from a folder: what is enlarged, and what a classifier sees."""
+"""Images of one size as input of upsamplers and classifiers: from an npz that a sample command wrote, or from a folder or archive."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .sources import open_source
 
 @dataclass(frozen=True)
 class Images:
-    """Images of one size, none of them in memory.
+    """Images of one size, read when they are asked for.
 
-    records  where they are, and their classes
-    read     image k, uint8 `[H, W, C]`
-    about    what they are, in words
+    records  their paths and labels
+    read     k -> image k, uint8 `[H, W, C]`
+    about    a description for messages
     """
 
     records: Records
@@ -38,11 +38,11 @@ class Images:
         return len(self.records)
 
     def low_res(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """`low_res` [B, C, H, W] in [-1, 1], what an upsampler enlarges for the images `ids`: ours in turn, again and again."""
+        """`low_res` [B, C, H, W] in [-1, 1], the input of an upsampler for the samples `ids`: sample i enlarges image i % N."""
         return {"low_res": to_float(torch.from_numpy(np.stack([self.read(i % len(self)) for i in ids])))}
 
     def identity(self) -> str:
-        """A hash of the content."""
+        """SHA-256 of the npz, or of all image files and their names, order and labels."""
         records = self.records
         if records.kind == "npz":
             return storage.sha256_of(records.root)
@@ -51,7 +51,7 @@ class Images:
         return hashlib.sha256((content + records.digest()).encode()).hexdigest()
 
     def labels_for(self, count: int, names: Sequence[str], whose: str) -> tuple[np.ndarray, str]:
-        """(labels as the class numbers of networks with `count` classes called `names`, what was done, in words)."""
+        """(labels as class numbers of a network of `count` classes called `names`, a note on what was done)."""
         path, labels = self.records.root, self.records.labels
         assert labels is not None
         wrong = labels[(labels < 0) | (labels >= max(count, len(self.records.class_names)))]
@@ -64,9 +64,9 @@ class Images:
 def open_images(
     path: str, size: int, channels: int, *, labels: str = "auto", class_names: Sequence[str] = ()
 ) -> Images:
-    """The images of an npz, whose labels are places in `class_names`, or those that training would find, cut and scaled.
+    """The images of an npz, whose labels index `class_names`, or of a folder or archive as training lists it, center-cropped to `size`.
 
-    `labels`: where the classes of the latter come from, as --labels says it.
+    `labels`: where the labels of a folder or archive come from, as in --labels.
     """
     is_npz = path.endswith(".npz") or (storage.exists(path) and not path.lower().endswith((".zip", ".tar")))
     if is_npz and not storage.isdir(path):
@@ -82,7 +82,7 @@ def open_images(
 
 
 def _read_npz(path: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """(images uint8 [N, size, size, channels], mapped if they can be; labels int64 [N] or None).
+    """(images uint8 [N, size, size, channels], memory-mapped if possible; labels int64 [N] or None).
 
     ValueError if the file cannot be read, or holds other arrays.
     """
@@ -109,7 +109,7 @@ def _mapped(path: str) -> np.ndarray | None:
     """`arr_0` of a local npz as a memory map: no process holds 50,000 images. None if it is compressed."""
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         member = archive.getinfo("arr_0.npy")
-        file.seek(member.header_offset + 26)  # of the local header: the lengths of name and extra field, and then both
+        file.seek(member.header_offset + 26)  # in the local header: the lengths of name and extra field; skip these
         file.seek(int(np.frombuffer(file.read(4), "<u2").sum()), os.SEEK_CUR)
         if member.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
             return None

@@ -1,4 +1,4 @@
-"""Where images may lie. A new kind of source is one file here and one entry in `SOURCES`: all that reads images then reads it."""
+"""Kinds of image sources: folders and archives. A new kind is one file here and one entry in `SOURCES`; every command can then read it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .lmdb import Lmdb
 from .source import EXTENSIONS, Folder, Source, is_image, walk
 
 SOURCES: dict[str, type[Source]] = {kind.kind: kind for kind in (Folder, Zip, Tar, Lmdb, Packed)}
-_PATTERN = "*?[{"  # with one of these a path may stand for several files
+_PATTERN = "*?[{"  # a path with one of these may be a pattern for several files
 
 
 def open_source(kind: str, root: str) -> Source:
-    """A source whose kind is known, to read addresses that were listed before; for kind "files" the root does not matter."""
+    """A source of known kind, to read addresses that `list_source` returned earlier; for kind "files" the root is not used."""
     if kind not in SOURCES:
         raise ValueError(f"kind={kind!r}: must be one of {', '.join(SOURCES)}")
     return SOURCES[kind](root)
@@ -43,10 +43,10 @@ def _kind_of_folder(root: str, files: Mapping[str, str]) -> type[Source]:
     marked = {kind: fnmatch.filter(top, kind.marker) for kind in SOURCES.values() if kind.marker}
     kinds = {kind: repr(top[names[0]]) for kind, names in marked.items() if names}
     loose = [name for name in files if is_image(name)]
-    shown = [*([f"{len(loose)} images{first(loose)}"] if loose else []), *kinds.values()]
-    if len(shown) > 1:
+    kinds_held = [*([f"{len(loose)} images{first(loose)}"] if loose else []), *kinds.values()]
+    if len(kinds_held) > 1:
         remedy = "give the path of what is meant, or move the other away"
-        raise ValueError(f"{root!r} holds {' and beside them '.join(shown)}; {remedy}")
+        raise ValueError(f"{root!r} holds {' and beside them '.join(kinds_held)}; {remedy}")
     return next(iter(kinds), Folder)
 
 

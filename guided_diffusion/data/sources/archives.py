@@ -58,9 +58,9 @@ class Tar(Source):
             self.root, tars = _shards(self.root)
         found: dict[str, str] = {}
         for tar in tars:
-            called = tar or posixpath.basename(self.root.replace(os.sep, "/"))
-            for name, place in _read_directory(self._whole(tar), others).items():
-                found[f"{called}/{name}"] = f"{place}:{tar}\0{name}"
+            shown_name = tar or posixpath.basename(self.root.replace(os.sep, "/"))
+            for name, extent in _read_directory(self._tar_path(tar), others).items():
+                found[f"{shown_name}/{name}"] = f"{extent}:{tar}\0{name}"
         return found
 
     def open(self) -> Read:
@@ -70,7 +70,7 @@ class Tar(Source):
             offset, size, name = address.split(":", 2)
             tar = name.partition("\0")[0]
             if tar not in files:
-                files[tar] = storage.open_file(self._whole(tar), "rb")
+                files[tar] = storage.open_file(self._tar_path(tar), "rb")
             files[tar].seek(int(offset))
             return bytes(files[tar].read(int(size)))
 
@@ -80,21 +80,21 @@ class Tar(Source):
         return super().describe(path.split(":", 2)[2].replace("\0", "/").lstrip("/"))
 
     def folder_names(self, wanted: bool) -> Sequence[str]:
-        # Tars are shards as a rule, so the folders inside of them are meant.
+        # Tars are usually shards of one data set, so classes are the folders inside of them.
         inside = [path.partition("\0")[2] for path in self.paths]
         if not wanted or any("/" in name for name in inside):
             return inside
-        # Where these lie in folders themselves, cat/00.tar and cat/01.tar are of one class; else each tar is one.
+        # Without such folders: the folders of the tars (cat/00.tar and cat/01.tar are one class), else each tar is a class.
         folders = [posixpath.split(posixpath.dirname(name))[0] for name in self.names]
         beside = [posixpath.join(folder, posixpath.basename(name)) for folder, name in zip(folders, self.names)]
         return beside if len(set(folders)) > 1 else self.names
 
-    def _whole(self, tar: str) -> str:
+    def _tar_path(self, tar: str) -> str:
         return storage.join(self.root, tar) if tar else self.root
 
 
 def _shards(root: str) -> tuple[str, list[str]]:
-    """A tar: (root, [""]). A pattern, `{000..012}` counted, `*` and `?` matched: (folder, tars in it)."""
+    """(folder, tars in it) of a pattern: `{000..012}` counts, `*` and `?` match existing files. For one tar (root, [""])."""
     if storage.exists(root):
         return root, [""]
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", root)
@@ -113,53 +113,53 @@ def _shards(root: str) -> tuple[str, list[str]]:
     return folder or ".", [name[len(folder) :].replace(os.sep, "/").lstrip("/") for name in found]
 
 
-def _read_directory(whole: str, left_out: list[str]) -> dict[str, str]:
+def _read_directory(path: str, left_out: list[str]) -> dict[str, str]:
     """Name -> `offset:size` of each member of one tar. Links that lead to no member go to `left_out`."""
     try:
-        with storage.open_file(whole, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with storage.open_file(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             infos = [info for info in archive if info.isfile() or info.islnk() or info.issym()]
             file.seek(archive.offset)
             more = file.read(1 << 20).strip(b"\0")
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{whole!r}: not a readable uncompressed tar file: {error}") from error
+        raise ValueError(f"{path!r}: not a readable uncompressed tar file: {error}") from error
     if more:
         cause = "is cut off, or goes on after its end as tars joined by cat do (tar --concatenate joins them)"
-        raise ValueError(f"{whole!r}: {cause}")
+        raise ValueError(f"{path!r}: {cause}")
     members: dict[str, str] = {}
-    places: dict[str, str] = {}
-    links: dict[str, str] = {}
+    extents: dict[str, str] = {}  # name -> offset:size
+    links: dict[str, str] = {}  # name -> target
     for info in infos:
         name = tidy(info.name)
-        if info.issparse():  # its bytes do not lie as they will be read
-            raise ValueError(f"{whole!r}: {info.name!r} is stored with holes; make the tar again")
+        if info.issparse():  # its bytes in the tar are not those of the file
+            raise ValueError(f"{path!r}: {info.name!r} is stored with holes; make the tar again")
         if info.isfile():
-            places[name] = f"{info.offset_data}:{info.size}"
+            extents[name] = f"{info.offset_data}:{info.size}"
         else:  # a hard link gives the name of a member, a symbolic one a path from where it stands
             target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(name), info.linkname)
             links[name] = name if target.startswith("/") else tidy(target)
-        _add_member(members, name, places.get(name, ""), whole)
+        _add_member(members, name, extents.get(name, ""), path)
     for name in [name for name in links if name in members]:
         del members[name]
-        inside = _behind(links, name, places)
-        members |= {new: place for new, place in inside.items() if not is_hidden(new)}
+        inside = _resolve_link(links, name, extents)
+        members |= {new: extent for new, extent in inside.items() if not is_hidden(new)}
         left_out += [] if inside else [f"link {name!r}"]
     return members
 
 
-def _behind(links: Mapping[str, str], name: str, places: Mapping[str, str]) -> dict[str, str]:
-    """What the link `name` stands for: a member, or all those below a folder, under their names behind the link."""
+def _resolve_link(links: Mapping[str, str], name: str, extents: Mapping[str, str]) -> dict[str, str]:
+    """{name: extent} of the link `name`: of the member it leads to, or of all members below that folder, named as below the link."""
     target = links[name]
-    for _ in range(_MAX_LINKS):  # a link may lead to another; the end keeps circles from running for ever
+    for _ in range(_MAX_LINKS):  # a link may lead to another link; the limit ends circles
         target = links.get(target, target)
-    if target in places:
-        return {name: places[target]}
-    if not target or f"{name}/".startswith(f"{target}/"):  # a folder around the link itself
+    if target in extents:
+        return {name: extents[target]}
+    if not target or f"{name}/".startswith(f"{target}/"):  # a folder that holds the link itself
         return {}
-    return {name + old[len(target) :]: place for old, place in places.items() if old.startswith(f"{target}/")}
+    return {name + old[len(target) :]: extent for old, extent in extents.items() if old.startswith(f"{target}/")}
 
 
 def _add_member(members: dict[str, str], name: str, address: str, archive: str) -> None:
-    """Add a member of an archive unless it is hidden. ValueError for an image that is there already."""
+    """Add a member of an archive unless it is hidden. ValueError for an image whose name is there already."""
     if name in members and is_image(name):
         raise ValueError(f"{archive!r}: holds {name!r} twice; unpack the archive and pack each image once")
     if not is_hidden(name):

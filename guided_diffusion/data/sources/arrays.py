@@ -25,7 +25,7 @@ def read_packed_index(root: str) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(storage.read_bytes(path))
         version = index.get("format", 1)
-        if version == 1:  # what is read later must be there
+        if version == 1:  # check now that all keys which are read later exist
             (_, _, _), _, _ = index["shape"], range(index["count"]), itemgetter(*_KEYS)(index)
             for entry in index["shards"]:
                 itemgetter("file", "count", "sha256")(entry)
@@ -46,7 +46,7 @@ class Packed(Source):
 
     kind, marker = "packed", PACKED_INDEX
     all_images = threads_share = True
-    fatal = (OSError, EOFError)  # of a file that holds thousands of images
+    fatal = (OSError, EOFError)  # the file holds thousands of images, not one
 
     @cached_property
     def _index(self) -> dict[str, Any]:

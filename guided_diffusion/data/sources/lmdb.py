@@ -16,7 +16,7 @@ class Lmdb(Source):
     """The address of an image is its key."""
 
     kind, marker, all_images = "lmdb", "data.mdb", True
-    threads_share = True  # lmdb forbids a process to open a file twice, and is made for threads
+    threads_share = True  # lmdb is thread-safe, and a process may open a file only once
 
     def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
         with _environment(self.root) as environment, environment.begin() as transaction:
@@ -24,7 +24,7 @@ class Lmdb(Source):
         return {key: key for key in keys if not is_hidden(key)}
 
     def own_labels(self) -> Labels:
-        return NONE  # a key is any text: what stands before a `_` or `/` in it is no class
+        return NONE  # keys are arbitrary text, so a prefix or folder in them is no class
 
     def open(self) -> Read:
         environment = _environment(self.root)

@@ -1,4 +1,4 @@
-"""Images in one place: what every kind of source shares, and what a new kind has to say of itself."""
+"""The base class of image sources, with what each kind must define, and folders of image files."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ EXTENSIONS = tuple(
 )
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # written by file managers, like names that begin with a dot
 _SHOWN = 8
-_WINDOW = 32  # images per thread that may be done before their turn
+_WINDOW = 32  # images per thread that are decoded ahead
 T = TypeVar("T")
 Read = Callable[[str], bytes | np.ndarray]
-Progress = Callable[[int], None] | None  # is called with how many more images are done
+Progress = Callable[[int], None] | None  # is called with the number of images done since the last call
 
 
 class Source:
     """The images below a root, in a fixed order. A kind of source is a subclass in the table `sources.SOURCES`.
 
-    It says how it is recognised (`ending`, `begins`, `marker`), what it holds (`members`) and how that is read (`open`). Sources may
+    It defines how it is recognised (`ending`, `begins`, `marker`), what it holds (`members`) and how to read it (`open`). Sources may
     go to threads and other processes: files are opened on first use in each.
     """
 
@@ -45,8 +45,8 @@ class Source:
     marker = ""  # a folder is such a source if it holds a file of this name; `*` stands for anything
     all_images = False  # every member is an image, whatever its name ends with
     labels_beside = True  # `.cls` and `.json` members with the key of an image hold its label (WebDataset)
-    threads_share = False  # what `open` returned serves all threads of a process; else each has its own
-    fatal: tuple[type[Exception], ...] = ()  # errors of reading that say the source is damaged, not one image of it
+    threads_share = False  # all threads of a process share what `open` returned; else each thread calls `open`
+    fatal: tuple[type[Exception], ...] = ()  # errors that mean that the source is damaged, not only one image
     preprocessing = ""  # what was done to the images already; see `images.preprocessing_id`
     stored_size: tuple[int, int] | None = None  # (height, width), where it is the same for all
 
@@ -84,7 +84,7 @@ class Source:
         return self.names
 
     def fill(self, files: Mapping[str, str]) -> Source:
-        """List what there is."""
+        """List the members: images and their addresses, files with labels, and the kinds of files left out; returns self."""
         others: list[str] = []
         members = self.members(files, others)
         self.names = tuple(name for name in members if self.all_images or is_image(name))
@@ -103,7 +103,7 @@ class Source:
         return type(self), (self.root,)
 
     def labels(self, wanted: str = "auto") -> tables.Labels:
-        """The class of each image, from what is wanted (see `listing.list_records`); nothing else is read."""
+        """The class of each image, as `wanted` (see `labels` of `listing.list_records`)."""
         if wanted == "none":
             return tables.NONE
         if wanted == "prefix":
@@ -126,7 +126,7 @@ class Source:
             return images.as_array(image, channels)
 
     def opened(self, path: str) -> contextlib.AbstractContextManager[PILImage.Image]:
-        """One image as stored, for PIL to decode. Errors inside the `with`, of decoding too, are those of `read`."""
+        """One image as stored, not yet decoded by PIL. Errors inside the `with`, of decoding too, become those of `read`."""
         return self._image(path, self._content(path))
 
     @contextlib.contextmanager
@@ -140,19 +140,19 @@ class Source:
             yield image
 
     def size(self, path: str) -> tuple[int, int]:
-        """(height, width) of one image, from its head alone."""
+        """(height, width) of one image, from its header alone."""
         with self.opened(path) as image:
             return image.height, image.width
 
     def encoded(self, path: str) -> bytes:
-        """The file at an address, an image or another; of arrays, the pixels."""
+        """The bytes of the file at an address; of an array, its pixels."""
         content = self._content(path)
         return content.tobytes() if isinstance(content, np.ndarray) else content
 
     def each(
         self, paths: Sequence[str], use: Callable[[PILImage.Image], T], workers: int, progress: Progress
     ) -> Iterator[T | ValueError]:
-        """What `use` makes of each image, in order, by `workers` threads; the error in place of one that cannot be read.
+        """The results of `use(image)` in order, by `workers` threads; for an image that cannot be read, the error.
 
         Threads suffice: PIL decodes and resizes without holding the interpreter lock. `progress(1)` is called after each.
         """
@@ -165,7 +165,7 @@ class Source:
                 return error
 
         with ThreadPoolExecutor(workers) as pool:
-            # map() by itself would queue every image of the data set at once, and keep all that are done early.
+            # One map() over all paths would queue the whole data set, and keep every result until it is its turn.
             for start in range(0, len(paths), _WINDOW * workers):
                 for one in pool.map(result, paths[start : start + _WINDOW * workers]):
                     if progress is not None:
@@ -173,7 +173,7 @@ class Source:
                     yield one
 
     def _content(self, path: str) -> bytes | np.ndarray:
-        # A file has one position, so every process and thread needs its own.
+        # An open file has one read position, so every process and thread needs its own.
         key = (os.getpid(), 0 if self.threads_share else threading.get_ident())
         with self._errors(path):
             with self._lock:
@@ -204,7 +204,7 @@ class Folder(Source):
     labels_beside, threads_share = False, True
 
     def members(self, files: Mapping[str, str], others: list[str]) -> Mapping[str, str]:
-        # A link that leads nowhere may have been a whole class, so it is named. That of an image or a table fails when it is read.
+        # A broken link may stand for the folder of a class, so it is reported. Broken links to images and tables fail when read.
         links = [name for name, path in files.items() if not is_image(name) and os.path.islink(path)]
         broken = {name for name in links if not os.path.exists(files[name])}
         broken -= set(tables.label_files(broken, (), beside=False))
@@ -233,7 +233,7 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file, or a folder above it, is not meant to be seen."""
+    """Whether a file or a folder above it is hidden (a leading dot) or clutter of a file manager."""
     return any(part.startswith(".") or part in _CLUTTER for part in name.split("/"))
 
 
