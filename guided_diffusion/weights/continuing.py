@@ -1,4 +1,4 @@
-"""What a training run goes on with: its own save, another run's, or the weights of a file; and its configuration, by that and the flags."""
+"""What a training run starts from (its own save, another run's, or a file of weights) and the configuration that follows from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .identify import FREE, contradictions, refuse
 from .load import agree, read
 from .runs import SavedRun, find_latest, parse_name
 
-# What may differ between two starts of one command: how far it goes, on how many processes.
+# Settings that may differ between two starts of one command: the last step and the number of processes.
 _NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size")
 _SIZES = ("image_size", "image_width", "large_size", "small_size")
 _CLASSES = ("class_cond", "num_classes")
@@ -30,10 +30,10 @@ class Origin:
     """A start from another run's save or from a file.
 
     class_names  of the file; () where it has none
-    old          the file's own network, before its classes changed
-    tensors      the weights to begin with, at step 0; None where the whole save is continued
-    new_classes  whether the classes are those of the data
-    as_2021      whether a run of the 2021 code goes on, which names no classes
+    old          configuration of the file's network, with the image size of this run and the classes of the file
+    tensors      the weights to start from, at step 0; None where the whole save is continued
+    new_classes  --new_classes: the network gets the classes of the data
+    as_2021      whether this continues a run of the 2021 code, whose saves name no classes
     """
 
     path: str
@@ -47,17 +47,17 @@ class Origin:
 def started_from(
     saved: SavedRun | None, folder: str, kind: str, flags: Mapping[str, Any], typed: Mapping[str, Any]
 ) -> tuple[SavedRun | None, Origin | None]:
-    """The save with the configuration to go on with, and what the file says that a run in `folder` starts from.
+    """(`saved` with the configuration of this run in `folder`, its `Origin`: None if there is no save, or it is one of this run).
 
-    The latter is None where the run's own save says it, or nothing is given. A save of another run is continued; of any other file,
-    and of a save where --resume_from says which weights or --new_classes asks for other classes, the weights alone are taken,
-    at step 0. The configuration of network and process is the file's, found as `load` finds it. `typed` flags that deny it are a
-    ValueError, but for the size of the images, where the network allows another, and for classes, with --new_classes.
+    A save of another run is continued. Only its weights are taken, at step 0, where --resume_from or --weights chooses among them or
+    --new_classes is set; so are those of any file but a save's model*.pt. Network and process are configured as by `load`.
+    `typed` flags that contradict the file are a ValueError, except image sizes, if the network allows others, and classes with
+    --new_classes.
     """
     if saved is None or (saved.config and storage.same_folder(saved.directory, folder)):
         return saved, None
     weights, new_classes = flags["resume_from"] or flags["weights"], flags["new_classes"]
-    path, which = _file(saved, weights)
+    path, which = _weights_file(saved, weights)
     names = {*RunConfig.sections(kind)["model"].names(), *DiffusionConfig.names()}
     sizes = {name: value for name, value in typed.items() if name in names.intersection(_SIZES)}
     classes = {name: value for name, value in typed.items() if name in names.intersection(_CLASSES)}
@@ -67,19 +67,19 @@ def started_from(
     resized = _resized(found.config, sizes, path)
     config = _with_classes(resized, classes, path, new_classes)
     whole = (parse_name(path) or ("",))[0] == "model" and not weights and not new_classes
-    # How another run was trained holds only where all of its save is continued.
-    trained = saved.config or {} if whole else {}
+    # Data and training settings of the other run apply only if its whole save is continued.
+    training = saved.config or {} if whole else {}
     of_network = {"model": config.model.to_dict(), "diffusion": config.diffusion.to_dict()}
-    stored = {"data": {}, "train": {}, **trained, **of_network}
+    stored = {"data": {}, "train": {}, **training, **of_network}
     as_2021 = whole and not saved.config
     origin = Origin(path, found.class_names, resized.model, None if whole else tensors, new_classes, as_2021)
     return replace(saved, config=stored, class_names=found.class_names), origin
 
 
-def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
-    """(file of weights, which of those in it) of a save."""
+def _weights_file(saved: SavedRun, weights: str) -> tuple[str, str]:
+    """(file of weights of a save, the weights to choose in it where it holds both: "ema", "model" or "" for the default)."""
     assert saved.model is not None
-    # A plain file may hold both; one of EMA weights is these.
+    # Only the raw weights of a save have another file for the EMA; any other file is read as it is, and may hold both.
     if weights != "ema" or (parse_name(saved.model) or ("",))[0] != "model":
         return saved.model, weights
     if not saved.ema:
@@ -90,7 +90,7 @@ def _file(saved: SavedRun, weights: str) -> tuple[str, str]:
 
 
 def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfig:
-    """The configuration for images of another size: the same levels, with attention at the same ones."""
+    """The configuration for images of the typed sizes: the same levels, and attention on the same levels."""
     model = config.model
     wrong = contradictions(config, sizes)
     if not wrong:
@@ -98,8 +98,8 @@ def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfi
     if getattr(model, "classifier_pool", "") == "attention":
         refuse(path, wrong, "Its attention pool fits no other size")
     height = sizes.get("large_size", sizes.get("image_size", model.sample_size))
-    reached = [2**k for k in range(len(model.multipliers)) if 2**k in model.attention_downsamplings]
-    attention = ",".join(str(height // ds) for ds in reached)
+    factors = [2**k for k in range(len(model.multipliers)) if 2**k in model.attention_downsamplings]
+    attention = ",".join(str(height // ds) for ds in factors)
     levels = {
         f"{model.prefix}channel_mult": ",".join(f"{m:g}" for m in model.multipliers),
         f"{model.prefix}attention_resolutions": attention,
@@ -110,26 +110,26 @@ def _resized(config: RunConfig, sizes: Mapping[str, int], path: str) -> RunConfi
 
 
 def _with_classes(config: RunConfig, typed: Mapping[str, Any], path: str, new_classes: bool) -> RunConfig:
-    """The configuration with the classes that are typed; ValueError where they are others than the file's for no reason."""
+    """The configuration with the typed classes; ValueError where they differ from the file's without --new_classes."""
     if not new_classes:
         remedy = "Leave these flags out, or give --new_classes True: the network gets the classes of the data"
         refuse(path, contradictions(config, typed), remedy)
         return replace(config, model=replace(config.model, num_classes=classes_of(config.model)))
-    given = {"num_classes": 0, "class_cond": True, **typed}
-    of_data = {name: value for name, value in given.items() if name in config.model.names()}
+    wanted = {"num_classes": 0, "class_cond": True, **typed}
+    of_data = {name: value for name, value in wanted.items() if name in config.model.names()}
     return replace(config, model=replace(config.model, **of_data).validate())
 
 
 def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
-    """Give `net`, just built for the new classes, the weights of the file. Of new classes those that the file has by name keep
-    their rows of the label embedding (of a classifier: of its last layer), the others those that `net` has."""
+    """Load the weights of the file into `net`. With --new_classes, a class that the file has by name takes its rows (of the label
+    embedding, or of a classifier's last layer) from the file; the rows of other classes stay as `net` was initialised."""
     assert start.tensors is not None
     tensors = dict(start.tensors)
     if start.new_classes:
-        row_of = {name: row for row, name in enumerate(start.class_names)}
-        kept = {row: row_of[name] for row, name in enumerate(class_names) if name in row_of}
+        old_row = {name: row for row, name in enumerate(start.class_names)}
+        kept = {row: old_row[name] for row, name in enumerate(class_names) if name in old_row}  # new row -> old row
         fresh = net.state_dict()
-        for name in _of_classes(start.old):
+        for name in _class_tensors(start.old):
             before = tensors.pop(name, None)
             if name in fresh:
                 tensors[name] = fresh[name].clone()
@@ -144,8 +144,8 @@ def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
     _log.info("starting from the weights of %s, at step 0", start.path)
 
 
-def _of_classes(model: Network) -> list[str]:
-    """The names of the tensors that have a row for each class."""
+def _class_tensors(model: Network) -> list[str]:
+    """The names of the tensors with a row for each class: those whose shape depends on the number of classes."""
     more: dict[str, Any] = {"class_cond": True} if "class_cond" in model.names() else {}
     two, three = (build_empty(replace(model, num_classes=count, **more)).state_dict() for count in (2, 3))
     return [name for name, value in two.items() if value.shape != three[name].shape]
@@ -154,20 +154,20 @@ def _of_classes(model: Network) -> list[str]:
 def configuration(
     kind: str, flags: Mapping[str, Any], typed: Mapping[str, Any], saved: SavedRun | None, *, default_bf16: bool
 ) -> RunConfig:
-    """Flags, completed by what the save that is continued was trained with; `typed` ones that contradict it are refused.
+    """The configuration of a run: that of the save it continues, with `typed` flags on top, else `flags`; contradictions are refused.
 
-    With `default_bf16` a new run of a U-Net computes in bfloat16 unless a flag says otherwise. Where the run was started from is no part of
-    the result: a later start goes on from the run's own saves.
+    With `default_bf16` a new run of a U-Net computes in bfloat16 unless a flag says otherwise. The result does not hold
+    --resume_checkpoint: a later start continues from the run's own saves.
     """
     config = (saved.config if saved is not None else None) or {}
     stored = flatten(config)
     architectures = {{**flags, **stored}.get(f"{prefix}architecture", UNET) for prefix in ("", "classifier_")}
-    precise = any(name in typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
-    if default_bf16 and architectures == {UNET} and not precise and not config.get("train"):
+    has_precision = any(name in typed for name in ("precision", "use_fp16", "classifier_use_fp16"))
+    if default_bf16 and architectures == {UNET} and not has_precision and not config.get("train"):
         flags = {**flags, "precision": "bf16"}
     if saved is not None and config:
         agree(RunConfig.from_dict(kind, config), typed, saved.directory)
-        # What the weights are is agreed upon, and stays as it is spelled there.
+        # Network and process were just found to agree with the typed flags: keep the save's spelling of them.
         fixed = {
             name: stored[name] for section in ("model", "diffusion") for name in config[section] if name not in FREE
         }
@@ -178,33 +178,33 @@ def configuration(
 
 
 def already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | None:
-    """The save to go on from although --resume_checkpoint is none: such a run's, of these very settings.
+    """The save to continue although --resume_checkpoint is none: the newest in `folder`, if its run began so with the same settings.
 
-    That is the command of before, started again by a scheduler: it would make the same saves once more.
+    Then a scheduler has started the same command again, and beginning anew would repeat what is done.
     """
     saved = None
     if world.is_main and (latest := find_latest(folder)) is not None and latest.started_from == "none":
         before, now = ({**flatten(c), **dict.fromkeys(_NOT_COMPARED)} for c in (latest.config or {}, config.to_dict()))
-        # The precision that was chosen for a device is no setting: the next start may find another device.
-        apart = {
+        # Without --precision the saved one was chosen for a device; it is no setting, and this start may have another device.
+        differing = {
             name for name in now if name in before and before[name] != now[name] and (name != "precision" or now[name])
         }
-        saved = None if apart else latest
-        if apart:
+        saved = None if differing else latest
+        if differing:
             _log.info(
-                f"--resume_checkpoint none begins anew in {folder}: {', '.join(sorted(apart))} differ from the run there"
+                f"--resume_checkpoint none begins anew in {folder}: {', '.join(sorted(differing))} differ from the run there"
             )
     saved = world.broadcast_object(saved, name="was the run begun already?")
     if saved is not None:
         _log.info(
-            f"--resume_checkpoint none has begun the run in {folder} before, with these settings: it goes on. To begin once more, "
+            f"--resume_checkpoint none has already begun a run in {folder} with these settings, which is continued. To begin anew, "
             "give another --out"
         )
     return saved
 
 
 def with_classes(config: RunConfig, class_names: Sequence[str], where: str) -> RunConfig:
-    """The number of classes, from the data in `where`, if it was not given."""
+    """The configuration with the number of classes, from the data in `where` if it was not given."""
     if config.kind != "classifier" and not getattr(config.model, "class_cond", False):
         return config
     count = len(class_names)
@@ -214,8 +214,8 @@ def with_classes(config: RunConfig, class_names: Sequence[str], where: str) -> R
 
 
 def with_global_batch(config: RunConfig, processes: int, *, before: SavedRun | None = None) -> RunConfig:
-    """The batch of all processes together, that of the run `before` if there is one: stored, so that the run goes on with the
-    same batches on another number of processes."""
+    """The configuration with the global batch size, that of the run `before` if there is one. It is stored so that the run continues
+    with the same batches on another number of processes."""
     size = flatten(before.config or {}).get("global_batch_size", 0) if before is not None else 0
     size = size or config.train.global_batch_size or config.train.batch_size * processes
     if size % processes:

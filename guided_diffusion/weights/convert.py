@@ -1,7 +1,7 @@
-"""Weights in another form: safetensors, a plain .pt file, or diffusers' `UNet2DModel`, with the largest output difference measured.
+"""Convert weights to safetensors, a plain .pt file or diffusers' `UNet2DModel`, and measure the largest difference of the outputs.
 
-Our generator and `UNet2DModel` compute the same function where theirs can express ours. Only names and the packing of the attention
-matrices differ, so a conversion and its inverse lose no bit.
+A `UNet2DModel` can express many of our diffusion networks, and then computes the same function. Only tensor names and the packing of
+queries, keys and values differ, so a conversion and its inverse lose no bit. In this file "ours" is this package, "theirs" diffusers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMS = ("safetensors", "pt", "diffusers")
 
 
 def form_of(target: str, form: str = "") -> str:
-    """`form`, one of FORMS; where it is empty, by the target's name."""
+    """`form`, or if it is empty the ending of `target`: one of FORMS."""
     form = form or os.path.splitext(target)[1].removeprefix(".")
     if form not in FORMS:
         raise ValueError(f"cannot tell the form of {target!r}; end it in .safetensors or .pt, or say --to diffusers")
@@ -36,11 +36,11 @@ def form_of(target: str, form: str = "") -> str:
 
 
 def convert(source: str, target: str, form: str, *, noise_schedule: str = "linear", weights: str = "") -> float:
-    """Write the weights of `source` as `target` and return how far its outputs are from those of the source, relatively.
+    """Write the weights of `source` as `target` and return the `largest_difference` of its outputs from those of the source.
 
     source          a .pt or .safetensors file, a run folder, or a folder that diffusers wrote
     form            one of FORMS; "diffusers" writes a folder
-    noise_schedule  of a diffusers folder, which does not carry it
+    noise_schedule  the schedule of a diffusers folder, which does not store it
     weights         "ema" or "model" where the source holds both
     """
     original: Callable[..., Tensor]
@@ -79,7 +79,7 @@ def save_file(loaded: Loaded, target: str, form: str) -> None:
 
 
 def largest_difference(first: Callable[..., Tensor], second: Callable[..., Tensor], config: RunConfig) -> float:
-    """max |difference| / max |output| of two networks on the same noise, steps and classes, float32 on the CPU."""
+    """max |difference| / max |output| of two networks for the same noise, time steps and classes, in float32 on the CPU."""
     model = config.model
     x = Streams(0, EVALUATE, ids=range(2)).normal((model.image_channels, *model.size))
     time = torch.tensor([10.0, 700.0])
@@ -92,8 +92,8 @@ def largest_difference(first: Callable[..., Tensor], second: Callable[..., Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusers
 
-_ABOUT = "guided_diffusion.json"  # in the folder, beside the files of diffusers: our whole configuration
-# Parts of a residual block, then the modules outside of blocks: our name -> theirs.
+_ABOUT = "guided_diffusion.json"  # our whole configuration, stored beside the files of diffusers
+# Our name -> theirs: parts of a residual block, then modules outside of blocks.
 _RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -116,7 +116,7 @@ def head_channels_of(model: Network) -> int:
     """Channels per attention head; ValueError with the reason where `UNet2DModel` cannot express the network."""
     if not isinstance(model, ModelConfig):
         raise ValueError(
-            f"diffusers' UNet2DModel is a plain denoising network; a {model.kind} network has no place in it"
+            f"diffusers' UNet2DModel is a plain denoising network; it cannot express a {model.kind} network"
         )
     if model.multipliers[0] != 1:
         raise ValueError(
@@ -125,7 +125,7 @@ def head_channels_of(model: Network) -> int:
         )
     if model.num_head_channels != -1:
         return model.num_head_channels
-    # The last level counts in any case: the middle block has its width and always has attention.
+    # The last level always counts: the middle block has the width of that level, and attention.
     attending = {m for m, attends in zip(model.multipliers, _attention(model)) if attends} | {model.multipliers[-1]}
     widths = {int(model.num_channels * m) // model.num_heads for m in attending}
     if len(widths) > 1 or model.num_heads_upsample not in (-1, model.num_heads):
@@ -137,12 +137,12 @@ def head_channels_of(model: Network) -> int:
 
 
 def _attention(model: Network) -> list[bool]:
-    """By level: whether its blocks have attention."""
+    """Whether the blocks of each level have attention."""
     return [2**level in model.attention_downsamplings for level in range(len(model.multipliers))]
 
 
 def arguments_for_unet2d(model: Any, *, learn_sigma: bool) -> dict[str, Any]:
-    """Keyword arguments of `diffusers.UNet2DModel` for this network. ValueError as `head_channels_of`."""
+    """Keyword arguments of `diffusers.UNet2DModel` for this network. ValueError as in `head_channels_of`."""
     attention, head_channels = _attention(model), head_channels_of(model)
     change = "resnet" if model.resblock_updown else "conv"
     plain = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
@@ -169,7 +169,7 @@ def arguments_for_unet2d(model: Any, *, learn_sigma: bool) -> dict[str, Any]:
 
 
 def flags_of_unet2d(config: Mapping[str, Any], noise_schedule: str) -> dict[str, Any]:
-    """The 2021 flags of a UNet2DModel configuration; ValueError names what our network does not have."""
+    """The 2021 flags of a UNet2DModel configuration; ValueError names the settings that our network does not have."""
     known = {"AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"}
     wanted = {
         "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
@@ -181,7 +181,7 @@ def flags_of_unet2d(config: Mapping[str, Any], noise_schedule: str) -> dict[str,
     if config["attention_head_dim"] is None:
         wrong.append("attention_head_dim=None")
     if wrong:
-        raise ValueError(f"this UNet2DModel has what our network has not: {', '.join(wrong)}")
+        raise ValueError(f"this UNet2DModel has settings that our network lacks: {', '.join(wrong)}")
     widths, channels, size = config["block_out_channels"], config["in_channels"], config["sample_size"]
     attention = [kind == "AttnDownBlock2D" for kind in config["down_block_types"]]
     return {
@@ -203,7 +203,7 @@ def flags_of_unet2d(config: Mapping[str, Any], noise_schedule: str) -> dict[str,
 
 
 def _modules(model: Any) -> dict[str, tuple[str, ...]]:
-    """Our modules that have weights -> theirs, or three of theirs for a product of queries, keys and values."""
+    """The name of each of our modules with weights -> their name; for our joint `qkv` their three names."""
     names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _ENDS.items()}
     attention, depth = _attention(model), model.num_res_blocks
 
@@ -265,34 +265,34 @@ def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool) -> Tensor:
 
 
 def to_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Our state dict under diffusers' names. Raises ValueError when a tensor is left over."""
-    left, out = dict(state), {}
+    """Our state dict under diffusers' names. ValueError if a tensor has no counterpart."""
+    remaining, out = dict(state), {}
     for ours, theirs, squeezed in _tensors(model):
-        if ours in left:
-            value = left.pop(ours)
+        if ours in remaining:
+            value = remaining.pop(ours)
             value = value.squeeze(-1) if squeezed else value
             heads = value.shape[0] // 3 // head_channels_of(model)
             parts = (value,) if len(theirs) == 1 else split_qkv(value, heads, model.use_new_attention_order)
             out.update({name: part.contiguous() for name, part in zip(theirs, parts)})
-    _require_none(left, "UNet2DModel")
+    _require_none(remaining, "UNet2DModel")
     return out
 
 
 def from_diffusers(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`: a `UNet2DModel` state dict under our names and packing."""
-    left, out = dict(state), {}
+    remaining, out = dict(state), {}
     for ours, theirs, squeezed in _tensors(model):
-        if parts := [left.pop(name) for name in theirs if name in left]:
+        if parts := [remaining.pop(name) for name in theirs if name in remaining]:
             heads = parts[0].shape[0] // head_channels_of(model)
             value = parts[0] if len(theirs) == 1 else join_qkv(parts, heads, model.use_new_attention_order)
             out[ours] = (value.unsqueeze(-1) if squeezed else value).contiguous()
-    _require_none(left, "our network")
+    _require_none(remaining, "our network")
     return out
 
 
-def _require_none(left: Mapping[str, Tensor], network: str) -> None:
-    if left:
-        raise ValueError(f"{len(left)} tensors have no place in {network}: {', '.join(list(left)[:4])}")
+def _require_none(remaining: Mapping[str, Tensor], network: str) -> None:
+    if remaining:
+        raise ValueError(f"{len(remaining)} tensors have no counterpart in {network}: {', '.join(list(remaining)[:4])}")
 
 
 def save_diffusers(loaded: Loaded, folder: str) -> Callable[..., Tensor]:
@@ -322,7 +322,7 @@ def is_diffusers(folder: str) -> bool:
 def load_diffusers(folder: str, noise_schedule: str) -> tuple[Loaded, Callable[..., Tensor]]:
     """(our network with the weights of a diffusers folder, their network as `net(x, time, y)`).
 
-    The configuration is the one that `save_diffusers` left there, else that of their network, with `noise_schedule`.
+    The configuration is the one that `save_diffusers` stored there, else it follows from their network and `noise_schedule`.
     """
     theirs = _unet2d_class().from_pretrained(folder, low_cpu_mem_usage=False).eval()
     about, class_names = os.path.join(folder, _ABOUT), ()
@@ -344,5 +344,5 @@ def _unet2d_class() -> Any:
 
 
 def _as_ours(unet2d: Any) -> Callable[..., Tensor]:
-    """A UNet2DModel as `net(x, time, y)`."""
+    """A UNet2DModel with the call of our networks, `net(x, time, y)`."""
     return lambda x, time, y=None: unet2d(x, time, class_labels=y).sample

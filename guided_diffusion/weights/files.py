@@ -1,4 +1,4 @@
-"""Files of tensors: read without running code from them; an error names the file and what is wrong with it."""
+"""Read files of weights without running code from them; an error names the file and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..runtime import storage
 
 _log = logging.getLogger(__name__)
 
-# Every network of this family has this tensor: its prefix in a file is the prefix of all names of that network.
+# Every U-Net or classifier of this package has this tensor: what stands before it in a name is the prefix of all its network's tensors.
 _ANCHOR = "input_blocks.0.0.weight"
-# What DDP and torch.compile put before a name.
+# The prefixes that DDP and torch.compile add to names.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# Words in the prefix of names. The last one that matches decides: in "ema.online_model." the second.
+# Words in prefixes that tell EMA from raw weights. The last one that matches decides: "ema.online_model." holds raw weights.
 _AVERAGED = re.compile(r"(?:^|_)ema(?:$|_|\d|model|net)|averag|shadow", re.I)
 _RAW = re.compile(r"(?:^|_)(?:online|raw)(?:$|_)", re.I)
 _NO_WEIGHTS = re.compile(r"^(?:opt(?:im(?:izers?)?)?(?:$|_)|(?:grad_)?scaler|(?:lr_)?scheduler)", re.I)
@@ -37,33 +37,33 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 
 def read_own_weights(path: str) -> dict[str, Tensor]:
-    """The state dict in a file that this package wrote, of any architecture, under the names that it has. Errors as `read_weights`."""
-    return _whole(path, _named_tensors(path, _read(path)))
+    """The state dict in a file that this package wrote, of any architecture, with its names unchanged. Errors as in `read_weights`."""
+    return _checked(path, _named_tensors(path, _read(path)))
 
 
 def read_weights(path: str, *, which: str = "") -> tuple[dict[str, Tensor], str]:
-    """(state dict in a `.pt` or `.safetensors` file, local or remote; "ema" or "model" where it holds both and one was chosen, else "").
+    """(state dict in a local or remote `.pt` or `.safetensors` file; "ema" or "model" if it holds both and one was chosen, else "").
 
-    Local files are memory-mapped: reading costs no second copy in memory. A file may hold it inside others
-    (`{"state_dict": ...}`, a trainer's file with optimizer and counters) or with prefixed names ("module.", "_orig_mod.",
-    "model."): it is found, and the log says what was left out. Where it holds EMA weights and raw ones the EMA is
-    taken, or what `which` says ("ema" or "model"). Raises ValueError that names the file if it is missing, damaged, of
+    Local files are memory-mapped: reading costs no second copy in memory. The state dict may be nested
+    (`{"state_dict": ...}`, a trainer's file with optimizer and counters) or have prefixed names ("module.", "_orig_mod.",
+    "model."): it is found, and the log says which prefix was removed. Of EMA and raw weights in one file the EMA is taken
+    unless `which` ("ema" or "model") says otherwise. Raises ValueError that names the file if it is missing, damaged, of
     another kind, or would run code.
     """
     content = _read(path)
     flat = dict(_flattened(content))
     prefixes = [name.removesuffix(_ANCHOR) for name in flat if f".{name}".endswith(f".{_ANCHOR}")]
     if not prefixes:
-        return _whole(path, _any_network(path, content)), ""
-    unread = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
-    unread -= {prefix.split(".")[0] for prefix in prefixes}
-    if unread:
-        _log.info("%s: %s cannot be read as a network's EMA weights", path, ", ".join(sorted(unread)))
+        return _checked(path, _any_network(path, content)), ""
+    unread_ema = {name.split(".")[0] for name in flat if _AVERAGED.search(name.split(".")[0])}
+    unread_ema -= {prefix.split(".")[0] for prefix in prefixes}
+    if unread_ema:
+        _log.info("%s: %s cannot be read as a network's EMA weights", path, ", ".join(sorted(unread_ema)))
     prefix, taken = _choose(path, prefixes, which)
-    # Without those of networks further down.
+    # Without the tensors of other networks nested below this prefix.
     deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     names = [name for name in flat if name.startswith(prefix) and not name.startswith(deeper)]
-    return _whole(path, {name.removeprefix(prefix): flat[name] for name in names}), taken
+    return _checked(path, {name.removeprefix(prefix): flat[name] for name in names}), taken
 
 
 def _require_file(path: str) -> None:
@@ -77,8 +77,8 @@ def _read(path: str) -> Any:
     return _load_safetensors(path) if path.endswith(".safetensors") else load_object(path)
 
 
-def _whole(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state`; ValueError where a tensor claims more numbers than the file holds."""
+def _checked(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`; ValueError if a tensor claims more numbers than its storage in the file holds (a crafted or damaged file)."""
     for name, value in state.items():
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(
@@ -87,18 +87,18 @@ def _whole(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _flattened(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings by its names joined by dots, but for those of optimizers and the like."""
+def _flattened(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in nested containers, except in optimizers, schedulers and scalers; keys are joined by dots."""
     if isinstance(content, Tensor):
-        yield before.removesuffix("."), content
+        yield prefix.removesuffix("."), content
     elif isinstance(content, (Mapping, list, tuple)):
         for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):
             if isinstance(value, Tensor) or not _NO_WEIGHTS.match(str(name)):
-                yield from _flattened(value, f"{before}{name}.")
+                yield from _flattened(value, f"{prefix}{name}.")
 
 
 def _role(prefix: str) -> str:
-    """ "ema" or "model", by the last word of the prefix that distinguishes them; "model" without any."""
+    """ "ema" or "model", by the last part of the prefix that tells them apart; "model" if none does."""
     for word in reversed(prefix.split(".")):
         if _AVERAGED.search(word):
             return "ema"
@@ -108,7 +108,7 @@ def _role(prefix: str) -> str:
 
 
 def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
-    """(prefix of the wanted network, its role where there was a choice)."""
+    """(prefix of the wanted network; its role if the file holds EMA and raw weights, else "")."""
     by_role: dict[str, list[str]] = {}
     for prefix in sorted(prefixes, key=lambda prefix: prefix.count(".")):
         by_role.setdefault(_role(prefix), []).append(prefix)
@@ -116,7 +116,7 @@ def _choose(path: str, prefixes: Sequence[str], which: str) -> tuple[str, str]:
     role = which or ("ema" if "ema" in by_role else "model")
     other = "model" if role == "ema" else "ema"
     if role not in by_role:
-        if by_role == {"model": [""]}:  # a plain file does not say which it holds
+        if by_role == {"model": [""]}:  # a plain state dict does not say which weights it holds
             _log.info("%s holds one set of weights, so there is nothing to choose for --weights %s", path, which)
             return "", ""
         raise ValueError(f"--weights is {which!r}, but {path} holds {_KINDS[other]} only {names[other]}")
@@ -142,7 +142,7 @@ _KINDS = {"ema": "EMA weights", "model": "raw weights"}
 
 
 def _any_network(path: str, content: Any) -> dict[str, Tensor]:
-    """A state dict of a network of another family, in one wrapper or none."""
+    """The state dict of a network without the tensor _ANCHOR, at the top of the file or under a usual key, without wrapper prefixes."""
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -161,7 +161,7 @@ def _named_tensors(path: str, content: Any) -> dict[str, Tensor]:
 
 
 def load_object(path: str) -> Any:
-    """Whatever `torch.save` put into a file, as long as it is tensors and plain containers. Errors as `load_weights`."""
+    """Whatever `torch.save` put into a file, as long as it is tensors and plain containers. Errors as in `load_weights`."""
     _require_file(path)
     remote = storage.read_bytes(path) if storage.is_remote(path) else None
 
@@ -172,7 +172,7 @@ def load_object(path: str) -> Any:
     if zipped:
         _refuse_bomb(path, source())
     try:
-        # Trainers keep their flags beside the weights; a Namespace is a plain container.
+        # Training scripts often store their flags, an argparse.Namespace, beside the weights; it runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch < 1.6 are not zip archives and cannot be mapped into memory.
             mapped = True if zipped and remote is None else None
@@ -190,12 +190,12 @@ def load_object(path: str) -> Any:
 
 
 def _refuse_bomb(path: str, source: Any) -> None:
-    """ValueError for an archive that would unpack to more than it is: torch.save compresses nothing and shares no bytes."""
+    """ValueError for an archive whose members are compressed or larger than the file (a zip bomb): torch.save never writes these."""
     try:
         with zipfile.ZipFile(source) as archive:
             members = archive.infolist()
     except zipfile.BadZipFile:
-        return  # torch says what is wrong with it
+        return  # torch.load will report what is wrong with it
     size = storage.size(path)
     claimed = sum(member.file_size for member in members)
     if claimed > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -206,7 +206,7 @@ def _refuse_bomb(path: str, source: Any) -> None:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The texts that a `.safetensors` file carries beside its tensors, by name. Reads its header only.
+    """The texts that a `.safetensors` file carries beside its tensors, by name. Reads only the header.
 
     Raises ValueError that names the file where the header is cut short, larger than the file, or no JSON of that format.
     """
@@ -247,7 +247,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _diagnosis(path: str) -> str:
-    """Why a file is not what `torch.save` writes, from its first bytes."""
+    """Guess from its first bytes why a file is not one that `torch.save` wrote."""
     with storage.open_file(path, "rb") as file:
         start = file.read(64)
     if not start:
@@ -266,17 +266,17 @@ def _diagnosis(path: str) -> str:
 def load_weights_into(
     net: nn.Module, weights: Mapping[str, Tensor], source: str = "the state", *, assign: bool = False
 ) -> None:
-    """Strict `load_state_dict` whose error is a short list instead of a wall.
+    """Strict `load_state_dict` whose error lists only the first few differences of each kind.
 
     With `assign` the network takes the tensors themselves, in their dtype and memory: for networks built on the meta device.
     """
-    of_net = net.state_dict()
+    expected = net.state_dict()
     differences = {
-        "tensors missing": [name for name in of_net if name not in weights],
-        "unknown tensors": [name for name in weights if name not in of_net],
+        "tensors missing": [name for name in expected if name not in weights],
+        "unknown tensors": [name for name in weights if name not in expected],
         "of another shape": [
             f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in of_net.items()
+            for name, value in expected.items()
             if name in weights and value.shape != weights[name].shape
         ],
     }

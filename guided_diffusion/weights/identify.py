@@ -1,7 +1,7 @@
-"""Which configuration a file without one has: from names and shapes of its tensors, the released models, and the user's flags.
+"""The configuration of a file that stores none: from names and shapes of its tensors, the released models, and the user's flags.
 
-What shapes fix is read off them (`recognise`). What they cannot tell (heads, attention order, schedule) comes from a
-released model of exactly this layout or from the user; an assumption is logged.
+`recognise` reads off what shapes fix. What they cannot tell (heads, attention order, schedule) comes from the flags, or from the
+released model of exactly this layout; an assumption is logged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ KINDS = {"diffusion": "a diffusion model", "super_resolution": "an upsampler", "
 FREE = {
     "timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
 }  # fmt: skip
-# What no shape can tell about a denoising network, with both ways to give its heads.
+# What no shape can tell about a denoising network; the heads may be given by either of two flags.
 _OPEN = ("num_heads", "num_head_channels", *OPEN)
 
 
 def released_as(path: str, shapes: Shapes) -> tuple[Preset, bool] | None:
-    """The released model of this layout, and whether the file's name says so too; None for any other layout."""
+    """(the released model of this layout, whether the file has its name too); None for any other layout."""
     names = SIGNATURES.get(signature(shapes))
     if not names:
         return None
@@ -38,7 +38,7 @@ def released_as(path: str, shapes: Shapes) -> tuple[Preset, bool] | None:
 
 
 def require_kind(path: str, kind: str, needed: str | None) -> None:
-    """ValueError, in words, where a file is of another kind than the one needed."""
+    """ValueError if a file is of another kind than the `needed` one (None: any)."""
     if needed not in (None, kind):
         raise ValueError(f"{path} is {KINDS[kind]}; {KINDS[needed]} is needed here")
 
@@ -49,25 +49,25 @@ def identify(
     """The configuration of a file that carries none.
 
     `flags` are those the user typed, spelled as in 2021; `kind` is what is needed, None for any. Raises ValueError where the
-    file is of another kind, where a typed flag contradicts it (a short difference and the flag line that works), or where
-    something that shapes cannot tell was not typed (the candidates, and the flags to choose with).
+    file is of another kind, where a typed flag contradicts it (the message has the differences and flags that work), or where
+    something that shapes cannot tell was not typed (the message has the candidates, as flags).
     """
     flags = dict(flags or {})
     layout = inspect_shapes(shapes, kind=kind, image_channels=flags.get("image_channels"))
     kind, needed = layout.kind, kind
     require_kind(path, kind, needed)
     names = {*NETWORKS[kind].names(), *DiffusionConfig.names()}
-    # A classifier's tensors say nothing of the noise that it was trained on.
-    free = {*FREE, *(DiffusionConfig.names() if kind == "classifier" else ())}
-    use = {name: value for name, value in flags.items() if name in names & free}
-    typed = {name: value for name, value in flags.items() if name in names - free}
+    # A classifier's tensors say nothing about its noise process, so those flags cannot contradict them.
+    unchecked = {*FREE, *(DiffusionConfig.names() if kind == "classifier" else ())}
+    use = {name: value for name, value in flags.items() if name in names & unchecked}
+    typed = {name: value for name, value in flags.items() if name in names - unchecked}
     known = flags_of(layout, flags)
     preset, named = released_as(path, shapes) or (None, False)
     if preset is not None and preset.kind != kind:
         preset, named = None, False
 
-    # Name and layout are those of a released model: every flag must agree with it. Else only what shapes fix must be agreed with; if
-    # the layout is that of a release but other flags differ, the file was trained with other settings.
+    # If name and layout are those of a released model, every typed flag must agree with it. Else typed flags must agree with what shapes
+    # fix; if the layout is a released one and others of them differ, the file was trained with other settings.
     as_released = contradictions(RunConfig(preset.model, preset.diffusion), typed) if preset else {}
     wrong = as_released
     if not named:
@@ -91,7 +91,7 @@ def identify(
 
 
 def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Every flag that the layout fixes, with the sizes of `flags`, or the image size that its multipliers belong to."""
+    """Every flag that the layout fixes, with the image sizes in `flags`, or else the image size that has these multipliers by default."""
     known, upsampler = dict(layout.flags), layout.kind == "super_resolution"
     prefix, size_flag = "classifier_" * (layout.kind == "classifier"), "large_size" if upsampler else "image_size"
     size: Any = known.get("image_size") or flags.get(size_flag) or SIZE_OF_MULTIPLIERS.get(layout.multipliers)
@@ -108,7 +108,7 @@ def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse(path: str, wrong: Mapping[str, tuple[Any, str]], remedy: str = "") -> None:
-    """ValueError, in words, where there are `contradictions` of the file."""
+    """ValueError that lists the `contradictions` between a file and the flags, if there are any."""
     if wrong:
         own = flag_line({name: value for name, (value, _) in wrong.items()})
         raise ValueError(
@@ -118,13 +118,13 @@ def refuse(path: str, wrong: Mapping[str, tuple[Any, str]], remedy: str = "") ->
 
 
 def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """{flag: (value of the configuration, sentence)} of each typed flag that contradicts it. Another spelling of the same does not."""
+    """{flag: (value in `config`, message)} of each of `flags` that contradicts `config`; another spelling of the same value does not."""
     wrong = {}
     sections: tuple[Any, ...] = (config.model, config.diffusion)
     for values in sections:
         for name in (name for name in values.names() if name in flags and flags[name] != getattr(values, name)):
             typed = flags[name]
-            # `predict` would override `predict_xstart`; --num_classes 0, as counted in the data, contradicts nothing.
+            # `predict` would override `predict_xstart`. --num_classes 0 means that the data decide, and contradicts nothing.
             other = replace(values, **({"predict": ""} if name == "predict_xstart" else {}), **{name: typed})
             if _meaning(values, name) != _meaning(other, name) and (typed or name != "num_classes"):
                 value = values.reading["predicts"] if name == "predict" else getattr(values, name)
@@ -133,8 +133,8 @@ def contradictions(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, tup
 
 
 def _meaning(values: Any, name: str) -> Any:
-    """What a flag's value says, the same for all its spellings."""
-    if name.endswith("attention_resolutions"):  # sizes that the network never reaches change nothing
+    """The value of a flag in a form that is equal for all its spellings."""
+    if name.endswith("attention_resolutions"):  # resolutions that the network never reaches have no effect
         return {2**level for level in range(len(values.multipliers))} & set(values.attention_downsamplings)
     if name.endswith("channel_mult"):
         return values.multipliers
@@ -143,7 +143,7 @@ def _meaning(values: Any, name: str) -> Any:
     if name in ("predict", "predict_xstart"):
         return values.reading["predicts"]
     if name in ("num_heads", "num_heads_upsample") and values.num_head_channels != -1:
-        return None  # heads go by their channels
+        return None  # num_head_channels decides the heads
     if name == "num_heads_upsample" and values.num_heads_upsample == -1:
         return values.num_heads
     return getattr(values, name)
@@ -165,31 +165,31 @@ def _listed(text: Any) -> str:
 
 
 def _check_choices(path: str, layout: Layout, known: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
-    """ValueError with the candidates where something that shapes leave open was not typed.
+    """ValueError with the candidates if a flag is missing that shapes leave open.
 
-    Who typed any flag that shapes fix has typed a command line of 2021: what is missing in it has the defaults of 2021, and the log says
-    so. Else nothing is assumed.
+    If the user typed any flag that shapes fix, the flags are taken for a command line of 2021: missing ones have the defaults of 2021,
+    and a warning lists them. Otherwise nothing is assumed.
     """
     heads = "classifier_num_head_channels"
     if layout.kind == "classifier" and heads not in typed:
         _log.warning(
             f"{path}: taken to have 64 channels per attention head, as every classifier of 2021; --{heads} says otherwise"
         )
-    missing = [choice for choice in layout.open if not any(flag in {**typed, **known} for flag, _ in choice)]
+    missing = [options for options in layout.open if not any(flag in {**typed, **known} for flag, _ in options)]
     if not missing:
         return
     if not any(name in layout.flags for name in typed if name not in ("num_classes", "image_channels")):
-        lines = "\n  ".join(" | ".join(f"--{flag} {value}" for flag, value in choice) for choice in missing)
+        lines = "\n  ".join(" | ".join(f"--{flag} {value}" for flag, value in options) for options in missing)
         raise ValueError(
             f"{path} carries no configuration, and names and shapes cannot tell everything about it. Known from them: "
             f"{flag_line(known)}\nChoose one of each line (or let `guided-diffusion inspect {path} "
             f"--probe FOLDER_OF_IMAGES` decide by the denoising loss):\n  {lines}"
         )
     values = flatten(RunConfig.from_flags(layout.kind, {**typed, **known}).to_dict())
-    assumed = {flag: values[flag] for choice in missing for flag, _ in choice}
+    assumed = {flag: values[flag] for options in missing for flag, _ in options}
     _log.warning("%s: not typed and in no tensor's shape, so as by default in 2021: %s", path, flag_line(assumed))
 
 
 def flag_line(flags: Mapping[str, Any]) -> str:
-    """Flags as they are typed; what is empty or has no meaning on a command line is left out."""
+    """Flags as typed on a command line; those that are empty or None are left out."""
     return " ".join(f"--{name} {value}" for name, value in flags.items() if value not in ("", None))

@@ -1,4 +1,4 @@
-"""A path -> what its weights are, their tensors, and the network that holds them."""
+"""Load a file of weights or a run folder: its configuration, its tensors, and the network with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """A file of weights and what is known of it before its numbers are read."""
+    """A file of weights and what is known about it without reading its tensors; `certain` and `weights` as in `Loaded`."""
 
     path: str
     config: RunConfig | None
@@ -36,11 +36,10 @@ class Found:
     sha256: str = ""
     certain: bool = True
     weights: str = ""
-    """These two as in `Loaded`."""
 
 
 def find(path: str, *, weights: str = "") -> Found:
-    """The weights that `path` means: a file, or a run folder, whose newest EMA weights (or those of `weights`) are taken."""
+    """The file of weights at `path`: the file itself, or in a run folder the newest EMA weights (`weights`: "ema" or "model")."""
     if weights not in WEIGHTS:
         raise ValueError(f"--weights is {weights!r}; it must be one of {', '.join(map(repr, WEIGHTS))}")
     path = storage.expand(path)
@@ -48,12 +47,12 @@ def find(path: str, *, weights: str = "") -> Found:
         raise FileNotFoundError(f"{path!r}: no such file of weights or run folder")
     step = None
     if storage.isdir(path):
-        path, step = _in_folder(path, weights)
+        path, step = _newest_in_run(path, weights)
     else:
         role = (parse_name(path) or (weights,))[0].partition("_")[0]
         if weights and role in ("ema", "model") and role != weights:
-            raise ValueError(f"--weights is {weights!r}, but {path} holds the other ones; give the file you mean")
-    run = (_inside if path.endswith(".safetensors") else read_run_json)(path)
+            raise ValueError(f"--weights is {weights!r}, but {path} holds the other kind; give the file you mean")
+    run = (_embedded_run if path.endswith(".safetensors") else read_run_json)(path)
     if run is None:
         return Found(path, None, step=step)
     config = RunConfig.from_dict(run["kind"], run["config"]) if run["config"] else None
@@ -63,28 +62,28 @@ def find(path: str, *, weights: str = "") -> Found:
     return Found(path, config, names, run["step"], sha256)
 
 
-def _in_folder(folder: str, weights: str) -> tuple[str, int]:
+def _newest_in_run(folder: str, weights: str) -> tuple[str, int]:
     """(file of weights, step) of the newest save in a run folder."""
     saved = find_latest(folder)
     if saved is None or saved.model is None:
         raise ValueError(f"{folder} holds no save of a run; give a folder that training wrote, or a .pt file")
-    rate = None if weights == "model" else max(saved.ema, key=float, default=None)
-    if rate is None and weights == "ema":
+    decay = None if weights == "model" else max(saved.ema, key=float, default=None)
+    if decay is None and weights == "ema":
         raise ValueError(f"--weights is 'ema', but the newest save in {folder} kept no EMA weights")
-    if rate is None:
+    if decay is None:
         path, what = saved.model, "weights" if weights else "weights (no EMA was kept)"
     else:
-        path, what = saved.ema[rate], f"EMA weights (decay {rate})"
+        path, what = saved.ema[decay], f"EMA weights (decay {decay})"
     _log.info("taking the newest %s: %s", what, path)
-    if rate is not None and saved.step < 1 / (1 - float(rate)):
+    if decay is not None and saved.step < 1 / (1 - float(decay)):
         _log.info(
-            "note: after %d steps an EMA of decay %s still holds much of the first, random weights", saved.step, rate
+            "note: after %d steps an EMA of decay %s still holds much of the first, random weights", saved.step, decay
         )
     return path, saved.step
 
 
-def _inside(path: str) -> dict[str, Any] | None:
-    """What `convert` wrote into a safetensors file beside its tensors, or None for those of others."""
+def _embedded_run(path: str) -> dict[str, Any] | None:
+    """The metadata that `convert` wrote into a safetensors file; None in files that other programs wrote."""
     text = read_metadata(path).get("guided_diffusion")
     if text is None:
         return None
@@ -97,14 +96,14 @@ def _inside(path: str) -> dict[str, Any] | None:
 
 
 def fitted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as our networks keep them: float32, and attention as 1x1 Conv1d where a file has 1x1 Conv2d. Copies nothing else."""
+    """Weights in the form of our networks: float32, and attention as 1x1 Conv1d where a file has 1x1 Conv2d. Copies only for float32."""
     ends = (".qkv.weight", ".proj_out.weight")
     squeezed = {name for name, value in weights.items() if name.endswith(ends) and value.shape[2:] == (1, 1)}
     return {name: (value.squeeze(-1) if name in squeezed else value).float() for name, value in weights.items()}
 
 
 def network_of(config: RunConfig, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
-    """The network of a configuration with the tensors themselves as its weights: in eval mode, frozen."""
+    """The network of `config` that uses `tensors` themselves (no copies) as its weights: in eval mode, without gradients."""
     net = build.build_empty(config.model, config.diffusion)
     load_weights_into(net, tensors, source, assign=True)
     return net.eval().requires_grad_(False)
@@ -118,17 +117,17 @@ def read(
     weights: str = "",
     sizes: Mapping[str, int] | None = None,
 ) -> tuple[Found, dict[str, Tensor]]:
-    """(what the weights of `path` are, with their configuration; their tensors, float32). Arguments and errors as `load`.
+    """(`Found` of `path` with its configuration; the tensors, float32). Arguments and errors as in `load`.
 
-    `sizes`: flags of image sizes that need not be the file's, heeded where nothing else says for what size it is.
+    `sizes`: flags of image sizes that the file may contradict; used only if neither the file nor a released model tells its size.
     """
     found, flags = find(path, weights=weights), dict(flags or {})
     if found.config is not None and found.config.model.architecture != UNET:
         tensors, taken = read_own_weights(found.path), ""
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     else:
-        one = parse_name(found.path) is not None  # a save's file says by its name which it holds, and holds no others
-        tensors, taken = read_weights(found.path, which="" if one else weights)
+        is_save = parse_name(found.path) is not None  # such a file holds one set of weights, so there is no choice
+        tensors, taken = read_weights(found.path, which="" if is_save else weights)
         tensors = fitted(tensors)
     if found.config is None:
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -144,20 +143,20 @@ def read(
 
 
 def agree(config: RunConfig, flags: Mapping[str, Any], path: str) -> RunConfig:
-    """The file's configuration with those of `flags` that concern its use; ValueError where another one contradicts the file."""
+    """The file's configuration with the `flags` that concern only its use (`identify.FREE`); ValueError if others contradict it."""
     fixed = {name: value for name, value in flags.items() if name not in identify.FREE}
     identify.refuse(path, identify.contradictions(config, fixed))
 
-    def used(values: Any) -> Any:
+    def with_free(values: Any) -> Any:
         names = identify.FREE & set(flags) & set(values.names())
         return replace(values, **{name: flags[name] for name in names}).validate()
 
-    return replace(config, model=used(config.model), diffusion=used(config.diffusion))
+    return replace(config, model=with_free(config.model), diffusion=with_free(config.diffusion))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network with its weights, and what it is."""
+    """A network with its weights, its noise process and its configuration."""
 
     net: nn.Module
     process: Process
@@ -167,7 +166,7 @@ class Loaded:
     step: int | None = None
     sha256: str = ""
     certain: bool = True
-    """Whether the noise process was read from the file, not only assumed."""
+    """Whether the noise process is known; False for a classifier whose file stores no configuration."""
     weights: str = ""
     """ "ema" or "model" where the file holds both and one was chosen."""
 
@@ -212,13 +211,13 @@ def load(
     precision: str = "fp32",
     weights: str = "",
 ) -> Loaded:
-    """Read a network from a file or a run folder, ready to use: on `device`, in eval mode, its weights frozen.
+    """Load a network from a file or a run folder: on `device`, in eval mode, without gradients.
 
-    Files written here carry their configuration, released ones are known by their tensors; for others `flags` gives what
-    tensors cannot tell, spelled as in 2021. Flags that contradict the file are refused in words, and so is a file of another
-    `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are taken over. `precision` ""
-    follows use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds EMA weights and raw ones; else the
-    EMA is taken. On the CPU the network keeps the mapped file as its memory: do not overwrite the file in place.
+    Files written by this package store their configuration, released ones are recognised by their tensors; for others `flags`
+    gives what tensors cannot tell, spelled as in 2021. A ValueError refuses flags that contradict the file, and a file of another
+    `kind`; flags that do not concern the weights (--timestep_respacing, --use_fp16 ...) are applied. `precision` "" follows
+    use_fp16. `weights`, "ema" or "model", chooses where a file or folder holds EMA and raw weights; by default the EMA is taken.
+    On the CPU the network's weights may be the memory-mapped file: do not overwrite the file in place.
     """
     device = torch.device(device)
     found, tensors = read(path, kind=kind, flags=flags, weights=weights)
@@ -233,7 +232,7 @@ def load(
 
 
 def metadata_of(loaded: Loaded) -> dict[str, Any]:
-    """What a file in another form must carry to be loaded without a flag; `find` reads it."""
+    """The metadata that a converted file must store so that `load` needs no flags; `find` reads it."""
     is_file = not loaded.sha256 and os.path.isfile(loaded.path)
     return {
         "format": 1,
@@ -259,7 +258,7 @@ def save(loaded: Loaded, folder: str) -> str:
 
 
 def check_pair(model: Loaded, classifier: Loaded) -> None:
-    """ValueError, in words, unless the classifier was trained for what the diffusion model makes."""
+    """ValueError that lists the differences if the classifier was not trained for the images and noise of the diffusion model."""
     ours, theirs = model.config, classifier.config
     pairs: dict[str, tuple[Any, Any]] = {"image size": (ours.model.size, theirs.model.size)}
     pairs["image channels"] = (ours.model.image_channels, theirs.model.image_channels)

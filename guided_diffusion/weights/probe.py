@@ -1,4 +1,4 @@
-"""Which reading of a file is right where its tensors leave several: that under which the network denoises best. What a network costs."""
+"""Choose among the configurations (readings) that fit a file by the denoising loss of each. Count the operations of a network."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LEVELS = (0.99, 0.9, 0.6, 0.3, 0.05)  # alpha-bar: the part of the signal in the
 
 
 class Trial(NamedTuple):
-    """One reading of the file, and its denoising error: mean squared error of the noise, relative to its variance 1."""
+    """One reading of the file as flags, and its loss: mean squared error of the predicted noise (whose variance is 1)."""
 
     loss: float
     flags: dict[str, object]
 
 
 def known_of(path: str, shapes: Shapes, image_size: int = 0) -> dict[str, Any]:
-    """The flags that a generator's shapes fix, with the image size: that of its multipliers, where none is given."""
+    """The flags that a diffusion model's shapes fix, with the image size (0: the one that has these multipliers by default)."""
     layout = inspect_shapes(shapes)
     if layout.kind != "diffusion":
         raise ValueError(f"--probe compares denoising losses of a diffusion model; {path} is a {layout.kind} network")
@@ -40,14 +40,14 @@ def known_of(path: str, shapes: Shapes, image_size: int = 0) -> dict[str, Any]:
 
 
 def probe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], x0: Tensor) -> list[Trial]:
-    """Every reading of heads, attention order, schedule and time scale, best first.
+    """The loss of every reading of heads, attention order, noise schedule and time scale, best first.
 
-    tensors  of the file, as our networks keep them (`load.fitted`)
+    tensors  of the file, as from `load.fitted`
     known    as `known_of`
     x0       images like those of the network's training, float32 [N, C, H, W] in [-1, 1], on the device to compute on
 
-    Under a wrong reading the network estimates the noise worse. All readings get the same noised images, at five levels of
-    noise, each with the step at which its schedule has that level.
+    Under a wrong reading the network predicts the noise worse. All readings get the same noised images, at five noise levels, each
+    with the time step at which the reading's schedule has that level.
     """
     noise = Streams(0, EVALUATE, ids=range(len(x0)), device=x0.device).normal(x0.shape[1:])
     layout, trials = inspect_shapes({name: tuple(value.shape) for name, value in tensors.items()}), []
@@ -69,25 +69,25 @@ def probe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], x0: Tensor) -
 
 
 def readings(layout: Layout) -> Iterator[dict[str, object]]:
-    """Candidates that differ in what they compute; two ways of saying the same heads count once."""
+    """All readings that differ in what they compute; two flags for the same heads count once."""
     by_count: dict[tuple[int, ...], dict[str, object]] = {}
     for name, number in layout.open[0]:
         counts = tuple(w // number if name == "num_head_channels" else number for w in layout.attention_widths)
         by_count.setdefault(counts, {name: number})
     for counts, values in product(by_count, product(*OPEN.values())):
         flags = {**by_count[counts], **dict(zip(OPEN, values))}
-        # With one head everywhere both orders are the same, and a thousand steps scaled to a thousand are themselves.
+        # With one head both attention orders are the same; rescaling 1000 steps to 1000 changes nothing.
         one_head = flags["use_new_attention_order"] and max(counts) == 1
         if not one_head and not (flags["rescale_timesteps"] and flags["diffusion_steps"] == 1000):
             yield flags
 
 
-# Readings whose errors differ by less than this part cannot be told apart by a few images.
+# Readings whose losses differ by less than this fraction cannot be told apart with a few images.
 _NEAR = 0.01
 
 
 def verdict(trials: Sequence[Trial]) -> str:
-    """The five best readings, and in which flags all that are about as good as the best agree."""
+    """A report: the five best readings, and the flags in which all readings within `_NEAR` of the best agree."""
     lines = [f"  {trial.loss:.4f}  {flag_line(trial.flags)}" for trial in trials[:5]]
     near = [trial.flags for trial in trials if trial.loss <= trials[0].loss * (1 + _NEAR)]
     names = dict.fromkeys(name for flags in near for name in flags)
@@ -103,7 +103,7 @@ def verdict(trials: Sequence[Trial]) -> str:
 
 
 def conditions(model: Network, x: Tensor) -> dict[str, Tensor]:
-    """What a network is given beside images `x` and time: the first class and the last in turn, and every k-th pixel."""
+    """Conditioning of a network for images `x`: first and last class in turn; as low-resolution input every k-th pixel of `x`."""
     found: dict[str, Tensor] = {}
     if getattr(model, "class_cond", False):
         found["y"] = torch.arange(len(x), device=x.device) % 2 * max(0, classes_of(model) - 1)
@@ -114,7 +114,7 @@ def conditions(model: Network, x: Tensor) -> dict[str, Tensor]:
 
 
 def forward_flops(config: RunConfig) -> tuple[int, nn.Module]:
-    """(floating-point operations of one forward pass of one image, the network); a U-Net is on the meta device and computes nothing."""
+    """(floating-point operations of one forward pass of one image, the network); a U-Net is on the meta device, so nothing is computed."""
     model = config.model
     net = build.build_empty(model, config.diffusion)
     x = torch.zeros(1, model.image_channels, *model.size, device=next(net.parameters()).device)

@@ -1,6 +1,6 @@
-"""Names and shapes of tensors -> what they fix of a network, as the flags of 2021, and the flags that no shape can tell.
+"""Names and shapes of tensors -> the 2021 flags of the network that they determine, and the flags that they leave open.
 
-Needs no tensor, so a file is recognised before its numbers are read. The family covers the 2021 release, its predecessor
+It needs no tensor values. The family covers the 2021 release, its predecessor
 (improved-diffusion) and the consistency models, whose attention stores 1x1 Conv2d weights.
 """
 
@@ -21,7 +21,7 @@ Choice = tuple[tuple[str, Any], ...]
 
 # Image size that the 2021 default multipliers belong to (level widths relative to num_channels).
 SIZE_OF_MULTIPLIERS = {default_multipliers(size): size for size in (64, 128, 256, 512)}
-# What no shape tells of a generator besides its heads, with the usual values.
+# What shapes leave open of a denoising network besides its heads, with the usual values.
 OPEN: dict[str, tuple[object, ...]] = {
     "use_new_attention_order": (False, True),
     "noise_schedule": ("linear", "cosine"),
@@ -32,7 +32,7 @@ _SIZES = (32, 64, 128, 256, 512)
 
 
 class NotThisFamily(ValueError):
-    """The names are not those of a U-Net or classifier of this family."""
+    """Names or shapes are not those of a U-Net or classifier of this family."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Layout:
 
     kind            "diffusion", "super_resolution" or "classifier"
     flags           2021 flags (and num_classes, image_channels) that the shapes fix
-    multipliers     channels of each level, in those of the first convolution
+    multipliers     channels of each level, divided by those of the first convolution
     attention_ds    downsampling factors of the levels with attention: 1, 2, 4 ...
-    attention_widths  channels of every attention block: head counts must divide them
-    open            what shapes cannot tell; of a generator the heads are first
+    attention_widths  channels of each level with attention and of the middle block: head counts must divide them
+    open            what shapes cannot tell; for denoising networks the heads come first
     """
 
     kind: str
@@ -61,7 +61,7 @@ def normalise_keys(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def signature(shapes: Shapes) -> str:
-    """A short name of the set of tensor names and shapes; a renamed tensor or a changed shape changes it."""
+    """A hash of all tensor names and shapes, 16 hexadecimal digits."""
     lines = sorted(f"{name} {','.join(map(str, shape))}" for name, shape in normalise_keys(shapes).items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -69,7 +69,7 @@ def signature(shapes: Shapes) -> str:
 def inspect_shapes(shapes: Shapes, *, kind: str | None = None, image_channels: int | None = None) -> Layout:
     """Read the flags off a state dict's names and shapes.
 
-    If the numbers of channels allow several networks, it is the one with `image_channels` (and of `kind`), else the most common one.
+    If the numbers of channels fit several kinds of network, the one with `image_channels` (and of `kind`) is taken, else the likeliest.
     Raises NotThisFamily (a ValueError) that names the first thing missing or unexpected.
     """
     shapes = normalise_keys(shapes)
@@ -94,13 +94,13 @@ def _require(shapes: Shapes, name: str, ndim: int | None = None) -> tuple[int, .
     return shapes[name]
 
 
-def _blocks_with(shapes: Shapes, pattern: str) -> list[int]:
-    """The numbers that `pattern` captures at the start of names, sorted."""
+def _block_numbers(shapes: Shapes, pattern: str) -> list[int]:
+    """The block numbers that `pattern` captures at the start of tensor names, sorted."""
     return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
 
 
 def _count_blocks(shapes: Shapes, stem: str) -> int:
-    found = _blocks_with(shapes, rf"{stem}\.(\d+)\.")
+    found = _block_numbers(shapes, rf"{stem}\.(\d+)\.")
     for expected, number in enumerate(found):
         if number != expected:
             raise NotThisFamily(f"{stem}.{expected} is missing: the file is incomplete or not of this family")
@@ -110,9 +110,9 @@ def _count_blocks(shapes: Shapes, stem: str) -> int:
 def _levels(
     shapes: Shapes, width: int, depth: int, blocks: int
 ) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]:
-    """Multipliers by level, downsampling factors with attention, and attention widths, from the way down.
+    """(multipliers, attention_ds, attention_widths) of a `Layout`, from the input blocks.
 
-    After the first convolution each level has `depth` blocks and, but for the last, one that downsamples.
+    After the first convolution each level has `depth` residual blocks and, except the last, a downsampling block.
     """
     multipliers, attention, widths = [], [], []
     for level, first in enumerate(range(1, blocks, depth + 1)):
@@ -138,17 +138,17 @@ def _generator(shapes: Shapes, width: int, kind: str | None, image_channels: int
     blocks, blocks_up = _count_blocks(shapes, "input_blocks"), _count_blocks(shapes, "output_blocks")
     if blocks_up != blocks:
         raise NotThisFamily(f"{blocks} input blocks but {blocks_up} output blocks; they come in pairs")
-    # The last block of a level on the way up carries the upsampling: a Conv2d, or a second residual block.
-    resblocks = _blocks_with(shapes, r"output_blocks\.(\d+)\.[12]\.in_layers\.0\.weight$")
-    ups = resblocks or _blocks_with(shapes, r"output_blocks\.(\d+)\.[12]\.conv\.weight$")
-    depth = ups[0] if ups else blocks - 1
-    if depth < 1 or blocks % (depth + 1) or ups != list(range(depth, blocks - 1, depth + 1)):
-        raise NotThisFamily(f"upsampling after output blocks {ups} of {blocks}: not the regular levels of this family")
+    # The last output block of each level but the last also upsamples, with a Conv2d or a second residual block.
+    resblocks = _block_numbers(shapes, r"output_blocks\.(\d+)\.[12]\.in_layers\.0\.weight$")
+    upsampling = resblocks or _block_numbers(shapes, r"output_blocks\.(\d+)\.[12]\.conv\.weight$")
+    depth = upsampling[0] if upsampling else blocks - 1
+    if depth < 1 or blocks % (depth + 1) or upsampling != list(range(depth, blocks - 1, depth + 1)):
+        raise NotThisFamily(f"output blocks {upsampling} of {blocks} upsample: not the regular levels of this family")
     multipliers, attention, widths = _levels(shapes, width, depth, blocks)
     channels_in, channels_out = shapes["input_blocks.0.0.weight"][1], _require(shapes, "out.2.weight", 4)[0]
     readings = _readings(channels_in, channels_out)
-    fitting = [reading for reading in readings if reading[1] == image_channels and kind in (None, reading[0])]
-    kind, image_channels, learn_sigma = (fitting or readings)[0]
+    matching = [reading for reading in readings if reading[1] == image_channels and kind in (None, reading[0])]
+    kind, image_channels, learn_sigma = (matching or readings)[0]
     flags: dict[str, object] = {
         "num_channels": width,
         "num_res_blocks": depth,
@@ -160,7 +160,7 @@ def _generator(shapes: Shapes, width: int, kind: str | None, image_channels: int
     }
     if "label_emb.weight" in shapes:
         flags["num_classes"] = shapes["label_emb.weight"][0]
-    # Heads: either flag, where it divides every width with attention.
+    # Candidates for the heads, by either flag: values that divide the channels of every attention block.
     usual = [("num_head_channels", c) for c in (16, 32, 64, 128)] + [("num_heads", h) for h in (1, 2, 4, 8)]
     choices = [tuple((name, number) for name, number in usual if all(w % number == 0 for w in widths))]
     choices += [_choice(name, values) for name, values in OPEN.items()]
@@ -178,7 +178,7 @@ def _choice(name: str, values: tuple[object, ...]) -> Choice:
 def _readings(channels_in: int, channels_out: int) -> list[tuple[str, int, bool]]:
     """Every (kind, image channels, learned variance) that the channels allow, the likeliest first.
 
-    An upsampler is given the noisy image and the enlarged small one as channels of one input; a learned variance doubles the output.
+    An upsampler's input is the noisy image and the enlarged small one, joined as channels; a learned variance doubles the output channels.
     """
     kinds = [("diffusion", channels_in)]
     if channels_in % 2 == 0:
@@ -200,11 +200,11 @@ def _readings(channels_in: int, channels_out: int) -> list[tuple[str, int, bool]
 def _classifier(shapes: Shapes, width: int) -> Layout:
     blocks = _count_blocks(shapes, "input_blocks")
     pool, classes = _pool(shapes)
-    convolutions = _blocks_with(shapes, r"input_blocks\.(\d+)\.0\.op\.weight$")
+    convolutions = _block_numbers(shapes, r"input_blocks\.(\d+)\.0\.op\.weight$")
     depths = [depth for depth in range(1, blocks) if _depth_fits(shapes, depth, blocks, convolutions)]
     if not depths:
         raise NotThisFamily(f"{blocks} input blocks do not form the regular levels of this family")
-    # The 2021 multipliers settle which of several regular readings it is.
+    # Several depths may fit: prefer one whose multipliers are the default of some image size.
     usual = (depth for depth in depths if _levels(shapes, width, depth, blocks)[0] in SIZE_OF_MULTIPLIERS)
     depth = next(usual, depths[0])
     multipliers, attention, widths = _levels(shapes, width, depth, blocks)
@@ -219,10 +219,10 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
     }
     choices: tuple[Choice, ...] = ()
     if pool == "attention":
-        places = shapes["out.2.positional_embedding"][1] - 1
-        side = round(places**0.5)
-        if side * side != places:
-            raise NotThisFamily(f"out.2.positional_embedding has {places} places, which is no square")
+        positions = shapes["out.2.positional_embedding"][1] - 1
+        side = round(positions**0.5)
+        if side * side != positions:
+            raise NotThisFamily(f"out.2.positional_embedding has {positions} positions, which is no square number")
         flags["image_size"] = side * 2 ** (len(multipliers) - 1)
     elif multipliers in SIZE_OF_MULTIPLIERS:
         flags["image_size"] = SIZE_OF_MULTIPLIERS[multipliers]
@@ -232,7 +232,7 @@ def _classifier(shapes: Shapes, width: int) -> Layout:
 
 
 def _pool(shapes: Shapes) -> tuple[str, int]:
-    """(kind of pool, number of classes), by the output layer."""
+    """(pool, number of classes) from the output layer."""
     if "out.2.positional_embedding" in shapes:
         return "attention", _require(shapes, "out.2.c_proj.weight")[0]
     if "out.3.weight" in shapes:
@@ -243,10 +243,10 @@ def _pool(shapes: Shapes) -> tuple[str, int]:
 
 
 def _depth_fits(shapes: Shapes, depth: int, blocks: int, convolutions: list[int]) -> bool:
-    """Whether the input blocks can be levels of `depth` blocks with a downsampling between them.
+    """Whether the input blocks can form levels of `depth` residual blocks with a downsampling block between levels.
 
-    A convolution that downsamples has a name of its own. A residual block that does has the names of any other, but it keeps its
-    channels and has no attention. The blocks of one level agree in channels and attention.
+    A downsampling convolution has a tensor name of its own. A downsampling residual block is named like any other, but has as many
+    output as input channels and no attention. The residual blocks of one level have equal output channels and attention.
     """
     if blocks % (depth + 1):
         return False

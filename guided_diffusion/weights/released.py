@@ -1,6 +1,6 @@
-"""The fifteen models released in July 2021, as data: where they are, what they are, how to sample and what to expect.
+"""The fifteen models released in July 2021, as data: URLs, flags, published ways of sampling and their scores.
 
-Figures are FID, sFID, precision, recall of 50,000 samples, from Tables 5, 6 and 14 of Dhariwal & Nichol (2021),
+Scores are FID, sFID, precision, recall of 50,000 samples, from Tables 5, 6 and 14 of Dhariwal & Nichol (2021),
 https://arxiv.org/abs/2105.05233.
 """
 
@@ -66,12 +66,12 @@ class Preset:
 
     @property
     def diffusion(self) -> DiffusionConfig:
-        """The noise process the network was trained on. A classifier's is that of the generators of its size."""
+        """The noise process the network was trained on; a classifier has that of the diffusion models of its image size."""
         return DiffusionConfig.from_flags(self.flags)
 
 
 _STACK = "of the whole stack: samples of the base model, then 250 steps of upsampling; base"
-# Of each model the paper's main result first.
+# Each model's main result in the paper comes first.
 _RECIPES = (
     ("64x64_diffusion", Recipe("250", 0.0, Scores(2.07, 4.29, 0.74, 0.63))),
     ("64x64_diffusion", Recipe("250", 1.0, None, note="guidance makes this size worse in FID")),
@@ -167,7 +167,7 @@ _ALL = (
     _classifier(512),
 )
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
-# sha256 over the sorted "name shape" lines of each released file, first 16 digits. Files that share a layout share the digits.
+# sha256 over the sorted "name shape" lines of each released file, first 16 digits. Files with equal layouts have equal digits.
 SIGNATURES: dict[str, tuple[str, ...]] = {
     "af57c12d0be8b4f4": ("64x64_diffusion",),
     "44eb5c6a285f9d17": ("128x128_diffusion",),
@@ -184,7 +184,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def get(name: str) -> Preset:
-    """The preset of a name or file name; ValueError lists the names."""
+    """The preset with this name or file name; ValueError lists the names."""
     preset = PRESETS.get(name.removesuffix(".pt"))
     if preset is None:
         raise ValueError(f"no released model is called {name!r}; there are {', '.join(PRESETS)}")
@@ -192,10 +192,10 @@ def get(name: str) -> Preset:
 
 
 def fetch(preset: Preset, cache: str) -> str:
-    """The path of the released file: as it lies in `cache`, else downloaded into it with a progress bar.
+    """The path of the released file in the folder `cache`, after a download with a progress bar if it is not there.
 
-    A download is checked twice: its length against the server's word, and its tensors' names and shapes against the released
-    layout (2021 published no checksums; the sha256 of what came is logged). ConnectionError says which file to place where.
+    A download is checked twice: its length against the server's, and its tensors' names and shapes against the released layout
+    (2021 published no checksums; the SHA-256 of the download is logged). ConnectionError says which file to place where.
     """
     target = os.path.join(cache, preset.file)
     if not os.path.isfile(target):

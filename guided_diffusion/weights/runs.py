@@ -1,10 +1,10 @@
-"""The state of a run as files: the 2021 file names, plus one JSON file per save that makes them complete.
+"""Saves of a training run: files with the names of 2021, plus one JSON file per save with all that they lack.
 
 A save at step 10000 ("step" = updates completed) is, in this order of writing,
 
     opt010000.pt   ema_0.9999_010000.pt   model010000.pt   run010000.json
 
-each written under another name and renamed when whole. The JSON comes last: a save without it was interrupted. It holds
+each written under a temporary name and renamed when complete. The JSON comes last: a save without it was interrupted. It holds
 the configuration, the counters, and size and SHA-256 of the other files. The `.pt` files are what 2021 code writes and
 reads: plain state dicts, float32.
 """
@@ -50,25 +50,25 @@ def parse_name(path: str) -> tuple[str, int] | None:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """One save of a run, found on disk; the large files are read when asked for."""
+    """One save of a run on disk: the paths of its large files, and the content of its JSON file."""
 
     directory: str
     step: int
     model: str | None
-    """Path of the weights; the other paths likewise."""
+    """Path of the weights: the raw ones, unless a file of EMA weights was given. `ema` maps decays to paths, `optimizer` is a path."""
     ema: dict[str, str] = field(default_factory=dict)
     optimizer: str | None = None
     kind: str | None = None
     config: dict[str, Any] | None = None
     class_names: tuple[str, ...] = ()
     state: dict[str, Any] | None = None
-    """Counters, loss scale and the like; None or empty for saves of 2021 and of `save`, which lack them."""
+    """Counters, loss scale and the like; None or empty for saves of 2021 and of `load.save`, which have none."""
     started_from: str = ""
-    """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record, never an instruction."""
+    """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record: no later start reads that file."""
 
     @property
     def is_unet(self) -> bool:
-        """Whether the network is ours, whose names of tensors may have the prefixes of wrappers; those of others are as they are."""
+        """Whether the network is this package's U-Net: only its tensor names may have the prefixes of DDP and torch.compile."""
         return not any(name.endswith("architecture") for name in (self.config or {}).get("model", {}))
 
 
@@ -77,7 +77,7 @@ class SavedRun:
 
 
 class _Hashing:
-    """A file that also counts and hashes what passes through, so that nothing is read twice; `error`: the last of `write`."""
+    """A file that counts and hashes the bytes written, so that they need not be read again; `error`: the last OSError of `write`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha, self.bytes = file, hashlib.sha256(), 0
@@ -111,24 +111,24 @@ def save_run(
 ) -> str:
     """Write one save and return the path of its JSON file. Call it on one process only. Raises OSError if it cannot write.
 
-    `ema` maps rates, written as in the file name, to state dicts. `state` may hold numbers, strings, lists, dicts,
+    `ema` maps decays, spelled as in the file name, to state dicts. `state` may hold numbers, strings, lists, dicts,
     tensors and arrays; all are restored exactly.
     """
     storage.makedirs(directory)
-    averaged = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
-    parts = {**({} if optimizer is None else {"opt": optimizer}), **averaged, "model": model}
-    receipts = {}
+    ema_parts = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
+    parts = {**({} if optimizer is None else {"opt": optimizer}), **ema_parts, "model": model}
+    checksums = {}
     for role, content in parts.items():
         name = file_name(role, step)
         with storage.atomic_write(storage.join(directory, name)) as file:
             hashing = _Hashing(file)
             try:
                 torch.save(dict(content), cast(IO[bytes], hashing))
-            except RuntimeError:  # torch hides a full disk behind "unexpected pos"
+            except RuntimeError:  # torch reports a full disk as "unexpected pos"
                 if hashing.error is None:
                     raise
                 raise hashing.error from None
-        receipts[name] = {"bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
+        checksums[name] = {"bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
 
     run = {
         "format": FORMAT,
@@ -138,7 +138,7 @@ def save_run(
         "class_names": list(class_names),
         "started_from": started_from,
         "state": _encode(dict(state or {})),
-        "files": receipts,
+        "files": checksums,
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
     path = storage.join(directory, file_name("run", step))
@@ -151,7 +151,7 @@ def save_run(
 
 
 def saves_in(directory: str) -> dict[int, dict[str, str]]:
-    """The saves in a folder by step, the oldest first: the path of each file by its role. {} where there is no such folder."""
+    """The saves in a folder by step, the oldest first: the path of each file by its role. {} if the folder does not exist."""
     saves: dict[int, dict[str, str]] = {}
     for name in storage.listdir(directory) if storage.isdir(directory) else ():
         # "model2.pt" is no name that a save has: its files would not be found again.
@@ -161,7 +161,7 @@ def saves_in(directory: str) -> dict[int, dict[str, str]]:
 
 
 def read_run_json(path: str) -> dict[str, Any] | None:
-    """The JSON of the save that the file `path` belongs to, or None."""
+    """The JSON of the save that the file `path` belongs to; None if there is none."""
     parsed = parse_name(path)
     if parsed is None:
         return None
@@ -186,9 +186,9 @@ def remove_save(path: str) -> None:
 
 
 def last_before_bad_steps(directory: str, step: int) -> int | None:
-    """The step of the newest save up to `step` in a folder that was not taken in a row of bad steps; None if there is none.
+    """The step of the newest save up to `step` in a folder that was not made within a run of bad steps; None if there is none.
 
-    Its files are not looked at: no more is asked of a save than what stands in its JSON file.
+    Only the JSON files are read; the other files are not checked.
     """
     for earlier, files in reversed(saves_in(directory).items()):
         if earlier <= step and "run" in files:
@@ -199,9 +199,9 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
 
 
 def find_latest(directory: str) -> SavedRun | None:
-    """The newest save in a folder that is whole, or None. Damaged and interrupted ones are passed over; the log says why.
+    """The newest complete save in a folder, or None. Damaged and interrupted saves are skipped; the log says why.
 
-    Folders written by 2021 code have no JSON; there the newest `model*.pt` that can be read counts.
+    Folders written by 2021 code have no JSON; there it is the newest `model*.pt` that can be read.
     """
     saves = saves_in(directory)
     of_2021 = not any("run" in files for files in saves.values())
@@ -212,17 +212,17 @@ def find_latest(directory: str) -> SavedRun | None:
             if "model" in files:
                 if not of_2021:
                     raise ValueError(f"it was interrupted (no {file_name('run', step)})")
-                load_weights(files["model"])  # without sizes and hashes all that can be checked
-                return _opened(directory, step, files)
+                load_weights(files["model"])  # without sizes and hashes, reading it is the only check
+                return _saved_run(directory, step, files)
         except ValueError as error:  # noqa: PERF203 - a loop over few saves
             _log.warning("passing over the save at step %d in %s: %s", step, directory, error)
     return None
 
 
 def load_run(resume: str) -> SavedRun | None:
-    """The save that `resume` means: a folder (its newest whole save, None if it has none), or any file of a save but its EMA weights.
+    """The save at `resume`: in a folder the newest complete one (None if it has none), else the one that the file belongs to.
 
-    EMA weights, and a file that belongs to no save, such as a released checkpoint, give their weights at step 0.
+    A file of EMA weights, or one that belongs to no save (a released checkpoint), gives a save of its weights alone, at step 0.
     """
     resume = storage.expand(resume)
     if storage.isdir(resume):
@@ -237,7 +237,7 @@ def load_run(resume: str) -> SavedRun | None:
     if "run" in files:
         return _open_complete(directory, step)
     if "model" in files:
-        return _opened(directory, step, files)
+        return _saved_run(directory, step, files)
     if role == "opt":
         raise ValueError(f"cannot resume from {resume}: {file_name('model', step)} is not beside it")
     what = "holds EMA weights: taking them" if is_ema else "belongs to no save: taking its weights"
@@ -249,20 +249,20 @@ def _open_complete(directory: str, step: int) -> SavedRun:
     """A save with its JSON, every file checked for size and SHA-256. ValueError names the first file that fails."""
     run = _read_json(storage.join(directory, file_name("run", step)))
     files = {}
-    for name, receipt in run["files"].items():
+    for name, noted in run["files"].items():
         path = storage.join(directory, name)
         if not storage.exists(path):
             raise ValueError(f"{path} is missing")
-        if storage.size(path) != receipt["bytes"]:
-            raise ValueError(f"{path} has {storage.size(path)} bytes instead of {receipt['bytes']}")
-        if storage.sha256_of(path) != receipt["sha256"]:
+        if storage.size(path) != noted["bytes"]:
+            raise ValueError(f"{path} has {storage.size(path)} bytes instead of {noted['bytes']}")
+        if storage.sha256_of(path) != noted["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
         files[(parse_name(name) or (name,))[0]] = path
     try:
         state = _decode(run["state"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"the state in {file_name('run', step)} cannot be read ({error})") from error
-    return _opened(
+    return _saved_run(
         directory,
         run["step"],
         files,
@@ -274,8 +274,8 @@ def _open_complete(directory: str, step: int) -> SavedRun:
     )
 
 
-def _opened(directory: str, step: int, files: Mapping[str, str], **about: Any) -> SavedRun:
-    """The save of these files, by role; those of 2021 say nothing else `about` it."""
+def _saved_run(directory: str, step: int, files: Mapping[str, str], **about: Any) -> SavedRun:
+    """The `SavedRun` of these files, {role: path}; `about`: its other fields, which saves of 2021 lack."""
     ema = {role.removeprefix("ema_"): path for role, path in files.items() if role.startswith("ema_")}
     return SavedRun(directory, step, files.get("model"), ema, files.get("opt"), **about)
 

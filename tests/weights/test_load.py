@@ -194,7 +194,7 @@ def test_weights_of_a_run_folder_are_chosen(tmp_path: Path) -> None:
     for which, expected in (("", ema), ("ema", ema), ("model", raw)):
         found = gd.load(str(tmp_path), weights=which).net.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    with pytest.raises(ValueError, match=r"--weights is 'ema', but .*model000009.pt holds the other ones"):
+    with pytest.raises(ValueError, match=r"--weights is 'ema', but .*model000009.pt holds the other kind"):
         gd.load(str(tmp_path / "model000009.pt"), weights="ema")
     with pytest.raises(ValueError, match=r"--weights is 'raw'; it must be one of '', 'ema', 'model'"):
         gd.load(str(tmp_path), weights="raw")

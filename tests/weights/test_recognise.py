@@ -75,7 +75,7 @@ def test_foreign_files_are_told_by_their_first_names() -> None:
     with pytest.raises(NotThisFamily, match="gives 500 numbers for 192 channels"):
         inspect_shapes({**shapes, "input_blocks.1.0.emb_layers.1.weight": (500, 768)})
     critic = shapes_of("64x64_classifier")
-    with pytest.raises(NotThisFamily, match="which is no square"):
+    with pytest.raises(NotThisFamily, match="which is no square number"):
         inspect_shapes({**critic, "out.2.positional_embedding": (512, 64)})
     with pytest.raises(NotThisFamily, match="no output head"):
         inspect_shapes(without(critic, "out."))
