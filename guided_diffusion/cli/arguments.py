@@ -1,4 +1,4 @@
-"""Flags: a parser made from configs. Loads no torch."""
+"""Command-line flags: the parser that is made from configuration dataclasses. Does not load torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..runtime import launchers, storage
 
 _HELP = partial(argparse.HelpFormatter, max_help_position=36, width=120)
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-LAST = "for weights that carry no configuration"  # the group of all other flags of a command that reads weights
-# The groups of --help: title -> flags. A command shows those that it has; flags in no group are in the last one.
+LAST = "for weights that carry no configuration"  # the last group of a command that reads weights: all flags in no other group
+# Groups of --help: title -> flags. A command lists those of its own; all its flags in no group come into the last one.
 SAMPLING = {
     "what is made": "num_samples seed classes labels base_samples requests",
     "guidance": "classifier_path classifier_scale upsampler_classifier_path upsampler_classifier_scale",
@@ -33,7 +33,7 @@ SAMPLING = {
 MEASURING = {
     "what is measured": "data_dir num_samples seed labels on_error workers",
     **{title: names for title, names in SAMPLING.items() if title not in ("what is made", "guidance", LAST)},
-    "of training alone, without a use here": "val_data_dir val_fraction random_crop random_flip",
+    "for training only, without effect here": "val_data_dir val_fraction random_crop random_flip",
     LAST: "",
 }
 TRAINING = {
@@ -49,7 +49,7 @@ TRAINING = {
 
 
 class _ImportProgram(argparse.Action):
-    """`--import`: what it names, FILE.py or a module, is imported as soon as it is read."""
+    """`--import FILE.py` or `--import MODULE`: import it while the command line is parsed."""
 
     def __call__(self, parser: Any, namespace: Any, program: Any, option_string: Any = None) -> None:
         if program.endswith(".py"):
@@ -58,7 +58,7 @@ class _ImportProgram(argparse.Action):
         try:
             importlib.import_module(program)
         except ModuleNotFoundError as error:
-            if error.name != program.partition(".")[0]:
+            if error.name != program.partition(".")[0]:  # what is missing is not the program
                 raise
             raise ValueError(f"--import {program}: there is no such module; give FILE.py or an installed one") from None
 
@@ -69,7 +69,7 @@ def _import_file(path: str) -> None:
     if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise ValueError(f"--import {path}: there is no such file")
     module = importlib.util.module_from_spec(spec)
-    # What it defines can be found again by its name, here and in processes that read images: pickle does so.
+    # pickle looks up what the file defines by its module name, here and in the data loader's processes.
     sys.modules[name] = module
     sys.path.append(os.path.dirname(os.path.abspath(path)))
     spec.loader.exec_module(module)
@@ -77,16 +77,16 @@ def _import_file(path: str) -> None:
 
 @dataclass(frozen=True)
 class Common(Section):
-    """Flags of every command that starts processes."""
+    """Flags of every command that computes on a device."""
 
     device: str = flag("auto", "auto, cpu or cuda")
     debug: bool = flag(False, "show where an error came from")
 
 
 class Parsed(NamedTuple):
-    """What the user asked for."""
+    """The values of a command's flags."""
 
-    flags: dict[str, Any]  # every flag: typed, else from --config, else the default
+    flags: dict[str, Any]  # all flags: as typed, else from --config, else the default
     typed: dict[str, Any]  # only those on the command line or in --config
 
 
@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--import", action=_ImportProgram, default=argparse.SUPPRESS, metavar="FILE", help=help)
 
     def flag(self, name: str, default: Any, help: str, **options: Any) -> None:
-        """Add `--NAME`, of the type of its default; one whose default is False takes no value."""
+        """Add `--NAME VALUE`, with the type of its default; or `--NAME` without a value if the default is False."""
         if default is False:
             self.add_argument(f"--{name}", action="store_true", help=help)
         else:
@@ -119,18 +119,18 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     groups: Mapping[str, str] = TRAINING,
 ) -> Parsed:
-    """Read the flags of the dataclasses `configs` and of `Common`; where two have a field of one name, the first counts.
+    """Read the flags of the dataclasses `configs` and of `Common`; where two have a field of the same name, the first counts.
 
-    `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over
-    the file, the file over `defaults`, those over the configs' own. `--save-interval` and `--save_interval` are one flag.
-    `groups` are those of --help: title -> flags; the last group has all others.
+    `--config FILE` gives values from a JSON file: flags, sections, or the file beside a checkpoint. Typed flags win over the file,
+    the file over `defaults`, `defaults` over those of the configs. `--save-interval` is the same as `--save_interval`.
+    groups: those of --help, title -> flags; the last one has all other flags.
     """
     known: dict[str, Field[Any]] = {}
     for field in (field for config in (*configs, Common) for field in fields(config) if "help" in field.metadata):
         known.setdefault(field.name, field)
     default = {name: (defaults or {}).get(name, field.default) for name, field in known.items()}
     parser = Parser(program, description, formatter_class=_HELP)
-    in_help = not {"-h", "--help"}.isdisjoint(argv)  # only then tables are read
+    in_help = not {"-h", "--help"}.isdisjoint(argv)  # only --help lists the keys of tables, whose import takes time
     grouped = " ".join(groups.values()).split()
     for title, names in groups.items():
         group = parser.add_argument_group(title)
@@ -142,7 +142,9 @@ def parse(
     arguments, unknown = parser.parse_known_args(_present_names(argv, known))
     if unknown:
         raise ValueError(_unknown(unknown[0], known))
-    typed = {key: value for key, value in vars(arguments).items() if key != "config"}
+    typed = {
+        key: value for key, value in vars(arguments).items() if key != "config"
+    }  # defaults are suppressed in `_add`
     if arguments.config:
         stored, typed_now = _from_file(arguments.config, known), typed
         typed = laid_over(stored, typed_now)
@@ -167,7 +169,7 @@ def str2bool(v: str | bool) -> bool:
         return v
     if v.lower() in _TRUE + _FALSE:
         return v.lower() in _TRUE
-    raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; say one of {' '.join(_TRUE + _FALSE)}")
+    raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; give one of {' '.join(_TRUE + _FALSE)}")
 
 
 def int_or_auto(text: str) -> int | str:
@@ -198,7 +200,7 @@ def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
 
 
 def _present_names(argv: Sequence[str], known: Mapping[str, Field[Any]]) -> list[str]:
-    """--save-interval=5 -> --save_interval=5, and flags that have been renamed by their present name; values stay as they are."""
+    """Replace hyphens in flag names by underscores, and earlier names of renamed flags by the present ones; values stay."""
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
@@ -219,13 +221,13 @@ def _from_file(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold an object of flags or sections, not a {type(values).__name__}")
     values = values["config"] if isinstance(values.get("config"), dict) else values
-    # In the file of another command (a training run's, given to `sample`) the sections on data and training are not meant.
+    # A training run's file may be given to a command without such flags, such as `sample`: ignore its sections data and train.
     if set(values) <= {"model", "diffusion", "data", "train"} and "data_dir" not in known:
         for name in {"data", "train"}.intersection(values):
             if isinstance(values[name], dict) and not set(values[name]) <= set(known):
                 values = {other: section for other, section in values.items() if other != name}
     flat = {name: storage.expand(value) if isinstance(value, str) else value for name, value in flatten(values).items()}
-    if isinstance(values.get("train"), dict):  # a stored run's: what it was once started from is no instruction
+    if isinstance(values.get("train"), dict):  # of a stored run; what that started from is not to be used again
         flat.pop("resume_checkpoint", None)
     if unknown := [name for name in flat if name not in known]:
         raise ValueError(f"--config {path}: {_unknown('--' + unknown[0], known)}")

@@ -1,4 +1,4 @@
-"""`guided-diffusion data check DIR` and `guided-diffusion data pack DIR OUT`: look at images before a run, and prepare them once."""
+"""`guided-diffusion data check DIR` tests every image before a run; `guided-diffusion data pack DIR OUT` decodes and crops them once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str], program: str) -> int:
-    """`argv` after the word `data`; the exit code."""
+    """Run `data check` or `data pack` (argv: the words after `data`); returns the exit code."""
     commands = {"check": check, "pack": pack}
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {program} {{{','.join(commands)}}} ...\n\n{__doc__}")
@@ -26,9 +26,9 @@ def main(argv: Sequence[str], program: str) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    """Decode every image and print what is there. Exit code 1 if some cannot be read."""
+    """Decode every image and print what the folder holds. Exit code 1 if some images cannot be read."""
     args = _parser("check", check.__doc__).parse_args(argv)
-    records, bar = _list(args)
+    records, bar = _list_images(args)
     from ..data import check as checking
 
     with bar:
@@ -46,7 +46,7 @@ def pack(argv: Sequence[str]) -> int:
     parser.flag("channels", 3, "1 grey, 2 grey + alpha, 3 RGB, 4 RGBA", choices=(1, 2, 3, 4))
     parser.flag("skip-unreadable", False, "leave out images that cannot be read instead of stopping")
     args = parser.parse_args(argv)
-    records, bar = _list(args)
+    records, bar = _list_images(args)
     from ..data import packed
 
     on_error = "skip" if args.skip_unreadable else "raise"
@@ -76,8 +76,8 @@ def _size(text: str) -> int | tuple[int, int]:
     return (height, width[0]) if width else height
 
 
-def _list(args: argparse.Namespace) -> tuple[Records, Any]:
-    """The records that the command line asks for, printed, and a progress bar over them."""
+def _list_images(args: argparse.Namespace) -> tuple[Records, Any]:
+    """List and describe the images of `args.source`; returns their records and a progress bar over them."""
     from tqdm import tqdm
 
     from ..data.check import describe_records

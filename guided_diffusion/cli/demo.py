@@ -1,7 +1,7 @@
-"""`guided-diffusion demo`: the whole main job on real handwritten digits, without a download.
+"""`guided-diffusion demo`: train a diffusion model and a classifier on handwritten digits, sample, score; without a download.
 
 The 1,797 digits of 8x8 pixels that scikit-learn ships (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
-Digits, UCI Machine Learning Repository, 1998; CC BY 4.0) become image files; from there on every step is a command that
+Digits, UCI Machine Learning Repository, 1998; CC BY 4.0) are written as image files. Training and sampling then are commands that
 a user could type.
 """
 
@@ -32,7 +32,7 @@ PLAN = {
     "--log_interval 50 --eval_interval 50",
     "sample": "--num_samples 400 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50",
 }
-# What --quick adds: of a flag that is given twice the later one counts.
+# Flags that --quick appends; of a flag given twice, the last value counts.
 QUICK = {
     "train": "--lr_anneal_steps 60 --save_interval 30 --sample_interval 60 --log_interval 10 --batch_size 16",
     "train-classifier": "--iterations 60 --save_interval 60 --log_interval 10 --eval_interval 30",
@@ -41,7 +41,7 @@ QUICK = {
 
 
 def main(argv: Sequence[str], program: str) -> int:
-    """Run the demo; returns 0. `--quick` is the same journey with a network and a patience too small to be good."""
+    """Run the demo; returns 0. `--quick` takes the same steps with too little training for good samples."""
     parser = Parser(program, __doc__)
     parser.flag("out", "runs/demo", "folder for everything that is made")
     parser.flag("quick", False, "a minute instead of ten, digits not yet readable")
@@ -55,12 +55,12 @@ def main(argv: Sequence[str], program: str) -> int:
     seconds: dict[str, float] = {}
 
     def lap(what: str) -> None:
-        """Print and keep the wall seconds of the part that ends now."""
+        """Print and store the wall-clock seconds since the last lap."""
         seconds[what] = round(time.monotonic() - began - sum(seconds.values()), 1)
         print(f"== {what}: {seconds[what]:.1f} s", flush=True)
 
     def run(command: str, *flags: str) -> None:
-        """Run a command of ours in this process, printed as a user would type it."""
+        """Print a guided-diffusion command as a user would type it, and run it in this process."""
         plan = PLAN[command] + (f" {QUICK[command]}" if args.quick else "")
         words = [command, *flags, "--seed", str(args.seed), "--device", args.device, *plan.split()]
         print("\n$ guided-diffusion " + " ".join(words), flush=True)
@@ -138,7 +138,7 @@ def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
 
 
 def print_table(rows: list[dict[str, float]]) -> None:
-    """The table that readers of the paper know: variety against fidelity, by guidance scale."""
+    """Print the scores by guidance scale: fidelity (precision) against diversity (recall), as in the paper."""
     print("\n scale  FD (lower is better)  precision  recall  classifier accuracy")
     for row in rows:
         scale, fd, precision, recall, accuracy = row.values()
@@ -163,7 +163,7 @@ def write_picture(out: Path, scale: float) -> None:
 
 
 def write_plots(out: Path, rows: list[dict[str, float]]) -> None:
-    """`curves.png` of both trainings, and `trade.png` of the table; neither without matplotlib."""
+    """Write `curves.png` (both training runs) and `trade.png` (scores by guidance scale), if matplotlib is installed."""
     import csv
 
     try:

@@ -1,8 +1,8 @@
-"""`guided-diffusion doctor`: what would go wrong with this run on this machine, asked before it starts.
+"""`guided-diffusion doctor`: find out before a training run starts what would fail on this machine.
 
-Takes the flags of the training command, `--kind` and `--measure`, and resolves them as it does. Starts the same processes (`torchrun ...
-doctor`, `mpiexec -n 8 ... doctor`), reads a little of the data, predicts memory and disk, prints one table; exit code 1 if something
-would fail.
+It takes the flags of the training command, `--kind` and `--measure`, and resolves them as training does. Start it with as many
+processes as the run (`torchrun ... doctor`, `mpiexec -n 8 ... doctor`). It reads a little of the data, predicts memory and disk
+space, and prints one table; exit code 1 if something would fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DoctorFlags(train.StartFlags):
     Start the same processes (`torchrun ... doctor`); exit code 1 if something would fail."""
 
     kind: str = flag("diffusion", "diffusion, super_resolution or classifier")
-    out: str = flag("", "the run folder, whose disk is looked at; empty = working directory")
+    out: str = flag("", "the run folder, whose free disk space is checked; empty = working directory")
     measure: bool = flag(False, "also take a few training steps on noise: images per second, memory, days")
     timeout_s: float = flag(300.0, "seconds that a process waits for the others before it ends with an error")
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str], program: str = "guided-diffusion doctor") -> int:
     first = Parser(add_help=False)
     first.add_argument("--kind", default="diffusion")
     kind = first.parse_known_args(argv)[0].kind
-    RunConfig.sections(kind)  # complains about an unknown kind
+    RunConfig.sections(kind)  # raises ValueError for an unknown kind
     parsed = train.flags(argv, kind, program, start=DoctorFlags)
 
     from ..runtime import doctor
@@ -60,8 +60,8 @@ def main(argv: Sequence[str], program: str = "guided-diffusion doctor") -> int:
         gathered = world.all_gather_object((local, shared), "doctor: findings")
         findings = [
             finding._replace(what=f"device {rank}") if world.size > 1 and finding.what == "device" else finding
-            for rank, (own, _) in enumerate(gathered)
-            for finding in own
+            for rank, (of_rank, _) in enumerate(gathered)
+            for finding in of_rank
         ] + gathered[0][1]
         if world.is_main:
             print(doctor.report(findings), flush=True)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str], program: str = "guided-diffusion doctor") -> int:
 
 
 def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
-    """What follows from the flags: data, memory, speed, disk. Rank 0 alone."""
+    """Check the flags, data, network, memory, speed and disk of a run. Called on rank 0 only."""
     import torch
 
     from ..build import build_batches, build_network
@@ -83,17 +83,17 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     try:
         train.check_start(parsed, kind)
         folder, _ = runs.run_folder(parsed.flags["out"], kind)
-        alone = World(device=world.device)  # the other processes take no part in reading what the run starts from
+        alone = World(device=world.device)  # of one process: no other rank takes part in reading the checkpoint
         config, saved, start = train.configured(parsed, kind, alone, folder)
         config = with_global_batch(config, world.size)
         if config.train.compile:
             require_compiler(world.device)
-        with torch.device("meta"):  # shapes without numbers: a network of 500 million parameters costs nothing
+        with torch.device("meta"):  # shapes without memory: a network of any size costs nothing
             net = build_network(config.model, config.diffusion)
     except (ValueError, OSError) as error:
         return [Finding(FAIL, "flags", str(error))]
     options, batch_size = config.train, config.train.global_batch_size
-    findings = [Finding(WARN, "data", "no --data_dir given: not looked at")]
+    findings = [Finding(WARN, "data", "no --data_dir given: not checked")]
     if config.data.data_dir:
 
         def list_images() -> Records:
@@ -108,28 +108,30 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
             findings.append(checks.check_batches(make, records, batch_size, world.size))
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
-    own = batch_size // world.size
-    images = min(own, options.microbatch) if options.microbatch > 0 else own
+    local_batch = batch_size // world.size
+    images = min(local_batch, options.microbatch) if options.microbatch > 0 else local_batch
     try:
         memory, plan = _check_memory(config, net, world, images)
-    except ValueError as error:  # of what this network cannot do
+    except ValueError as error:  # such as a --recompute that this network does not support
         memory, plan = Finding(FAIL, "memory", str(error)), StepPlan("none", images)
     findings.append(memory)
 
-    def on_the_device() -> tuple[nn.Module, Callable[[], Any]]:
-        real = build_network(config.model, config.diffusion, seed=0).to(world.device)
-        return real, partial(forward_of(config, real, plan.recompute, world.device), plan.images)
+    def build_step() -> tuple[nn.Module, Callable[[], Any]]:
+        """The network on the device instead of the meta device, and its forward pass on as many images as fit."""
+        on_device = build_network(config.model, config.diffusion, seed=0).to(world.device)
+        return on_device, partial(forward_of(config, on_device, plan.recompute, world.device), plan.images)
 
     if parsed.flags["measure"] and memory.status != FAIL:
-        run = {"last_step": options.last_step, "own_batch": own}
-        findings.append(checks.check_speed(on_the_device, plan, world.device, **run))
+        run = {"last_step": options.last_step, "own_batch": local_batch}
+        findings.append(checks.check_speed(build_step, plan, world.device, **run))
+    # Bytes of a save: float32 weights, raw and of each EMA, and two moments of Adam.
     one_save = 4 * count * (1 + len(options.ema_rates)) + 8 * count
     saves = planned_saves(options.last_step, options.save_interval, options.keep_last, options.keep_every)
     return [*findings, check_disk(parsed.flags["out"] or os.getcwd(), one_save, saves)]
 
 
 def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.device) -> Callable[[int], Any]:
-    """`net` on n images of noise, in the precision that a device computes in, recomputing what `recompute` says."""
+    """A function that runs `net` (perhaps on the meta device) on n images of noise, as training on `device` with `recompute` would."""
     import torch
 
     from ..models.kernels import norm
@@ -137,7 +139,7 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
     from ..training.memory import set_recompute
     from ..weights.probe import conditions
 
-    model, where = config.model, next(net.parameters()).device
+    model, net_device = config.model, next(net.parameters()).device
     half = getattr(model, "use_fp16", False) or getattr(model, "classifier_use_fp16", False)
     if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]
@@ -145,14 +147,14 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
     set_recompute(net, recompute)
 
     def forward(count: int) -> Any:
-        x = torch.randn(count, model.image_channels, *model.size, device=where)
+        x = torch.randn(count, model.image_channels, *model.size, device=net_device)
         return net(x.contiguous(memory_format=torch.channels_last), x.new_zeros(count), **conditions(model, x))
 
     return forward
 
 
 def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, StepPlan]:
-    """The memory of steps of `images` at a time; `net` on the meta device."""
+    """Check the memory of a forward and backward pass on `images` images. net: on the meta device."""
     from ..runtime.devices import available_memory, used_memory
     from ..training import checks
     from ..training.memory import attempts, can_recompute, kept_bytes
@@ -161,9 +163,8 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
     if options.memory_limit_gb:
         free = min(free, max(1, int(options.memory_limit_gb * 2**30) - used_memory(world.device)))
-    can = [
-        way for way in can_recompute(net) if way != "norms" or not options.compile
-    ]  # a compiler chooses for itself in between
+    # torch.compile itself chooses what to recompute between norms.
+    possible = [choice for choice in can_recompute(net) if choice != "norms" or not options.compile]
     recompute = options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
     auto = recompute == "auto"
     shrink = options.microbatch == 0 and (on_gpu or auto)
@@ -175,9 +176,9 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         shard_ema=options.shard_ema,
     )
     return checks.check_memory(
-        cache(lambda way: kept_bytes(forward_of(config, net, way, world.device), net.parameters())),
-        attempts(can if auto else [recompute], images, shrink=shrink),
-        can,
+        cache(lambda choice: kept_bytes(forward_of(config, net, choice, world.device), net.parameters())),
+        attempts(possible if auto else [recompute], images, shrink=shrink),
+        possible,
         state=state,
         free=free,
         precision=options.precision,

@@ -1,4 +1,4 @@
-"""`nll`: the variational bound of images in bits per dimension, with an error bar and its breakdown by term."""
+"""`nll`: the variational bound of images in bits per dimension, with its standard error and its terms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LikelihoodConfig(Section):
-    """What is measured, on how many images."""
+    """Which model is measured, and on how many images."""
 
     model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
     weights: str = flag("", WEIGHTS_HELP, choices=WEIGHTS)
@@ -33,7 +33,7 @@ class LikelihoodConfig(Section):
 class Measuring(LikelihoodConfig):
     """Measure the bits per dimension of images."""
 
-    out: str = flag("", "folder for the files of terms and the summary")
+    out: str = flag("", "folder for the bound's terms and the summary")
 
 
 def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
@@ -50,8 +50,8 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     for name in ("random_crop", "random_flip", "val_data_dir", "val_fraction"):
         if parsed.typed.get(name):
             raise ValueError(
-                f"--{name} is {parsed.typed[name]!r}, which is for training; images are measured once each, cut at the centre and "
-                f"not mirrored: leave --{name} out"
+                f"--{name} is {parsed.typed[name]!r}, which is for training; images are measured once each, cropped at the centre "
+                f"and not mirrored: leave --{name} out"
             )
     data = DataConfig.from_flags({**parsed.flags, "random_flip": False, "random_crop": False})
     if not config.model_path or not data.data_dir:
@@ -66,9 +66,9 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
 
 
 def _measure(config: LikelihoodConfig, data: DataConfig, typed: dict[str, Any], out: str, world: World) -> None:
-    """Measure the bound on the first `num_samples` images drawn by seed, and write terms and summary into the folder `out`.
+    """Measure the bound on `num_samples` images, chosen by the seed, and write its terms and a summary into the folder `out`.
 
-    `typed`: flags of the network that were given.
+    typed: the flags of network and noise process that the user has given.
     """
     from ..data.classes import renumber
     from ..data.listing import list_records

@@ -1,4 +1,4 @@
-"""The `guided-diffusion` command: one word chooses what to do, the rest are that command's flags."""
+"""The `guided-diffusion` command: its first word is a subcommand, the rest are that subcommand's arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..runtime import storage
 from . import runs
 from .arguments import near
 
-# word -> (function, options of its function main, what it does); modules are loaded when chosen, so that --help needs no torch
+# subcommand -> ("MODULE:FUNCTION", its keyword arguments, help); imported when it runs, so that --help does not load torch
 COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "train": ("train:main", {"kind": "diffusion"}, "train a diffusion model on a folder of images"),
     "train-classifier": ("train:main", {"kind": "classifier"}, "train a classifier of noised images, for guidance"),
@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "doctor": ("doctor:main", {}, "check this machine: devices, processes, packages"),
     "demo": ("demo:main", {}, "the whole journey on handwritten digits, in minutes, without a download"),
 }
-# The scripts of 2021, with its flags and defaults: name -> (module:function, its options).
+# The scripts of 2021, with their flags and defaults: name -> ("MODULE:FUNCTION", its keyword arguments).
 SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "image_train": ("train:main", {"kind": "diffusion"}),
     "classifier_train": ("train:main", {"kind": "classifier"}),

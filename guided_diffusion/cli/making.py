@@ -1,4 +1,4 @@
-"""What every command that makes images from noise shares: its flags, its networks, its receipt."""
+"""What `sample`, `upsample` and `cascade` share: flags, reading of weights, jobs and their receipts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from ..sampling.queue import Pipeline
     from ..weights.load import Loaded
 
-# What a classifier and the model it guides must agree on.
+# Flags of the noise process in which a classifier and the model it guides must agree.
 _SHARED_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
-# Fields of the configurations that are not in the receipt as they are. All others are: a new one need not be named anywhere.
+# Fields of the configurations that are not copied into the receipt, and why. All others are, also those added later.
 NOT_IN_RECEIPT = frozenset(
     (
-        "model_path classifier_path weights "  # the content counts: its hash, and which of a file's weights were taken
-        "precision classifier_precision use_fp16 classifier_use_fp16 "  # what they led to is recorded with each network
-        "num_samples batch_size grid "  # image i is image i
-        "compile cuda_graphs "  # the same arithmetic, rounded otherwise
-        "seed classes labels "  # the job adds them
-        "use_ddim "  # another spelling of sampler
-        "dropout use_checkpoint use_kl rescale_learned_sigmas"  # of training alone
+        "model_path classifier_path weights "  # recorded instead: the file's hash, and which of its weights were taken
+        "precision classifier_precision use_fp16 classifier_use_fp16 "  # recorded instead: the precision of each network
+        "num_samples batch_size grid "  # image i does not depend on them
+        "compile cuda_graphs "  # the same computation up to rounding
+        "seed classes labels "  # added by the job
+        "use_ddim "  # an older flag for sampler, which is recorded
+        "dropout use_checkpoint use_kl rescale_learned_sigmas"  # for training only
     ).split()
 )
 M = TypeVar("M", bound="Making")
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Making(SampleConfig, arguments.Common):
-    """All flags of a command that makes images; those of its networks are in `typed`, if they were given."""
+    """The flags of a command that makes images. Those of networks and noise process are only in `typed`, if the user gave them."""
 
     kind: ClassVar[str] = "diffusion"  # of the network
     out: str = flag("", "folder for the npz, the picture and the receipt")
@@ -48,7 +48,7 @@ class Making(SampleConfig, arguments.Common):
 
     @classmethod
     def flags(cls, argv: Sequence[str], program: str, *, script: bool = False) -> arguments.Parsed:
-        """The flags of a command line; scripts write into a folder of their own."""
+        """Parse a command line. script: as the scripts of 2021, which write into a new temporary folder unless told otherwise."""
         return arguments.parse(
             argv,
             (cls, NETWORKS[cls.kind], DiffusionConfig, ClassifierConfig),
@@ -60,13 +60,13 @@ class Making(SampleConfig, arguments.Common):
 
     @classmethod
     def of(cls: type[M], parsed: arguments.Parsed) -> M:
-        """ValueError for an impossible value."""
+        """The options of a parsed command line. ValueError for an impossible value."""
         return replace(cls.from_flags(parsed.flags), typed=parsed.typed)
 
 
 @contextmanager
 def session(options: Making) -> Iterator[tuple[World, Stop]]:
-    """The processes of a command, and whether it was asked to stop."""
+    """Yield the processes of a command, and the object that knows whether a signal has asked it to stop."""
     from ..runtime import signals
 
     with signals.Stop() as stop, runs.session(options.device, debug=options.debug) as world:
@@ -75,7 +75,7 @@ def session(options: Making) -> Iterator[tuple[World, Stop]]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What makes the images of a command: its flags, the model, and the guidance by a classifier if one is asked for."""
+    """All that a command samples with: its flags, the model, and guidance by a classifier if the flags ask for it."""
 
     options: Making
     world: World
@@ -105,7 +105,7 @@ class Setup:
 
     @property
     def num_classes(self) -> int:
-        """Of the model, else of the classifier; 0 if neither knows any."""
+        """The number of classes of the model, else of the classifier; 0 if neither has classes."""
         return self.model.num_classes or (self.classifier.num_classes if self.classifier else 0)
 
     @property
@@ -113,7 +113,7 @@ class Setup:
         return self.model.class_names or (self.classifier.class_names if self.classifier else ())
 
     def labels(self, options: Making | None = None, where: str = "--classes") -> LabelPlan:
-        """The classes that `--classes` names, all if it names none, dealt out as `--labels` says. ValueError beginning with `where`."""
+        """How images get classes: those of `--classes` (empty = all), assigned as `--labels` says. ValueError beginning with `where`."""
         from ..data.classes import choose_classes
         from ..sampling.jobs import LabelPlan
 
@@ -136,9 +136,9 @@ class Setup:
         )
 
     def job(self, request: Request, kind: str, **receipt: Any) -> Job:
-        """The job of a request; `kind` begins the folder's name if none is given, `receipt` is what else its images depend on.
+        """The job of a request. kind: begins the folder's name where --out gives none. receipt: further entries of its receipt.
 
-        A request with a name stands for several, each with a seed of its own.
+        In messages, a request with a name stands for all requests of a file, each of which has its own seed.
         """
         from ..sampling.jobs import Job
         from ..sampling.pipeline import largest_batch
@@ -159,8 +159,8 @@ class Setup:
         what += f", {classes} classes" if classes else ""
         what += "" if request.name else f", seed {options.seed}"
         log.info("%s, into %s (%s)", what, out, chosen)
-        here = ("out", "device", "debug", "requests")  # flags of this start alone
-        typed = {name: value for name, value in options.typed.items() if name not in here}
+        not_stored = ("out", "device", "debug", "requests")  # where and how this command runs, not what it makes
+        typed = {name: value for name, value in options.typed.items() if name not in not_stored}
         return Job(
             request,
             out,
@@ -186,7 +186,7 @@ def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
     typed, names = dict(options.typed), set(DiffusionConfig.names())
     precision, weights = options.precision, options.weights
     if kind == "classifier":
-        names = set(_SHARED_PROCESS)  # respacing and the meaning of the output are the generator's business
+        names = set(_SHARED_PROCESS)  # the other diffusion flags, such as respacing, concern the generator only
         typed["image_size"] = typed.get("large_size", typed.get("image_size"))
         precision, weights = options.classifier_precision or precision, ""
     names |= set(NETWORKS[kind].names())
@@ -195,7 +195,7 @@ def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
 
 
 def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -> dict[str, Any]:
-    """All that images depend on besides seed and labels, made of the configurations of model, process, classifier and sampler."""
+    """All that images depend on besides seed and labels: the configurations of model, process, classifier and sampler."""
     from ..diffusion.samplers import SAMPLERS
 
     return {
@@ -205,22 +205,22 @@ def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -
         "steps": len(model.process),
         "model": {**_identity(model), **_in_receipt(model.config.model)},
         "diffusion": _in_receipt(model.config.diffusion),
-        # Not its own process: the time that it is given is that of the model's.
+        # Without the classifier's own noise process: it gets the model's noisy images and times.
         "classifier": {**_identity(classifier), **_in_receipt(classifier.config.model)} if classifier else None,
         "classifier_scale": config.classifier_scale if classifier else 0.0,
     }
 
 
 def _in_receipt(section: Section, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """What `to_dict` gives, so that the receipts of U-Nets stay what they were; of `names` only, if given."""
-    values = section.to_dict()
+    """The receipt's entries of a section: all, or those in `names`."""
+    values = section.to_dict()  # leaves out --architecture for U-Nets: their receipts equal those of older versions
     return {name: values[name] for name in names or values if name not in NOT_IN_RECEIPT}
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
     from ..runtime import storage
 
-    # The file itself is read: what the JSON beside it says may be of what it was before.
+    # Hash a local file anew: the hash in the JSON beside it may be of an earlier content.
     recorded = loaded.sha256 if storage.is_remote(loaded.path) else ""
     precision = str(getattr(loaded.net, "dtype", "torch.float32")).removeprefix("torch.")
     identity = {"sha256": recorded or storage.sha256_of(loaded.path), "step": loaded.step, "precision": precision}

@@ -1,4 +1,4 @@
-"""`reproduce`: one published number, from the released weights to the score, with a manifest of everything that could move it."""
+"""`reproduce`: sample with released weights and compute a published score, with a manifest of everything that could change it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .arguments import Parsed, Parser, int_or_auto
 
 
 def targets() -> dict[str, tuple[Preset, Recipe]]:
-    """Short names of all published figures: imagenet256-guided, imagenet256-unguided, imagenet256-guided-ddim25, lsun-cat …"""
+    """Short name -> model and way of sampling of each published score: imagenet256-guided, imagenet256-guided-ddim25, lsun-cat …"""
     named: dict[str, tuple[Preset, Recipe]] = {}
     for preset in (preset for preset in PRESETS.values() if preset.kind == "diffusion"):
         lsun = preset.name.startswith("lsun_")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str], program: str) -> int:
     parser.flag("batch_size", 16, "images per pass and process, or auto", type=int_or_auto)
     parser.flag("reference", "", "reference npz of the data set; without it images are made but not scored")
     parser.flag("inception", "", "Inception weights (default: looked for as the evaluator does)")
-    parser.flag("allow_other_weights", False, "accept Inception weights of others")
+    parser.flag("allow_other_weights", False, "accept Inception weights other than the original ones")
     parser.flag("model_path", "", "the released model (default: from the cache, or downloaded)")
     parser.flag("classifier_path", "", "the released classifier (default: likewise)")
     parser.flag("precision", "", "fp32, bf16 or fp16 (default: as released)")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str], program: str) -> int:
     manifest = {"recipe": args.name, "model": preset.file, **_manifest(flags, out, npz)}
     if args.reference:
         evaluation = _evaluate(npz, out, args)
-        if not evaluation:  # the report is the main process's
+        if not evaluation:  # only the main process has the report
             return 0
         manifest |= {"evaluation": evaluation, "comparison": _compare(recipe, evaluation)}
         print(comparison_table(manifest["comparison"]))
@@ -73,7 +73,7 @@ def main(argv: Sequence[str], program: str) -> int:
 
 
 def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `sample` for a published figure; its weights are downloaded if they are not there."""
+    """The flags of `sample` for a published score. Downloads weights that are neither given nor in the cache."""
     from ..runtime import storage
 
     cache = storage.cache_folder()
@@ -91,7 +91,7 @@ def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str
 
 
 def _manifest(flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
-    """Weights, flags, seeds, label draw, dtype, quantisation, versions and hardware of this run."""
+    """Flags, receipt (weights, seed, precision ...), label draw, quantisation, versions and hardware of this run."""
     import numpy
     import torch
 
@@ -111,7 +111,7 @@ def _manifest(flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
 
 
 def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The evaluator's own report: scores, error bars and provenance; also written as `evaluation.json`. Empty but on the main process."""
+    """The evaluator's report (scores, standard errors, provenance), also written as `evaluation.json`. Empty except on rank 0."""
     from evaluations.report import classic_lines, extra_lines
     from evaluations.scoring import Settings, evaluate
 
@@ -129,12 +129,12 @@ def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     return dict(json.loads(evaluation.to_json()))
 
 
-# The evaluator's names of the published figures.
+# Field of `Recipe.expected` -> the evaluator's name of the score.
 _NAMES = {"fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 
 
 def _compare(recipe: Recipe, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows: metric, published, measured, and the standard error of the measured one if there is one."""
+    """Rows: metric, published value, measured value, and the standard error of the latter, if any."""
     scores = {score["name"]: score for score in evaluation["sets"][0]["scores"]}
     rows = []
     for metric, published in (recipe.expected._asdict() if recipe.expected else {}).items():
@@ -144,7 +144,7 @@ def _compare(recipe: Recipe, evaluation: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Published beside measured."""
+    """The text of a table of published and measured values."""
     lines = [f"{'metric':10s} {'published':>10s} {'measured':>10s} {'± error':>9s}"]
     for row in rows:
         measured, error = (f"{'-':>9s}" if row[k] is None else f"{row[k]:9.4f}" for k in ("measured", "error"))

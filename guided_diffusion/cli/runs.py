@@ -1,4 +1,4 @@
-"""What every command that runs shares: its folder, its errors, its exit codes."""
+"""What all commands share: the choice of the run folder, the handling of errors, exit codes, the session of processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..runtime import launchers, storage
 if TYPE_CHECKING:
     from ..runtime.world import World
 
-REQUEUE = 85  # stopped on request, everything saved: start me again
+REQUEUE = 85  # exit code of a command that saved everything and stopped on request: the scheduler may start it again
 USER_ERROR = 2
 USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
 PATIENCE_S = 3600.0  # how long a process waits for the others; a batch of large images can take long
@@ -26,9 +26,9 @@ PATIENCE_S = 3600.0  # how long a process waits for the others; a batch of large
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error becomes one line and exit code 2, with --debug its traceback as well."""
     words = storage.command_words(sys.argv[1:] if argv is None else argv)
-    # Let torch's threads sleep while they wait for each other, unless the user has said how they shall wait. By default they keep a core
-    # busy waiting. That saves microseconds on an idle machine and costs much on a shared one: the thread that is awaited may not get a core
-    # (small networks trained 2 to 30 times slower beside one busy neighbour). The setting is read when torch is loaded, which is later.
+    # Let torch's threads sleep while they wait for each other, unless the user has set another policy. By default they spin. That saves
+    # microseconds on an idle machine but costs much on a shared one, where a thread that others wait for may not get a core (small
+    # networks trained 2 to 30 times slower beside one busy process). The variable is read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
@@ -40,15 +40,16 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None 
     except BrokenPipeError:
         return 141
     except SystemExit as leaving:
-        if leaving.code != REQUEUE:  # of --help
+        if leaving.code != REQUEUE:  # argparse exits after --help
             raise
         return REQUEUE
     except Exception as error:
-        # RuntimeError itself is what torch raises for memory and devices; classes of ours are derived from it (SaveError ...).
+        # Subclasses of RuntimeError have a message for users (SaveError ...); a plain RuntimeError may be a bug: show its traceback.
         derived = isinstance(error, RuntimeError) and type(error) is not RuntimeError
         remote = type(error).__module__.split(".")[0] == "blobfile"  # a remote path that cannot be reached
         if not (isinstance(error, USER_ERRORS) or derived or remote):
             raise
+        # Every process meets the same mistake in a command line, so only local rank 0 prints it.
         reported = getattr(error, "reported_elsewhere", False)
         if not reported and (isinstance(error, RuntimeError) or not launchers.wait_for_local_main(os.environ)):
             if any(word.startswith("--debug") for word in words):
@@ -67,7 +68,7 @@ def run_folder(out: str, kind: str) -> tuple[str, str]:
 
 
 def script_folder() -> str:
-    """Where the scripts write if no flag says it: as in 2021, a new folder named by the time in the temporary directory."""
+    """The default --out of the scripts, as in 2021: a new folder in the temporary directory, named by the time."""
     if os.environ.get("OPENAI_LOGDIR"):
         return ""
     name = time.strftime("openai-%Y-%m-%d-%H-%M-%S") + f"-{time.time_ns() // 1000 % 1000000:06d}"
@@ -76,10 +77,10 @@ def script_folder() -> str:
 
 @contextmanager
 def session(device: str, *, debug: bool = False, timeout_s: float = PATIENCE_S) -> Iterator[World]:
-    """`runtime.world.session` for a command: messages come from the main process.
+    """`runtime.world.session` for a command: only the main process prints messages.
 
-    With several processes, a user's error ends the job with one line, not with a page from each, unless `debug`. A command that was
-    asked to stop and can be started again ends with exit code 85.
+    With several processes, a user's error ends the job with one line instead of a traceback from each, unless `debug`. A command
+    that stopped on request and can continue later ends with exit code 85.
     """
     from ..runtime import watch, world
     from ..runtime.log import setup_messages, silence_closed_streams
@@ -88,20 +89,22 @@ def session(device: str, *, debug: bool = False, timeout_s: float = PATIENCE_S) 
     from ..training.saver import SaveError
 
     setup_messages()
-    with world.session(device, timeout_s=timeout_s) as here:
-        setup_messages(here)
+    with world.session(device, timeout_s=timeout_s) as processes:
+        setup_messages(processes)
         try:
-            yield here
+            yield processes
         except Interrupted as stopped:
             silence_closed_streams()
-            if here.is_main:
+            if processes.is_main:
                 print(f"stopped on request: {stopped}")
             raise SystemExit(REQUEUE) from None
         except (*USER_ERRORS, SaveError, TrainingDiverged, world.CollectiveError) as error:
-            if here.size == 1 or debug:
+            if processes.size == 1 or debug:
                 raise
-            earlier = watch.post_note(here.context, f"{here.context.where()} failed: {error}")
+            # Another process may have reported the same error already; then this one ends without a message.
+            context = processes.context
+            earlier = watch.post_note(context, f"{context.where()} failed: {error}")
             same = earlier is not None and earlier.endswith(f" failed: {error}")
-            mark = "" if str(error).startswith("[") else f"[{here.context.where()}] "
+            mark = "" if str(error).startswith("[") else f"[{context.where()}] "
             code = 1 if isinstance(error, world.CollectiveError) else USER_ERROR
-            watch.leave("" if same else f"{mark}error: {error}\n", code, after=here.context)
+            watch.leave("" if same else f"{mark}error: {error}\n", code, after=context)

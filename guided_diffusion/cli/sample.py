@@ -1,4 +1,4 @@
-"""`sample`: weights -> images, guided by a classifier if one is given; `--requests` makes many small requests in shared batches."""
+"""`sample`: make images from weights, guided by a classifier if one is given; `--requests` serves many small requests in shared batches."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Sampling(making.Making):
 
 
 class Entry(NamedTuple):
-    """One request: `where` it stands in the file, for error messages, and the flags with its values."""
+    """One request: its name, where it is in the file (for error messages), and the flags of the command with its values in them."""
 
     name: str
     where: str
     options: Sampling
 
     def flags(self) -> dict[str, Any]:
-        """The values that a request may have besides its name."""
+        """The values of a request's fields except its name."""
         return {name: getattr(self.options, name) for name in FIELDS[1:]}
 
 
 def main(argv: Sequence[str], program: str, *, script: bool = False, guided: bool = False) -> int:
-    """Sample as the flags say, `guided` by a classifier in any case; returns the exit code."""
+    """Sample as the flags say; returns the exit code. guided: a classifier is required unless its scale is 0."""
     options = Sampling.of(Sampling.flags(argv, program, script=script))
     if not options.model_path:
         raise ValueError("--model_path is empty; give the weights of a diffusion model, or the folder of a run")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str], program: str, *, script: bool = False, guided: boo
 
 
 def run(options: Sampling) -> None:
-    """Sample in a session of its own."""
+    """Start the processes, and sample one set of images or all requests."""
     entries = read_requests(options.requests, options) if options.requests else ()
     with making.session(options) as (world, stop):
         if entries:
@@ -75,36 +75,36 @@ def make(options: making.Making, world: World, stop: Stop) -> str:
 
 
 def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: Stop) -> None:
-    """Make what a file of requests asks for, each into a folder of its own. Called on every process."""
+    """Make the images of all requests, each request in a folder of its own. Called on every process."""
     from ..sampling.jobs import Request
     from ..sampling.queue import generate_all
 
     entries = world.broadcast_object(entries, name="requests")
     setup = making.Setup.read(options, world)
+    # Check the classes of all requests before anything is made.
     plans = [setup.labels(entry.options, f"{entry.where}: classes") for entry in entries]
-    shared = setup.job(
-        Request(f"{len(entries)} requests", sum(entry.options.num_samples for entry in entries)), "requests"
-    )
+    # A job for all requests finds the batch size and the folder; each request's job is a copy with its own values.
+    total = sum(entry.options.num_samples for entry in entries)
+    shared = setup.job(Request(f"{len(entries)} requests", total), "requests")
     jobs = []
     for entry, labels in zip(entries, plans):
         request = Request(entry.name, entry.options.num_samples, entry.options.seed, labels)
         config = {**shared.config, **entry.flags(), "classes": ",".join(map(str, labels.classes))}
         jobs.append(replace(shared, request=request, out=storage.join(shared.out, entry.name), config=config))
     if world.is_main:
-        understood = [{"name": entry.name, **entry.flags()} for entry in entries]
-        storage.write_json_atomic(storage.join(shared.out, "requests.json"), understood)
+        resolved = [{"name": entry.name, **entry.flags()} for entry in entries]
+        storage.write_json_atomic(storage.join(shared.out, "requests.json"), resolved)
     saving = generate_all(setup.pipeline(), jobs, shared.out, world=world, should_stop=lambda: stop.requested)
     log.info("%s", saving if saving.images else f"all {len(jobs)} requests are there already")
 
 
 def read_requests(path: str, options: Sampling) -> tuple[Entry, ...]:
-    """The requests of a JSON list, or of a file with one JSON object per line; missing fields come
-    from the flags.
+    """Read a file of requests: a JSON list, or one JSON object per line. Missing fields have the values of the flags.
 
     ValueError naming file, line (in a list: entry) and field.
     """
     try:
-        text = storage.read_bytes(path).decode("utf-8-sig")  # some editors begin a file with a mark
+        text = storage.read_bytes(path).decode("utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError:
         raise FileNotFoundError(f"--requests {path}: there is no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
@@ -112,7 +112,7 @@ def read_requests(path: str, options: Sampling) -> tuple[Entry, ...]:
     entries: dict[str, Entry] = {}
     for number, (where, value) in enumerate(_objects(path, text), start=1):
         entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", options)
-        key = entry.name.casefold()  # some file systems hold Cats and cats for one folder
+        key = entry.name.casefold()  # for some file systems Cats and cats are the same folder
         if key in entries:
             raise ValueError(
                 f"{entry.where}: name {entry.name!r} is already used in {entries[key].where.rpartition(', ')[2]}"
@@ -124,7 +124,7 @@ def read_requests(path: str, options: Sampling) -> tuple[Entry, ...]:
 
 
 def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    """(place in words, value) of each entry."""
+    """("line 3" or "entry 3", value) of each request in the file."""
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
@@ -143,7 +143,7 @@ def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _entry(value: Any, name: str, where: str, options: Sampling) -> Entry:
-    """One request, checked by the rules of the flags of the same names."""
+    """The request of a JSON value, checked like the flags of the same names. name: its name if the value has none."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r}; a request is an object such as {{'name': 'cats', 'num_samples': 3}}")
     for key in value:

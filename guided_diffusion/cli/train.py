@@ -1,5 +1,5 @@
-"""`train`, `train-classifier`, `train-upsampler` and the training scripts of 2021: flags -> a run folder with checkpoints, a log and
-pictures on the way."""
+"""`train`, `train-classifier`, `train-upsampler` and the training scripts of 2021: train as the flags say, into a run folder with
+checkpoints, a log and pictures of samples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class StartFlags(Section):
     """Train a network on a folder of images."""
 
-    # Flags of one start, which are no part of the run's configuration.
+    # These flags concern one start of a run only, and are not stored in its configuration.
 
     out: str = flag("", "run folder for checkpoints, log and pictures")
     progress: bool = flag(True, "show a progress bar")
@@ -50,21 +50,21 @@ class StartFlags(Section):
     weights: str = flag("", "alias of --resume_from")
 
 
-MAX_ACCURACY_IMAGES = 2000  # in the table of accuracy by noise level
+MAX_ACCURACY_IMAGES = 2000  # held-out images for the table of accuracy by noise level
 _log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str], program: str, *, kind: str, script: bool = False) -> int:
     """Train as the flags say; exit codes: 0 = finished, 85 = stopped on request and resumable, 130 = Ctrl-C."""
     parsed = flags(argv, kind, program, script=script)
-    check_start(parsed, kind)  # complain before torch is loaded and processes meet
+    check_start(parsed, kind)  # before torch is loaded and the processes connect, which takes seconds
     values = parsed.flags
     if not values["data_dir"] and not values["resume_checkpoint"] and not values["out"]:
         raise ValueError("--data_dir is empty; give the folder of training images")
 
     from ..runtime import signals
 
-    # A signal that comes while the processes meet must not be lost.
+    # Stop comes first: a signal that arrives while the processes connect must not be lost.
     with (
         signals.Stop(signals.TRAINING_SIGNALS) as stop,
         runs.session(values["device"], debug=values["debug"], timeout_s=values["timeout_s"]) as world,
@@ -78,19 +78,19 @@ def main(argv: Sequence[str], program: str, *, kind: str, script: bool = False) 
 def flags(
     argv: Sequence[str], kind: str, program: str, *, script: bool = False, start: type[StartFlags] = StartFlags
 ) -> arguments.Parsed:
-    """The flags of a training command, and those of `doctor`, which has more in `start`."""
-    # As in 2021: the classifier learns from random crops.
+    """Parse the flags of a training command. start: the flags of one start (`doctor` adds some)."""
+    # As in 2021, classifiers are trained on random crops.
     defaults: dict[str, Any] = {"random_crop": True} if kind == "classifier" else {}
     if script:
         defaults["out"] = runs.script_folder()
     else:
-        defaults["microbatch"] = 0  # as fits: a batch too large for the device's memory is no reason to fail
+        defaults["microbatch"] = 0  # auto: a batch too large for the device's memory is split instead of failing
     configs = (start, *RunConfig.sections(kind).values())
     return arguments.parse(argv, configs, program=program, description=str(start.__doc__), defaults=defaults)
 
 
 def check_start(parsed: arguments.Parsed, kind: str) -> None:
-    """ValueError where flags contradict each other in what training starts from."""
+    """ValueError where flags are impossible or contradict each other in what training starts from."""
     if parsed.flags["resume_checkpoint"] in ("", "auto", "none"):
         RunConfig.from_flags(kind, parsed.flags)
         for name in ("new_classes", "resume_from", "weights"):
@@ -107,8 +107,8 @@ def check_start(parsed: arguments.Parsed, kind: str) -> None:
 def configured(
     parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool = False
 ) -> tuple[RunConfig, SavedRun | None, Origin | None]:
-    """(configuration, save to continue or None, file to begin with or None) of a start in `folder`. What is not typed comes from that
-    save or file."""
+    """(configuration, save to continue or None, checkpoint to start from or None) of a start in `folder`. Flags that are not typed have
+    the values stored in that save or checkpoint."""
     import torch
 
     from ..training.saver import find_save
@@ -122,7 +122,7 @@ def configured(
 
 
 class _Plan(NamedTuple):
-    """What is to be trained, on what, and from where."""
+    """What is trained, on which data, starting from which weights."""
 
     world: World
     folder: str
@@ -132,19 +132,19 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]  # of the classes; () without labels
     resume: str  # --resume_checkpoint, or auto
     saved: SavedRun | None  # the save to continue
-    start: Origin | None  # the file to begin with
+    start: Origin | None  # the checkpoint to start from
 
     @property
     def batch_size(self) -> int:
-        """Of all processes together."""
+        """The global batch size: images per step over all processes."""
         return self.config.train.global_batch_size
 
     def batches(self, records: Records, batch_size: int, first: int, **options: Any) -> Batches:
-        """This process's part of the batches from step `first` on."""
+        """This process's share of the batches from step `first` on."""
         from ..build import build_batches
 
-        share: dict[str, Any] = {"rank": self.world.rank, "size": self.world.size}
-        return build_batches(records, self.config, batch_size=batch_size, start_step=first, **share, **options)
+        process: dict[str, Any] = {"rank": self.world.rank, "size": self.world.size}
+        return build_batches(records, self.config, batch_size=batch_size, start_step=first, **process, **options)
 
 
 def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool) -> _Plan:
@@ -162,17 +162,17 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     records, held_out = list_images(config, saved, start)
     config = with_classes(config, records.class_names, records.root)
     names = records.class_names if records.labels is not None else ()
-    if start is not None and start.tensors is not None:  # the weights alone are taken, training begins at step 0
+    if start is not None and start.tensors is not None:  # only the weights are used, and training starts at step 0
         saved = None
-    if (
-        resume == "none"
-    ):  # a scheduler may start the same command again: it goes on with the run that the first start began
+    if resume == "none":
+        # A scheduler may restart the same command, which then continues the run that its first start has begun.
         saved = already_begun(folder, config, world)
         if saved is not None and names and saved.class_names != names:
             raise ValueError(
                 f"the run in {folder} has the classes {some(saved.class_names)}, {records.root} has {some(names)}; leave out "
                 "--resume_checkpoint none to go on with those of the run, or give another --out"
             )
+    # After such a restart the global batch size stays, on any number of processes.
     before = saved if resume == "none" and "global_batch_size" not in parsed.typed else None
     config = with_global_batch(config, world.size, before=before)
     check_same_everywhere(world, records, config.to_dict())
@@ -180,7 +180,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
 
 
 def list_images(config: RunConfig, saved: SavedRun | None, start: Origin | None) -> tuple[Records, Records | None]:
-    """(training, validation) records, with the class numbers of what is continued; the latter only for classifiers."""
+    """(training, validation) records, the latter for classifiers only. Class numbers are those of the checkpoint, if there is one."""
     from ..data.classes import hold_out, renumber
     from ..data.listing import list_records
 
@@ -216,7 +216,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, stop: Stop, where: str) -> int
         keep_every=config.train.keep_every,
         world=world,
     )
-    if plan.resume == "none" and saved is None:
+    if plan.resume == "none" and saved is None:  # start afresh: move the checkpoints of an earlier run out of the way
         checkpoints.set_aside()
     checkpoints.continue_from(saved)
     writers = ["stdout", "csv", "json", *(["tensorboard"] if parsed.flags["tensorboard"] else [])]
@@ -244,7 +244,7 @@ def _train(plan: _Plan, parsed: arguments.Parsed, stop: Stop, where: str) -> int
 
 
 def _trainer(plan: _Plan, **options: Any) -> Trainer:
-    """The trainer at its first step: weights filled, memory fitted, network compiled."""
+    """The trainer before its first step: weights loaded, batch fitted to the memory, network compiled."""
     from .. import build
     from ..runtime.devices import choose_precision
     from ..sampling.pipeline import compile_network
@@ -268,10 +268,10 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
         loss = diffusion_loss(process, timesteps, **build.loss_options(config))
 
     def batches(step: int) -> Batches:
-        # A run may go on with another batch size, so its place in the data is counted in images.
+        # A run may continue with another batch size, so its position in the data is counted in images.
         return plan.batches(plan.records, plan.batch_size, step, start_image=trainer.samples_seen if step else None)
 
-    batches(0).close()  # raises now, not after the checkpoint is read, if batch size and data do not fit
+    batches(0).close()  # raises now, not after the checkpoint is read, if the batch size does not suit the data
     trainer = Trainer(
         net,
         loss,
@@ -291,8 +291,8 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
     if train.recompute and not auto:
         set_recompute(net, train.recompute)
     if auto or (shrink and world.device.type == "cuda"):
-        norms = not train.compile  # a compiler chooses for itself what to keep between norms
-        with contextlib.closing(batches(trainer.steps_done)) as trial:
+        norms = not train.compile  # torch.compile itself chooses what to recompute between norms
+        with contextlib.closing(batches(trainer.steps_done)) as trial:  # measures memory with one real batch
             fit(trainer, next(trial), recompute=auto, shrink=shrink, norms=norms, limit_gb=train.memory_limit_gb)
     share = plan.batch_size // world.size
     if train.static_graph and world.size > 1 and 0 < trainer.microbatch < share:
@@ -306,7 +306,7 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
 
 
 def _callbacks(plan: _Plan, process: Any, log: Log) -> list[Callback]:
-    """What to call every n steps."""
+    """(n, function) pairs: validation and pictures of samples, which the trainer calls every n steps."""
     from ..build import build_timesteps
     from ..sampling.pipeline import write_preview
     from ..training.callbacks import SampleGrid, Validation
@@ -349,14 +349,16 @@ def _write_accuracy(trainer: Trainer, held_out: Records, plan: _Plan) -> None:
 
 
 def _announce(plan: _Plan, where: str) -> None:
-    records, each = plan.records, plan.batch_size // plan.world.size
+    records, local_batch = plan.records, plan.batch_size // plan.world.size
     for section, values in plan.config.to_dict().items():
         _log.info("\n".join([f"[{section}]", *(f"  {name} = {value!r}" for name, value in values.items())]))
     _log.info(f"run folder: {where}")
-    of = "no labels" if records.labels is None else f"{len(records.class_names)} classes from {records.label_source}"
-    _log.info(f"{len(records):,} images in {plan.config.data.data_dir}, {of}")
+    labels = (
+        "no labels" if records.labels is None else f"{len(records.class_names)} classes from {records.label_source}"
+    )
+    _log.info(f"{len(records):,} images in {plan.config.data.data_dir}, {labels}")
     if records.left_out:
         _log.warning(records.left_out)
-    _log.info(f"global batch size {plan.batch_size}: {each} on each of {plan.world.size} processes")
+    _log.info(f"global batch size {plan.batch_size}: {local_batch} on each of {plan.world.size} processes")
     if not plan.config.train.last_step:
         _log.info("no end is set: training goes on until it is stopped; --max_steps sets one")

@@ -1,4 +1,4 @@
-"""`upsample`: small images -> large ones, by a model trained for it; `cascade`: noise -> small images -> large ones, in one command."""
+"""`upsample`: enlarge images by a super-resolution model; `cascade`: make small images from noise and enlarge them, in one command."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     for name, what in (("model_path", "the weights of an upsampler"), ("base_samples", "the images to enlarge")):
         if not getattr(options, name):
             raise ValueError(f"--{name} is empty; give {what}")
-    every = not script and "num_samples" not in options.typed  # the scripts of 2021 make 10000 images
+    # By default the command makes one large image of each small one; the scripts of 2021 make 10000, repeating the small images.
+    every = not script and "num_samples" not in options.typed
     with making.session(options) as (world, stop):
         make(options, world, stop, every=every)
     return 0
 
 
 def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) -> str:
-    """Enlarge and return the path of the npz; `every` makes as many images as there are small ones. Called on every process."""
+    """Enlarge and return the path of the npz. every: one image of each small one, not `num_samples`. Called on every process."""
     from ..sampling.jobs import Request
     from ..sampling.pipeline import noise_seed
 
@@ -62,7 +63,7 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
 
 
 def _small(options: Upsampling, setup: making.Setup, chosen: LabelPlan | None) -> tuple[Images, LabelPlan]:
-    """The images to enlarge, and the classes that were chosen, else those of the images. ValueError if the networks do not take them."""
+    """The images to enlarge, and their classes: `chosen`, else the labels of the images. ValueError if the networks cannot use them."""
     from ..data.samples import open_images
     from ..sampling.jobs import LabelPlan, class_names_beside
 
@@ -76,7 +77,7 @@ def _small(options: Upsampling, setup: making.Setup, chosen: LabelPlan | None) -
         return small, chosen
     if small.records.labels is None:
         raise ValueError(
-            f"{small.records.root} has no labels (arr_1), and the networks want classes; "
+            f"{small.records.root} has no labels (arr_1), and the networks need classes; "
             f"give --classes with one or more of 0 to {setup.num_classes - 1}"
         )
     numbers, note = small.labels_for(setup.num_classes, setup.class_names, model.path)
@@ -99,7 +100,7 @@ class Cascade(making.Making):
     upsampler_flags: str = flag("", "further flags of the upsample command, as one quoted text")
 
 
-# Flags of the first stage that hold for both.
+# Flags of the first stage that apply to both stages.
 _SHARED = ("num_samples", "batch_size", "seed", "precision", "clip_denoised", "timestep_respacing", "grid", "device")
 
 
@@ -109,7 +110,7 @@ def cascade(argv: Sequence[str], program: str) -> int:
     for name, what in (("model_path", "the base model"), ("upsampler_path", "the upsampler")):
         if not getattr(options, name):
             raise ValueError(f"--{name} is empty; give the weights of {what}, or the folder of its run")
-    second = _second(options)  # an impossible value is an error now, not after the first stage
+    second = _upsampling_options(options)  # raises ValueError now, not after the first stage
     out, _ = runs.run_folder(options.out, "cascade")
     typed = {name: value for name, value in options.typed.items() if not name.startswith("upsampler_")}
     with making.session(options) as (world, stop):
@@ -119,10 +120,11 @@ def cascade(argv: Sequence[str], program: str) -> int:
     return 0
 
 
-def _second(options: Cascade) -> Upsampling:
-    """The second stage's flags: `--upsampler_flags` over `--upsampler_...` over those that both stages share."""
+def _upsampling_options(options: Cascade) -> Upsampling:
+    """The second stage's flags: `--upsampler_flags` win over `--upsampler_...`, those over flags that both stages share."""
     words = shlex.split(options.upsampler_flags)
-    if any(word.startswith("--import") for word in words):  # the value may be a file's, and no file may run a program
+    # --upsampler_flags may come from a --config file, and a configuration file must not be able to run a program.
+    if any(word.startswith("--import") for word in words):
         raise ValueError("--upsampler_flags has --import; give it to cascade itself")
     flags = {name: options.typed[name] for name in _SHARED if name in options.typed}
     flags |= {
@@ -134,6 +136,6 @@ def _second(options: Cascade) -> Upsampling:
         "batch_size": options.upsampler_batch_size or flags.get("batch_size", ""),
         "num_samples": options.num_samples,
     }
-    first = [f"--{name}={value}" for name, value in flags.items() if value != ""]
+    defaults = [f"--{name}={value}" for name, value in flags.items() if value != ""]
     program = "guided-diffusion cascade --upsampler_flags"
-    return Upsampling.of(Upsampling.flags([*first, *words], program))
+    return Upsampling.of(Upsampling.flags([*defaults, *words], program))

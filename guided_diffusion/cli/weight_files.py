@@ -1,4 +1,4 @@
-"""`inspect`, `convert`, `features` and `zoo`: what can be learned and made of a file of weights."""
+"""`inspect`, `convert`, `features` and `zoo`: describe files of weights, convert them, compute features, list released models."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .arguments import Parser
 if TYPE_CHECKING:
     import torch
 
-FORMS = ("safetensors", "pt", "diffusers")  # weights.convert.FORMS, here without loading torch
+FORMS = ("safetensors", "pt", "diffusers")  # a copy of weights.convert.FORMS, whose import would load torch
 log = logging.getLogger(__name__)
 
 
 def inspect(argv: Sequence[str], program: str) -> int:
-    """What a file of weights is; `--probe` decides by the denoising loss what its tensors cannot tell."""
+    """Print what a file of weights is; `--probe` finds by the denoising loss what the shapes of its tensors do not tell."""
     parser = Parser(program, inspect.__doc__)
     parser.add_argument("path", help="a file of weights, or the folder of a run")
-    images = "images like those of its training; decides heads and schedule"
+    images = "images like the training images, from which the number of heads and the noise schedule are found"
     parser.flag("probe", "", images, metavar="FOLDER")
     parser.flag("probe_images", 4, "how many of them are used")
     parser.flag("image_size", 0, "for --probe, where the channel multipliers belong to no standard size")
@@ -36,14 +36,14 @@ def inspect(argv: Sequence[str], program: str) -> int:
     if args.probe_images < 1:
         raise ValueError(f"--probe_images is {args.probe_images}; it must be at least 1")
 
-    with runs.session(args.device) as here:
-        for line in report(args, here.device) if here.is_main else ():
+    with runs.session(args.device) as world:
+        for line in report(args, world.device) if world.is_main else ():
             print(line)
     return 0
 
 
 def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
-    """What a file of weights is, line by line."""
+    """The lines that `inspect` prints."""
     from ..data.samples import open_images
     from ..runtime.doctor import format_bytes
     from ..training.memory import kept_bytes
@@ -84,12 +84,12 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
 
 
 def convert(argv: Sequence[str], program: str) -> int:
-    """Weights in another form (safetensors, diffusers' UNet2DModel), with the largest output difference measured."""
+    """Write weights in another format (safetensors, diffusers' UNet2DModel), and measure the largest difference of the outputs."""
     parser = Parser(program, convert.__doc__)
     parser.add_argument("source", help="weights: .pt, .safetensors, a run folder, or a folder that diffusers wrote")
     parser.add_argument("target", help="NAME.safetensors, NAME.pt, or a folder for --to diffusers")
-    parser.flag("to", "", "the form; default: by the target's name", choices=FORMS)
-    parser.flag("noise_schedule", "linear", "of a diffusers source, which does not carry it")
+    parser.flag("to", "", "the format; default: by the target's name", choices=FORMS)
+    parser.flag("noise_schedule", "linear", "noise schedule of a diffusers source, which does not store it")
     parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
     args = parser.parse_args(argv)
 
@@ -106,8 +106,8 @@ def convert(argv: Sequence[str], program: str) -> int:
 
 
 def features(argv: Sequence[str], program: str) -> int:
-    """What a trained classifier sees in clean images, as an npz that the evaluation suite scores (`--features npz`): `features`,
-    `predicted`, and the labels `arr_1` if there are any."""
+    """Write a classifier's features of clean images as an npz that the evaluation suite scores (`--features npz`): `features`,
+    `predicted` (classes), and the labels `arr_1` if the images have any."""
     parser = Parser(program, features.__doc__)
     parser.add_argument("images", help="a folder of images, or an npz with arr_0")
     parser.flag("classifier_path", "", "weights of a classifier, or the folder of its run", required=True)
@@ -124,20 +124,20 @@ def features(argv: Sequence[str], program: str) -> int:
     with runs.session(args.device) as world:
         classifier = load(args.classifier_path, kind="classifier", device=world.device)
         images, labels = read_images(args.images, classifier, args.batch_size)
-        seen, predicted = classifier_features(classifier, images)
-        arrays: dict[str, Any] = {"features": seen, "predicted": predicted}
+        values, predicted = classifier_features(classifier, images)
+        arrays: dict[str, Any] = {"features": values, "predicted": predicted}
         if labels is not None:
             arrays["arr_1"] = labels
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         if world.is_main:
             storage.write_bytes_atomic(args.out, buffer.getvalue())
-            log.info("%s: %d features of %d images", args.out, seen.shape[1], seen.shape[0])
+            log.info("%s: %d features of %d images", args.out, values.shape[1], values.shape[0])
     return 0
 
 
 def zoo(argv: Sequence[str], program: str) -> int:
-    """The fifteen models released in 2021, by name: what they are, where they are, what they should score."""
+    """List, describe or download the fifteen models released in 2021: what they are, their files, their published scores."""
     parser = Parser(program, zoo.__doc__)
     actions = ("list", "show", "get")
     parser.add_argument("action", nargs="?", default="list", choices=actions, help="what to do (default list)")
@@ -162,7 +162,7 @@ def zoo(argv: Sequence[str], program: str) -> int:
 
 
 def table() -> str:
-    """One line per published way of sampling."""
+    """The text of `zoo list`: one line per model and published way of sampling."""
     lines = [f"{'name':26s} {'what':34s} {'classifier':20s} {'scale':>5s} {'steps':>15s}    FID   sFID  Prec   Rec"]
     for preset in PRESETS.values():
         named = f"{preset.name:26s} {preset.title:34s}"
@@ -177,7 +177,7 @@ def table() -> str:
 
 
 def card(preset: Preset) -> str:
-    """Everything known of one model."""
+    """The text of `zoo show`: file, flags, ways of sampling and published scores of one model."""
     lines = [f"{preset.name}: {preset.title} ({preset.kind})", f"file   {preset.url}"]
     lines.append("flags  " + " ".join(f"--{name} {value}" for name, value in preset.flags.items()))
     for recipe in preset.recipes:

@@ -1,8 +1,7 @@
-"""What a run is: frozen values, spelled as the flags of 2021 where a flag exists. Imports nothing heavy, nothing of ours.
+"""The configuration of a run: frozen dataclasses; fields have the names of the flags. Imports neither torch nor the rest of this package.
 
-Every field carries its meaning in the metadata, from which the command line makes its help; `validate` refuses
-impossible values by name. Sequences stay strings ("32,16,8") as they are typed and stored; the properties give them as
-numbers.
+The metadata of a field hold its help for the command line and the values that `validate` allows. Sequences stay strings
+("32,16,8"), as they are typed and stored; properties give them as numbers.
 """
 
 from .fields import Section as Section

@@ -1,4 +1,4 @@
-"""What configurations are made of: fields with help, choices and limits, and sections that are read from flags and dicts and checked."""
+"""Building blocks of configurations: fields with help, choices and limits; sections that are read from flags or dicts and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 Numbers = tuple[float, ...]
 RENAMED = {"checkpoint": "recompute"}
-"""Flags by the names they had in earlier versions: still read, on the command line and in saved configurations."""
+"""Name in earlier versions -> present name. The earlier ones are still read, on the command line and in saved configurations."""
 C = TypeVar("C", bound="Section")
 
 
@@ -33,15 +33,8 @@ def flag(
     no_auto  the error for the word auto, where users expect it and there is none
     table    MODULE:NAME of the dict whose keys are the choices. Programs may add more, so the value is checked when it is used
     """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "low": low,
-        "high": high,
-        "auto": auto,
-        "no_auto": no_auto,
-        "table": table,
-    }
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "low": low, "high": high}
+    metadata |= {"auto": auto, "no_auto": no_auto, "table": table}
     return field(default=default, metadata=metadata)
 
 
@@ -83,7 +76,7 @@ class Section:
         return self
 
     def _check(self) -> None:
-        """Rules between fields."""
+        """Raise ValueError if fields contradict each other."""
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -91,13 +84,13 @@ class Section:
 
     @classmethod
     def from_flags(cls: type[C], flags: Mapping[str, Any]) -> C:
-        """Take from `flags` what belongs here, leave the rest; missing ones keep their default."""
+        """Read the fields of this section from `flags`. Other flags are ignored; missing ones keep their default."""
         flags = {RENAMED.get(name, name): value for name, value in flags.items()}
         return cls(**{name: flags[name] for name in cls.names() if name in flags}).validate()
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-        """The inverse of `to_dict`; a key that is no field is refused (a newer version's file, or a slip)."""
+        """The inverse of `to_dict`. ValueError for a key that is no field: a file of a newer version, or a typing error."""
         values = {RENAMED.get(name, name): value for name, value in values.items()}
         unknown = sorted(set(values) - set(cls.names()))
         if unknown:
@@ -109,10 +102,11 @@ class Section:
 
 
 def _broken_requirement(f: Field[Any], value: Any) -> str:
-    """What the value of a field must be and this one is not, in words; "" if it is possible."""
+    """The requirement of field `f` that `value` breaks, to complete "it must be ..."; "" if it breaks none."""
     kind, choices, low, high = type(f.default), *(f.metadata.get(key) for key in ("choices", "low", "high"))
-    if kind in _KIND_IN_WORDS and type(value) is not kind and (kind, type(value)) != (float, int):
-        return _KIND_IN_WORDS[kind]
+    # An int is a valid float, but a bool, though a subclass of int, is no valid number.
+    if kind in _TYPE_NAMES and type(value) is not kind and (kind, type(value)) != (float, int):
+        return _TYPE_NAMES[kind]
     if choices and value not in choices:
         return f"one of {', '.join(map(repr, choices))}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -123,11 +117,11 @@ def _broken_requirement(f: Field[Any], value: Any) -> str:
     return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
 
 
-_KIND_IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{section: {flag: value}}, or {flag: value}, as {flag: value}; also from what stands in a save's JSON under "config"."""
+    """{section: {flag: value}} or {flag: value} -> {flag: value}. Also reads a checkpoint's JSON, which has these under "config"."""
     values = values["config"] if isinstance(values.get("config"), Mapping) else values
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,7 +1,7 @@
-"""The three roles of a network (diffusion, super-resolution, classifier), and its architecture apart from them.
+"""Configurations of networks in their three roles: diffusion, super-resolution, classifier.
 
-`--architecture` says what computes: "unet", whose flags stand here, or a name of `models.architectures.ARCHITECTURES` with its own
-`--arch_options`.
+Any role may have any architecture: `--architecture unet`, whose flags are fields here, or a key of
+`models.architectures.ARCHITECTURES`, whose arguments are given by `--arch_options`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .fields import Numbers, Section, flag, numbers, options
 
 UNET = "unet"
 
-# Channel multipliers where the user gives none. 64 and above are the paper's.
+# Default channel multipliers by image size; from 64 on those of the paper.
 _MULTIPLIERS = {
     8: (1, 2),
     16: (1, 2, 2),
@@ -39,21 +39,21 @@ def default_multipliers(image_size: int, *, super_resolution: bool = False) -> N
 
 
 class _Role(Section):
-    """What the three roles share. A subclass has the flags of its U-Net, `architecture` and `arch_options`, and a size."""
+    """Properties and checks of all three roles, from fields that the subclasses declare."""
 
     prefix: ClassVar[str] = ""
-    """Of the names of its flags."""
+    """How the names of its flags begin."""
     unet_flags: ClassVar[tuple[str, ...]]
     architecture: Any
     arch_options: Any
     sample_size: Any
-    """Height of the images in pixels, by which levels and attention are chosen."""
+    """Height of the images in pixels, from which default levels and the levels with attention follow."""
     size: Any
     """Height and width of the images in pixels."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of an architecture that is not the U-Net, besides those that every network gets."""
+        """The arguments that --arch_options gives an architecture other than the U-Net."""
         return options(self.arch_options, f"{self.prefix}arch_options")
 
     @property
@@ -64,7 +64,7 @@ class _Role(Section):
 
     @property
     def attention_downsamplings(self) -> tuple[int, ...]:
-        """The levels with attention, as factors by which the image is smaller there."""
+        """The levels with attention, as downsampling factors; 0 for a resolution above `sample_size`."""
         name = f"{self.prefix}attention_resolutions"
         resolutions = numbers(getattr(self, name), name)
         if any(resolution < 1 or resolution != int(resolution) for resolution in resolutions):
@@ -72,7 +72,7 @@ class _Role(Section):
         return tuple(self.sample_size // int(resolution) for resolution in resolutions)
 
     def to_dict(self) -> dict[str, Any]:
-        """As ever for a U-Net: files from before there were other architectures have no word for it."""
+        """All fields; for a U-Net without the architecture flags, so that its files stay equal to those of older versions."""
         left_out = (f"{self.prefix}architecture", f"{self.prefix}arch_options") if self.architecture == UNET else ()
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
@@ -85,7 +85,7 @@ class _Role(Section):
                     f"--{self.prefix}architecture is {self.architecture!r}, but {flags} is for the U-Net; "
                     f"leave it out, or give --{self.prefix}arch_options"
                 )
-            _ = self.options
+            _ = self.options  # raises ValueError if they cannot be read
             return
         if self.options:
             raise ValueError(
@@ -118,7 +118,7 @@ class _ImageSize(Section):
 
 @dataclass(frozen=True)
 class _UNetFlags(Section):
-    """The U-Net that denoises."""
+    """Flags of the U-Net as a denoising network."""
 
     num_channels: int = flag(128, "channels of the first level", low=1)
     num_res_blocks: int = flag(2, "residual blocks per level", low=1)
@@ -136,7 +136,7 @@ class _UNetFlags(Section):
 
 @dataclass(frozen=True)
 class _DenoiserConfig(_UNetFlags, _Role):
-    """What the two roles of denoising network share."""
+    """Fields of both denoising roles, diffusion and super-resolution."""
 
     unet_flags: ClassVar[tuple[str, ...]] = _UNetFlags.names()
 
@@ -159,12 +159,12 @@ class ModelConfig(_ImageSize, _DenoiserConfig):
 
 @dataclass(frozen=True)
 class SuperResConfig(_DenoiserConfig):
-    """The denoising network that is given a smaller version of the image it makes."""
+    """The denoising network that is conditioned on a smaller version of the image."""
 
     kind: ClassVar[str] = "super_resolution"
 
-    large_size: int = flag(256, "height and width of what is made, in pixels", low=1)
-    small_size: int = flag(64, "height and width of what is given, in pixels", low=1)
+    large_size: int = flag(256, "height and width of the images that are made, in pixels", low=1)
+    small_size: int = flag(64, "height and width of the small images, in pixels", low=1)
 
     def _check(self) -> None:
         if self.small_size > self.large_size:
@@ -182,7 +182,7 @@ class SuperResConfig(_DenoiserConfig):
 
 @dataclass(frozen=True)
 class _ClassifierUNetFlags(Section):
-    """The half U-Net that classifies."""
+    """Flags of the classifier: the encoder half of the U-Net and a pooling head."""
 
     classifier_width: int = flag(128, "channels of the first level", low=1)
     classifier_depth: int = flag(2, "residual blocks per level", low=1)
@@ -198,7 +198,7 @@ class _ClassifierUNetFlags(Section):
 
 @dataclass(frozen=True)
 class ClassifierConfig(_ImageSize, _ClassifierUNetFlags, _Role):
-    """The network that names the class of a noisy image, for guidance."""
+    """The network that classifies noisy images, for guidance."""
 
     kind: ClassVar[str] = "classifier"
     prefix: ClassVar[str] = "classifier_"
@@ -233,10 +233,10 @@ NETWORKS: dict[str, type[ModelConfig] | type[SuperResConfig] | type[ClassifierCo
 Network = ModelConfig | SuperResConfig | ClassifierConfig
 
 
-# Classes of ImageNet, which the networks of 2021 have whenever they know classes at all.
+# Classes of ImageNet, which every class-conditional network and classifier of 2021 has.
 CLASSES_OF_2021 = 1000
 
 
 def classes_of(model: Network) -> int:
-    """The number of classes, 0 where the network gets no labels; of a network of 2021 those of ImageNet."""
+    """The number of classes, 0 if the network uses none; where the configuration does not say, ImageNet's, as in 2021."""
     return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0

@@ -1,4 +1,4 @@
-"""The noise process, the data, training, sampling, and a whole run."""
+"""Configurations of the noise process, of data, training and sampling, and of a whole training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .networks import NETWORKS, ModelConfig, Network
 PRECISIONS = ("", "fp32", "bf16", "fp16")
 WEIGHTS = ("", "ema", "model")  # which weights of a file or run folder that holds several
 WEIGHTS_HELP = (
-    "which weights to take where model_path holds both: those of the EMA (ema) or the raw ones (model); else the EMA"
+    "which weights to take where model_path holds both: those of the EMA (ema) or the raw ones (model); empty = the EMA"
 )
 _NO_AUTO_BATCH = "the batch size changes what is learned, so give a number; --microbatch auto finds how much of it fits"
 
@@ -61,7 +61,7 @@ class DiffusionConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Where images come from and how they are cut."""
+    """Where images and classes come from, and how images are cropped."""
 
     data_dir: str = flag("", "folder of images (local, gs:// or az://)")
     val_data_dir: str = flag("", "folder of images held out for validation")
@@ -69,7 +69,7 @@ class DataConfig(Section):
     val_fraction: float = flag(
         0.0, "part of the data held out for validation, where --val_data_dir is empty", low=0.0, high=0.9
     )
-    random_crop: bool = flag(False, "cut at a random place and scale instead of the centre")
+    random_crop: bool = flag(False, "crop at a random position and scale, not the centre")
     random_flip: bool = flag(True, "mirror half of the images")
     workers: int = flag(0, "processes that read images besides the main one", low=0)
     on_error: str = flag("raise", "what an unreadable image does", choices=("raise", "skip"))
@@ -77,9 +77,9 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """How weights are made."""
+    """How a denoising network is trained."""
 
-    schedule_sampler: str = flag("uniform", "which steps to train on", choices=("uniform", "loss-second-moment"))
+    schedule_sampler: str = flag("uniform", "how to draw diffusion steps", choices=("uniform", "loss-second-moment"))
     lr: float = flag(1e-4, "learning rate", low=0.0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", low=0.0)
     lr_anneal_steps: int = flag(0, "lower the learning rate to 0 over this many steps, then end; 0 = never", low=0)
@@ -104,8 +104,8 @@ class TrainConfig(Section):
     save_interval: int = flag(10000, "steps between two checkpoints", low=1)
     resume_checkpoint: str = flag(
         "",
-        "go on from this file or folder; empty or auto = the newest save of the run folder; none = start afresh, but go on with a run "
-        "that this very command has begun in --out",
+        "continue from this file or folder; empty or auto = the newest save of the run folder; none = start afresh, but continue a run "
+        "that the same command has begun in --out",
     )
     fp16_scale_growth: float = flag(1e-3, "growth per step of the logarithm of the loss scale in float16", low=0.0)
     global_batch_size: int = flag(0, "images per step over all processes; 0 = --batch_size times processes", low=0)
@@ -117,7 +117,7 @@ class TrainConfig(Section):
     keep_last: int = flag(0, "how many of the newest checkpoints stay; 0 = all", low=0)
     keep_every: int = flag(0, "checkpoints at multiples of this step stay for good; 0 = none", low=0)
     shard_optimizer: bool = flag(False, "divide the optimizer's state among the processes: less memory on each")
-    compile: bool = flag(False, "the network through torch.compile: minutes at first, then faster on a GPU")
+    compile: bool = flag(False, "compile the network by torch.compile: minutes at first, then faster on a GPU")
     compress_gradients: bool = flag(False, "send gradients between processes in bfloat16: half the bytes, less exact")
     static_graph: bool = flag(
         False,
@@ -131,7 +131,7 @@ class TrainConfig(Section):
     loss_weight: str = flag(
         "", "weight of the squared error by noise level; empty = none", table="diffusion.weighting:WEIGHTS"
     )
-    min_snr_gamma: float = flag(0.0, "as --loss_weight min_snr, with this gamma; 0 = not", low=0.0)
+    min_snr_gamma: float = flag(0.0, "as --loss_weight min_snr, with this gamma; 0 = no such weight", low=0.0)
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
@@ -142,7 +142,7 @@ class TrainConfig(Section):
 
     @property
     def last_step(self) -> int:
-        """The number of updates after which training ends: when a limit is reached, or the learning rate is 0; 0 = never."""
+        """The number of updates after which training ends: by --max_steps, or with a learning rate of 0; 0 = never."""
         return min(filter(None, (self.max_steps, self.lr_anneal_steps)), default=0)
 
     def _check(self) -> None:
@@ -156,7 +156,7 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class ClassifierTrainConfig(TrainConfig):
-    """How a classifier's weights are made; 2021 spelled some flags differently from the generator's."""
+    """How a classifier is trained. Some flags have other names than for diffusion models, as in 2021."""
 
     lr: float = flag(3e-4, "learning rate", low=0.0)
     batch_size: int = flag(4, "images per step and process", low=1, no_auto=_NO_AUTO_BATCH)
@@ -175,7 +175,7 @@ class ClassifierTrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class SampleConfig(Section):
-    """How images are made from weights."""
+    """How images are sampled."""
 
     model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
     weights: str = flag("", WEIGHTS_HELP, choices=WEIGHTS)
@@ -191,11 +191,11 @@ class SampleConfig(Section):
     eta: float = flag(0.0, "noise of DDIM: 0 = none, 1 = as much as the ancestral chain", low=0.0, high=1.0)
     seed: int = flag(0, "image i is the same for a seed, whatever the batch size", low=0)
     classes: str = flag("", "only these classes, by number or name: 3,7")
-    labels: str = flag("random", "how classes are dealt out", choices=("random", "balanced"))
+    labels: str = flag("random", "how classes are assigned to images", choices=("random", "balanced"))
     precision: str = flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
     classifier_precision: str = flag("", "arithmetic of the classifier; empty = as --precision", choices=PRECISIONS)
     grid: int = flag(64, "images in the overview picture; 0 = none", low=0)
-    compile: bool = flag(False, "networks through torch.compile: minutes at first, then faster on a GPU")
+    compile: bool = flag(False, "compile networks by torch.compile: minutes at first, then faster on a GPU")
     cuda_graphs: bool = flag(False, "each guided step as one CUDA graph: faster where batches are small")
 
     @property
@@ -205,7 +205,7 @@ class SampleConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a training run is; stored beside its weights."""
+    """The configuration of a training run, which is stored beside its weights."""
 
     model: Network = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -218,7 +218,7 @@ class RunConfig:
         return self.model.kind
 
     def _check_sections(self) -> RunConfig:
-        """This run; ValueError if settings of different sections contradict each other."""
+        """Return self. ValueError if flags of different sections contradict each other."""
         train = self.train
         weight = (
             f"--min_snr_gamma {train.min_snr_gamma:g}" if train.min_snr_gamma else f"--loss_weight {train.loss_weight}"
@@ -256,7 +256,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, kind: str, values: Mapping[str, Any]) -> RunConfig:
-        # Rules between sections are not applied: what was stored may be from before there was such a rule.
+        # `_check_sections` is not called: the configuration may have been stored before one of those rules existed.
         sections = {name: config.from_dict(values.get(name, {})) for name, config in cls.sections(kind).items()}
         return cls(**sections)  # type: ignore[arg-type]
 
@@ -266,7 +266,7 @@ class RunConfig:
 
 SECTIONS = ("model", "diffusion", "data", "train")
 
-# A flag that is given now, and the stored flags that it takes out, as they would override it.
+# Flag that is typed now -> stored flags that are dropped then, because they would take precedence over it.
 _OVERRIDES = {
     "use_fp16": ("precision",),
     "classifier_use_fp16": ("precision",),
@@ -284,26 +284,26 @@ _OVERRIDES = {
 
 
 def laid_over(stored: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored flags and those typed now as one; typed ones win, and take out the stored ones that would override them.
+    """Merge stored flags with those typed now. Typed ones win, and stored ones that would take precedence over them are dropped.
 
-    So `--use_fp16 True` wins over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. 0 and empty text switch a flag
-    off: they take out nothing.
+    So `--use_fp16 True` wins over a stored `precision`, `--lr_anneal_steps 6` over a stored `max_steps`. A typed 0 or empty text
+    switches its flag off and drops no other.
     """
-    # A typed value that is the stored one changes nothing: the global batch, say, stays on any number of processes.
-    deciding = {n for n, value in typed.items() if (value or isinstance(value, bool)) and value != stored.get(n)}
-    replaced = {other for name in deciding for other in _OVERRIDES.get(name, ())}
-    merged = {**{name: value for name, value in stored.items() if name not in replaced}, **typed}
-    # A limit beyond the end of the stored annealing: the rate falls to 0 there and not before.
+    # A typed value equal to the stored one drops nothing: repeating --batch_size keeps the stored global batch size.
+    new = {name for name, value in typed.items() if (value or isinstance(value, bool)) and value != stored.get(name)}
+    dropped = {other for name in new for other in _OVERRIDES.get(name, ())}
+    merged = {**{name: value for name, value in stored.items() if name not in dropped}, **typed}
+    # --max_steps beyond the end of the stored annealing stretches the annealing to the new last step.
     if "lr_anneal_steps" not in typed and 0 < merged.get("lr_anneal_steps", 0) < typed.get("max_steps", 0):
         merged["lr_anneal_steps"] = typed["max_steps"]
     return merged
 
 
 def changed(stored: Mapping[str, Any], typed: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A sentence for each stored flag that is another one now, though it was not given: what `laid_over` decided."""
-    kept = sorted(set(stored) - set(typed) - {"resume_checkpoint", "global_batch_size"})
-    differing = [name for name in kept if now[name] != stored[name]]
+    """A message for each stored flag that was not typed and yet differs in `now`, the result of `laid_over`."""
+    untyped = sorted(set(stored) - set(typed) - {"resume_checkpoint", "global_batch_size"})
     return [
-        f"--{name} was {stored[name]!r} before and is {now[name]!r} now, as the flags given decide"
-        for name in differing
+        f"--{name} was {stored[name]!r} before and is {now[name]!r} now, because flags given now decide it"
+        for name in untyped
+        if now[name] != stored[name]
     ]

@@ -1,4 +1,4 @@
-"""Networks besides the U-Net, by the word of `--architecture`."""
+"""The table of networks besides the U-Net, which `--architecture` chooses by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from torch import nn
 
-# Name -> what makes an nn.Module that is called as `net(x, time, y)`; `y` is given where classes are, `low_res` to an upsampler.
-# It is called with image_size (height and width where they differ), in_channels, out_channels, num_classes (None = no labels
-# are given) and what --arch_options says. A program adds its own before it trains or loads. "MODULE:NAME" is one in this folder,
-# loaded when it is made: reading this table, as --help does, loads no torch.
+# Name -> constructor of an nn.Module that is called as `net(x, time)`; with `y` if class-conditional, with `low_res` in an upsampler.
+# The constructor gets image_size ((height, width) where they differ), in_channels, out_channels, num_classes (None = unconditional)
+# and the --arch_options. User programs add theirs before they train or load. "MODULE:NAME" stands for a constructor in this folder
+# that is imported at its first use, so that --help can list this table without loading torch.
 ARCHITECTURES: dict[str, Callable[..., nn.Module] | str] = {}
 
 
 def make_network(name: str, options: dict[str, Any], *, prefix: str = "", **shape: Any) -> nn.Module:
-    """The network of that name; `prefix` begins the names of its flags. ValueError where it is unknown or takes other options."""
+    """Build the network `name`. `prefix`: of its flags, in messages. ValueError for an unknown name or options it does not take."""
     make = ARCHITECTURES.get(name)
     if make is None:
         raise ValueError(
@@ -26,8 +26,8 @@ def make_network(name: str, options: dict[str, Any], *, prefix: str = "", **shap
             f"known once a program has set guided_diffusion.ARCHITECTURES[{name!r}]; commands take such a program by --import FILE.py"
         )
     if isinstance(make, str):
-        module, _, name_there = make.partition(":")
-        make = cast("Callable[..., nn.Module]", getattr(import_module(f".{module}", __package__), name_there))
+        module, _, attribute = make.partition(":")
+        make = cast("Callable[..., nn.Module]", getattr(import_module(f".{module}", __package__), attribute))
     try:
         inspect.signature(make).bind(**shape, **options)
     except TypeError as error:

@@ -1,9 +1,9 @@
-"""Attention over the places of an image, by torch's fused kernels, without copying q, k or v.
+"""Self-attention over the pixels of a feature map, by torch's fused kernels, without copying q, k or v.
 
-Shapes: N batch, T places (tokens), H heads, D channels per head, C = H * D.
-Modules speak [N, C, T] as the released networks do. Within a network memory is channels-innermost: each [N, C, T] is the
-transposed view of a contiguous [N, T, C], and q, k, v are strided views [N, H, T, D] of it with stride 1 in D. What is given
-in the plain layout is answered in it.
+Shapes: N batch, T tokens (pixels), H heads, D channels per head, C = H * D.
+Modules take and return [N, C, T], as the released networks do. Within a network, memory is channels-innermost: each [N, C, T] is
+the transposed view of a contiguous [N, T, C], and q, k, v are strided views [N, H, T, D] of it with stride 1 in D. An input that
+is contiguous as [N, C, T] gives an output that is.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from .kernels.layout import gradients, recorded, transformed
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over [N, H, T, D], written out: differentiable any number of times, in any mode."""
+    """softmax(q k' / sqrt(D)) v over [N, H, T, D] by basic operations: any derivative, forward or reverse mode, works."""
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
     return torch.softmax(scores, dim=-1) @ v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over [N, H, T, D] (Vaswani et al. 2017, equation 1), by the fastest fitting kernel.
+    """softmax(q k' / sqrt(D)) v over [N, H, T, D] (Vaswani et al. 2017, equation 1), by torch's fused kernels.
 
-    The fused kernels have neither a forward-mode nor a second derivative; where one is asked for, the written-out
-    form takes over.
+    Those have neither a forward-mode nor a second derivative; where one is needed, `plain_attention` computes it.
     """
     if transformed(q, k, v):
         return plain_attention(q, k, v)
@@ -39,9 +38,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """The identity on a fused kernel's output; under `create_graph` it answers for the gradients of q, k, v itself.
+    """The identity on a fused kernel's output. Under `create_graph` its backward takes the gradients from `plain_attention`.
 
-    It keeps the tensors that the kernel keeps anyway, so it costs no memory.
+    It saves q, k and v, which the fused kernel saves anyway, so it costs no memory.
     """
 
     @staticmethod
@@ -52,7 +51,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return g, None, None, None  # an ordinary backward pass: the kernel's own is the faster
+            return g, None, None, None  # first derivatives only: the fused kernel's backward is faster
         q, k, v = ctx.saved_tensors
         return None, *gradients(plain_attention(q, k, v), (q, k, v), ctx.needs_input_grad[1:], g)
 
@@ -62,14 +61,14 @@ def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
 
     thop.profile(net, inputs=(x, t), custom_ops={QKVAttention: QKVAttention.count_flops})
     """
-    batch, channels, *places = y[0].shape
-    model.total_ops += torch.DoubleTensor([2 * batch * math.prod(places) ** 2 * channels])
+    batch, channels, *sizes = y[0].shape
+    model.total_ops += torch.DoubleTensor([2 * batch * math.prod(sizes) ** 2 * channels])
 
 
 class _QKV(nn.Module):
-    """Attention among the q, k, v that lie among the channels in one of two orders."""
+    """Attention where one tensor holds q, k and v; the subclass says in which order its 3 * C channels hold them."""
 
-    _dim_of_qkv: int  # which dimension tells q, k and v apart once the channels are split up: [N, T, ., ., D]
+    _dim_of_qkv: int  # the dimension of size 3 (q, k, v) once the channels are unflattened: 2 or 3 of [N, T, ., ., D]
     count_flops = staticmethod(count_flops_attn)
 
     def __init__(self, n_heads: int) -> None:
@@ -85,11 +84,11 @@ class _QKV(nn.Module):
         sizes.insert(self._dim_of_qkv - 2, 3)
         parts = qkv.transpose(1, 2).contiguous().unflatten(2, sizes).unbind(self._dim_of_qkv)
         out = attention(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).flatten(2).transpose(1, 2)
-        return out.contiguous() if qkv.is_contiguous() else out
+        return out.contiguous() if qkv.is_contiguous() else out  # in the layout of the input
 
 
 class QKVAttentionLegacy(_QKV):
-    """Attention where each head's q, k, v are neighbours among the channels: H x (q, k, v) x D."""
+    """Attention where each head's q, k, v are adjacent among the channels: H x (q, k, v) x D."""
 
     _dim_of_qkv = 3
 

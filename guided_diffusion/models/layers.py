@@ -1,4 +1,4 @@
-"""What every network is made of: layers that cast their weights at use, group norm, time embedding, checkpointing."""
+"""Building blocks of all networks: layers that cast their weights at use, group norm, time embedding, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ class _CastAtUse:
     def _parameters_as(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = self.weight
         if weight.requires_grad and torch.is_grad_enabled():
-            weight = plain_layout(weight)  # no copy: a weight that learns is stored so
-        if (
-            weight.dtype != x.dtype
-        ):  # a cast writes channels_last, which convolutions of channels_last images want anyway
+            weight = plain_layout(weight)  # makes its gradient contiguous; trained weights are so already: no copy
+        if weight.dtype != x.dtype:
+            # The cast copies anyway; convolutions of channels_last images want a channels_last weight.
             weight = weight.to(x.dtype, memory_format=CHANNELS_LAST.get(weight.dim(), torch.preserve_format))
         return weight, None if self.bias is None else self.bias.to(x.dtype)
 
 
 def _is_matrix_product(conv: nn.Conv1d | nn.Conv2d) -> bool:
-    """Whether the convolution only mixes the channels of each place."""
+    """Whether the convolution is 1x1: it mixes the channels of each pixel alone."""
     ones, zeros = (1,) * len(conv.kernel_size), (0,) * len(conv.kernel_size)
     return conv.kernel_size == ones and conv.stride == ones and conv.padding == zeros and conv.groups == 1
 
@@ -65,18 +64,18 @@ class Conv2d(_CastAtUse, nn.Conv2d):
         weight, bias = self._parameters_as(x)
         if _is_matrix_product(self) and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        return _laid_as(x, self._conv_forward(x, weight, bias))
+        return _in_layout_of(x, self._conv_forward(x, weight, bias))
 
 
 class Conv3d(_CastAtUse, nn.Conv3d):
     """Convolution over [N, C, D, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _laid_as(x, self._conv_forward(x, *self._parameters_as(x)))
+        return _in_layout_of(x, self._conv_forward(x, *self._parameters_as(x)))
 
 
-def _laid_as(x: Tensor, y: Tensor) -> Tensor:
-    """y, plain if x is: a convolution takes the layout of its weight as well."""
+def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """y, contiguous unless x is channels_last. torch's convolution answers in channels_last if only its weight is."""
     return y if is_channels_last(x) else y.contiguous()
 
 
@@ -97,14 +96,14 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
-    """`layers(x)` for layers that begin with a norm and a SiLU; given a scale and a shift, silu(norm(x) * (1 + scale) + shift) goes on.
+    """`layers(x)`, where `layers` begin with norm and SiLU; scale_shift puts silu(norm(x) * (1 + scale) + shift) in their stead.
 
-    x: [N, C, ...]. scale_shift: [N, C, 1, ...] both. Norm and SiLU are one operation, unless somebody has put other layers there
-    or registered a hook on one of them.
+    x: [N, C, ...]. scale_shift: [N, C, 1, ...] both. Norm, scale, shift and SiLU are one fused operation, unless the user has
+    replaced those layers or registered a hook on them, which must then run.
     """
     norm, act, *rest = layers
-    ours = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
-    if recorded() or not ours or not norm.fused or hooked(layers, norm, act):
+    unchanged = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
+    if recorded() or not unchanged or not norm.fused or hooked(layers, norm, act):
         return layers(x) if scale_shift is None else layers[1:](norm_kernels.modulated(norm(x), *scale_shift))
     assert isinstance(norm, nn.GroupNorm)
     h = norm_kernels.norm_silu(x, norm, scale_shift)
@@ -115,7 +114,7 @@ def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | 
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether any of the modules has a hook."""
-    for m in modules:  # noqa: SIM110  for every block at every call, so in the fastest of ways
+    for m in modules:  # noqa: SIM110  runs for every block at every call, and any() is slower
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True
     return False
@@ -129,7 +128,7 @@ def normalization(channels: int) -> GroupNorm32:
     if channels < NORM_GROUPS or channels % NORM_GROUPS:
         raise ValueError(
             f"{channels} channels cannot be normalised in {NORM_GROUPS} groups: every level of the network needs a "
-            f"multiple of {NORM_GROUPS} channels. Choose num_channels and channel_mult so that their products are."
+            f"multiple of {NORM_GROUPS} channels. Choose num_channels and channel_mult so that their products are multiples."
         )
     return GroupNorm32(NORM_GROUPS, channels)
 
@@ -213,7 +212,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A Sequential that hands the time embedding to those of its children that take one."""
+    """A Sequential that passes the time embedding to each child that is a TimestepBlock."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -239,13 +238,12 @@ def checkpoint(func: Callable[..., Any], inputs: Iterable[Any], params: Iterable
 
 
 def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
-    """`func(*inputs)` without keeping its intermediate values: backward computes them again, up to the last that it needs.
+    """`func(*inputs)` with activation checkpointing: backward recomputes its intermediate tensors, up to the last that it needs.
 
-    So an operation that ends `func` and needs only its inputs for backward, as a convolution does, is not done twice.
-    Dropout, frozen weights, repeated and double backward, and autocast work as without. Under forward-mode differentiation
-    (torch 2.11 cannot) and inside a `torch.func` transform nothing is recomputed. What torch's checkpointing asks for: weights
-    and hooks are the same at the backward pass as before, so no backward after `torch.func.functional_call` has given its
-    weights back.
+    So if `func` ends in an operation whose backward needs only its inputs, such as a convolution, that one does not run twice.
+    Dropout, frozen weights, repeated and double backward, and autocast give the same results as without. Under forward-mode
+    differentiation (which torch 2.11 cannot checkpoint) and inside a `torch.func` transform nothing is recomputed. Weights and
+    hooks must be the same in backward as in forward; those that `torch.func.functional_call` sets are gone by then: no backward.
     """
     if not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
         return func(*inputs)
@@ -253,9 +251,9 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recompute_norm(block: Any, func: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`func(*inputs)`, a norm and what follows it in a block, recomputed where `Network.set_recompute_norms` has set that.
+    """`func(*inputs)`, a norm and what follows it in a block; recomputed in backward if `Network.set_recompute_norms` says so.
 
-    Not within a block that is recomputed as a whole, nor in a compiled graph, whose compiler chooses for itself what to keep.
+    A block that is recomputed as a whole ignores that, and so does a compiled graph: its compiler chooses what to keep.
     """
     if not block.recompute_norms or block.use_checkpoint or torch.compiler.is_compiling():
         return func(*inputs)
@@ -263,7 +261,7 @@ def recompute_norm(block: Any, func: Callable[..., Tensor], *inputs: Tensor) -> 
 
 
 def lay_out_convolution(module: nn.Module) -> None:
-    """Lay the weight of a convolution out channels_last, which saves a transposition per call; for `Module.apply`."""
+    """Store the weight of a convolution channels_last, which saves a transposition per call; for `Module.apply`."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         module.weight.data = channels_last(module.weight.data)
 

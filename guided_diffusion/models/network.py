@@ -1,4 +1,4 @@
-"""What every network has: a compute dtype apart from the stored one, a time embedding, a check of image sizes."""
+"""Base class of the networks: a compute dtype apart from the stored one, the time embedding, a check of image sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .layers import GroupNorm32, hooked, store_convolution, timestep_embedding
 class Network(nn.Module):
     """Base of the networks. The torso computes in `dtype`; time embedding and output stay in full precision.
 
-    Subclasses have input_blocks, middle_block, maybe output_blocks, and time_embed; num_levels is how many sizes they
-    work at and dims the number of space dimensions.
+    Subclasses have input_blocks, middle_block, perhaps output_blocks (together the torso), and time_embed. num_levels: number of
+    resolutions. dims: number of spatial dimensions.
     """
 
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Network(nn.Module):
         if y is not None and self.num_classes is None:
             raise ValueError("labels y were given to a network that is not class-conditional.")
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self._stored_dtype))
-        if not recorded() and timesteps.shape[0] == 1:  # a recording would hold for this number of images only
+        if not recorded() and timesteps.shape[0] == 1:  # a compiled or traced expand would fix the number of images
             emb = emb.expand(num_images, -1)
         if self.num_classes is None:
             return emb
@@ -69,20 +69,20 @@ class Network(nn.Module):
         return emb + self.label_emb(y)
 
     def set_fused_norm(self, wanted: bool = True) -> None:
-        """Let residual blocks compute norm, scale, shift and SiLU as one operation where that fits, as they do, or never.
+        """Whether residual blocks may compute norm, scale, shift and SiLU as one fused operation (they may, unless told otherwise).
 
-        It fits in eager mode where nobody looks at what is inside the network. See models/kernels/norm.py.
+        They do so in eager mode, for layers without hooks. See models/kernels/norm.py.
         """
         for module in self.modules():
             if isinstance(module, GroupNorm32):
                 module.fused = wanted
 
     def set_recompute_norms(self, wanted: bool = True) -> None:
-        """Let blocks keep for backward only what goes into their norms, and compute norms and SiLUs again there, or no longer.
+        """Whether blocks keep only the inputs of their norms for backward, and recompute norms and SiLUs there.
 
-        Less memory, the same numbers, and no convolution or product over images is done twice: recomputation ends before the
-        convolution that would follow (torch.utils.checkpoint stops at the last tensor that backward waits for). Compiled
-        networks ignore it, as do blocks that recompute as a whole (use_checkpoint).
+        Less memory, the same numbers, and no convolution over images runs twice: recomputation ends before the convolution that
+        follows (torch.utils.checkpoint stops at the last tensor that backward needs). Compiled networks ignore this, as do blocks
+        that recompute as a whole (use_checkpoint).
         """
         module: Any
         for module in self.modules():
@@ -90,10 +90,10 @@ class Network(nn.Module):
                 module.recompute_norms = wanted
 
     def enter(self, x: Tensor) -> Tensor:
-        """x in the torso's dtype and memory layout, refused if a level would have an odd size.
+        """x in the torso's dtype and memory layout. ValueError if its size cannot be halved at every level.
 
-        The layout is channels_last, and plain where others see activations and may count on it. All modules keep the layout
-        that they are given. Gradients of x are plain.
+        The layout is channels_last; but contiguous where hooks or modules of the user see activations and may rely on it. All
+        modules of this package keep the layout of their input. The gradient of x is contiguous.
         """
         divisor = 2 ** (self.num_levels - 1)
         sizes = tuple(x.shape[-min(self.dims, 2) :])
@@ -102,20 +102,21 @@ class Network(nn.Module):
                 f"images of {' x '.join(map(str, sizes))} cannot be halved {self.num_levels - 1} times: "
                 f"height and width must be multiples of {divisor}. Resize or pad the images, or use fewer levels."
             )
-        # float32 stands for "as stored": a network moved to float64 computes in float64
+        # compute dtype float32 means "as stored": a network moved to float64 computes in float64
         dtype = self._stored_dtype if self.dtype == torch.float32 else self.dtype
         x = plain_layout(x.to(dtype))
         return x if torch.jit.is_tracing() or looked_at(self) else channels_last(x)
 
 
 def warn_of_missing_levels(image_size: int, attention_resolutions: Collection[int], levels: int) -> None:
-    """Warn where attention is asked for at downsampling factors that no level has: 2021 left it out in silence.
+    """Warn if attention is requested at downsampling factors that no level has, where the code of 2021 silently had none.
 
-    0 stands for sizes above the image's, which defaults for larger images ask for: named only where none of the factors is there.
+    A factor of 0 stands for resolutions above the image size. Defaults made for larger images contain it, so it is reported only if
+    no requested factor exists.
     """
 
     def pixels(factors: Iterable[int]) -> str:
-        return ", ".join(f"{image_size // factor} ({factor})" if factor else "more than all (0)" for factor in factors)
+        return ", ".join(f"{image_size // f} ({f})" if f else "above the image size (0)" for f in factors)
 
     factors = [2**level for level in range(levels)]
     missing = set(attention_resolutions).difference(factors)
@@ -129,29 +130,30 @@ def warn_of_missing_levels(image_size: int, attention_resolutions: Collection[in
         )
 
 
-# Hooks of torch and of this package measure without changing anything; modules of this folder take any memory layout.
-_MEASURING = ("torch.", f"{__package__.split('.models')[0]}.")
-_OWN = ("torch.", f"{__package__}.")
+# Modules whose hooks only measure (torch, this package), and modules whose layers take any memory layout (torch, this folder).
+_HARMLESS_HOOKS = ("torch.", f"{__package__.split('.models')[0]}.")
+_ANY_LAYOUT = ("torch.", f"{__package__}.")
 
 
 def looked_at(net: nn.Module) -> bool:
-    """Whether somebody sees what the modules within `net` take and give: by a hook, or by code of their own in one of them."""
-    everywhere = torch.nn.modules.module
-    held = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
-    held += [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
-    kinds, waiting = set(), list(net._modules.values())
-    while waiting:  # faster than net.modules(), at every call
-        module = waiting.pop()
+    """Whether code of the user sees activations within `net`: a hook, a replaced `forward`, or a module class of their own."""
+    torch_module = torch.nn.modules.module
+    hook_dicts = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+    hook_dicts += [torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks]
+    classes, pending = set(), list(net._modules.values())
+    while pending:  # faster than net.modules(), and this runs at every call
+        module = pending.pop()
         if module is None:
             continue
         if "forward" in module.__dict__:
             return True
         if hooked(module):
-            held += [module._forward_hooks, module._forward_pre_hooks]
-            held += [module._backward_hooks, module._backward_pre_hooks]
-        kinds.add(type(module))
-        waiting += module._modules.values()
-    if any(not getattr(hook, "__module__", "").startswith(_MEASURING) for hooks in held for hook in hooks.values()):
+            hook_dicts += [module._forward_hooks, module._forward_pre_hooks]
+            hook_dicts += [module._backward_hooks, module._backward_pre_hooks]
+        classes.add(type(module))
+        pending += module._modules.values()
+    hooks = (hook for hook_dict in hook_dicts for hook in hook_dict.values())
+    if any(not getattr(hook, "__module__", "").startswith(_HARMLESS_HOOKS) for hook in hooks):
         return True
-    # Where a function was written; `__module__` is copied by decorators.
-    return any(not getattr(kind.forward, "__globals__", {}).get("__name__", "").startswith(_OWN) for kind in kinds)
+    # `__globals__` names the module that defines a function; decorators such as functools.wraps copy `__module__`.
+    return any(not getattr(c.forward, "__globals__", {}).get("__name__", "").startswith(_ANY_LAYOUT) for c in classes)

@@ -9,16 +9,16 @@ The figure, from left to right:
             +------------------------------------------+
     time (and class) --> time_embed --> emb, which every residual block receives
 
-The way down has one stage ("level") per entry of channel_mult: some residual blocks, each followed by self-attention where the
-level's resolution asks for it, then half the size. The middle block is residual, attention, residual. The way up mirrors the way
-down; each of its blocks is given the output of the block below it beside that of its partner on the way down. The classifier is
-the way down and the middle with a pool behind it.
+The way down (encoder) has one level per entry of channel_mult: num_res_blocks residual blocks, each followed by self-attention at
+the levels in attention_resolutions, then a downsampling, except after the last level. The middle block is residual, attention,
+residual. The way up (decoder) mirrors the way down; the input of each of its blocks is the previous block's output concatenated
+with the skip connection. The classifier is the way down and the middle block, followed by a pooling head.
 
-Parameter names, shapes and order are those of the released checkpoints. What comes out is contiguous. In which precision and
-memory layout a network computes is network.py's affair.
+Parameter names, shapes and order are those of the released checkpoints. Outputs are contiguous. network.py chooses the precision
+and memory layout.
 
 Legend: N batch, C channels, H height, W width, E channels of the time embedding.
-This module is also `guided_diffusion.unet`. Blocks look `checkpoint` up here at each call, so that a replacement is seen.
+This module is also `guided_diffusion.unet`. Blocks look up `checkpoint` in it at each call, so that users can replace it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from .pools import make_pool
 
 
 class ResBlock(TimestepBlock):
-    """Residual block of two convolutions, between which time enters: x + conv(silu(norm(conv(silu(norm(x)))))).
+    """Residual block of two convolutions with the time embedding between them: x + conv(silu(norm(conv(silu(norm(x)))))).
 
-    use_scale_shift_norm: adaptive group norm. A linear layer makes of the time embedding one scale and one shift per channel,
-    and the second norm's answer becomes norm(h) * (1 + scale) + shift (equation 3 of the paper). Without it, the linear layer's
-    answer is added before that norm.
-    up, down: the block changes the size of the image, on both branches, before its first convolution.
+    use_scale_shift_norm: adaptive group norm. A linear layer turns the time embedding into one scale and one shift per channel,
+    and norm(h) * (1 + scale) + shift replaces the second norm (equation 3 of the paper). Without it, the linear layer's output is
+    added before that norm.
+    up, down: resize the feature map on both branches, before the first convolution.
     emb_channels: E. use_conv: a 3x3 convolution on the skip path where the number of channels changes; else 1x1.
     use_checkpoint: recompute the block in backward instead of keeping its activations.
     """
@@ -90,9 +90,9 @@ class ResBlock(TimestepBlock):
         out_channels = self.out_channels
         first = conv_nd(dims, channels, out_channels, 3, padding=1)
         self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), first)
-        resize = partial(Upsample if up else Downsample, channels, False, dims) if self.updown else nn.Identity
-        self.h_upd: nn.Module = resize()
-        self.x_upd: nn.Module = resize()
+        make_resize = partial(Upsample if up else Downsample, channels, False, dims) if self.updown else nn.Identity
+        self.h_upd: nn.Module = make_resize()
+        self.x_upd: nn.Module = make_resize()
         emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, emb_out))
         second = zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1))
@@ -109,30 +109,30 @@ class ResBlock(TimestepBlock):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = recompute_norm(self, self._first, x)
+        h = recompute_norm(self, self._first_half, x)
         emb_out = self.emb_layers(emb).to(h.dtype)
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
-        h = recompute_norm(self, self._second, h, emb_out)
+        h = recompute_norm(self, self._second_half, h, emb_out)
         return self.skip_connection(self.x_upd(x)) + h
 
-    def _first(self, x: Tensor) -> Tensor:
-        """Norm, SiLU, change of size, convolution."""
+    def _first_half(self, x: Tensor) -> Tensor:
+        """Norm, SiLU, resizing if any, convolution."""
         if self.updown:
             return self.in_layers[-1](self.h_upd(norm_silu(self.in_layers[:-1], x)))  # type: ignore[arg-type]
         return norm_silu(self.in_layers, x)
 
-    def _second(self, h: Tensor, emb_out: Tensor) -> Tensor:
-        """Norm, conditioned on time by emb_out, SiLU, dropout, convolution. emb_out: [N, C or 2 * C, 1, ...]."""
+    def _second_half(self, h: Tensor, emb_out: Tensor) -> Tensor:
+        """Norm conditioned on time by emb_out [N, C or 2 * C, 1, ...], SiLU, dropout, convolution."""
         if self.use_scale_shift_norm:
             return norm_silu(self.out_layers, h, emb_out.chunk(2, dim=1))
         return norm_silu(self.out_layers, h + emb_out)
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention between all places of an image: x + proj_out(attention(qkv(norm(x)))).
+    """Residual self-attention between all pixels of a feature map: x + proj_out(attention(qkv(norm(x)))).
 
-    num_head_channels: channels per head; -1 takes num_heads instead. use_new_attention_order: how the released
-    weights of q, k and v are interleaved (QKVAttention, else QKVAttentionLegacy).
+    num_head_channels: channels per head; -1 = use num_heads instead. use_new_attention_order: order of q, k and v among the
+    channels of the qkv weights: that of QKVAttention if True, else of QKVAttentionLegacy.
     """
 
     recompute_norms: bool = False  # see Network.set_recompute_norms
@@ -167,12 +167,12 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = recompute_norm(self, self._queries, x)
+        qkv = recompute_norm(self, self._norm_qkv, x)
         return x + self.proj_out(self.attention(qkv)).reshape(x.shape)
 
-    def _queries(self, x: Tensor) -> Tensor:
-        """Norm, and the queries, keys and values of every place: [N, 3 * C, T]."""
-        return self.qkv(self.norm(x).flatten(2))  # [N, C, T]: a view in every layout (see models/attention.py)
+    def _norm_qkv(self, x: Tensor) -> Tensor:
+        """Norm, then queries, keys and values of every pixel: [N, 3 * C, T]."""
+        return self.qkv(self.norm(x).flatten(2))  # flatten gives a view in either layout (see models/attention.py)
 
 
 class _Trunk(Network):
@@ -247,13 +247,13 @@ class _Trunk(Network):
         self._build_head()
 
     def _build_head(self) -> None:
-        """Add what follows the middle block."""
+        """Add the layers that follow the middle block."""
 
     def _build_way_down(self) -> None:
         ch = int(self.channel_mult[0] * self.model_channels)
         first = conv_nd(self.dims, self.in_channels, ch, 3, padding=1)
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
-        self._skip_channels = [ch]  # of each input block's output
+        self._skip_channels = [ch]  # output channels of each input block
         for level, mult in enumerate(self.channel_mult):
             for _ in range(self.num_res_blocks):
                 layers: list[nn.Module] = [self._residual(ch, out_channels=int(mult * self.model_channels))]
@@ -262,7 +262,7 @@ class _Trunk(Network):
                     layers.append(self._attention(ch, self.num_heads))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self._skip_channels.append(ch)
-            if level != len(self.channel_mult) - 1:  # the last level is not followed by a smaller one
+            if level != len(self.channel_mult) - 1:  # no downsampling after the last level
                 self.input_blocks.append(TimestepEmbedSequential(self._resized(ch, down=True)))
                 self._skip_channels.append(ch)
         self.middle_block = TimestepEmbedSequential(
@@ -271,7 +271,7 @@ class _Trunk(Network):
         self._bottom_channels = ch
 
     def _resized(self, channels: int, *, up: bool = False, down: bool = False) -> nn.Module:
-        """A block of twice (up) or half (down) the size."""
+        """A block that doubles (up) or halves (down) the resolution."""
         if self.resblock_updown:
             return self._residual(channels, up=up, down=down)
         return (Upsample if up else Downsample)(channels, self.conv_resample, self.dims)
@@ -280,7 +280,7 @@ class _Trunk(Network):
 class UNetModel(_Trunk):
     """The UNet with attention and time embedding.
 
-    image_size: not used by the network, kept for its users. in_channels, out_channels: of images (any number).
+    image_size: used in messages only; the network takes any size. in_channels, out_channels: of images (any number).
     model_channels: channels at multiplier 1. num_res_blocks: per level. attention_resolutions: downsampling factors
     (1, 2, 4, ...) at which attention is applied. channel_mult: multipliers per level, fractions allowed.
     conv_resample: learned resampling where resblock_updown is off. dims: 1, 2 or 3 space dimensions.
@@ -293,7 +293,7 @@ class UNetModel(_Trunk):
     def _build_head(self) -> None:
         self.output_blocks = nn.ModuleList([])
         ch, skip_channels = self._bottom_channels, list(self._skip_channels)
-        # One block more per level than on the way down: the partner of that level's first convolution, or of the change of size.
+        # One block more per level than num_res_blocks: its skip comes from the first convolution or from a downsampling.
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 out_ch = int(self.model_channels * mult)
@@ -325,7 +325,7 @@ class UNetModel(_Trunk):
 
 
 class SuperResModel(UNetModel):
-    """A UNet that also sees a smaller image, enlarged bilinearly and laid beside its input. Arguments as UNetModel's."""
+    """A UNet conditioned on a smaller image, enlarged bilinearly and concatenated to its input. Arguments as UNetModel's."""
 
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
@@ -343,8 +343,8 @@ class SuperResModel(UNetModel):
 class EncoderUNetModel(_Trunk):
     """The way down of the UNet with a pooled output: the noisy classifier.
 
-    pool: "adaptive" (mean of the last features), "attention" (one attending place), "spatial" and "spatial_v2" (means
-    of every block's features, through two linear layers). out_channels: number of outputs. The rest as UNetModel's.
+    pool: "adaptive" (mean over the last feature map), "attention" (attention pooling), "spatial" and "spatial_v2" (means of every
+    block's features, through two linear layers). out_channels: number of outputs. The rest as UNetModel's.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Networks without weights, to be given those of a file."""
+"""Build networks without initial weights, for those that load theirs from a file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with first weights.
+    """Within this context, torch.nn.init, zero_ and fill_ leave tensors as they are.
 
-    On the meta device filling does nothing, slowly: its normal_ imports the whole compiler, which takes a second or two.
+    On the meta device they would have no effect but cost time: normal_ there imports torch's compiler, a second or two.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

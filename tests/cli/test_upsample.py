@@ -205,7 +205,7 @@ def test_classes_go_by_name(photos: Path, small: Path, tmp_path: Path, capsys: p
     [
         ([np.zeros((2, 16, 16, 3), np.uint8)], r"holds uint8 images \[2, 16, 16, 3\]; the model takes uint8"),
         ([np.zeros((2, 8, 8, 3), np.float32)], "holds float32 images"),
-        ([np.zeros((2, 8, 8, 3), np.uint8)], r"has no labels \(arr_1\), and the networks want classes; give --classes"),
+        ([np.zeros((2, 8, 8, 3), np.uint8)], r"has no labels \(arr_1\), and the networks need classes; give --classes"),
         (
             [np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 7])],
             r"--base_samples \S+ has the label 7; the networks know the classes 0 to 1",
@@ -281,12 +281,12 @@ def test_what_is_given_to_cascade_wins_over_a_file_of_the_second_stage(tmp_path:
     (tmp_path / "file.json").write_text(json.dumps(stored))
     words = f"--model_path base --upsampler_path up --num_samples 3 --seed 1 --upsampler_flags '--config {tmp_path}/file.json'"
     asked = upsample.Cascade.of(upsample.Cascade.flags(shlex.split(words), "cascade"))
-    second = upsample._second(asked)
+    second = upsample._upsampling_options(asked)
     assert (second.model_path, second.num_samples, second.seed) == ("up", 3, 1)
     assert (second.precision, second.eta) == ("fp16", 0.25)
     words = words.replace("--config", "--num_samples 4 --config")
     asked = upsample.Cascade.of(upsample.Cascade.flags(shlex.split(words), "cascade"))
-    assert upsample._second(asked).num_samples == 4
+    assert upsample._upsampling_options(asked).num_samples == 4
 
 
 def test_a_file_of_flags_runs_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

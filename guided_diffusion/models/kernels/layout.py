@@ -1,4 +1,4 @@
-"""In which layout images lie in memory, and when torch's operators must do what a kernel of our own does otherwise."""
+"""Memory layouts of images, and the cases in which torch's operators must replace fused kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation or a `torch.func` transform is at work: fused kernels cannot follow those."""
+    """Whether forward-mode differentiation or a `torch.func` transform is active, which fused kernels do not support."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or any(
@@ -21,16 +21,16 @@ def transformed(*tensors: Tensor) -> bool:
 
 
 def recorded() -> bool:
-    """Whether operations are recorded to run later, for other sizes too: by torch.compile, torch.export or torch.jit.trace."""
+    """Whether torch.compile, torch.export or torch.jit.trace records operations, to run them later and for other sizes too."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory, where such a layout exists (images, volumes): no copy if it has it."""
+    """`x` with its channels innermost in memory, if it is an image or volume batch; no copy if it is so already."""
     layout = CHANNELS_LAST.get(x.dim())
     if layout is None or transformed(x):  # derivatives in forward mode, and vmap, know only the plain layout
         return x.contiguous()
-    if x.shape[1] == 1:  # torch calls one channel contiguous in both layouts, and goes on by strides
+    if x.shape[1] == 1:  # torch takes one channel for contiguous in both layouts and would not change the strides
         return x.clone(memory_format=layout)
     return x.contiguous(memory_format=layout)
 
@@ -42,12 +42,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def plain_layout(x: Tensor) -> Tensor:
-    """`x` in ordinary contiguous memory, no copy if it is. So is its gradient, whatever the layouts in between."""
-    return x.flatten().view(x.shape)  # backward is the same the other way round
+    """`x` in ordinary contiguous memory; no copy if it is so already. Its gradient is contiguous too, whatever follows."""
+    return x.flatten().view(x.shape)  # unlike contiguous(), whose backward passes the gradient on in its own layout
 
 
 def gradients(y: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool], g: Tensor) -> Iterator[Tensor | None]:
-    """Of y, at those of its inputs that are wanted, such that they can be derived again; None for the others."""
+    """Differentiable gradients of y (of gradient g) by each of the `inputs` that is wanted; None for the others."""
     leaves = [tensor for tensor, needed in zip(inputs, wanted) if needed]
     of_leaves = iter(torch.autograd.grad(y, leaves, g, create_graph=True))
     return (next(of_leaves) if needed else None for needed in wanted)

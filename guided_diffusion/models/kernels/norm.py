@@ -1,9 +1,9 @@
-"""Group norm, scale, shift and SiLU, which follow each other in a residual block, as one operation.
+"""Group norm, scale, shift and SiLU, which follow each other in a residual block, as one fused operation.
 
-Apart these read and write an image three or four times and keep as many copies of it for backward, and torch's group norm
-answers a channels-last image in another layout, which costs two copies more. As one they read it twice, write it once, and
-keep the image and two numbers per group. NVIDIA GPUs do that by the kernels of norm_triton.py, CPUs by cpu.py. Elsewhere, and
-where derivatives are asked for that those do not have, torch's operators take over; torch.compile fuses by itself.
+As separate operations they read and write the feature map three or four times and save as many copies for backward; and torch's
+group norm returns channels-last input in the other layout, which costs two more copies. The fused operation reads it twice, writes
+it once, and saves the input and two numbers per group. NVIDIA GPUs run norm_triton.py, CPUs cpu.py. On other devices, and for
+second and forward-mode derivatives, torch's operators compute it; torch.compile does its own fusion.
 
 Legend: N batch, C channels.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .layout import channels_last, gradients, is_channels_last, recorded, transformed
 
-_MOST_IMAGES = 65535  # the third axis of a CUDA grid, along which the kernels lay the images
+_MOST_IMAGES = 65535  # limit of the third axis of a CUDA grid, which counts images
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm, scale_shift: Sequence[Tensor] | Non
     if kernels is None:
         y = group_norm(x, norm)
         return F.silu(y if scale_shift is None else modulated(y, *scale_shift))
-    # One factor and one summand per image and channel, whose gradients autograd takes back to what they are made of.
+    # The kernels take one factor a and one summand b per image and channel; autograd differentiates how these are made.
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = norm.weight.to(wide), norm.bias.to(wide)
     if scale_shift is not None:
@@ -55,16 +55,16 @@ class NormSiLU(torch.autograd.Function):
         x, a, b, mean, rstd = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return *ctx.kernels.backward(channels_last(g), x, a, b, mean, rstd, ctx.groups), None, None, None
-        # The gradient itself may be derived (create_graph), which only torch's operators can.
+        # Under create_graph the gradient must be differentiable, which only torch's operators are.
         y = written_out(x.to(a.dtype), a, b, ctx.groups, ctx.eps)
         return *gradients(y, (x, a, b), ctx.needs_input_grad, g.to(a.dtype)), None, None, None
 
 
 def written_out(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> Tensor:
-    """What `NormSiLU` computes, by torch's operators in the plain layout."""
-    of_all = (*a.shape, *[1] * (x.dim() - 2))
+    """What `NormSiLU` computes, by torch's operators in the contiguous layout."""
+    broadcast = (*a.shape, *[1] * (x.dim() - 2))
     y = F.group_norm(x.contiguous(), groups, eps=eps)
-    return F.silu(torch.addcmul(b.view(of_all), y, a.view(of_all)))
+    return F.silu(torch.addcmul(b.view(broadcast), y, a.view(broadcast)))
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -74,12 +74,12 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     channels_were_last = is_channels_last(x)
-    # torch's channels-last norm on the CPU loses digits, and crashes (2.13) where weights have a gradient and x has none. For
-    # forward mode there is none at all. Inductor writes its own.
+    # torch's channels-last group norm on the CPU loses digits, and crashes (2.13) where weights need a gradient and x does not; in
+    # forward mode there is no such kernel. The contiguous one has none of these faults. torch.compile generates its own.
     if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
         x = x.contiguous()
     y = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-    return channels_last(y) if channels_were_last else y  # some CUDA kernels answer in the plain layout
+    return channels_last(y) if channels_were_last else y  # some CUDA kernels return the contiguous layout
 
 
 def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -88,22 +88,22 @@ def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _kernels(x: Tensor, *others: Tensor) -> Any:
-    """The module whose kernels compute `norm_silu` of x with the other tensors; None where torch's operators have to."""
+    """The module with the kernels for `norm_silu` of x and the `others` (weight, bias, scale, shift); None = use torch's operators."""
     if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *others):
         return None
-    rows = {len(part) for part in others if part.dim() > 1}
-    if len(rows) > 1 or rows - {1, len(x)}:
-        return None  # the kernels read scale and shift alike, and torch would make several images of one
+    batch_sizes = {len(part) for part in others if part.dim() > 1}
+    if len(batch_sizes) > 1 or batch_sizes - {1, len(x)}:
+        return None  # the kernels need scale and shift of one shape, and do not broadcast one image to a batch as torch does
     if on_gpu(x):
-        # places within an image are counted in 32 bits
-        small = x.dim() == 4 and x[0].numel() < 2**31 and len(x) <= _MOST_IMAGES
-        known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not small or not known or not works(x.device, x.dtype):
+        # the kernels index the numbers of an image with 32 bits
+        fits = x.dim() == 4 and x[0].numel() < 2**31 and len(x) <= _MOST_IMAGES
+        supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not fits or not supported or not works(x.device, x.dtype):
             return None
         from . import norm_triton
 
         return norm_triton
-    if x.device.type not in ("cpu", "meta"):  # meta tensors are counted, not computed
+    if x.device.type not in ("cpu", "meta"):  # cpu.py also serves the meta device, where memory is predicted
         return None
     from . import cpu
 
@@ -111,7 +111,7 @@ def _kernels(x: Tensor, *others: Tensor) -> Any:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether `x` lies where Triton's programs run."""
+    """Whether `x` is on a GPU that Triton supports."""
     return x.is_cuda
 
 
@@ -123,7 +123,7 @@ def available() -> bool:
 
 @cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run there, tried once. Triton needs a C compiler and a card that is not too old for the dtype."""
+    """Whether the Triton kernels run on `device` in `dtype`, tried once: they need a C compiler and a recent enough GPU."""
     if not available():
         return False
     try:
@@ -131,7 +131,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
 
         with torch.inference_mode(False), torch.no_grad():
             a = torch.ones(1, 32, device=device)
-            for side in (2, 64):  # small and large images have kernels of their own
+            for side in (2, 64):  # small and large images use different kernels
                 x = channels_last(torch.ones(1, 32, side, side, device=device, dtype=dtype))
                 norm_triton.forward(x, a, a, 32, 1e-5)
     except Exception as error:
