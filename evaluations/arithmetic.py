@@ -1,4 +1,4 @@
-"""Full float32 arithmetic for a while, whatever the process has chosen for its training."""
+"""A context with full float32 arithmetic, whatever settings the process uses for training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside products and convolutions, and the same cuDNN kernels every time.
+    """No TF32 or bfloat16 inside matrix products and convolutions, and deterministic cuDNN kernels.
 
-    Scores while training would otherwise inherit the trainer's fast settings and differ from scores of saved samples.
-    All settings are put back at the end.
+    Scores computed during training would otherwise inherit the trainer's fast settings and differ from scores of saved samples.
+    All settings are restored at the end.
     """
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn

@@ -1,4 +1,4 @@
-"""What the four commands share: parsing, common options, and checks before the work."""
+"""What the four commands share: parsing, common options, and checks of output paths before the work."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Parser(argparse.ArgumentParser):
         add("--allow_other_weights", action="store_true", help="accept weights that are not the published ones")
         add("--batch_size", type=int, help="images read at a time; changes no number (default 64)")
         add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
-        add("--shard_dir", metavar="FOLDER", help="keep features there: resumes, shares work, spares the next run")
+        add("--shard_dir", metavar="FOLDER", help="keep features there: to resume, to share work, for later runs")
         add("--quiet", dest="progress", action="store_false", help="no progress bars")
 
 
 def settings_of(asked: argparse.Namespace) -> Settings:
-    """The settings that a command line names; the others keep their defaults."""
+    """The settings of a parsed command line; options that are not given keep the defaults of `Settings`."""
     given = {field.name: getattr(asked, field.name, None) for field in fields(Settings)}
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
@@ -43,14 +43,14 @@ def place() -> launchers.Place:
 
 
 def announce_place() -> None:
-    """One line on stderr when other processes are expected: variables of a cluster or a shell may reach a process that is alone."""
-    here = place()
-    if here.size == 1:
+    """Print a line on stderr if the environment says that there are several processes: it may be wrong, left over in a shell or job."""
+    world = place()
+    if world.size == 1:
         return
-    rank, size = here.variables
-    then = f"it waits for the shares of {here.size - 1} more" if here.rank == 0 else "process 0 prints the scores"
+    rank, size = world.variables
+    then = f"it waits for the shares of {world.size - 1} more" if world.rank == 0 else "process 0 prints the scores"
     print(
-        f"process {here.rank} of {here.size}, as {rank}={here.rank} and {size}={here.size} say: {then}. "
+        f"process {world.rank} of {world.size}, as {rank}={world.rank} and {size}={world.size} say: {then}. "
         f"To run alone, unset {rank} and {size}",
         file=sys.stderr,
         flush=True,
@@ -58,7 +58,7 @@ def announce_place() -> None:
 
 
 def check_file(option: str, path: str | None, inputs: Sequence[str | None]) -> None:
-    """ValueError when `path` is given and cannot be written, or is one of the files that are read."""
+    """ValueError when `path` is given and cannot be written, or is the same file as one of `inputs`."""
     if not path:
         return
     folder = os.path.dirname(os.path.abspath(path))
@@ -73,13 +73,13 @@ def check_file(option: str, path: str | None, inputs: Sequence[str | None]) -> N
 
 
 def check_folder(option: str, path: str | None) -> None:
-    """ValueError when `path` is given and is not a folder that can be written, and cannot be made either."""
+    """ValueError when `path` is given and is neither a writable folder nor can be created."""
     if not path:
         return
-    found = os.path.abspath(path)
-    while not os.path.lexists(found):
-        found = os.path.dirname(found)
-    if not os.path.isdir(found):
-        raise ValueError(f"{option} {path}: {found!r} is a file; give a folder")
-    if not os.access(found, os.W_OK):
-        raise ValueError(f"{option} {path}: no permission to write into {found!r}")
+    existing = os.path.abspath(path)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise ValueError(f"{option} {path}: {existing!r} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{option} {path}: no permission to write into {existing!r}")

@@ -1,7 +1,7 @@
-"""`evaluator.py compare A.json B.json`: what differs between two reports, and which difference comes first.
+"""`evaluator.py compare A.json B.json`: list what differs between two reports, the most important difference first.
 
-Differences are listed in the order in which they are likely to matter: another encoder explains everything, another
-library version almost nothing.
+The order is how much a difference is likely to change a score: another encoder changes everything, another library version almost
+nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .commands import Parser
 from .report import read_report
 
-# (where in the report, what it is, what it can do)
+# (keys of the entry in a report, its name, how a difference in it affects scores)
 _EXPLAIN: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("encoder", "name"), "encoder", "scores of different encoders have nothing to do with each other"),
     (("encoder", "weights_sha256"), "weights of the encoder", "other weights, other features, other scores"),
@@ -43,7 +43,7 @@ _EXPLAIN: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> tuple[list[str], bool]:
-    """The comparison as text, set by set in the order of the files; and whether nothing differs that bears on a score."""
+    """Lines of text, set by set in the order of the files; and whether nothing differs that can affect a score."""
     lines, same = [], len(first["sets"]) == len(second["sets"])
     if not same:
         lines = [f"{names[0]} has {len(first['sets'])} sets of samples, {names[1]} has {len(second['sets'])}"]
@@ -51,15 +51,15 @@ def compare(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str
         lines += [f"A: {names[0]}: {a['samples']['name']}", f"B: {names[1]}: {b['samples']['name']}"]
         head = "first difference"
         for path, what, meaning in _EXPLAIN:
-            one, other = _look({**first, "set": a}, path), _look({**second, "set": b}, path)
+            one, other = _entry({**first, "set": a}, path), _entry({**second, "set": b}, path)
             if one != other:
                 why = f" ({meaning})" if meaning else ""
-                lines.append(f"{head}: {what}: A {_short(one)}, B {_short(other)}{why}")
+                lines.append(f"{head}: {what}: A {_abbreviated(one)}, B {_abbreviated(other)}{why}")
                 head, same = "also", False
         if head != "also":
-            lines.append("nothing that bears on a score differs")
-        theirs = {score["name"]: score for score in b["scores"]}
-        lines += [_score_line(score, theirs[score["name"]]) for score in a["scores"] if score["name"] in theirs]
+            lines.append("nothing that can affect a score differs")
+        of_b = {score["name"]: score for score in b["scores"]}
+        lines += [_score_line(score, of_b[score["name"]]) for score in a["scores"] if score["name"] in of_b]
     return lines, same
 
 
@@ -74,8 +74,8 @@ def _score_line(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command: prints the comparison; status 0 when nothing differs that could explain two numbers, else 1."""
-    parser = Parser(prog="evaluator.py compare", description="What sets two reports apart.")
+    """Run the command: print the comparison. Status 0 when nothing differs that can affect a score, else 1."""
+    parser = Parser(prog="evaluator.py compare", description="List what differs between two reports.")
     parser.add_argument("first", help="report written with --json")
     parser.add_argument("second", help="another one")
     asked = parser.parse_args(arguments)
@@ -85,13 +85,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if same else 1
 
 
-def _look(report: dict[str, Any], path: tuple[str, ...]) -> Any:
+def _entry(report: dict[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = report
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def _short(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
     return f"{text[:12]}..." if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text

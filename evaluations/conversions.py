@@ -1,4 +1,4 @@
-"""From what people store to uint8 [N, H, W, 3]: layouts, value ranges, and the notes about them for the report."""
+"""Conversion of stored arrays to uint8 [N, H, W, 3]: layouts, value ranges, and notes about them for the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Apply = Callable[[np.ndarray], np.ndarray]
 
 
 class Conversion(NamedTuple):
-    """How stored entries become uint8 [N, height, width, 3], and what to note about it."""
+    """A function from stored images to uint8 [N, height, width, 3], and notes about the conversion."""
 
     height: int
     width: int
@@ -21,9 +21,9 @@ class Conversion(NamedTuple):
 
 
 def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: Bounds | None) -> Conversion:
-    """Decide the conversion from the layout, the dtype and, for other than uint8, the bounds of all values.
+    """Decide the conversion from shape, dtype and, unless that is uint8, the least and greatest of all values.
 
-    ValueError for what cannot be images. A float array in [0, 1] taken for 0..255 would give a score that looks like one.
+    ValueError for what cannot be images: a wrong guess, such as [0, 1] read as 0..255, would give a plausible but wrong score.
     """
     if len(shape) == 3:
         layout, (height, width), channels = "NHW", shape[1:], 1
@@ -55,7 +55,7 @@ def plan(name: str, dtype: np.dtype, shape: tuple[int, ...], bounds: Bounds | No
 
 
 def refuse_one_image(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """[H, W, 3] or [3, H, W] would pass for H or three grey images."""
+    """ValueError for the shape [H, W, 3] or [3, H, W], which would be read as H or three grey images."""
     if len(shape) == 3 and (shape[2] <= 4 or shape[0] in (3, 4)):
         raise ValueError(
             f"{name} has shape {shape} and dtype {dtype}: one image without the axis that counts images? "
@@ -64,7 +64,7 @@ def refuse_one_image(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None
 
 
 def refuse_binary(name: str, images: np.ndarray) -> None:
-    """Floats in [0, 1] that were cast to uint8 are nearly black images."""
+    """ValueError for uint8 images of 0 and 1 only: probably floats in [0, 1] that were cast to uint8."""
     if images.dtype == np.uint8 and images.max(initial=0) == 1:
         raise ValueError(
             f"{name} holds only 0 and 1 ({images.dtype}) in its first images: floats in [0, 1] that were cast to "
@@ -73,7 +73,7 @@ def refuse_binary(name: str, images: np.ndarray) -> None:
 
 
 def _values(name: str, dtype: np.dtype, bounds: Bounds | None) -> tuple[Apply, str]:
-    """How values become 0..255, and a note about it."""
+    """A function from stored values to uint8 0..255, and a note about it."""
     if dtype == np.uint8:
         return lambda images: images, ""
     if dtype.kind == "b":

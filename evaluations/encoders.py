@@ -1,4 +1,4 @@
-"""What turns images into features: the 2015 Inception network, DINOv2, CLIP, any callable, or features made elsewhere.
+"""Encoders, which turn images into features: the 2015 Inception network, DINOv2, CLIP, any callable; or features from files.
 
 Only Inception gives the published scores. The others give a Frechet distance under their own name ("FD dinov2"), with
 precision, recall and KID on the same features. Their weights come from a local folder as `transformers` saves it;
@@ -29,7 +29,7 @@ from .shards import Features
 from .sources import ImageSource
 from .weights import load_inception
 
-# Of cubes of products of features (KID) and their sums, float64 holds no larger ones.
+# KID sums cubes of products of two features: up to 1e48 ** 6 = 1e288, and float64 ends at 1.8e308.
 LARGEST_FEATURE = 1e48
 RESIZE = "TensorFlow 1 bilinear to 299x299, no half-pixel shift, no antialiasing, float32"
 _FAMILIES = {"dinov2": ("dinov2", "dinov2_with_registers"), "clip": ("clip", "clip_vision_model")}
@@ -38,17 +38,17 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 
 
 class Encoder:
-    """Images to features. `weight`: softmax head [classes, d] for the Inception Score, or None."""
+    """Turns images into features. `weight`: softmax head [classes, d] for the Inception Score, or None."""
 
     name = ""
     weight: torch.Tensor | None = None
 
     def open(self, source: Any) -> ImageSource:
-        """What `encode` takes; ValueError for what it would refuse later. A source that is open already stays as it is."""
+        """Open a source for `encode`; ValueError if `encode` could not read it. An open source is returned as it is."""
         return open_images(source)
 
     def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
-        """Features of a set; None in all processes but the first."""
+        """Features of a set of images; None in all processes but the first."""
         raise NotImplementedError
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
@@ -96,11 +96,11 @@ class CallableEncoder(Encoder):
         parts = []
         for batch in images.batches(settings.batch_size):
             with torch.inference_mode():
-                found = self.function(torch.from_numpy(np.array(batch)))
-            found = found.detach().float().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
-            if found.ndim != 2 or len(found) != len(batch):
-                raise ValueError(f"{self.name} gave features of shape {found.shape} for {len(batch)} images")
-            parts.append(found.astype(np.float32))
+                rows = self.function(torch.from_numpy(np.array(batch)))
+            rows = rows.detach().float().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
+            if rows.ndim != 2 or len(rows) != len(batch):
+                raise ValueError(f"{self.name} gave features of shape {rows.shape} for {len(batch)} images")
+            parts.append(rows.astype(np.float32))
         return Features(np.concatenate(parts))
 
     def receipt(self, settings: Settings) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class FeatureSource(FileSource):
 
 
 class StoredFeatures(Encoder):
-    """Features made elsewhere; see `FeatureSource`. Those of all files must be as many."""
+    """Features from npz files, see `FeatureSource`. All files must have the same number of features per image."""
 
     name = "npz"
 
@@ -139,14 +139,14 @@ class StoredFeatures(Encoder):
         self._first: FeatureSource | None = None
 
     def open(self, source: Any) -> ImageSource:
-        found = source if isinstance(source, FeatureSource) else FeatureSource(os.fspath(source))
-        self._first = self._first or found
-        if found.width != self._first.width:
+        opened = source if isinstance(source, FeatureSource) else FeatureSource(os.fspath(source))
+        self._first = self._first or opened
+        if opened.width != self._first.width:
             raise ValueError(
-                f"{found.name} holds {found.width} features of each image and {self._first.name} {self._first.width}; "
+                f"{opened.name} holds {opened.width} features of each image and {self._first.name} {self._first.width}; "
                 "features of two encoders cannot be compared"
             )
-        return found
+        return opened
 
     def encode(self, images: Any, settings: Settings, world: Place) -> Features | None:
         return Features(images.matrix[:]) if world.rank == 0 else None
@@ -172,8 +172,8 @@ def vision_transformer(kind: str, folder: str, device: torch.device) -> Callable
     """DINOv2 or CLIP from a local `transformers` folder (config.json and weights).
 
     DINOv2: class token after the last norm, as in FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675). CLIP: projected
-    image embedding of unit length, as in CMMD (Jayasumana et al. 2024, arXiv:2401.09603). Both see the whole image,
-    resized by antialiased bicubic interpolation of the float pixels.
+    image embedding of unit length, as in CMMD (Jayasumana et al. 2024, arXiv:2401.09603). Both get the whole image, resized
+    without cropping by antialiased bicubic interpolation of the float pixels.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -191,7 +191,7 @@ def vision_transformer(kind: str, folder: str, device: torch.device) -> Callable
     loader = transformers.AutoModel if kind == "dinov2" else transformers.CLIPVisionModelWithProjection
     model, loaded = loader.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
     if loaded["missing_keys"]:
-        # transformers fills what is missing with random numbers
+        # transformers would initialise missing weights at random
         raise ValueError(f"{folder!r} lacks weights of the model, first {sorted(loaded['missing_keys'])[:3]}")
     model = model.eval().to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (_IMAGENET, _CLIP)[kind == "clip"])

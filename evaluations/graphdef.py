@@ -1,10 +1,10 @@
 """Read the constants of a TensorFlow `GraphDef` file without TensorFlow and without protobuf.
 
-Only what the frozen 2015 Inception graph needs: `Const` nodes holding float32 tensors. Nothing in the file is executed or
-unpickled; damage is a `ValueError`.
+Only the `Const` nodes with float32 tensors are read, which hold the weights of the frozen 2015 Inception graph. Nothing in the file
+is executed or unpickled; a damaged file raises ValueError.
 
-The wire format (protobuf.dev/programming-guides/encoding): a message is a row of fields, each a tag (number << 3 | wire type) and a
-value. Field numbers are those of TensorFlow's graph.proto, node_def.proto, attr_value.proto, tensor.proto and tensor_shape.proto.
+The wire format (protobuf.dev/programming-guides/encoding): a message is a sequence of fields, each a tag (number << 3 | wire type)
+and a value. Field numbers are from TensorFlow's graph.proto, node_def.proto, attr_value.proto, tensor.proto, tensor_shape.proto.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 _FLOAT = 1  # DT_FLOAT of types.proto
-_VARINT, _BYTES, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types; bytes of those of fixed length
+_VARINT, _BYTES, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types; _FIXED: wire type of fixed length -> its number of bytes
 
 
 def read_constants(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -28,24 +28,30 @@ def read_constants(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         for number, value in _fields(memoryview(Path(path).read_bytes())):
             if number == 1:
                 _add_node(constants, value)
-    except (ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:  # damage shows in many ways
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # a damaged file can raise any of them
         raise ValueError(f"{path} is not a whole GraphDef file: {error}. Copy or download it again.") from error
     return constants
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The number that begins at byte `at`, seven bits a byte, and where it ends."""
+    """(value of the varint at byte `at`, index of the byte after it): seven bits per byte, the lowest first."""
     value = 0
-    for place in range(10):
-        byte = data[at + place]
-        value |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return value, at + place + 1
+    for k in range(10):
+        byte = data[at + k]
+        value |= (byte & 0x7F) << (7 * k)
+        if byte < 0x80:  # the highest bit is 0 in the last byte only
+            return value, at + k + 1
     raise ValueError(f"a number at byte {at} is longer than 64 bits")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """The fields of one message: (number, value), an int for a varint and else the bytes."""
+    """The fields of one message: (number, value); the value is an int for a varint, else bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -100,13 +106,13 @@ def _floats(name: str, tensor: memoryview) -> np.ndarray | None:
             values.append(value)
     if kind != _FLOAT:
         return None
-    found = np.frombuffer(content or b"".join(values), "<f4")
+    stored = np.frombuffer(content or b"".join(values), "<f4")
     count = math.prod(shape)
-    if len(found) > count or (content and len(found) < count):
-        raise ValueError(f"{name!r} holds {len(found)} numbers where its shape {shape} has {count}")
-    # Fewer values than elements: the last one stands for all the rest (how an all-ones tensor may be stored).
-    array = np.full(shape, found[-1] if len(found) else 0, np.float32)
-    array.reshape(-1)[: len(found)] = found
+    if len(stored) > count or (content and len(stored) < count):
+        raise ValueError(f"{name!r} holds {len(stored)} numbers where its shape {shape} has {count}")
+    # If there are fewer values than elements, the last value is repeated (an all-ones tensor may be stored as a single 1).
+    array = np.full(shape, stored[-1] if len(stored) else 0, np.float32)
+    array.reshape(-1)[: len(stored)] = stored
     return array
 
 

@@ -1,9 +1,9 @@
 """InceptionV3 of December 2015: the network behind FID, sFID, Inception Score, precision and recall.
 
-The published scores rest on one frozen graph, `classify_image_graph_def.pb`. This module is that graph in PyTorch, with
-the state-dict names under which its weights are published for PyTorch (472 tensors). It differs from the InceptionV3 of
-the paper and of torchvision in three places that change the features: average pools do not count their padding, the
-last block takes a maximum where the one before it takes an average, and the classifier has 1008 outputs.
+Published scores are computed with one frozen graph, `classify_image_graph_def.pb`. This module is that graph in PyTorch, with the
+state-dict names under which its weights are published for PyTorch (472 tensors). It differs from the InceptionV3 of the paper and
+of torchvision in three ways: average pools do not count their padding, the pooled branch of the last block takes a maximum instead
+of an average, and the classifier has 1008 outputs.
 
 Shapes: B batch, C channels, H and W rows and columns.
 """
@@ -28,7 +28,7 @@ Layers = list[Any]
 
 
 class InceptionOutputs(NamedTuple):
-    """What the scores need of a batch, float32."""
+    """Features of a batch from which the scores are computed, float32."""
 
     pool: torch.Tensor
     """[B, 2048], `pool_3` of the graph: FID, precision, recall."""
@@ -64,8 +64,8 @@ class Conv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
         if conv.bias is not None and conv.kernel_size == (1, 1) and x.device.type == "cpu":
-            # Each row of pixels as an image: from 16 images on, PyTorch gives 1x1 convolutions to oneDNN, else to a matrix
-            # product with copies around it, which on some processors reaches less than half of the rate.
+            # Pass each row of pixels as an image of its own: PyTorch uses oneDNN for 1x1 convolutions of 16 images or more, else a
+            # matrix product with copies, which on some processors is less than half as fast.
             n, c, height, width = x.shape
             rows = x.permute(0, 2, 3, 1).reshape(n * height, 1, width, c).permute(0, 3, 1, 2)
             y = F.conv2d(rows, conv.weight, conv.bias).permute(0, 2, 3, 1).reshape(n, height, width, -1)
@@ -98,10 +98,10 @@ def _halve(x: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Branches side by side, joined along the channels: name -> layers of (channels out, kernel, stride), one after the other.
+    """Parallel branches, concatenated along the channels: branch name -> its layers (output channels, kernel, stride) in sequence.
 
-    `branch_pool`, where there is one, sees the input through `pool`; a block without it ends in the halved input. The kernel SPLIT
-    stands for two convolutions side by side at the end of a branch, 1x3 and 3x1. Modules have the published names.
+    The branch `branch_pool` gets the pooled input; a block without it has the halved input as its last branch. The kernel SPLIT
+    stands for two parallel convolutions at the end of a branch, 1x3 and 3x1. Modules have the published names.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Block(nn.Module):
         super().__init__()
         self.pool = pool
         self.chains: dict[str, list[list[str]]] = {}
-        """Branch -> its layers, one after the other: names of convolutions, one or, at a SPLIT, two."""
+        """Branch -> names of the convolutions of each of its layers: one, or two for a SPLIT."""
         for branch, layers in branches.items():
             self.chains[branch], width = [], channels
             for k, (out, kernel, *stride) in enumerate(layers, 1):
@@ -159,10 +159,10 @@ def _mixed8(channels: int, pool: Callable[[torch.Tensor], torch.Tensor]) -> Bloc
 
 
 class InceptionV3(nn.Module):
-    """The 2015 graph from its scaled input to its features; `fc` gives the logits of the Inception Score, **without** its bias.
+    """The 2015 graph from its scaled input to its features. The Inception Score uses `fc` **without** its bias.
 
-    Made with random weights; `weights.load_inception` fills it. `sha256` is that of the weights file (empty until loaded);
-    `verified` is true when it is a published one.
+    It starts with random weights; `weights.load_inception` loads the published ones. `sha256`: of the weights file (empty until
+    loaded). `verified`: whether that is a published file.
     """
 
     def __init__(self) -> None:
@@ -198,8 +198,8 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_halve(x))))
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        # Of its first branch, the 1x1 one. Row, column, channel: the order in which the graph lays out the tensor, and so the order
-        # of published mu_s.
+        # The first channels are those of the block's first branch, branch1x1. Order (row, column, channel) as in the graph, and thus
+        # in published mu_s.
         spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         pool = x.float().mean((2, 3))
@@ -208,7 +208,7 @@ class InceptionV3(nn.Module):
     def fold(self) -> InceptionV3:
         """Fold every normalisation into its convolution and store weights channels_last; returns self.
 
-        About 1.6 times faster on a CPU; features move by some 4e-7 of the largest. State-dict names change
+        About 1.6 times faster on a CPU; features change by about 4e-7 of the largest. State-dict names change
         (`conv.bias` instead of `bn.*`), so load weights before folding.
         """
         for module in self.modules():

@@ -1,6 +1,6 @@
-"""Where the images come from: npz, npy, a folder or zip of pictures, tar shards, or batches as they are made.
+"""Sources of images: npz, npy, a folder or zip of pictures, tar shards, an array in memory, or an iterable of batches.
 
-What is not uint8 [N, H, W, 3] is either converted, and the conversion noted, or refused with the reason.
+Images that are not uint8 [N, H, W, 3] are either converted, with a note for the report, or raise ValueError with the reason.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def open_images(source: Any, *, value_range: Bounds | None = None) -> ImageSourc
 
 
 def _holds_arrays(path: str) -> bool:
-    """Whether a zip file is one of arrays. ValueError for one of pictures as well, of which either may be meant."""
+    """Whether a zip file holds arrays. ValueError if it holds pictures too, since either may be meant."""
     names: list[str] = []
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -105,7 +105,7 @@ def _as_array(source: Any) -> np.ndarray | None:
 
 
 class FileSource(ImageSource):
-    """What lies in one npz or npy file, with labels and statistics beside it if any. By itself: no images but statistics."""
+    """One npz or npy file with its labels and statistics, if any. This base class has no images; subclasses read them."""
 
     def __init__(self, name: str, count: int, arrays: Mapping[str, DiskArray]) -> None:
         super().__init__(name, count)
@@ -149,7 +149,7 @@ class FileSource(ImageSource):
 
 
 class ArraySource(FileSource):
-    """Images in one array: npz member, npy file or memory."""
+    """Images in one array: an npz member, an npy file or an array in memory. `others`: the npz file's arrays."""
 
     def __init__(self, name: str, array: Array, value_range: Bounds | None, others: Mapping[str, DiskArray]) -> None:
         shape, dtype = array.shape, array.dtype
@@ -204,9 +204,9 @@ class ArraySource(FileSource):
 
 
 class IterableSource(ImageSource):
-    """Batches as they come, for scoring while sampling: arrays or tensors, or pairs of images and labels.
+    """An iterable of batches, for scoring while sampling: arrays or tensors, or pairs of images and labels.
 
-    Read once, from the start; `count`, `labels` and `sha256` are known when all has been read.
+    Can be read once only; `count`, `labels` and `sha256` are known when all batches have been read.
     """
 
     def __init__(self, batches: Iterable[Any], *, value_range: Bounds | None = None) -> None:
@@ -264,7 +264,7 @@ class IterableSource(ImageSource):
         for note in conversion.notes:
             self.note(note)
         self._shape = (conversion.height, conversion.width, 3)
-        return np.array(conversion.apply(array))  # a copy: the maker of the batch may use its memory again
+        return np.array(conversion.apply(array))  # a copy: the caller may reuse the memory of the batch
 
     def _add_labels(self, labels: Any, count: int) -> None:
         try:
@@ -293,7 +293,7 @@ class IterableSource(ImageSource):
 
 
 def class_numbers(name: str, labels: Array, count: int) -> np.ndarray:
-    """int64 [count]; ValueError for anything but one class number from 0 for each of `count` images."""
+    """Labels as int64 [count]; ValueError unless they are `count` whole numbers from 0."""
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{name} holds labels of shape {labels.shape} and dtype {labels.dtype}; labels are whole numbers, one for "

@@ -1,8 +1,7 @@
-"""Metrics between sets of features: Frechet distance, Inception Score, kernel distance. Float64 throughout, no SciPy.
+"""Metrics of feature sets: Frechet distance, Inception Score, kernel distance. Float64 throughout, no SciPy.
 
-Matrices come in as arrays or tensors `[images, features]`; results are Python floats. `device` is where the heavy
-linear algebra runs ("cpu", "cuda", ...); it must support float64. Precision, recall, density and coverage, which are
-about neighbours, live in `neighbours`.
+Inputs are arrays or tensors `[images, features]`, results Python floats. The linear algebra runs on `device` ("cpu", "cuda", ...),
+which must support float64. Precision, recall, density and coverage are in `neighbours`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from .statistics import Statistics, from_features
 
 _EPS = float(np.finfo(np.float64).eps)
-_ROWS = 2048  # of features per matrix product
+_ROWS = 2048  # rows (images) per matrix product
 
 
 def frechet_distance(
@@ -30,11 +29,10 @@ def frechet_distance(
     """Squared Frechet distance between two Gaussians: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
 
     Heusel et al. 2017 (arXiv:1706.08500), equation 6. The last trace is the sum of singular values of `A1 A2^T` for any
-    `A^T A = S`. With more images than features A is a Cholesky factor. With n <= d images the covariance has no full
-    rank and A is the matrix of centred features itself, where `rows` holds them: exact,
-    where the square root of a rank-deficient product is only good to about 2e-5. The distance then depends more on n than on
-    the images. `reference_root`: `covariance_root` of the reference, to be shared by
-    several calls.
+    `A^T A = S`. With more images than features A is a Cholesky factor. With n <= d images the covariance is rank deficient, and A is
+    the matrix of centred features, if `rows` holds them: that is exact, while the square root of a rank-deficient matrix has an error
+    of about 2e-5. The distance then depends more on n than on the images. `reference_root`: `covariance_root` of the reference, if
+    several calls share it.
     """
     if sample.dim != reference.dim:
         raise ValueError(f"cannot compare {sample.dim} features with {reference.dim}")
@@ -46,12 +44,12 @@ def frechet_distance(
 
 
 def frechet_distance_of_features(sample: Any, reference: Any, *, device: torch.device | str = "cpu") -> float:
-    """Frechet distance between any two feature matrices [n, d] and [m, d], of whatever encoder."""
+    """Frechet distance between two feature matrices [n, d] and [m, d] of the same encoder."""
     return frechet_distance(from_features(sample), from_features(reference), device=device)
 
 
 def covariance_root(stats: Statistics, device: torch.device | str) -> torch.Tensor:
-    """A [r, d] with A^T A = sigma: centred rows when they are few, else Cholesky, else eigenvectors."""
+    """A [r, d] with A^T A = sigma: from the centred rows if there are at most d, else by Cholesky, or eigenvectors if that fails."""
     if stats.rows is not None and len(stats.rows) <= stats.dim:
         rows = stats.rows.astype(np.float64) - stats.mu
         return torch.from_numpy(rows / np.sqrt(len(rows) - 1)).to(device)
@@ -68,9 +66,9 @@ def covariance_root(stats: Statistics, device: torch.device | str) -> torch.Tens
 def _trace_sqrt(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     """tr (S1 S2)^(1/2) = sum of singular values of A B^T.
 
-    Square roots of the eigenvalues of (A B^T)(A B^T)^T are several times faster than singular values, and good unless
-    many are tiny. So they are taken first, with a worst-case bound of their error; singular values follow where it is
-    too large. What is really lost is far less: at 2048 features the bound was 2e-10 of the traces and the error 5e-15.
+    Square roots of the eigenvalues of (A B^T)(A B^T)^T are several times faster than singular values, and accurate unless many are
+    tiny. So they are computed first, with a worst-case bound of their error; singular values only if that is above 1e-9 of `scale`
+    (the traces). The actual error is far smaller: at 2048 features the bound was 2e-10 of the traces and the error 5e-15.
     """
     if 0 in (len(a), len(b)):
         return 0.0
@@ -85,10 +83,10 @@ def _trace_sqrt(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
 
 
 class InceptionScore(NamedTuple):
-    """`score` = mean of `splits`; `influence` [n] = by how much each image moves the score, times n (see errors).
+    """`score` = mean of `splits`; `influence` [n] = first-order effect of each image on the score, times n (see `uncertainty`).
 
-    `shuffled`, `spread`: mean and standard deviation of the score over random orders of the images; with one split the
-    order has no effect.
+    `shuffled`, `spread`: mean and standard deviation of the score over random orders of the images; with one split the order has no
+    effect.
     """
 
     score: float
@@ -99,7 +97,7 @@ class InceptionScore(NamedTuple):
 
     @property
     def lowered_by_order(self) -> bool:
-        """Whether the order of the images, and not chance, takes more than 5 % off the score."""
+        """Whether the order of the images lowers the score by more than 5 % and by more than chance would."""
         return self.score < min(0.95 * self.shuffled, self.shuffled - 4.5 * self.spread)
 
 
@@ -118,7 +116,7 @@ def inception_score(
     scores: list[float] = []
     influences: list[np.ndarray] = []
     probabilities: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
+    negative_entropies: list[torch.Tensor] = []
     splits = pool.split(split_size)
     for split in splits:
         rows = (part.to(device=device, dtype=torch.float64) for part in split.split(_ROWS))
@@ -132,18 +130,18 @@ def inception_score(
         influence = score * (divergence - divergence.mean()) * (count / (len(split) * len(splits)))
         influences.append(influence.cpu().numpy())
         probabilities.append(p.float())
-        own.append((p * log_p).sum(dim=1))
+        negative_entropies.append((p * log_p).sum(dim=1))
     score = float(np.mean(scores))
     shuffled = np.array([score])
     if len(splits) > 1:
-        shuffled = _shuffled_scores(torch.cat(probabilities), torch.cat(own), split_size)
+        shuffled = _shuffled_scores(torch.cat(probabilities), torch.cat(negative_entropies), split_size)
     return InceptionScore(
         score, tuple(scores), np.concatenate(influences), float(shuffled.mean()), float(shuffled.std())
     )
 
 
-def _shuffled_scores(p: torch.Tensor, own: torch.Tensor, split_size: int) -> np.ndarray:
-    """Inception Scores of 20 to 50 random orders, from p(class | image) [n, classes] and its sums of p log p [n]."""
+def _shuffled_scores(p: torch.Tensor, negative_entropy: torch.Tensor, split_size: int) -> np.ndarray:
+    """Inception Scores of 20 to 50 random orders, from p(class | image) [n, classes] and its sum of p log p [n]."""
     splits = torch.arange(len(p)) // split_size
     sizes = splits.bincount().to(p.device)[:, None]
     random = torch.Generator().manual_seed(0)
@@ -151,8 +149,8 @@ def _shuffled_scores(p: torch.Tensor, own: torch.Tensor, split_size: int) -> np.
     for _ in range(max(20, min(50, 100_000 // len(p)))):
         split = splits[torch.randperm(len(p), generator=random)].to(p.device)
         marginal = (p.new_zeros(len(sizes), p.shape[1]).index_add_(0, split, p) / sizes).double()
-        mean_own = own.new_zeros(len(sizes)).index_add_(0, split, own) / sizes[:, 0]
-        scores.append(float((mean_own - torch.xlogy(marginal, marginal).sum(dim=1)).exp().mean()))
+        mean = negative_entropy.new_zeros(len(sizes)).index_add_(0, split, negative_entropy) / sizes[:, 0]
+        scores.append(float((mean - torch.xlogy(marginal, marginal).sum(dim=1)).exp().mean()))
     return np.array(scores)
 
 
@@ -168,7 +166,7 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID (Binkowski et al. 2018, arXiv:1801.01401): unbiased MMD^2 with kernel (x.y / d + 1)^3 over *all* pairs.
 
-    Customary KID averages random subsets of 1000 and so carries noise of its own; this does not. Work: three matrix
+    Usual implementations average over random subsets of 1000 images, which adds noise; this one has none. Cost: three matrix
     products of n x n, m x m and n x m; memory: one tile.
     """
     x, y = np.asarray(sample), np.asarray(reference)
@@ -199,8 +197,8 @@ def _kernel_sums(
     return sums
 
 
-# Name -> function of (features of the samples [N, d], of the reference [M, d], device=) -> a number, or value and influence, which give
-# an error bar too. For --metrics; programs add their own.
+# Metrics for --metrics, to which programs may add: name -> function of (features of the samples [N, d], of the reference [M, d],
+# device=) that returns a number, or a KernelDistance, whose influence gives an error bar too.
 METRICS: dict[str, Callable[..., float | KernelDistance]] = {"KID": kernel_distance}
 
 
@@ -230,9 +228,9 @@ def fid_infinity(
 ) -> Extrapolation:
     """FID at `points` sample counts, extrapolated to infinitely many (Chong & Forsyth 2020, arXiv:1911.07023).
 
-    Each count draws its own seeded subset without replacement; counts are evenly spaced in 1/N between n / 8 (but more
-    than d where the set allows) and n. `residual` is the root mean square distance of the
-    values from the fitted line: an infinity whose residual is not far below the FID itself is not worth reporting.
+    Each count has its own random subset, drawn without replacement. Counts are evenly spaced in 1/N, from n / 8 (but more than d if
+    n / 2 is) to n. `residual` is the root mean square distance of the values from the fitted line; unless it is far below the FID, the
+    extrapolation is not worth reporting.
     """
     sample = np.asarray(sample)
     count, dim = sample.shape

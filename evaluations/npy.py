@@ -1,4 +1,4 @@
-"""Arrays in npy files and npz members, read in slices: a 10 GB sample file never lies in memory.
+"""Arrays in npy files and npz members, read in slices: a 10 GB sample file is never in memory as a whole.
 
 Files are untrusted: nothing in them is executed, pickled objects are refused, and the declared size must agree with the shape.
 """
@@ -22,10 +22,10 @@ _HEADERS: dict[tuple[int, int], Any] = {
 
 
 class DiskArray:
-    """An array in a file, read along its first axis with `array[start:stop]`, as an array in memory is.
+    """An array in a file, of which `array[start:stop]` reads a range of the first axis.
 
-    Compressed data is unpacked on the way: going on from the last place is cheap, going back starts anew. The checksum of a zip member
-    is compared whenever it has been read from start to end. ValueError for anything but an array of numbers.
+    Compressed data is unpacked while it is read: reading on is cheap, going back starts at the beginning of the file. zipfile checks
+    the checksum of a member that is read from start to end. ValueError for anything but an array of numbers.
     """
 
     def __init__(self, path: str | os.PathLike[str], member: zipfile.ZipInfo | None = None) -> None:
@@ -36,7 +36,7 @@ class DiskArray:
         self._file = self._open()
         try:
             self.shape, self._fortran, self.dtype = _HEADERS[np.lib.format.read_magic(self._file)](self._file)
-        except Exception as error:  # numpy parses headers with Python's parser, which answers nonsense with many kinds
+        except Exception as error:  # numpy parses headers by Python's parser, which raises many kinds of error
             raise ValueError(f"{self.name} is not an npy array, or its header is damaged: {error}") from error
         self._start = self._file.tell()
         if self.dtype.hasobject:
@@ -64,13 +64,13 @@ class DiskArray:
             if self._fortran and len(self.shape) > 1:
                 return self._mapped()[start:stop].astype(native)
             data = self._bytes(self._start + start * self._item_bytes, (stop - start) * self._item_bytes)
-        except Exception as error:  # zipfile and zlib have several kinds for damage
+        except Exception as error:  # zipfile and zlib raise several kinds of error for damage
             raise ValueError(f"{self.name} is damaged: {error}") from error
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:]).astype(native, copy=False)
 
     def _bytes(self, first: int, count: int) -> bytearray:
         if first < self._file.tell():
-            # Seeking back would switch off the checksum of a zip member.
+            # Open it again, since zipfile stops checking the checksum of a member after a seek backwards.
             self._file.close()
             self._file = self._open()
         self._file.seek(first)
@@ -104,7 +104,7 @@ class Npz(Mapping[str, DiskArray]):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-        except Exception as error:  # zipfile has several kinds for damage
+        except Exception as error:  # zipfile raises several kinds of error for damage
             raise ValueError(f"{self.path} cannot be read as npz, it is cut off or damaged: {error}") from error
         self._members = {member.filename.removesuffix(".npy"): member for member in members}
         self._names = [member.filename for member in members]
@@ -127,7 +127,7 @@ class Npz(Mapping[str, DiskArray]):
         return self._opened[name]
 
     def __contains__(self, name: object) -> bool:
-        """By the directory alone: the array itself may still turn out to be unreadable."""
+        """Whether the zip directory lists the array; it may still be unreadable."""
         return name in self._members
 
     def __iter__(self) -> Iterator[str]:

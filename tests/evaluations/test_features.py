@@ -359,7 +359,7 @@ class Elsewhere(features._Worker):
         super().__init__(net, Settings(), chunk)
         self.device, self.order = SimpleNamespace(type="meta"), []
 
-    def _sent(self, piece):
+    def _on_device(self, piece):
         return torch.from_numpy(piece)
 
     def start(self, pieces):

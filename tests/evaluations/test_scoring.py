@@ -352,7 +352,7 @@ def test_compare_names_the_first_difference(
     assert any(line.startswith("also: k: A 3, B 5") for line in told)
     assert any(line.startswith("FD corners: A ") and "+-" in line for line in told)
     assert compare.main([paths[0], paths[2]]) == 0
-    assert "nothing that bears on a score differs" in capsys.readouterr().out
+    assert "nothing that can affect a score differs" in capsys.readouterr().out
     for text in ("{}", "[]", '{"format": 1, "sets": [1]}'):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="no report of this evaluator"):
