@@ -28,13 +28,7 @@ def read_constants(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         for number, value in _fields(memoryview(Path(path).read_bytes())):
             if number == 1:
                 _add_node(constants, value)
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ) as error:  # a damaged file can raise any of them
+    except (ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:  # any can come of damage
         raise ValueError(f"{path} is not a whole GraphDef file: {error}. Copy or download it again.") from error
     return constants
 
