@@ -62,6 +62,7 @@ def renumber(
     # In a table, numbers are class numbers; folders and prefixes are names, even where they look like numbers.
     by_prefix, by_folder = (records.label_source == source for source in ("prefix", "folders"))
     by_number = not own_names or (not (by_prefix or by_folder) and own_names == tuple(map(str, range(len(own_names)))))
+    # A network without class names numbered its classes in sorted order: as many classes as it has are taken for these.
     as_many = len(own_names) == count or (by_prefix and as_2021 and len(own_names) < count)
     in_order = not names and not by_number and as_many and (by_prefix or not all(map(_is_number, words)))
     allowed = count if by_number or not names else 0  # class numbers accepted as words; 0: names only

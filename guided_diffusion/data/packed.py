@@ -71,6 +71,7 @@ def pack(
                 raise ValueError(f"{result}; remove or repair it, or leave such files out with on_error='skip'")
 
     rows, per_shard = cropped(), max(1, shard_bytes // (height * width * channels))
+    # Read and written one shard at a time, so that main memory never holds more.
     while block := list(islice(rows, per_shard)):
         name = f"images-{len(shards):05d}.npy"
         shards.append({**_save(out, name, np.stack(block)), "count": len(block)})

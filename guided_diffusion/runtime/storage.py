@@ -1,8 +1,7 @@
 """Local and remote files: local paths by the standard library, `gs://`, `az://` and `https://` (Azure blobs) through blobfile.
 
 blobfile is imported when, and only when, a path is remote; a machine without it works on local files. Paths are plain strings with `/`
-between their parts (local ones may be anything `os.fspath` takes). Nothing here keeps state but
-the connections that blobfile holds, and locks.
+between their parts (local ones may be anything `os.fspath` takes).
 """
 
 from __future__ import annotations

@@ -179,6 +179,7 @@ def start(device: str | torch.device = "auto", *, timeout_s: float = DEFAULT_TIM
         _log.info(table([_describe(world)]))
         return world
     store = _meet(place, min(timeout_s, DEFAULT_TIMEOUT_S))
+    # Host names and devices go through the store, before there is a process group, so that every rank learns of an error of any.
     hosts = _exchange(store, "hosts", place, platform.node())
     same_host = [r for r, host in enumerate(hosts) if host == hosts[place.rank]]
     local_rank = same_host.index(place.rank) if place.local_rank is None else place.local_rank

@@ -51,8 +51,7 @@ def started_from(
 
     A save of another run is continued. Only its weights are taken, at step 0, where --resume_from or --weights chooses among them or
     --new_classes is set; so are those of any file but a save's model*.pt. Network and process are configured as by `load`.
-    `typed` flags that contradict the file are a ValueError, except image sizes, if the network allows others, and classes with
-    --new_classes.
+    ValueError if `typed` flags contradict the file; image sizes may, if the network allows others, and classes with --new_classes.
     """
     if saved is None or (saved.config and storage.same_folder(saved.directory, folder)):
         return saved, None

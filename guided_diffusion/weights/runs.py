@@ -117,7 +117,7 @@ def save_run(
     storage.makedirs(directory)
     ema_parts = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
     parts = {**({} if optimizer is None else {"opt": optimizer}), **ema_parts, "model": model}
-    checksums = {}
+    checksums = {}  # of the files that are complete; the JSON with all of them comes last
     for role, content in parts.items():
         name = file_name(role, step)
         with storage.atomic_write(storage.join(directory, name)) as file:
@@ -154,7 +154,7 @@ def saves_in(directory: str) -> dict[int, dict[str, str]]:
     """The saves in a folder by step, the oldest first: the path of each file by its role. {} if the folder does not exist."""
     saves: dict[int, dict[str, str]] = {}
     for name in storage.listdir(directory) if storage.isdir(directory) else ():
-        # "model2.pt" is no name that a save has: its files would not be found again.
+        # Skip names that `file_name` never gives, such as "model2.pt": a save is looked up by its exact file names.
         if (parsed := parse_name(name)) is not None and file_name(*parsed) == name:
             saves.setdefault(parsed[1], {})[parsed[0]] = storage.join(directory, name)
     return dict(sorted(saves.items()))
@@ -172,7 +172,7 @@ def read_run_json(path: str) -> dict[str, Any] | None:
 def remove_save(path: str) -> None:
     """Delete the JSON file `path` of a save and the files that it lists: first the JSON, so that a half-deleted save never looks whole.
 
-    Of a damaged JSON nothing is deleted: what belongs to the save is not known.
+    If the JSON is damaged nothing is deleted, since the files of the save are unknown.
     """
     try:
         names = list(_read_json(path)["files"])
