@@ -30,9 +30,8 @@ _CLASS_NUMBER = re.compile(r"\+?0*(\d{1,6})(?:\.0*)?")
 _MISSING = ("", *"nan <na> none null n/a #n/a".split())  # how pandas and spreadsheets write that there is no label
 
 Label = int | str
-Entry = tuple[
-    str, str, Any
-]  # a line of a table: where it stands, for errors; the image; anything that should be its label
+# An entry of a table: its position in the file, for errors; the image; its label as read, not yet checked.
+Entry = tuple[str, str, Any]
 
 
 class Labels(NamedTuple):
@@ -216,6 +215,7 @@ def _json(text: str, source: str, of_pairs: Callable[[list[tuple[str, Any]]], An
 def _json_entries(text: str, source: str) -> list[Entry] | None:
     # Lists of pairs, because a dict would silently keep only the last of two labels of one image.
     data = _json(text, source, list)
+    # {"labels": [...]} as EDM writes it; with a text or number as its value, "labels" is the name of an image.
     for row in data if isinstance(data, list) else ():
         if isinstance(row, tuple) and row[0] == "labels" and not isinstance(row[1], (str, int)):
             data = row[1]
