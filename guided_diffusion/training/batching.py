@@ -1,4 +1,4 @@
-"""Cutting batches, moving them, and timing the loop around them."""
+"""Batches of training: cutting them into microbatches, moving them to the device, and timing the loop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 POSITIONS = "positions"
-_MUCH_WAITING = 0.2  # share of the time
+_MUCH_WAITING = 0.2  # share of time spent waiting for data, above which a hint is due
 _log = logging.getLogger(__name__)
 
 
-def _items(batch: Any) -> dict[str, Any]:
+def _fields(batch: Any) -> dict[str, Any]:
     if hasattr(batch, "_asdict"):
         return batch._asdict()
     if isinstance(batch, Mapping):
@@ -24,21 +24,21 @@ def _items(batch: Any) -> dict[str, Any]:
     raise ValueError(f"a batch is a {type(batch).__name__}; it must be a NamedTuple or a dict of tensors")
 
 
-def _map(batch: Any, change: Callable[[str, Any], Any]) -> Any:
-    changed = {name: change(name, value) for name, value in _items(batch).items()}
+def _map_fields(batch: Any, change: Callable[[str, Any], Any]) -> Any:
+    changed = {name: change(name, value) for name, value in _fields(batch).items()}
     return type(batch)(**changed) if hasattr(batch, "_asdict") else changed
 
 
 def length(batch: Any) -> int:
     """How many examples a batch has: the first dimension of its tensors."""
-    for value in _items(batch).values():
+    for value in _fields(batch).values():
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]
     raise ValueError("a batch without tensors cannot be trained on")
 
 
 def split(batch: Any, size: int) -> Iterator[Any]:
-    """Consecutive pieces of at most `size` examples, 0 = the whole batch; what is not a tensor of examples stays as it is."""
+    """Microbatches of at most `size` examples, 0 = the whole batch. Fields without a batch axis are repeated in each."""
     total = length(batch)
     size = size if 0 < size < total else total
     for start in range(0, total, size):
@@ -46,13 +46,13 @@ def split(batch: Any, size: int) -> Iterator[Any]:
         def cut(_: str, value: Any, part: slice = slice(start, start + size)) -> Any:
             return value[part] if isinstance(value, Tensor) and value.dim() and value.shape[0] == total else value
 
-        yield _map(batch, cut)
+        yield _map_fields(batch, cut)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch on `device`: by its own method `to_device`, which may finish it there (flips, float images), else tensor by tensor.
+    """The batch on `device`: by its own `to_device`, which may also finish it (flips, float images), or by tensor.
 
-    `positions` stay in main memory: they address generators there.
+    `positions` stay on the CPU, where they become the seeds of random generators (`Streams`).
     """
     if hasattr(batch, "to_device"):
         return batch.to_device(device)
@@ -60,17 +60,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
     def move(name: str, value: Any) -> Any:
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != POSITIONS else value
 
-    return _map(batch, move)
+    return _map_fields(batch, move)
 
 
 def positions(batch: Any, rank: int, size: int) -> Tensor:
-    """Each example's place in the global batch, int64 `[B]` in main memory; without the field, dealt out in turn."""
-    places = _items(batch).get(POSITIONS)
-    return torch.arange(length(batch)) * size + rank if places is None else places.cpu()
+    """Indices in the global batch, int64 `[B]` on the CPU: the field `positions`, else `local index * size + rank`."""
+    stored = _fields(batch).get(POSITIONS)
+    return torch.arange(length(batch)) * size + rank if stored is None else stored.cpu()
 
 
 class Feed:
-    """The batches of a loop: an iterable, or a function of the first step that returns one, made when the first batch is wanted."""
+    """The batches of a loop: an iterable, or a function `first step -> iterable`, called for the first batch."""
 
     def __init__(self, batches: Iterable[Any] | Callable[[int], Iterable[Any]]) -> None:
         self._make = batches if callable(batches) else None
@@ -83,7 +83,7 @@ class Feed:
         return getattr(self._source, "skipped", 0)
 
     def next(self, step: int, clock: Clock) -> Any:
-        """The batch of a step, None at the end of the data; ValueError if the data stands at another step."""
+        """The batch of a step, None at the end of the data; ValueError if the batch belongs to another step."""
         if self._iterator is None:
             if self._make is not None:
                 self._source = self._make(step)
@@ -93,17 +93,17 @@ class Feed:
         expected = getattr(batch, "step", None)
         if expected is not None and int(expected) != step:
             raise ValueError(
-                f"the data stands at step {int(expected)}, training at {step}: "
+                f"the next batch belongs to step {int(expected)}, but training is at step {step}: "
                 "start the batches at the restored step, or pass a function of the first step"
             )
         return batch
 
     def restart(self) -> None:
-        """Begin anew with the next batch."""
+        """Let the next call of `next` create the iterator anew."""
         self._iterator = None
 
     def close(self) -> None:
-        """End the processes that read images, where this feed has made them: the next batch makes them anew."""
+        """End the data workers if this feed created their source; `next` would create it again."""
         if self._make is not None:
             self._iterator = None
             if hasattr(self._source, "close"):
@@ -113,7 +113,7 @@ class Feed:
 class Clock:
     """Images per second, share of time spent waiting for data, and a progress bar with the time left.
 
-    Times are the host's; they are right over an interval because a log line waits for the device.
+    Times are taken on the host. Over a log interval they are right, because writing a log row waits for the device.
     """
 
     def __init__(self, bar: bool, done: int, target: int | None) -> None:
@@ -136,7 +136,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self, source: Any) -> Iterator[None]:
-        """Time spent in the body is waiting for data; a source that knows better says so by `wait_seconds`."""
+        """Count the `with` block as waiting for data, or the growth of the source's own total `wait_seconds`."""
         start, before = time.perf_counter(), getattr(source, "wait_seconds", None)
         yield
         after = getattr(source, "wait_seconds", None)
@@ -144,7 +144,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:
-        """Time spent in the body (callbacks, copying for a save) is not training time. Steps under way are awaited first."""
+        """Exclude the `with` block (callbacks, copying for a save) from training time. Waits for the device first."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -152,10 +152,10 @@ class Clock:
         self._paused += time.perf_counter() - start
 
     def read(self, loss: float | None) -> dict[str, float]:
-        """Figures since the last call ("seconds" since the loop began), shown beside the bar with the loss.
+        """Log columns for the time since the last call ("seconds": since the loop began); updates the bar's numbers.
 
-        Says what helps against waiting for data: once in a run, at the third interval in a row with much of it (the first ones
-        start workers).
+        Logs a hint against waiting for data once per run, at the third interval in a row with much of it: in the first ones,
+        workers start.
         """
         now = time.perf_counter()
         spent = max(now - self._start - self._paused, 1e-9)

@@ -1,4 +1,4 @@
-"""What a training run shows on the way: validation of classifiers, grids of samples, accuracy by noise level."""
+"""Progress of a training run: validation of classifiers, grids of samples, accuracy by noise level."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _log = logging.getLogger(__name__)
 
 
 class Validation:
-    """One batch of held-out images, all processes together: the terms of `loss_fn` as columns of the next log row.
+    """Evaluate one global batch of held-out images: the means of `loss_fn`'s terms become columns of the next log row.
 
-    Each also by quarter of the noise steps: val_acc@1_q0 (little noise) to val_acc@1_q3 (almost only noise).
+    Also by quarter of the noise steps: val_acc@1_q0 (little noise) to val_acc@1_q3 (almost only noise).
     """
 
     def __init__(
         self, loss_fn: LossFn, batches: Callable[[int], Iterator[Any]], *, every: int, seed: int, log: Log
     ) -> None:
-        """`batches(k)`: the held-out batches from the k-th validation on; it is called `every` so many steps."""
+        """`batches(k)` yields the batches from validation `k` = 0, 1, ... on; `every`: steps between validations."""
         self._loss_fn, self._make, self._every, self._seed, self._log = loss_fn, batches, every, seed, log
         self._batches: Iterator[Any] | None = None
 
@@ -49,13 +49,13 @@ class Validation:
         assert losses.i is not None
         quarter = losses.i * QUARTILES // losses.num_steps
         for name, values in losses.terms.items():
-            self._log.mean(name, values, quarter >= 0)
+            self._log.mean(name, values, quarter >= 0)  # of all examples
             for q in range(QUARTILES):
                 self._log.mean(f"{name}_q{q}", values, quarter == q)
 
 
 class SampleGrid:
-    """A picture of samples of the averaged weights, always from the same noise, so that one sees training at work."""
+    """Draw samples with the EMA weights of the largest decay, from the same noise each time, to compare them."""
 
     def __init__(self, draw: Callable[[nn.Module, str], None], folder: str) -> None:
         """`draw(net, path)` draws samples of a network into a file."""
@@ -71,9 +71,11 @@ class SampleGrid:
             try:
                 self._draw(net, path)
                 _log.info(f"wrote {path}{f' (EMA {decay})' if decay else ''}")
-            except NotFinite as error:  # training itself watches its losses, and says what it does
+            except (
+                NotFinite
+            ) as error:  # no reason to end training: `Trainer` itself ends it when losses stay non-finite
                 _log.warning(f"no picture of samples at step {trainer.steps_done}: {error}")
-            except OSError as error:  # no reason to end training
+            except OSError as error:  # neither is a picture that cannot be written
                 _log.warning(str(error))
         trainer.net.train()
 
@@ -87,9 +89,9 @@ def accuracy_by_noise(
     seed: int,
     device: torch.device,
 ) -> dict[int, float]:
-    """Accuracy on held-out images at ten of `num_steps` noise levels: what guidance can expect of this classifier.
+    """Held-out accuracy at ten of `num_steps` noise levels, which shows where this classifier can guide samples.
 
-    `loss_at(timesteps)` is the classifier's loss on steps that `timesteps` draws.
+    `loss_at(timesteps)` returns the classifier's loss function for steps drawn by `timesteps`.
     """
     levels = sorted({round(k * (num_steps - 1) / 9) for k in range(10)})
     hits: dict[int, list[float]] = {level: [] for level in levels}
@@ -99,15 +101,15 @@ def accuracy_by_noise(
         moved = batching.to_device(batch, device)
         for level in levels:
             with torch.no_grad():
-                hits[level] += loss_at(_At(level))(net, moved, streams).terms["train_acc@1"].tolist()
-    accuracy = {level: sum(right) / len(right) for level, right in hits.items()}
+                hits[level] += loss_at(_ConstantTimesteps(level))(net, moved, streams).terms["train_acc@1"].tolist()
+    accuracy = {level: sum(correct) / len(correct) for level, correct in hits.items()}
     words = ", ".join(f"step {level}: {share:.3f}" for level, share in accuracy.items())
     _log.info(f"held-out accuracy by noise level: {words}")
     return accuracy
 
 
-class _At:
-    """Timesteps that are all the same."""
+class _ConstantTimesteps:
+    """A schedule sampler that always draws the same step."""
 
     def __init__(self, step: int) -> None:
         self._step = step

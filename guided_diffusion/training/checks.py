@@ -1,4 +1,4 @@
-"""Checks before a training run: data, memory and speed for `doctor`; `check_same_everywhere` in every start of training."""
+"""Checks before training: data, memory and speed for `doctor`; `check_same_everywhere` at every start of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .memory import StepPlan
 
 
 def check_data(list_them: Callable[[], Records]) -> tuple[Finding, Records | None]:
-    """List the images; a ValueError of that is the finding."""
+    """List the images; an error in that becomes a FAIL finding without records."""
     start = time.perf_counter()
     try:
         records = list_them()
@@ -30,14 +30,14 @@ def check_data(list_them: Callable[[], Records]) -> tuple[Finding, Records | Non
 
 
 def check_batches(make: Callable[[], Batches], records: Records, batch_size: int, processes: int) -> Finding:
-    """Read two batches of one of the processes; `batch_size` counts those of all."""
+    """Read two batches as one of the `processes` would; `batch_size` counts the global batch."""
     seconds = []
     try:
         start = time.perf_counter()
         batches = make()
         try:
             for _ in range(2):
-                own = len(next(batches).images)
+                local = len(next(batches).images)
                 seconds.append(time.perf_counter() - start)
                 start = time.perf_counter()
         finally:
@@ -45,7 +45,8 @@ def check_batches(make: Callable[[], Batches], records: Records, batch_size: int
     except (ValueError, OSError) as error:
         return Finding(FAIL, "batch", str(error))
     text = f"{batch_size} images per step over {processes} processes, {len(records) / batch_size:.1f} steps per epoch; "
-    text += f"read at {own / min(seconds):.0f} images/s here"
+    # The faster of the two, as the time of the first includes the start of workers.
+    text += f"read at {local / min(seconds):.0f} images/s here"
     if len(records) < 2 * batch_size:
         return Finding(WARN, "batch", text + ": fewer than two steps per epoch")
     return Finding(OK, "batch", text)
@@ -54,7 +55,7 @@ def check_batches(make: Callable[[], Batches], records: Records, batch_size: int
 def state_bytes(
     parameters: int, *, averages: int, processes: int, shard_optimizer: bool = False, shard_ema: bool = False
 ) -> int:
-    """float32 weights, gradients and two moments of Adam; a copy per EMA; all-reduce buckets."""
+    """Bytes per process of float32 weights, gradients, Adam's two moments, EMA copies and all-reduce buckets."""
     moments = 8 / (processes if shard_optimizer else 1)
     copies = 4 * averages / (processes if shard_ema else 1)
     return int(parameters * (8 + moments + copies + (4 if processes > 1 else 0)))
@@ -69,43 +70,45 @@ def check_memory(
     free: int,
     precision: str = "fp32",
 ) -> tuple[Finding, StepPlan]:
-    """Compare the memory of a step with what is free (0: unknown), and name what makes it fit.
+    """Compare the bytes that a step needs with those `free` (0: unknown), and name flags that make it fit.
 
-    `automatic`: what training tries by itself, first what is asked for. `activations`: (fixed bytes, bytes per image) by what is
-    recomputed, of what the network `can` recompute. Returns (finding, the first plan that fits, or what is asked for if none does).
+    `activations(recompute)`: (fixed bytes, bytes per image). `automatic`: the plans that training tries, the requested one
+    first. `can`: what --recompute may be for the network. `state`: bytes of weights, gradients, optimizer and EMA.
+    Returns (finding, the first plan that fits, or the requested one if none does).
     """
-    wanted = automatic[0]
+    requested = automatic[0]
 
     def need(plan: StepPlan) -> int:
-        fixed, each = activations(plan.recompute)
-        return state + fixed + plan.images * each
+        fixed, per_image = activations(plan.recompute)
+        return state + fixed + plan.images * per_image
 
-    def room(way: str) -> int:
-        """How many images at a time there is room for."""
-        fixed, each = activations(way)
-        return max(0, int((free - state - fixed) // max(each, 1)))
+    def most_images(recompute: str) -> int:
+        fixed, per_image = activations(recompute)
+        return max(0, int((free - state - fixed) // max(per_image, 1)))
 
-    _, each = activations(wanted.recompute)
+    _, per_image = activations(requested.recompute)
+    needed = need(requested)
     text = (
-        f"about {format_bytes(need(wanted))} to train {wanted.images} images at a time: {format_bytes(state)} weights, gradients, "
-        f"Adam, EMA + {format_bytes(need(wanted) - state)} activations ({format_bytes(each)} per image); {format_bytes(free)} free"
+        f"about {format_bytes(needed)} to train {requested.images} images at a time: {format_bytes(state)} weights, gradients, "
+        f"Adam, EMA + {format_bytes(needed - state)} activations ({format_bytes(per_image)} per image); {format_bytes(free)} free"
     )
-    if not free or need(wanted) <= free:
-        return Finding(WARN if free and need(wanted) > 0.85 * free else OK, "memory", text), wanted
+    if not free or needed <= free:
+        return Finding(WARN if free and needed > 0.85 * free else OK, "memory", text), requested
     for plan in automatic[1:]:
         if need(plan) <= free:
-            fewer = plan.images < wanted.images
+            fewer = plan.images < requested.images
             how = f"--microbatch auto will make it fit, {plan.images} images at a time" if fewer else ""
             return Finding(WARN, "memory", f"{text}. {how or '--recompute auto will make it fit'}"), plan
-    remedies = [f"--recompute {way}" for way in can if room(way) >= wanted.images][:1]
-    if most := room(automatic[-1].recompute):
+    # No automatic plan fits: name the first recompute that does (the fastest, as `can` is sorted) or the largest batch.
+    remedies = [f"--recompute {way}" for way in can if most_images(way) >= requested.images][:1]
+    if most := most_images(automatic[-1].recompute):
         remedies.append(f"--microbatch {most}")
-    elif not remedies and (most := room(can[-1])):
+    elif not remedies and (most := most_images(can[-1])):
         remedies.append(f"--recompute {can[-1]} --microbatch {most}")
     if remedies:
-        return Finding(FAIL, "memory", f"{text}. {' or '.join(remedies)} would fit"), wanted
+        return Finding(FAIL, "memory", f"{text}. {' or '.join(remedies)} would fit"), requested
     smaller = "fewer channels" if precision == "bf16" else "--precision bf16, or fewer channels"
-    return Finding(FAIL, "memory", f"{text}. Not even one image fits: {smaller}"), wanted
+    return Finding(FAIL, "memory", f"{text}. Not even one image fits: {smaller}"), requested
 
 
 def check_speed(
@@ -118,15 +121,15 @@ def check_speed(
 ) -> Finding:
     """Time three steps of forward, backward and AdamW after one of warm-up; communication between processes is not included.
 
-    `make` returns a network on the device, and what runs it on `plan.images` images;
-    a run takes `last_step` steps (0: no end) of `own_batch` images on this process.
+    `make` returns a network on the device, and a function that runs it on `plan.images` images.
+    A run takes `last_step` steps (0: no end) of `own_batch` images on this process.
     """
     steps = 3
     try:
         net, forward = make()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
         for step in range(steps + 1):
-            if step == 1:
+            if step == 1:  # step 0 was the warm-up
                 _wait_for(device)
                 start = time.perf_counter()
             optimizer.zero_grad()
@@ -150,18 +153,18 @@ def _wait_for(device: torch.device) -> None:
 
 
 def check_same_everywhere(world: World, records: Records, settings: Any) -> None:
-    """ValueError, on all processes, where one of them sees other images or other settings (picklable) than the first."""
+    """ValueError on all ranks if one of them has other images or other `settings` (picklable) than rank 0."""
     if world.size == 1:
         return
     mine = (records.digest(), f"{len(records)} images in {records.root}", settings)
     rows = world.all_gather_object(mine, "do all see the same data?")
-    for rank, (digest, images, of_rank) in enumerate(rows):
+    for rank, (digest, images, rank_settings) in enumerate(rows):
         if digest != rows[0][0]:
             raise ValueError(
                 f"the processes see different data: rank 0 has {rows[0][1]}, rank {rank} {images}, and names, order or labels "
                 "differ; give all of them the same folder, on storage that every machine sees, or complete the copies"
             )
-        if of_rank != rows[0][2]:
+        if rank_settings != rows[0][2]:
             raise ValueError(
                 f"rank {rank} has another configuration than rank 0; start all with the same flags, and put --out on storage "
                 "that every machine sees"

@@ -20,11 +20,11 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
 
 
 class EMA:
-    """Averaged copies of a network's parameters; buffers, which are not learned, are copied as they are.
+    """Averaged copies of a network's parameters; its buffers are not averaged.
 
-    `decays` are the shares kept per update, e.g. 0.9999; an average remembers about `1 / (1 - decay)` updates. Each copy
-    costs one float32 model of memory on every process. With `world` its processes divide each copy among them: every one keeps
-    its share of the parameters, and they are put together on the main process to be saved or looked at.
+    An average of decay 0.9999 spans about `1 / (1 - decay)` = 10,000 updates. Each of the `decays` costs one float32 model
+    of memory on every process. With `world` each copy is sharded: a rank keeps the averages of its share of the parameters,
+    and they are gathered on rank 0 to be saved or drawn from.
     """
 
     def __init__(self, net: nn.Module, decays: Sequence[float], *, world: World | None = None) -> None:
@@ -36,10 +36,10 @@ class EMA:
         self._net = net
         self._world = World() if world is None else world
         self._params = [(name, p) for name, p in net.named_parameters()]
-        self._owners = _shares([p.numel() for _, p in self._params], self._world.size)
+        self._owners = _owners_of([p.numel() for _, p in self._params], self._world.size)
         self._mine = [k for k, owner in enumerate(self._owners) if owner == self._world.rank]
         self.copies: dict[str, list[Tensor]] = {str(decay): [] for decay in decays}
-        """This process's averages by decay: of all parameters in order, or of its share of them."""
+        """This process's averages by decay: of all parameters in order or, when sharded, of its share of them."""
         self.reset()
 
     @property
@@ -48,20 +48,20 @@ class EMA:
         return tuple(self.copies)
 
     def reset(self) -> None:
-        """Let every average start again from the present weights."""
+        """Let every average start again from the current weights."""
         for decay in self.copies:
             self.copies[decay] = [self._params[k][1].detach().clone() for k in self._mine]
 
     def update(self) -> None:
-        """One step of every average. Called once per training step, also when the weights did not move."""
+        """One step of every average. Called once per training step, also when the optimizer step was skipped."""
         sources = [self._params[k][1].detach() for k in self._mine]
         for decay, targets in self.copies.items():
             update_ema(targets, sources, float(decay))
 
     def state_dict_of(self, decay: str) -> dict[str, Tensor]:
-        """The averaged network as a state dict in the network's own key order; tensors are not copied.
+        """State dict of averaged parameters and the network's buffers, in the network's order; tensors are not copied.
 
-        Of divided averages: put together in main memory, and only on the main process (the others get an empty dict). All call it.
+        Sharded averages are gathered on the CPU of rank 0, and other ranks get an empty dict; all ranks must call it.
         """
         whole = self.copies[decay] if self._world.size == 1 else self._gathered(decay)
         if whole is None:
@@ -86,9 +86,9 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped_in(self, decay: str) -> Iterator[nn.Module]:
-        """The network with its averaged weights inside the `with` block, e.g. to draw samples; exchanged without copying.
+        """The network with its averaged weights inside the `with` block, e.g. to draw samples; swapped, not copied.
 
-        Of divided averages only the main process gets the averaged network, and all must call it.
+        Of sharded averages only rank 0 gets the averaged network; all ranks must call it.
         """
         if decay not in self.copies:
             raise ValueError(f"there is no average of decay {decay!r}; kept ones are {list(self.copies)}")
@@ -102,7 +102,7 @@ class EMA:
             self._exchange(copies)
 
     def _gathered(self, decay: str) -> list[Tensor] | None:
-        """All averages in main memory on the main process, None elsewhere; one message after the other, so little memory is used."""
+        """All averages on rank 0's CPU, None elsewhere. One parameter at a time, so the device never holds them all."""
         share = dict(zip(self._mine, self.copies[decay]))
         whole = []
         for k, (_, p) in enumerate(self._params):
@@ -120,9 +120,9 @@ class EMA:
             p.data, copies[k] = copies[k], p.data
 
 
-def _shares(sizes: Sequence[int], parts: int) -> list[int]:
-    """Which part each item belongs to: the largest items first, each to the part that is lightest then."""
-    loads, owners = [0] * parts, [0] * len(sizes)
+def _owners_of(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank that keeps each parameter: the largest first, each to the rank with the fewest numbers so far."""
+    loads, owners = [0] * ranks, [0] * len(sizes)
     for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
         owners[k] = loads.index(min(loads))
         loads[owners[k]] += sizes[k]

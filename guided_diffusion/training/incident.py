@@ -1,4 +1,4 @@
-"""What to keep when training breaks down: the batch, the step, and where in the network the numbers grew."""
+"""Evidence that is written when training diverges: the batch, the step, and the largest activation of every layer."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def raise_diverged(
     batch: Any,
     precision: dict[str, Any],
 ) -> NoReturn:
-    """End a run with the evidence on disk, beside its saves: all processes call it, each writes its own report.
+    """Write the evidence beside the saves and raise `TrainingDiverged`. All ranks call it; each writes its report.
 
-    `losses_again` repeats a forward pass of the last step, in which every layer of `net` is watched.
+    `losses_again` repeats the forward pass of the last step, while hooks record the output of every layer of `net`.
     """
     if saves is None:
         raise TrainingDiverged(f"{what}. There is no good save yet")

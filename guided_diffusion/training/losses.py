@@ -1,4 +1,4 @@
-"""What a training objective hands to the trainer, the objectives of denoisers and classifiers, and what a log row says of them."""
+"""Losses as the trainer receives them, the objectives of denoisers and classifiers, and means for the log."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..diffusion.timesteps import Timesteps
 from ..runtime.streams import Streams
 from ..runtime.world import World
 
-QUARTILES = 4  # of time, by which losses are logged
+QUARTILES = 4  # of the noise steps, by which losses are logged
 
 
 class Losses(NamedTuple):
     """One microbatch of losses. All tensors are `[B]`, on the device, one entry per example."""
 
     loss: Tensor
-    """What is differentiated, importance weight included."""
+    """To be differentiated; includes the importance weight."""
     terms: dict[str, Tensor]
-    """What is logged, by column name: "loss", "mse", "vb", "acc@1", ... """
+    """To be logged, by column name: "loss", "mse", "vb", "train_acc@1", ... """
     i: Tensor | None = None
     """Step position of each example in `[0, num_steps)`; None if the objective has no time."""
     num_steps: int = 1
     raw: Tensor | None = None
-    """Losses without importance weight, for a loss-aware choice of steps; None means `loss`."""
+    """Losses without importance weight, from which a schedule sampler learns; None: it learns from `loss`."""
 
 
 LossFn = Callable[[Any, Any, Streams], Losses]
@@ -69,24 +69,24 @@ def diffusion_loss(
 
 
 def classifier_loss(process: Process, timesteps: Timesteps, *, noised: bool = True, prefix: str = "train") -> LossFn:
-    """Cross entropy of a classifier on noised images, with accuracies, under the column names of 2021."""
+    """Cross entropy and accuracies (columns of 2021) of a classifier on noised images, or on clean ones at step 0."""
 
     def loss(net: Any, batch: Any, streams: Streams) -> Losses:
         x = batch.images
-        i, _ = timesteps.draw(streams.uniform().to(x.device))
+        i, _ = timesteps.draw(streams.uniform().to(x.device))  # importance weights are not used, as in 2021
         if noised:
             x = add_noise(process, x, i, streams.normal(x.shape[1:]))
         else:
             i = torch.zeros_like(i)
         logits = net(x, process.time_at(i)).float()
-        entropy = F.cross_entropy(logits, batch.labels, reduction="none")
-        ranked = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        cross_entropy = F.cross_entropy(logits, batch.labels, reduction="none")
+        hits = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]  # best class first
         terms = {
-            f"{prefix}_loss": entropy,
-            f"{prefix}_acc@1": ranked[:, 0].float(),
-            f"{prefix}_acc@5": ranked.any(dim=1).float(),
+            f"{prefix}_loss": cross_entropy,
+            f"{prefix}_acc@1": hits[:, 0].float(),
+            f"{prefix}_acc@5": hits.any(dim=1).float(),
         }
-        return Losses(entropy, terms, i, len(process))
+        return Losses(cross_entropy, terms, i, len(process))
 
     return loss
 
@@ -100,12 +100,12 @@ class Interval:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._sums: dict[str, Tensor] = {}  # by term: [sum, count] by quartile, and last of examples without a time
+        self._sums: dict[str, Tensor] = {}  # by term: (sum, count) x (quartiles, then losses without a step)
         self._steps = torch.zeros(3, device=self._device)  # steps, sum of gradient norms, skipped steps
 
     @torch.no_grad()
     def add(self, losses: Losses) -> None:
-        """Take in one microbatch; nothing leaves the device."""
+        """Add one microbatch, without waiting for the device."""
         for name, values in losses.terms.items():
             values = values.detach().to(torch.float32).reshape(-1)
             finite = torch.isfinite(values)
@@ -120,18 +120,18 @@ class Interval:
                 sums.index_add_(1, quartile, row)
 
     def count_step(self, grad_norm: Tensor, skipped: Tensor) -> None:
-        """One step is done; both are scalars on the device."""
+        """Add one step; both arguments are scalars on the device."""
         norm = torch.where(skipped, 0.0, grad_norm)
         self._steps += torch.stack([torch.ones_like(norm), norm, skipped.float()])
 
     def read(self, world: World, unreadable: float = 0.0) -> dict[str, float]:
-        """Means over all processes by column name, and start again. A collective with one copy to the host.
+        """Means over all ranks by column name; then all sums are reset. A collective, with one copy to the host.
 
-        Quartiles without an example have no column. `unreadable`: images that this process could not read, a sum over the run.
+        Quartiles without an example have no column. `unreadable`: images that this rank could not read so far.
         """
-        # float32 holds counts up to 16 million.
-        images = torch.tensor([float(unreadable)], device=self._device)
-        parts = [*(sums.flatten() for sums in self._sums.values()), self._steps, images]
+        # One tensor for one all-reduce. float32 is exact for counts up to 16 million.
+        unread = torch.tensor([float(unreadable)], device=self._device)
+        parts = [*(sums.flatten() for sums in self._sums.values()), self._steps, unread]
         flat = world.all_reduce_sum_(torch.cat(parts), name="log line").cpu()
         steps, norms, skipped, unreadable = flat[-4:].tolist()
         row: dict[str, float] = {}
@@ -142,7 +142,7 @@ class Interval:
         if steps > skipped:
             row["grad_norm"] = norms / (steps - skipped)
         if skipped:
-            row["skipped_steps"] = skipped / world.size
+            row["skipped_steps"] = skipped / world.size  # all ranks skip the same steps
         if unreadable:
             row["unreadable_images"] = unreadable
         for sums in (*self._sums.values(), self._steps):

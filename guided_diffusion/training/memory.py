@@ -1,4 +1,4 @@
-"""Memory of a training step: what is computed again in the backward pass, what is kept for it, and what fits into the device."""
+"""Memory of a training step: recompute of activations, bytes kept for the backward pass, the microbatch that fits."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _GIB = 2**30
-_SHARE = 0.9  # of main memory that a step may count on
-# What workspaces of kernels and passing gradients take on a CPU, as a share of what forward keeps if nothing is recomputed: 0.7 of 64
-# images of 32 pixels and 0.7 of 16 of 64, whatever is recomputed.
-_PASSING = 0.75
+_USABLE = 0.9  # share of the free memory that a step may plan with
+# Temporary memory on a CPU (kernel workspaces, gradients of activations), as a share of the activations kept when nothing
+# is recomputed. Measured with every kind of recompute: 0.7 both for 64 images of 32x32 and for 16 of 64x64.
+_TEMPORARY = 0.75
 _CHOSEN = {"none": "nothing is recomputed", "norms": "norms are recomputed", "all": "whole blocks are recomputed"}
 _log = logging.getLogger(__name__)
 
 
 def can_recompute(net: nn.Module) -> tuple[str, ...]:
-    """What `set_recompute` can ask of a network, the cheapest in time first."""
+    """The values of `set_recompute` that a network supports, the fastest first."""
     inner = unwrapped(net)
     blocks = any(hasattr(module, "use_checkpoint") for module in inner.modules())
     return ("none", *["norms"] * hasattr(inner, "set_recompute_norms"), *["all"] * blocks)
 
 
 def set_recompute(net: nn.Module, what: str) -> None:
-    """Let a network compute again in backward: "none", "norms" (norms and what follows them) or "all" (whole blocks).
+    """Choose what backward recomputes: "none", "norms" (norms and what follows them) or "all" (whole blocks).
 
-    Blocks are modules with an attribute `use_checkpoint`; norms need a method `set_recompute_norms`. ValueError where the
-    network cannot.
+    Blocks are modules with an attribute `use_checkpoint`; "norms" needs a method `set_recompute_norms`. ValueError if
+    the network does not support `what`.
     """
     inner: Any = unwrapped(net)
     if what not in can_recompute(net):
-        raise ValueError(f"--recompute {what}: {type(inner).__name__} can do {' or '.join(can_recompute(net))} only")
+        raise ValueError(f"--recompute {what}: {type(inner).__name__} supports {' or '.join(can_recompute(net))} only")
     for module in inner.modules():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = what == "all"
@@ -52,14 +52,14 @@ def set_recompute(net: nn.Module, what: str) -> None:
 
 
 class StepPlan(NamedTuple):
-    """A forward and backward pass of training: what is recomputed ("none", "norms", "all"), and images at a time."""
+    """How to run forward and backward: what is recomputed ("none", "norms", "all"), and the images per pass."""
 
     recompute: str
     images: int
 
 
 def attempts(ways: Sequence[str], images: int, *, shrink: bool) -> list[StepPlan]:
-    """What training tries, in this order: all `images` in each of the `ways`; with `shrink` then a half, a quarter ... in the last way."""
+    """Plans to try, in order: all `images` with each recompute of `ways`; if `shrink`, 1/2, 1/4, ... with the last."""
     sizes = [images]
     while shrink and sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
@@ -69,24 +69,25 @@ def attempts(ways: Sequence[str], images: int, *, shrink: bool) -> list[StepPlan
 def fit(
     trainer: Trainer, batch: Any, *, recompute: bool, shrink: bool, norms: bool = True, limit_gb: float = 0.0
 ) -> None:
-    """Choose what a step on `batch` recomputes, and its microbatch: the first of the `attempts` that fits into memory stays.
+    """Set recompute and microbatch to the first of the `attempts` whose step on `batch` fits into memory.
 
-    With `recompute` the network keeps everything, then computes its norms again (if `norms`), then whole blocks. With `shrink` fewer
-    images go through at a time. On a GPU each attempt is a real forward and backward pass, with room for the optimizer's moments. The
-    system ends a process that takes too much main memory, so on a CPU what a step needs is counted. All processes choose the same;
-    weights and gradients stay as they are. `limit_gb`: GiB that this process may use; 0 = what is free. Call it before the network is
-    compiled. ValueError where nothing fits.
+    With `recompute` it tries to recompute nothing, then norms (if `norms`), then whole blocks; with `shrink`, then smaller
+    microbatches. On a GPU each attempt is a real forward and backward pass beside the optimizer's moments. On a CPU bytes
+    are computed instead, as the system kills a process that uses too much. All ranks choose the same; weights and gradients
+    do not change. `limit_gb`: GiB that this process may use; 0 = what is free. Call before compiling the network.
+    ValueError if nothing fits.
     """
     net, device, whole = trainer.net, trainer.device, batching.length(batch)
+    # "" leaves the network's recompute as it is.
     ways = [way for way in can_recompute(net) if norms or way != "norms"] if recompute else [""]
-    room = _room(trainer, limit_gb)
-    passing = 0.0 if device.type == "cuda" else _PASSING * _kept(trainer, batch, ways[0])[1]
+    usable = _usable_bytes(trainer, limit_gb)
+    temporary = 0.0 if device.type == "cuda" else _TEMPORARY * _kept(trainer, batch, ways[0])[1]  # bytes per image
     try:
         if limit_gb and device.type == "cuda":
-            there = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / there), device)
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / total), device)
         for way, size in attempts(ways, min(trainer.microbatch or whole, whole), shrink=shrink):
-            fits = _fits(trainer, batch, way, size, room - passing * size)
+            fits = _fits(trainer, batch, way, size, usable - temporary * size)
             if trainer.world.any_true(not fits, name="does a step fit into memory?"):
                 continue
             if size < whole:
@@ -98,7 +99,7 @@ def fit(
                 _log.info(f"--microbatch auto: {passes} fit")
             return
     finally:
-        if limit_gb and device.type == "cuda":  # it guides the choice only
+        if limit_gb and device.type == "cuda":  # the limit holds for these attempts, not for training
             torch.cuda.set_per_process_memory_fraction(1.0, device)
     remedies = ["--memory_limit_gb 0 or more"] * bool(limit_gb) + ["--recompute all"] * (not recompute)
     remedies += ["--microbatch auto"] * (not shrink) + ["--precision bf16", "fewer --num_channels"]
@@ -108,15 +109,15 @@ def fit(
     )
 
 
-def _fits(trainer: Trainer, batch: Any, way: str, count: int, room: float) -> bool:
-    """Whether this process can take a step with `count` examples at a time: on a GPU by trying, else by counting up to `room` bytes."""
+def _fits(trainer: Trainer, batch: Any, way: str, count: int, usable: float) -> bool:
+    """Whether microbatches of `count` fit: tried on a GPU, else the computed bytes are compared with `usable`."""
     trainer.net.train()
     if trainer.device.type != "cuda":
         fixed, each = _kept(trainer, batch, way)
-        weights = sum(p.nbytes for p in trainer.params)  # as many bytes as gradients
+        weights = gradients = sum(p.nbytes for p in trainer.params)
         averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
         saving = 0 if trainer.checkpoints is None else 3 * weights + averages  # the copies that a save is written from
-        return fixed + count * each + weights + _moment_bytes(trainer) + saving <= room
+        return fixed + count * each + gradients + _moment_bytes(trainer) + saving <= usable
     try:
         if way:
             set_recompute(trainer.net, way)
@@ -129,20 +130,20 @@ def _fits(trainer: Trainer, batch: Any, way: str, count: int, room: float) -> bo
 
 
 def _try(trainer: Trainer, batch: Any, count: int) -> None:
-    """What the largest moment of a step needs: the pass of a second microbatch, with gradients and moments in memory.
+    """Allocate as much as a step's peak: a second microbatch, with gradients and optimizer moments in memory.
 
-    Gradients are taken without `backward`, so that no wrapper for several processes waits for the others.
+    `autograd.grad` instead of `backward`, so that the hooks of DistributedDataParallel start no collective.
     """
-    room = torch.zeros(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
+    moments = torch.zeros(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
     gradients = []
     for part, ids in itertools.islice(_parts(trainer, batch, count), 2):
         loss = trainer.precision.scale(trainer.losses_of(trainer.net, part, ids).loss.float().sum())
         gradients.append(torch.autograd.grad(loss, trainer.params, allow_unused=True))
-    del room, gradients
+    del moments, gradients
 
 
 def _kept(trainer: Trainer, batch: Any, way: str) -> tuple[int, int]:
-    """`kept_bytes` of the trainer's losses, recomputing what `way` says."""
+    """`kept_bytes` of the trainer's losses, after `set_recompute(way)` ("": as it is)."""
 
     def forward(examples: int) -> None:
         part, ids = next(_parts(trainer, batch, examples))
@@ -155,10 +156,10 @@ def _kept(trainer: Trainer, batch: Any, way: str) -> tuple[int, int]:
     return kept
 
 
-def _room(trainer: Trainer, limit_gb: float) -> float:
-    """Bytes that a step may add on this process. All processes ask before any tries, and count on as much as the one with the least."""
+def _usable_bytes(trainer: Trainer, limit_gb: float) -> float:
+    """Bytes that a step may add: what `limit_gb` leaves, else the least of all ranks, measured before any tries."""
     device, sharers = trainer.device, max(1, trainer.world.local_size)
-    free = _SHARE * (available_memory(device) or math.inf) / sharers
+    free = _USABLE * (available_memory(device) or math.inf) / sharers
     least = min(trainer.world.all_gather_object(free, "how much memory is free?"))
     return limit_gb * _GIB - used_memory(device) if limit_gb else least
 
@@ -170,23 +171,23 @@ def _parts(trainer: Trainer, batch: Any, count: int) -> Any:
 
 
 def _moment_bytes(trainer: Trainer) -> int:
-    """Bytes of the optimizer's moments, where it has not made them yet: two numbers per weight."""
+    """Bytes of the optimizer's moments, two numbers per weight; 0 once the optimizer has allocated them."""
     inner: Any = getattr(trainer.optimizer, "optim", trainer.optimizer)
     sharers = trainer.world.size if inner is not trainer.optimizer else 1
     return 0 if inner.state else -(-2 * sum(p.nbytes for p in trainer.params) // sharers)
 
 
 def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most: int = 3) -> tuple[int, int]:
-    """(bytes that do not grow with the batch, bytes per example) kept from the forward pass for the backward pass.
+    """(bytes that do not grow with the batch, bytes per example) that autograd keeps from forward for backward.
 
-    `forward(n)` runs it on n examples, of any device, the meta device too; `weights` are not counted, nor are workspaces of
-    kernels and what allocators round up. `most`: how many examples there are, 3 are enough; one alone is a special case to kernels.
+    `forward(n)` runs on n examples on any device, meta included. Not counted: `weights`, kernel workspaces, allocator
+    rounding. `most`: the largest n; from 3 on, batches of 2 and 3 are compared, as kernels treat a single example differently.
     """
     own = {weight.untyped_storage()._cdata for weight in weights}
 
     def kept(examples: int) -> int:
         sizes: dict[int, int] = {}
-        alive = []  # the addresses of storages are unique among living ones only
+        alive = []  # holds the storages, as the address of a freed one may be used again
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -195,7 +196,7 @@ def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most
                 alive.append(storage)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AsOnADevice():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _MetaLikeReal():
             forward(examples)
         return sum(sizes.values())
 
@@ -206,7 +207,7 @@ def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what fused kernels of attention keep: no matrix of tokens by tokens."""
+    """Saves for backward what fused attention kernels save: not the matrix of tokens by tokens."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
@@ -217,17 +218,17 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("only counted, never run backwards")
+        raise NotImplementedError("kept_bytes runs forward only")
 
 
-class _AsOnADevice(TorchFunctionMode):
-    """Lets the meta device keep what others do: torch would take the plain formula of attention there, and forget layouts."""
+class _MetaLikeReal(TorchFunctionMode):
+    """Makes the meta device keep what others do: torch has only unfused attention there, and loses channels_last."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         if on_meta and func is torch.nn.functional.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
-        answer = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if on_meta and func is torch.conv2d:
-            return answer.contiguous(memory_format=torch.channels_last)
-        return answer
+            return result.contiguous(memory_format=torch.channels_last)
+        return result

@@ -1,4 +1,4 @@
-"""AdamW as the trainer uses it: fused where the device can, optionally sharded, skipping a bad step without asking the host."""
+"""AdamW as the trainer uses it: fused where possible, optionally sharded, skipping a bad step without a device sync."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_adamw(
 
 
 def learning_rate(step: int, base: float, *, anneal_steps: int = 0, warmup_steps: int = 0) -> float:
-    """The rate for the update that follows `step` completed ones: a function of it, so that nothing needs saving.
+    """The rate of the update after `step` completed ones. It depends on `step` alone, so a save need not hold it.
 
     Linear decay from `base` at step 0 to 0 at `anneal_steps` (0 = none), times a linear warm-up that reaches 1 at the
     `warmup_steps`-th update (0 = none). Past `anneal_steps` the rate stays 0.
@@ -43,7 +43,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).norm()
 
 
-# Of AdamW; what other optimizers keep may have any shape.
+# AdamW's state tensors, which have the shapes of the parameters; other optimizers' state may have any shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -60,8 +60,8 @@ def guarded_step(optimizer: Optimizer, grads: Sequence[Tensor], divisor: Tensor,
 
     Fused kernels take both as tensors, so nothing waits for the device; the others read `skip` on the host.
     """
-    inner: Any = getattr(optimizer, "optim", optimizer)  # of a sharded optimizer the one that does the arithmetic
-    if inner.defaults.get("fused"):
+    inner: Any = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer wraps the one that computes
+    if inner.defaults.get("fused"):  # attributes made for GradScaler: divide by `grad_scale`, skip if `found_inf`
         inner.grad_scale, inner.found_inf = divisor, skip.to(torch.float32)
         try:
             optimizer.step()
@@ -99,6 +99,7 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[
                     f"the optimizer file is of another network: {name} of parameter {k} has shape {tuple(value.shape)} "
                     f"instead of {tuple(shape)}"
                 )
+    # torch loads hyperparameters too, so give it the current ones, with parameters numbered as in the file.
     numbers = itertools.count()
     groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -106,6 +107,7 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[
 
 def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
     out: dict[int, dict[str, Any]] = {}
+    """Moments by parameter from the two flat tensors of a 2021 float16 run; see `load_state`."""
     vectors = [k for k, p in enumerate(params) if p.dim() <= 1]
     matrices = [k for k, p in enumerate(params) if p.dim() > 1]
     for entry, members in zip((flat[k] for k in sorted(flat)), (vectors, matrices)):
@@ -115,7 +117,7 @@ def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Para
                 f"the float16 optimizer file holds {entry['exp_avg'].numel()} numbers where the network has {sum(sizes)} parameters"
             )
         pieces = {name: entry[name].reshape(-1).split(sizes) for name in ("exp_avg", "exp_avg_sq")}
-        for place, k in enumerate(members):
-            out[k] = {name: piece[place].reshape(params[k].shape).clone() for name, piece in pieces.items()}
+        for n, k in enumerate(members):
+            out[k] = {name: split[n].reshape(params[k].shape).clone() for name, split in pieces.items()}
             out[k]["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).clone()
     return out

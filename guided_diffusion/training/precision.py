@@ -38,7 +38,7 @@ class Precision:
         return loss * torch.exp2(self.lg_loss_scale) if self.scales else loss
 
     def divisor(self) -> Tensor:
-        """What gradients must be divided by, float32 scalar on the device."""
+        """The scale, by which gradients must be divided; float32 scalar on the device."""
         return torch.exp2(self.lg_loss_scale)
 
     def at_floor(self) -> Tensor:
@@ -52,10 +52,10 @@ class Precision:
             self.lg_loss_scale = torch.where(overflowed, lowered, self.lg_loss_scale + self.growth)
 
     def state_dict(self) -> dict[str, Any]:
-        """`lg_loss_scale` as a Python number; it is exact, float32 fits in a float."""
+        """`lg_loss_scale` as a Python float, which holds a float32 exactly."""
         return {"name": self.name, "lg_loss_scale": self.lg_loss_scale.item()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the scale up again. A run that was not float16 before starts with the initial scale."""
+        """Restore the scale. If the saved run was not float16, the initial scale stays."""
         if self.scales and state.get("name") == "fp16":
             self.lg_loss_scale.fill_(float(state["lg_loss_scale"]))

@@ -1,4 +1,4 @@
-"""Saving while training goes on (copied at the step, written by a thread, errors raised in the loop), and going on from a save."""
+"""Saving (copied at the step, written by a thread while training goes on, errors raised in the loop) and resuming."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class SaveError(RuntimeError):
 class Checkpoints:
     """The saves of one run in one folder. Make it on every process; only the main one touches files.
 
-    `keep_last`: how many of the newest saves to keep, 0 = all; multiples of `keep_every` steps are kept besides, and
-    `last_good` where the newest ones were taken in a row of bad steps.
+    `keep_last`: how many of the newest saves to keep, 0 = all. Saves at multiples of `keep_every` steps and the save
+    `last_good` are always kept.
     The state is copied to main memory and written from there by a thread, so one more copy must fit.
     """
 
@@ -57,7 +57,7 @@ class Checkpoints:
             raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative; 0 keeps all")
         self.directory = directory = storage.expand(directory)
         self.last_good: str | None = None
-        """Path of the JSON file of the newest whole save that was not taken in a row of bad steps; main process only."""
+        """Path of the JSON file of the newest whole save that did not follow a bad (non-finite) step; rank 0 only."""
         about = {"kind": kind, "config": dict(config or {}), "class_names": tuple(class_names)}
         self._about: dict[str, Any] = {**about, "started_from": started_from}
         self._keep_last, self._keep_every = keep_last, keep_every
@@ -78,18 +78,17 @@ class Checkpoints:
         return saved
 
     def continue_from(self, saved: SavedRun | None) -> None:
-        """Learn from the save that is continued which one was the last good one, and how the run began."""
+        """Find the `last_good` save of the resumed run and, in the same folder, what that run started from."""
         if not self.world.is_main or saved is None or saved.state is None:
             return
-        here = storage.same_folder(saved.directory, self.directory)
-        if here:
+        same_run = storage.same_folder(saved.directory, self.directory)
+        if same_run:
             self._about["started_from"] = saved.started_from
         good = checkpoint.last_before_bad_steps(saved.directory, saved.step)
         if good is not None:
-            # Spelled as the saves of this run, where it is one.
-            self.last_good = storage.join(
-                self.directory if here else saved.directory, checkpoint.file_name("run", good)
-            )
+            # One folder may have several spellings; `_remove_old` compares paths that begin with this one.
+            folder = self.directory if same_run else saved.directory
+            self.last_good = storage.join(folder, checkpoint.file_name("run", good))
 
     def set_aside(self) -> None:
         """Make room for a run that starts afresh: the saves of an earlier one move into a folder within this one, `before_DATE`."""
@@ -110,7 +109,7 @@ class Checkpoints:
         optimizer: Mapping[str, Any] | None,
         state: Mapping[str, Any],
     ) -> None:
-        """Copy everything now, write it soon. Waits for the previous save if that is still being written."""
+        """Copy everything now; a thread writes it. Waits first while the previous save is being written."""
         if not self.world.is_main:
             return
         self.wait()
@@ -126,13 +125,13 @@ class Checkpoints:
             self._thread = None
 
     def raise_failure(self, last_step: int | None = None) -> bool:
-        """Raise the failure of the save of the run's last step; that of another one is a warning.
+        """Raise `SaveError` if the save at `last_step` failed; the failure of another save is a warning.
 
-        A collective; returns whether there was one. With `last_step` it waits for the save that is being written.
+        Returns whether a save failed. A collective. With `last_step` it first waits for the save that is being written.
         """
         if last_step is not None:
             self.wait()
-        failure, self._failure = self._failure, None  # only ever on the main process
+        failure, self._failure = self._failure, None  # None on all ranks but 0, which writes
         fatal = failure is not None and failure.step == last_step
         flags = torch.tensor([failure is not None, fatal], dtype=torch.float32, device=self.world.device)
         failed, fatal = (self.world.all_reduce_sum_(flags, name="did a save fail?") > 0).tolist()
@@ -143,7 +142,7 @@ class Checkpoints:
         return failed
 
     def close(self) -> None:
-        """Finish writing and let other jobs use the folder; a failure of the last save is a warning."""
+        """Wait for the writing thread and release the folder's lock; a failure not yet raised is a warning."""
         self.wait()
         if self._lock is not None:
             self._lock.release()
@@ -162,7 +161,7 @@ class Checkpoints:
             if not parts["state"].get("bad_in_a_row"):
                 self.last_good = path
             self._remove_old(step)
-        except Exception as error:  # brought back to the loop by raise_failure()
+        except Exception as error:  # `raise_failure` raises it in the training loop
             good = self.last_good or "none yet"
             self._failure = SaveError(
                 f"the save at step {step} could not be written: {error}. The last good save is {good}", step
@@ -180,11 +179,11 @@ class Checkpoints:
 
 
 def find_save(directory: str, resume: str, *, kind: str, world: World) -> SavedRun | None:
-    """The save that a start of the run in `directory` continues, agreed by all processes; None for step 0.
+    """The save that a run in `directory` resumes from, the same on all ranks; None: start at step 0.
 
-    It is the newest whole save in `directory`, whatever the run was started from. Where there is none: the file or folder
-    `resume`, if it is a path. `resume` "" or "none" asks for nothing at all, "auto" for the newest here. ValueError where what
-    is asked for does not exist, is of another kind, or where saves are here but none of them is whole.
+    The newest whole save in `directory` comes first, whatever the run was started from; else the file or folder `resume`,
+    if that is a path. `resume` "auto" looks in `directory` only, "" or "none" nowhere. ValueError if `resume` does not
+    exist, if the save is of another kind, or if `directory` has saves but no whole one.
     """
     if resume in ("", "none"):
         return None
@@ -217,14 +216,14 @@ def _find(directory: str, resume: str, kind: str) -> SavedRun | None:
 
 
 def _is_of(path: str, saved: SavedRun) -> bool:
-    """Whether a path is the folder of a save, or one of its files."""
+    """Whether `path` is the folder of `saved`, or one of the files of that save."""
     if (checkpoint.parse_name(path) or ("", None))[1] == saved.step:
         path = os.path.dirname(path) or "."
     return storage.same_folder(path, saved.directory)
 
 
 def _on_main(world: World, make: Callable[[], T], name: str) -> T:
-    """What `make` returns on the main process, on all; its ValueError or OSError is a ValueError on all."""
+    """Call `make` on rank 0; all ranks return its result, or raise its ValueError or OSError as a ValueError."""
     made, problem = None, ""
     if world.is_main:
         try:
@@ -240,7 +239,7 @@ def _on_main(world: World, make: Callable[[], T], name: str) -> T:
 def load_tensors(
     saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, params: Sequence[nn.Parameter], *, world: World
 ) -> list[str]:
-    """Fill `net`, `ema` and `optimizer` from `saved`; returns what came from where. EMA weights that it lacks start from the weights.
+    """Fill `net`, `ema` and `optimizer` from `saved`; returns log lines. An EMA not saved starts from the weights.
 
     Every process of `world` reads the files itself, and all fail together if one cannot.
     """
@@ -275,7 +274,7 @@ def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, param
 
 
 def _on_host(value: Any) -> Any:
-    """A copy in main memory that later steps cannot change, plain contiguous tensors."""
+    """A deep copy in main memory, which later steps cannot change; tensors become contiguous."""
     if isinstance(value, Tensor):
         copy = torch.empty(value.shape, dtype=value.dtype, device="cpu")
         return copy.copy_(value.detach())

@@ -1,9 +1,9 @@
 """One training loop for generators and classifiers, on one process or many, that continues exactly where it stopped.
 
-A step depends on nothing but the state that is saved and the numbers (seed, step, position in the global batch): noise
-and time steps come from `Streams` with that address, and the global generator, which dropout uses, is re-seeded from
-(seed, step, rank). So 2N steps equal N steps, a restart, and N more, bit for bit, on the same number of processes; and,
-dropout aside, any number of processes computes the same step to rounding.
+A step depends only on its batch, the saved state and the numbers (seed, step, position in the global batch): these seed
+the `Streams` of noise and time steps, and the global generator, which dropout uses, is re-seeded from (seed, step, rank).
+So 2N steps equal N steps, a restart, and N more, bit for bit, on the same number of processes; and, dropout aside, any
+number of processes computes the same step up to rounding.
 
 Between log lines nothing waits for the device: losses, norms and the decision to skip a bad step stay there as tensors.
 """
@@ -78,17 +78,17 @@ class Trainer:
         """Put `net` on the world's device and get ready; no step is taken.
 
         `loss_fn(net, microbatch, streams)` returns per-example `Losses`. `batches` yields this process's share of each
-        global batch, a NamedTuple or dict of tensors with the examples along dim 0; `positions`, if there, are the
-        examples' places in the global batch. Or `batches` is a function of the first step that returns such an iterable,
-        which is what lets a resumed run continue with the right data.
+        global batch, a NamedTuple or dict of tensors with the examples along dim 0; a field `positions` holds the
+        examples' indices in the global batch. Or `batches` is a function `first step -> iterable`, with which a resumed
+        run continues at the right data.
 
-        `batch_size` counts the GLOBAL batch (None: what comes, times the number of processes). `microbatch`: examples per
+        `batch_size` counts the GLOBAL batch (None: length of the batch times world size). `microbatch`: examples per
         forward pass on one process, 0 = all; the result does not depend on it. `max_grad_norm`: clip to this total
         gradient norm, 0 = off. `max_bad_steps`: end the run after so many non-finite steps in a row, 0 = never (on a GPU
-        it is noticed at the next log line). `callbacks`: `(n, f)` calls `f(trainer)` on every process after each n-th step.
+        checked at log lines only). `callbacks`: `(n, f)` calls `f(trainer)` on every process after each n-th step.
         `schedule_sampler`: learns from the losses of each step, and is part of a save.
-        `stop`: asked between steps whether to save and leave (on all processes or none). `make_optimizer` replaces AdamW.
-        `shard_optimizer` divides the optimizer's state among the processes, `shard_ema` the averages; results do not change.
+        `stop`: when it is requested on one process, all save and return from `run`. `make_optimizer` replaces AdamW.
+        `shard_optimizer` divides the optimizer's state among the processes, `shard_ema` the EMA; results do not change.
         """
         self.world = World() if world is None else world
         self.device = self.world.device
@@ -120,10 +120,10 @@ class Trainer:
         self._feed = batching.Feed(batches)
         self._batch: Any = None
         self._saved_at: int | None = None
-        # DistributedDataParallel packs gradients by registration at first, and by order of arrival from the second pass on. The
-        # place of a number decides in which order more than two processes add it, so the first step after a restart would differ
-        # in the last bit from the same step of a run that nobody interrupted.
-        self._unsettled = self.world.size > 2
+        # DistributedDataParallel orders its buckets by registration in the first backward pass, later by arrival. The order
+        # in which more than two processes add a number depends on its position in a bucket. So the first step after a
+        # restart would differ in the last bit from an uninterrupted run: `step` runs one pass more, and discards it.
+        self._buckets_will_change = self.world.size > 2
         self._interval = Interval(self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -131,7 +131,7 @@ class Trainer:
     # ---- One step
 
     def step(self, batch: Any) -> dict[str, Tensor]:
-        """One update from this process's share of a global batch. Returns scalars on the device, none of them read:
+        """One update from this process's share of a global batch. Returns scalar tensors without a device sync:
 
         "loss" (this process's mean), "grad_norm" (of the global batch, before clipping), "skipped" (bool).
         """
@@ -146,10 +146,10 @@ class Trainer:
             self.net.train()
         parts = list(batching.split(batch, self.microbatch))
         positions = batching.positions(batch, self.world.rank, size)
-        if self._unsettled:  # a backward pass for nothing, after which gradients keep their places in the messages
+        if self._buckets_will_change:  # `zero_grad` below discards the gradients of this pass
             self.forward_backward(parts[0], positions[: batching.length(parts[0])], global_size, last=True)
-            self._unsettled = False
-        torch.manual_seed(key_of(self.seed, TRAIN, self.steps_done, self.world.rank))
+            self._buckets_will_change = False
+        torch.manual_seed(key_of(self.seed, TRAIN, self.steps_done, self.world.rank))  # for dropout
         rate = learning_rate(
             self.steps_done, self.lr, anneal_steps=self.lr_anneal_steps, warmup_steps=self.lr_warmup_steps
         )
@@ -157,27 +157,26 @@ class Trainer:
             group["lr"] = rate
 
         self.optimizer.zero_grad(set_to_none=True)
-        seen: list[Losses] = []
+        all_losses: list[Losses] = []
         for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
             losses = self.forward_backward(part, ids, global_size, last=k == len(parts) - 1)
             self._interval.add(losses)
-            seen.append(losses)
-        loss = torch.cat([losses.loss.detach() for losses in seen]).float().mean()
+            all_losses.append(losses)
+        loss = torch.cat([losses.loss.detach() for losses in all_losses]).float().mean()
         grad_norm, bad = self._update(loss)
         self.ema.update()
-        self._update_schedule_sampler(positions, seen)
+        self._update_schedule_sampler(positions, all_losses)
         self._interval.count_step(grad_norm, bad)
         self.steps_done += 1
         self.samples_seen += global_size
         return {"loss": loss, "grad_norm": grad_norm, "skipped": bad}
 
     def forward_backward(self, part: Any, ids: Tensor, global_size: int, *, last: bool) -> Losses:
-        """Add the gradients of one microbatch to those there; with the `last`, processes exchange them."""
-        # Gradients travel once per step, with the last microbatch.
-        quiet = isinstance(self.model, DistributedDataParallel) and not last
-        with self.model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
+        """Accumulate the gradients of one microbatch; with the `last` of a step, average them over the processes."""
+        without_sync = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if without_sync else contextlib.nullcontext():  # type: ignore[operator]
             losses = self.losses_of(self.model, part, ids)
-            # DistributedDataParallel divides by the number of processes; what remains is the mean over the global batch.
+            # DistributedDataParallel divides by the world size; what remains is the mean over the global batch.
             share = losses.loss.float().sum() * (self.world.size / global_size)
             with self.world.operation("sum of the gradients") if self.world.size > 1 else contextlib.nullcontext():
                 self.precision.scale(share).backward()
@@ -210,12 +209,12 @@ class Trainer:
         self._bad_in_a_row = torch.where(alarming, self._bad_in_a_row + 1, torch.where(bad, self._bad_in_a_row, 0))
         return grad_norm, bad
 
-    def _update_schedule_sampler(self, positions: Tensor, seen: Sequence[Losses]) -> None:
-        """Hand the losses of the whole global batch to the schedule sampler, in order of position, so that all processes learn the same."""
-        steps = [losses.i for losses in seen if losses.i is not None]
+    def _update_schedule_sampler(self, positions: Tensor, all_losses: Sequence[Losses]) -> None:
+        """Update the schedule sampler with the global batch's losses in order of position, alike on all processes."""
+        steps = [losses.i for losses in all_losses if losses.i is not None]
         if self.schedule_sampler is None or not self._sampler_learns or not steps:
             return
-        raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in seen]
+        raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in all_losses]
         table = torch.stack([positions.to(self.device), torch.cat(steps), torch.cat(raw).float()], dim=1)
         table = self.world.all_gather_cat(table, name="losses for the schedule sampler")
         table = table[table[:, 0].argsort(stable=True)]
@@ -228,9 +227,8 @@ class Trainer:
     def run(self, until: int = 0) -> Literal["finished", "stopped"]:
         """Train up to `until` updates in all, or to `lr_anneal_steps` if that comes first; 0 for both: without end.
 
-        Logs, saves and calls callbacks on the way, saves at the end. Returns "stopped" if `stop` asked to leave early, after
-        saving. Raises `TrainingDiverged` after too many bad steps and `SaveError` if saving failed and that was to end
-        the run.
+        Logs, saves and calls callbacks on the way, and saves at the end. Returns "stopped" if `stop` was requested.
+        Raises `TrainingDiverged` after too many bad steps in a row, `SaveError` if the save of the last step failed.
         """
         if min(until, self.lr_anneal_steps) < 0:
             raise ValueError(
@@ -245,7 +243,7 @@ class Trainer:
         outcome: Literal["finished", "stopped"] = "finished"
         try:
             while target is None or self.steps_done < target:
-                if self._should_leave():
+                if self._should_stop():
                     outcome = "stopped"
                     break
                 batch = self._feed.next(self.steps_done, clock)
@@ -270,7 +268,7 @@ class Trainer:
         log_line = self.log_every > 0 and self.steps_done % self.log_every == 0
         if self.max_bad_steps and (log_line or self.device.type == "cpu"):
             self._check_health()
-        # Before the log line, so that what callbacks find out stands in the row of its step.
+        # Callbacks first, so that the columns they add stand in the log row of this step.
         due = [call for every, call in self.callbacks if every > 0 and self.steps_done % every == 0]
         if due:
             with clock.paused(self.device):
@@ -283,7 +281,7 @@ class Trainer:
                 self.save()
 
     def _write_row(self, clock: batching.Clock) -> None:
-        """One row of the log: everything since the last one. All processes take part, the main one writes."""
+        """Write one log row: means since the last one. A collective; rank 0 writes."""
         row = self._interval.read(self.world, self._feed.unreadable)
         with torch.no_grad():
             row["param_norm"] = total_norm([p.detach() for p in self.params]).item()
@@ -294,8 +292,8 @@ class Trainer:
         if self.log is not None:
             self.log.dump({"step": self.steps_done, "samples": self.samples_seen, **row})
 
-    def _should_leave(self) -> bool:
-        """Whether to stop early, the same answer on all processes."""
+    def _should_stop(self) -> bool:
+        """Whether to stop early, the same answer on all processes. Also warns of a failed save."""
         if self.log is not None and self.log.reader_left and self.stop is not None:
             self.stop.request("nobody reads the output any more")
         if not self._agreement.due(self.steps_done):
@@ -305,12 +303,13 @@ class Trainer:
 
     def _raise_save_failure(self, *, last: bool = False) -> None:
         if self.checkpoints is not None:
-            saved_at, self._saved_at = self._saved_at, None  # a save that failed is made again
+            # None lets the end of `run` save again. Set before the call, as it may raise.
+            saved_at, self._saved_at = self._saved_at, None
             if not self.checkpoints.raise_failure(self.steps_done if last else None):
                 self._saved_at = saved_at
 
     def _check_health(self) -> None:
-        """Read the count of bad steps in a row; too many end the run, with the evidence on disk."""
+        """Raise `TrainingDiverged`, with evidence on disk, after too many bad steps in a row. Waits for the device."""
         in_a_row = int(self._bad_in_a_row.item())
         if in_a_row < self.max_bad_steps:
             return
@@ -339,7 +338,7 @@ class Trainer:
         self.checkpoints.save(self.steps_done, model=net, ema=ema, optimizer=moments, state=state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a continued run needs, by name. Tensors are the live ones. On several processes call it on all."""
+        """Everything a resumed run needs, by name. Tensors are not copied. A collective: call it on all processes."""
         return {
             "net": unwrapped(self.net).state_dict(),
             "ema": {decay: self.ema.state_dict_of(decay) for decay in self.ema.decays},
@@ -354,7 +353,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`'s result."""
+        """Continue from a result of `state_dict`."""
         load_weights_into(unwrapped(self.net), state["net"])
         for decay in self.ema.decays:
             self.ema.load_state_dict_of(decay, state["ema"][decay])
@@ -362,7 +361,7 @@ class Trainer:
         self._load_counters(state)
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
-        """The part of `load_state_dict` that is not weights or moments."""
+        """Restore what is neither weights nor moments, and let the data begin again at the restored step."""
         self.precision.load_state_dict(state["precision"])
         if self.schedule_sampler is not None and state.get("feedback") is not None:
             self.schedule_sampler.load_state_dict(state["feedback"])
@@ -383,8 +382,9 @@ class Trainer:
             self._load_counters(saved.state)
             lines.append(f"counters: {self.samples_seen} images seen; loss scale and schedule sampler as saved")
         else:
-            start = {"precision": self.precision.state_dict(), "step": saved.step}
-            self._load_counters({**start, "samples": saved.step * (self.batch_size or 0)})
+            # A save of 2021 has no counters.
+            known = {"precision": self.precision.state_dict(), "step": saved.step}
+            self._load_counters({**known, "samples": saved.step * (self.batch_size or 0)})
             lines.append(
                 "counters, loss scale and the state of the schedule sampler: not saved, as in 2021, start afresh"
             )

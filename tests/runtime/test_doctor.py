@@ -265,7 +265,7 @@ class Plain(torch.nn.Module):
     [
         ("--batch_size 100000000", "--microbatch"),
         ("--batch_size 100000000 --recompute auto --microbatch -1", "--microbatch"),
-        ("--recompute all", "Plain can do none only"),
+        ("--recompute all", "Plain supports none only"),
         ("--precision bf16", "Plain cannot compute in bf16"),
     ],
 )

@@ -112,7 +112,7 @@ def test_the_more_is_recomputed_the_less_is_kept_and_it_grows_with_the_batch(mak
 def test_networks_that_cannot_recompute_are_named() -> None:
     assert can_recompute(unet()) == ("none", "norms", "all") and can_recompute(nn.Linear(1, 1)) == ("none",)
     set_recompute(nn.Linear(1, 1), "none")
-    with pytest.raises(ValueError, match="--recompute norms: Linear can do none only"):
+    with pytest.raises(ValueError, match="--recompute norms: Linear supports none only"):
         set_recompute(nn.Linear(1, 1), "norms")
 
 
@@ -123,7 +123,7 @@ def needed(what: str, count: int, first: str = "none") -> float:
     """Bytes that a step of `count` examples adds on a CPU; workspaces follow from what `first`, the first way, keeps."""
     trainer, batch = trainer_of(unet(), 8), batch_of(8)
     (fixed, each), passing = (memory._kept(trainer, batch, way) for way in (what, first))
-    return fixed + count * (each + memory._PASSING * passing[1]) + 3 * sum(p.nbytes for p in trainer.params)
+    return fixed + count * (each + memory._TEMPORARY * passing[1]) + 3 * sum(p.nbytes for p in trainer.params)
 
 
 @pytest.fixture
