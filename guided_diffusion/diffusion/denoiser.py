@@ -1,4 +1,4 @@
-"""The meaning of a network's output: raw channels -> clean prediction and variance of one step."""
+"""From a network's output channels to the predicted clean data x0 and the variance of a step."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoised:
-    """What is believed at (x, i): the clean data, and how widely a random step to i-1 spreads.
+    """The prediction at (x, i): the clean data x0, and the variance of the step to i-1.
 
-    `spread` may be a function that computes it: only samplers that draw from it pay for it.
+    `spread` may be a function that computes the variance, so that samplers which do not use it do not pay for it.
     """
 
     x0: Tensor
@@ -50,7 +50,7 @@ class Denoised:
         return self.both().log_variance
 
     def both(self) -> Spread:
-        """Variance and log-variance, computed once for both."""
+        """Variance and log-variance; one call instead of two properties, which may compute it twice."""
         return self.spread if isinstance(self.spread, Spread) else self.spread()
 
 
@@ -72,7 +72,7 @@ def make_denoiser(
 ) -> Denoiser:
     """Read `net` as a denoiser for one batch conditioned on `cond` (keyword arguments of the network).
 
-    `predicts` and `variance` say how it was trained. `clip` keeps x0 in [-1, 1]; `transform_x0` (say, dynamic thresholding) comes first.
+    `predicts` and `variance` say how it was trained. `clip` clamps x0 to [-1, 1], after `transform_x0` has changed it.
     """
     check_reading(predicts, variance)
     named = dict(cond or {})
@@ -80,7 +80,7 @@ def make_denoiser(
     def denoise(x: Tensor, i: Tensor) -> Denoised:
         prediction, raw = split_variance(net(x, process.time_at(i), **named), x, variance)
         x0 = x0_from_output(process, prediction, x, i, predicts)
-        if clip:  # would make an infinite value an ordinary one, of an image that looks like one
+        if clip:  # clamping would turn inf into 1 and hide the failure; nan passes through
             x0 = torch.where(x0.isfinite(), x0, torch.nan)
         return Denoised(bounded(x0, clip, transform_x0), partial(step_spread, process, raw, x, i, variance))
 
@@ -88,7 +88,7 @@ def make_denoiser(
 
 
 def check_reading(predicts: str, variance: str) -> None:
-    """ValueError unless both are known readings."""
+    """ValueError unless `predicts` is one of `PREDICTS` and `variance` one of `VARIANCES`."""
     if predicts not in PREDICTS:
         raise ValueError(f"predicts={predicts!r} is not one of {', '.join(PREDICTS)}")
     if variance not in VARIANCES:
@@ -96,7 +96,7 @@ def check_reading(predicts: str, variance: str) -> None:
 
 
 def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
-    """Cut a network output into its prediction and, where the variance is learned, the equally wide channels that code it."""
+    """Split a network output into the prediction and, if the variance is learned, as many channels that encode it."""
     channels, learned = x.shape[1], variance in ("learned", "learned_range")
     width = channels * (2 if learned else 1)
     if output.shape[1] != width:
@@ -107,7 +107,7 @@ def split_variance(output: Tensor, x: Tensor, variance: Variance) -> tuple[Tenso
     return (output.narrow(1, 0, channels), output.narrow(1, channels, channels)) if learned else (output, None)
 
 
-# Prediction -> the clean data that it stands for.
+# What the network predicts -> function that computes x0 from it.
 _X0_FROM: dict[Predicts, Callable[[Tables, Tensor, Tensor, Tensor], Tensor]] = {
     "eps": x0_from_eps,
     "x0": lambda tables, x, i, prediction: prediction,
@@ -117,28 +117,29 @@ _X0_FROM: dict[Predicts, Callable[[Tables, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def x0_from_output(tables: Tables, prediction: Tensor, x: Tensor, i: Tensor, predicts: Predicts) -> Tensor:
-    """The clean data that a network's prediction stands for."""
+    """The clean data x0 implied by a network's prediction."""
     return _X0_FROM[predicts](tables, x, i, prediction)
 
 
 def bounded(x0: Tensor, clip: bool, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """A clean prediction after the caller's own `transform`, kept in the range of images where `clip`."""
+    """x0 after the caller's `transform`, and clamped to [-1, 1] if `clip`."""
     if transform is not None:
         x0 = transform(x0)
     return x0.clamp(-1, 1) if clip else x0
 
 
 def step_spread(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, variance: Variance) -> Spread:
-    """Variance of p(x_{i-1} | x_i).
+    """Variance of p(x_{i-1} | x_i), from the variance channels `raw` (None if it is fixed).
 
-    "fixed_small" is the posterior's (0 at i = 0), "fixed_large" beta; "learned" reads the network's channels as the logarithm, and
-    "learned_range" puts their -1 .. 1 between the logarithms of the two (arXiv 2102.09672, eq. 15).
+    "fixed_small": the posterior's (0 at i = 0). "fixed_large": beta (at i = 0 the posterior's of step 1). "learned": e^raw.
+    "learned_range": `raw` -1 .. 1 interpolates from the log of the posterior's to log beta (arXiv 2102.09672, eq. 15).
     """
     if raw is None:
         name = {"fixed_small": "posterior", "fixed_large": "fixed_large"}[variance]
         return Spread(tables.at(f"{name}_variance", i, x), tables.at(f"{name}_log_variance", i, x))
     log_variance = raw
     if variance == "learned_range":
-        share = (raw + 1) / 2
-        log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
+        fraction = (raw + 1) / 2
+        log_beta, log_posterior = tables.at("log_beta", i, x), tables.at("posterior_log_variance", i, x)
+        log_variance = fraction * log_beta + (1 - fraction) * log_posterior
     return Spread(log_variance.exp(), log_variance)

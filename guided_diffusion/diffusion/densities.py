@@ -1,4 +1,4 @@
-"""Normal densities: divergence, the likelihood of 8-bit pixels, and means over all but the batch."""
+"""Normal distributions: KL divergence, the likelihood of 8-bit pixels, and means over all axes but the batch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def approx_standard_normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log-probability in nats of 8-bit values under N(means, e^log_scales), elementwise.
+    """Log-probability in nats of 8-bit values under normals of standard deviation e^log_scales, elementwise.
 
     `x` holds 0..255 mapped to [-1, 1]: a bin is 2/255 wide, and the outermost two reach to infinity (arXiv 2006.11239, eq. 13).
     """
     if not x.shape == means.shape == log_scales.shape:
         shapes = ", ".join(str(tuple(value.shape)) for value in (x, means, log_scales))
         raise ValueError(f"x, means and log_scales must have one shape; got {shapes}")
-    centered, precision = x - means, torch.exp(-log_scales)
-    below_upper = approx_standard_normal_cdf(precision * (centered + 1.0 / 255.0))
-    below_lower = approx_standard_normal_cdf(precision * (centered - 1.0 / 255.0))
-    inside = torch.where(x > 0.999, 1.0 - below_lower, below_upper - below_lower)
-    return torch.log(torch.where(x < -0.999, below_upper, inside).clamp(min=1e-12))
+    centered, inverse_scale = x - means, torch.exp(-log_scales)
+    cdf_upper = approx_standard_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))  # at the upper edge of the bin
+    cdf_lower = approx_standard_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
+    probability = torch.where(x > 0.999, 1.0 - cdf_lower, cdf_upper - cdf_lower)
+    return torch.log(torch.where(x < -0.999, cdf_upper, probability).clamp(min=1e-12))
 
 
 def mean_flat(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How probable data is: the variational bound, walked step by step."""
+"""The variational bound on the negative log-likelihood of data, computed step by step."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def in_bits(nats: Tensor) -> Tensor:
 
 
 def bound_term(i: Tensor, divergence: Tensor, surprise: Tensor) -> Tensor:
-    """One term of the variational bound in bits, from nats `[B]`: a divergence, at i = 0 the surprise at the pixels (eq. 5)."""
+    """One term of the bound (arXiv 2006.11239, eq. 5) in bits: the KL, at i = 0 the pixels' negative log-likelihood."""
     return in_bits(torch.where(i == 0, surprise, divergence))
 
 
 def bound_between(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """The bound's term for steps N(mean, e^log_variance) from x at i, in bits per dimension, `[B]`."""
-    true = posterior(tables, x0, x, i)
-    divergence = mean_flat(normal_kl(true.mean, true.log_variance, mean, log_variance))
+    """The bound's term at i for model steps p(x_{i-1} | x) = N(mean, e^log_variance), in bits per dimension, `[B]`."""
+    target = posterior(tables, x0, x, i)
+    divergence = mean_flat(normal_kl(target.mean, target.log_variance, mean, log_variance))
     scales = (0.5 * log_variance).expand_as(mean)
     surprise = -mean_flat(discretized_gaussian_log_likelihood(x0, means=mean, log_scales=scales))
     return bound_term(i, divergence, surprise)
 
 
 def prior_term(tables: Tables, x0: Tensor, last_step: Tensor) -> Tensor:
-    """What the noisiest step `[B]` still tells of x0, in bits per dimension, `[B]`; nothing in a model can change it."""
+    """KL(q(x_i | x0) || N(0, I)) at i = `last_step` `[B]`, in bits per dimension, `[B]`; independent of the model."""
     end = marginal(tables, x0, last_step)
     zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
     return in_bits(mean_flat(normal_kl(end.mean, end.log_variance, zero, zero)))

@@ -1,4 +1,4 @@
-"""What training minimises: (net, process, x0, i, noise) -> per-example losses by name."""
+"""Training objectives: (net, process, x0, i, noise) -> per-example losses by name."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def training_losses(
     loss: Loss = "mse",
     weight: Weight | None = None,
 ) -> dict[str, Tensor]:
-    """Losses at steps `i` int64 `[B]` of clean data `x0` `[B, ...]`: "loss" `[B]` and its parts "mse", "vb" `[B]` where there are any.
+    """Losses `[B]` of clean data `x0` `[B, ...]` at steps `i` int64 `[B]`: "loss" and, of the mse losses, "mse" and "vb".
 
-    "mse": squared error, plus the bound's term in bits if the variance is learned ("rescaled_mse": that term times T/1000), which
-    trains the variance alone (arXiv 2102.09672, section 3.1). "kl": the bound's term in bits ("rescaled_kl": times T, an estimate of
-    the whole bound). `weight`, such as an entry of `weighting.WEIGHTS`, multiplies the squared error; "mse" is reported without it.
+    "mse": squared error; with learned variance plus the bound's term "vb" in bits, which trains the variance alone (arXiv
+    2102.09672, section 3.1). "rescaled_mse": that term times T/1000. "kl": the bound's term in bits. "rescaled_kl": times T, an
+    estimate of the whole bound. `weight` (see `weighting.WEIGHTS`) multiplies the squared error in "loss", not in "mse".
     """
     check_objective(predicts, variance, loss, weight)
     x = add_noise(process, x0, i, noise)
     prediction, raw = split_variance(net(x, process.time_at(i), **(cond or {})), x, variance)
 
     def bound(prediction: Tensor) -> Tensor:
-        """The bound's term for a prediction that is not clipped."""
+        """The bound's term for the unclipped prediction, scaled as `loss` says."""
         mean = posterior_mean(process, x0_from_output(process, prediction, x, i, predicts), x, i)
         log_variance = step_spread(process, raw, x, i, variance).log_variance
         return bound_between(process, x0, x, i, mean, log_variance) * bound_scale(loss, len(process))
@@ -51,13 +51,13 @@ def training_losses(
     mse = squared_error(mse_target(process, x0, x, i, noise, predicts), prediction)
     terms = {"mse": mse, "loss": mse if weight is None else mse * weight(process, i, predicts)}
     if raw is not None:
-        terms["vb"] = bound(prediction.detach())
+        terms["vb"] = bound(prediction.detach())  # gradients reach the variance channels only
         terms["loss"] = terms["loss"] + terms["vb"]
     return terms
 
 
 def check_objective(predicts: str, variance: str, loss: str, weight: Weight | None = None) -> None:
-    """ValueError unless the combination is one that `training_losses` knows."""
+    """ValueError unless `training_losses` supports the combination."""
     check_reading(predicts, variance)
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} is not one of {', '.join(LOSSES)}")
@@ -68,7 +68,7 @@ def check_objective(predicts: str, variance: str, loss: str, weight: Weight | No
 
 
 def mse_target(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, noise: Tensor, predicts: Predicts) -> Tensor:
-    """What the prediction is compared with."""
+    """The regression target of the network's prediction."""
     match predicts:
         case "eps":
             return noise
@@ -81,5 +81,5 @@ def mse_target(tables: Tables, x0: Tensor, x: Tensor, i: Tensor, noise: Tensor, 
 
 
 def bound_scale(loss: Loss, num_steps: int) -> float:
-    """What a bound term is multiplied by: T for "rescaled_kl"; T/1000 for "rescaled_mse", so that it never outweighs the mse."""
+    """Factor of the bound's term: T for "rescaled_kl", T/1000 for "rescaled_mse" so that it never outweighs the mse."""
     return {"rescaled_kl": float(num_steps), "rescaled_mse": num_steps / 1000}.get(loss, 1.0)

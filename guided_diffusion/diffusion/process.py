@@ -1,9 +1,9 @@
 """The noising process: its tables over steps, its respacing, and every formula that reads a table.
 
 Notation of Ho et al. 2020 (arXiv 2006.11239): x_i = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps, steps i = 0 .. T-1, i = 0 nearly
-clean. A step position may lie between two steps: then i is a float tensor and what the noise level decides is interpolated in
-log-SNR = log(alpha_bar / (1 - alpha_bar)); on whole numbers it is exactly the table. The time there is that of the process before
-respacing at this noise level.
+clean. A position between two steps is a float i. Tables that depend on the noise level alone are then interpolated in log-SNR
+= log(alpha_bar / (1 - alpha_bar)), others linearly; at whole numbers the result is exactly the table's. The network's time
+between steps is that of the process before respacing at this log-SNR.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 
 class Tables(Protocol):
-    """Whatever has the value of a named table at a step position, shaped to multiply `like`."""
+    """Anything that gives the value of a named table at step positions, shaped to multiply `like`."""
 
     def at(self, name: str, i: Tensor, like: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """Tables over steps i = 0..T-1. `betas` is the float64 truth; the tensors are float32 (or as `.to` made them), on one device."""
+    """Tables over steps i = 0..T-1, computed from the float64 `betas`; tensors are float32 (or as `.to` made them)."""
 
     betas: np.ndarray
     time: Tensor  # the network's time input at step i, respaced and rescaled
@@ -48,7 +48,7 @@ class Process:
     posterior_mean_x: Tensor
     fixed_large_variance: Tensor
     fixed_large_log_variance: Tensor
-    whole: Process | None = None  # before any respacing, for the times between the steps kept; None: this one
+    whole: Process | None = None  # the process before respacing, for the times between the steps kept; None: this one
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -58,7 +58,7 @@ class Process:
         return self.time.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Process:
-        """The same process with its tensors on `device` as `dtype`, made from the float64 truth."""
+        """The same process with its tensors on `device` as `dtype`, computed anew from the float64 betas."""
         device, dtype = torch.device(device or self.device), dtype or self.beta.dtype
         if device == self.device and dtype == self.beta.dtype:
             return self
@@ -68,7 +68,7 @@ class Process:
     def at(self, name: str, i: Tensor, like: Tensor) -> Tensor:
         """Table `name` at positions `i` (integers or floats, `[B]` or a scalar), with trailing axes added to match `like` `[B, ...]`."""
         table = getattr(self, name)
-        value = self._between(name, table, i) if i.is_floating_point() else _looked_up(table, i)
+        value = self._interpolated(name, table, i) if i.is_floating_point() else _looked_up(table, i)
         if i.ndim > 1:
             return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
         return value.view(-1, *(1,) * (like.ndim - 1))
@@ -78,15 +78,16 @@ class Process:
         if not i.is_floating_point():
             return _looked_up(self.time, i)
         if self.whole is None:
-            return self._between("time", self.time, i)
+            return self._interpolated("time", self.time, i)
+        # Log-SNR falls with the step: find the two steps of the whole process around it, and interpolate their times.
         log_snr, time = self.whole.log_snr, self.whole.time
-        here = self._between("log_snr", self.log_snr, i)
-        above = torch.searchsorted(-log_snr, -here).clamp(1, len(time) - 1)
-        share = (log_snr[above - 1] - here) / (log_snr[above - 1] - log_snr[above])
-        between = torch.lerp(time[above - 1], time[above], share.clamp(0, 1))
-        return torch.where(i == i.round(), self._between("time", self.time, i), between)
+        target = self._interpolated("log_snr", self.log_snr, i)
+        above = torch.searchsorted(-log_snr, -target).clamp(1, len(time) - 1)
+        fraction = (log_snr[above - 1] - target) / (log_snr[above - 1] - log_snr[above])
+        between = torch.lerp(time[above - 1], time[above], fraction.clamp(0, 1))
+        return torch.where(i == i.round(), self._interpolated("time", self.time, i), between)
 
-    def _between(self, name: str, table: Tensor, i: Tensor) -> Tensor:
+    def _interpolated(self, name: str, table: Tensor, i: Tensor) -> Tensor:
         i = i.clamp(0, len(self) - 1)
         lower = i.floor()
         fraction = (i - lower).to(table.dtype)
@@ -98,7 +99,7 @@ class Process:
 
 
 def _looked_up(table: Tensor, i: Tensor) -> Tensor:
-    return table.index_select(0, i) if i.ndim == 1 else table[i]  # the former has a third of the overhead
+    return table.index_select(0, i) if i.ndim == 1 else table[i]  # index_select has a third of the overhead
 
 
 # The tables that depend on the noise level alone, as functions of log-SNR.
@@ -118,8 +119,8 @@ def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
     alpha_bar = np.cumprod(1.0 - betas)
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     posterior_variance = betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)  # eq. 7
-    first = posterior_variance[1] if len(betas) > 1 else betas[0]  # stands in where the posterior variance is zero
-    fixed_large = np.append(first, betas[1:])
+    instead_of_0 = posterior_variance[1] if len(betas) > 1 else betas[0]  # at step 0, where the logarithm is -inf
+    fixed_large = np.append(instead_of_0, betas[1:])
     return {
         "beta": betas,
         "log_beta": np.log(betas),
@@ -134,7 +135,7 @@ def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
         "sqrt_recipm1_alpha_bar": np.sqrt(1.0 / alpha_bar - 1.0),
         "score_to_x0": (1.0 - alpha_bar) / np.sqrt(alpha_bar),
         "posterior_variance": posterior_variance,
-        "posterior_log_variance": np.log(np.append(first, posterior_variance[1:])),
+        "posterior_log_variance": np.log(np.append(instead_of_0, posterior_variance[1:])),
         "posterior_mean_x0": betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),  # eq. 7
         "posterior_mean_x": (1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar),
         "fixed_large_variance": fixed_large,
@@ -186,7 +187,7 @@ def rescaled(time: Tensor, num_steps: float, span: float = 1000.0) -> Tensor:
 
 
 def respace(process: Process, keep: Iterable[int]) -> Process:
-    """The process that visits only steps `keep`: same noise levels and times there, betas that lead from one to the next.
+    """The process over only the steps `keep`, with their noise levels and times, and new betas between them.
 
     arXiv 2102.09672, eq. 19. Keeping every step returns the process itself.
     """
@@ -204,7 +205,7 @@ def respace(process: Process, keep: Iterable[int]) -> Process:
 
 
 def respaced_betas(betas: np.ndarray, keep: Iterable[int]) -> np.ndarray:
-    """Betas of the process that visits only steps `keep` (rising): each is 1 - alpha_bar / alpha_bar of the step kept before it."""
+    """Betas of the process over only the steps `keep` (rising): 1 - alpha_bar / (alpha_bar of the kept step before)."""
     alpha_bar = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[list(keep)]
     return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
@@ -259,14 +260,15 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
 
 
 def _strided(num_steps: int, count: int, sections: Any) -> list[int]:
-    possible = {len(range(0, num_steps, stride)): stride for stride in range(max(1, num_steps - 1), 0, -1)}
-    if count not in possible:
-        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+    # Strides fall, so that the smallest stride of a count is the one that stays in the dict.
+    stride_for = {len(range(0, num_steps, stride)): stride for stride in range(max(1, num_steps - 1), 0, -1)}
+    if count not in stride_for:
+        near = sorted(sorted(stride_for, key=lambda n: abs(n - count))[:2])
         raise ValueError(
             f"timestep_respacing {sections!r}: no whole stride takes exactly {count} of {num_steps} steps; use "
             f"{' or '.join(f'ddim{n}' for n in near)}, or '{count}' for uneven strides"
         )
-    return list(range(0, num_steps, possible[count]))
+    return list(range(0, num_steps, stride_for[count]))
 
 
 class Gaussian(NamedTuple):
@@ -279,7 +281,9 @@ class Gaussian(NamedTuple):
 
 def marginal(tables: Tables, x0: Tensor, i: Tensor) -> Gaussian:
     """q(x_i | x0), eq. 4."""
-    variance = tables.at("sqrt_one_minus_alpha_bar", i, x0) ** 2  # 1 - alpha_bar in float32 has lost half its digits
+    variance = (
+        tables.at("sqrt_one_minus_alpha_bar", i, x0) ** 2
+    )  # the float32 difference 1 - alpha_bar loses half its digits
     return Gaussian(tables.at("sqrt_alpha_bar", i, x0) * x0, variance, tables.at("log_one_minus_alpha_bar", i, x0))
 
 
@@ -304,13 +308,13 @@ def posterior(tables: Tables, x0: Tensor, x: Tensor, i: Tensor) -> Gaussian:
 
 
 def x0_from_eps(tables: Tables, x: Tensor, i: Tensor, eps: Tensor) -> Tensor:
-    """The clean data that `eps` would explain, eq. 4 solved for x0."""
+    """The clean data implied by noise `eps` in `x`, eq. 4 solved for x0."""
     scaled = tables.at("sqrt_recip_alpha_bar", i, x) * x
     return torch.addcmul(scaled, tables.at("sqrt_recipm1_alpha_bar", i, x), eps, value=-1)
 
 
 def eps_from_x0(tables: Tables, x: Tensor, i: Tensor, x0: Tensor) -> Tensor:
-    """The noise that `x0` would explain, eq. 4 solved for eps."""
+    """The noise implied by clean data `x0` in `x`, eq. 4 solved for eps."""
     return (tables.at("sqrt_recip_alpha_bar", i, x) * x - x0) / tables.at("sqrt_recipm1_alpha_bar", i, x)
 
 
@@ -325,5 +329,5 @@ def v_from_x0(tables: Tables, x0: Tensor, i: Tensor, eps: Tensor) -> Tensor:
 
 
 def x0_from_v(tables: Tables, x: Tensor, i: Tensor, v: Tensor) -> Tensor:
-    """The clean data that velocity `v` at `x` points to."""
+    """The clean data implied by velocity `v` at `x`."""
     return tables.at("sqrt_alpha_bar", i, x) * x - tables.at("sqrt_one_minus_alpha_bar", i, x) * v

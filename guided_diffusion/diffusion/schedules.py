@@ -19,7 +19,7 @@ def betas_for_alpha_bar(num_steps: int, alpha_bar: Callable[[float], float], max
 
 
 def linear_betas(num_steps: int) -> np.ndarray:
-    """Evenly spaced from 1e-4 to 0.02 at 1000 steps (Ho et al. 2020); other counts are scaled so that the same noise is reached."""
+    """Evenly spaced from 1e-4 to 0.02 at 1000 steps (Ho et al. 2020); times 1000/T at T steps, for about the same noise."""
     scale = 1000 / num_steps
     if scale * 0.02 >= 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which step each training example is noised to: uniformly, or more often where the loss is large."""
+"""Schedule samplers: which step each training example is noised to, uniformly or more often where the loss is large."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Drawn(NamedTuple):
-    """Steps int64 `[B]`, and float32 weights `[B]` that keep the weighted loss's expectation that of uniform steps."""
+    """Steps int64 `[B]`, and float32 importance weights `[B]`: the expected weighted loss is that of uniform steps."""
 
     i: Tensor
     weight: Tensor
@@ -31,7 +31,7 @@ class UniformTimesteps:
         self.num_steps = num_steps
 
     def draw(self, u: Tensor) -> Drawn:
-        """Steps for numbers `u` `[B]` in [0, 1)."""
+        """Steps from uniform random numbers `u` `[B]` in [0, 1)."""
         i = (u * self.num_steps).long().clamp(max=self.num_steps - 1)
         return Drawn(i, torch.ones(len(u), device=u.device))
 
@@ -49,7 +49,7 @@ class LossSecondMoment:
     """Steps in proportion to the root mean square of their last `history` losses (Nichol & Dhariwal 2021, section 3.3).
 
     Uniform until every step has been seen `history` times; afterwards a share `uniform_prob` stays uniform. With several processes,
-    gather steps and losses before `update`, so that all learn the same. The state follows the tensors it is given to their device.
+    gather steps and losses before `update`, so that all have the same state. It moves to the device of the arguments.
     """
 
     def __init__(self, num_steps: int, history: int = 10, uniform_prob: float = 0.001) -> None:
@@ -64,25 +64,25 @@ class LossSecondMoment:
         return (self.seen >= self.history).all()
 
     def probabilities(self) -> Tensor:
-        """Of each step, float64 `[T]`."""
+        """The probability of each step, float64 `[T]`."""
         return second_moment_probabilities(self.losses, self.warm(), self.uniform_prob)
 
     def draw(self, u: Tensor) -> Drawn:
-        """Steps for numbers `u` `[B]` in [0, 1), by the inverse of the cumulative distribution."""
-        self._follow(u)
+        """Steps from uniform random numbers `u` `[B]` in [0, 1), by the inverse of the cumulative distribution."""
+        self._move_to(u.device)
         p = self.probabilities()
         i = torch.searchsorted(p.cumsum(0), u.to(p.dtype), right=True).clamp(max=self.num_steps - 1)
         return Drawn(i, importance(p, i))
 
     def update(self, i: Tensor, losses: Tensor) -> None:
-        """Remember `losses` `[B]` seen at steps `i` int64 `[B]`, in order; the oldest give way."""
-        self._follow(i)
+        """Store `losses` `[B]` of steps `i` int64 `[B]`, in order, over the oldest ones: a ring buffer per step."""
+        self._move_to(i.device)  # below: a step may occur several times in a batch, and each time takes another slot
         same = (i[:, None] == i[None, :]).tril()
-        nth = same.sum(dim=1) - 1  # how many times this step came earlier in the batch
-        later = same.sum(dim=0) - 1  # with `history` or more of the same step to come, this one is forgotten already
-        slot = (self.seen[i] + nth) % self.history
+        earlier = same.sum(dim=1) - 1  # occurrences of the same step before this one
+        later = same.sum(dim=0) - 1  # and after it; from `history` on they overwrite it
+        slot = (self.seen[i] + earlier) % self.history
         flat = torch.where(later < self.history, i * self.history + slot, self.losses.numel())
-        padded = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])  # the last place takes what is forgotten
+        padded = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])  # the last entry takes overwritten losses
         self.losses = padded.scatter(0, flat, losses.detach().to(padded))[:-1].view_as(self.losses)
         self.seen = self.seen.scatter_add(0, i, torch.ones_like(i))
 
@@ -90,7 +90,7 @@ class LossSecondMoment:
         return {"losses": self.losses, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the memory of an earlier run with the same number of steps and history."""
+        """Restore the state of an earlier run with the same number of steps and history."""
         losses, seen = (torch.as_tensor(state[name]) for name in ("losses", "seen"))
         if losses.shape != self.losses.shape or seen.shape != self.seen.shape:
             raise ValueError(
@@ -98,13 +98,13 @@ class LossSecondMoment:
             )
         self.losses, self.seen = losses.to(self.losses).clone(), seen.to(self.seen).clone()
 
-    def _follow(self, other: Tensor) -> None:
-        if self.losses.device != other.device:
-            self.losses, self.seen = self.losses.to(other.device), self.seen.to(other.device)
+    def _move_to(self, device: torch.device) -> None:
+        if self.losses.device != device:
+            self.losses, self.seen = self.losses.to(device), self.seen.to(device)
 
 
 def importance(probabilities: Tensor, i: Tensor) -> Tensor:
-    """What a loss at step `i` is multiplied by so that steps drawn with `probabilities` `[T]` count as if drawn uniformly; float32."""
+    """Importance weights 1 / (T p_i), float32, of losses at steps `i` that were drawn with `probabilities` `[T]`."""
     return (1.0 / (len(probabilities) * probabilities[i])).float()
 
 

@@ -1,4 +1,4 @@
-"""The formulas of single sampling steps, from arrays or numbers; `samplers` and the door of the 2021 class walk by them."""
+"""The formulas of single sampling steps, for arrays or numbers; used by `samplers` and by the class of 2021."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Number = Any  # Tensor, np.ndarray or float: the same formula for all
 
 
 def ancestral_update(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """A draw from the normal distribution of a step, given standard normal `noise`."""
+    """A sample of N(mean, e^log_variance), given standard normal `noise`."""
     return mean + (0.5 * log_variance).exp() * noise
 
 
 def eps_between(x: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
-    """The noise that leads from `x0` to `x` at this alpha_bar."""
+    """The noise eps in x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps."""
     return (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
 
 
@@ -29,14 +29,14 @@ def ddim_sigma(alpha_bar: Number, alpha_bar_prev: Number, eta: float) -> Number:
 
 
 def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_to: Number, sigma: Number = 0.0) -> Tensor:
-    """Mean of x at noise level `alpha_bar_to`, keeping `eps` but for the share that fresh noise of deviation `sigma` will replace."""
+    """Mean of x at noise level `alpha_bar_to`, before fresh noise of standard deviation `sigma` is added (eq. 12)."""
     return x0 * alpha_bar_to**0.5 + (1 - alpha_bar_to - sigma**2) ** 0.5 * eps
 
 
 def ddim_weights(
     alpha_bar: np.ndarray, alpha_bar_to: np.ndarray, sigma: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(weights of x0, weights of x) of `ddim_update` with the eps between them, which is a mean of the two; a step each."""
+    """(weights of x0, weights of x) whose sum is `ddim_update` with eps = `eps_between(x, x0)`; one per step."""
     from_x = np.sqrt(1 - alpha_bar_to - sigma**2) / np.sqrt(1 - alpha_bar)
     return np.sqrt(alpha_bar_to) - from_x * np.sqrt(alpha_bar), from_x
 
@@ -51,6 +51,6 @@ def check_order(order: int) -> None:
 
 
 def adams_bashforth(past: list[Tensor]) -> Tensor:
-    """The mean of eps over the step to come, extrapolated from its latest values (oldest first, at most four)."""
+    """The mean of eps over the next step, extrapolated from its last 1 to 4 values `past` (oldest first)."""
     weights = _ADAMS_BASHFORTH[len(past) - 1]
     return sum((weight * eps for weight, eps in zip(weights[1:], reversed(past[:-1]))), weights[0] * past[-1])

@@ -1,4 +1,4 @@
-"""How much the squared error counts at each noise level."""
+"""Weights of the squared error by noise level."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def min_snr(process: Process, i: Tensor, predicts: str, *, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the error of x0, carried over to what is predicted (Hang et al. 2023, arXiv 2303.09556); gamma > 0."""
+    """min(SNR, gamma) as weight of x0's error, converted to what is predicted (arXiv 2303.09556); gamma > 0."""
     snr = process.at("log_snr", i, i).exp()
     capped = snr.clamp(max=gamma)
     return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[predicts]
