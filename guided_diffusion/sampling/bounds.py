@@ -50,7 +50,7 @@ def measure(
     workers: int = 0,
     on_error: str = "raise",
 ) -> Bounds:
-    """Walk the bound of `count` images; image k and its noise are a function of (seed, k), whatever the batch size.
+    """The bounds of `count` images. Image k and its noise depend on (seed, k) alone, whatever the batch size.
 
     `batch_size` counts the images of each process; `clip` keeps predictions within [-1, 1]. Called on every rank.
     """
@@ -78,16 +78,17 @@ def measure(
             if done >= count:
                 break
             ids = (batch.positions + done).tolist()
-            here = batch.to_device(world.device)
-            cond = {} if here.labels is None else {"y": here.labels}
+            finished = batch.to_device(world.device)
+            cond = {} if finished.labels is None else {"y": finished.labels}
             denoise = make_denoiser(model.net, model.process, cond, clip=clip, **model.reading)
             noise = Streams(seed, EVALUATE, ids=ids, device=world.device)
-            bound = likelihood.bits_per_dim(denoise, model.process, here.images, noise=noise.randn_like)
+            bound = likelihood.bits_per_dim(denoise, model.process, finished.images, noise=noise.randn_like)
             terms = torch.stack([bound.vb, bound.eps_mse, bound.x0_mse], dim=1)
+            # One row per image (number, total, prior, 3 x T terms), sorted, whichever rank computed it.
             numbers = torch.tensor(ids, dtype=torch.float64, device=world.device)  # makes all columns float64
             columns = [column[:, None] for column in (numbers, bound.total, bound.prior)]
             rows = world.all_gather_cat(torch.cat([*columns, terms.flatten(1)], dim=1), name="terms of the bound")
-            rows = rows[rows[:, 0].argsort()]  # in the order of their images, whichever rank had them
+            rows = rows[rows[:, 0].argsort()]
             rows = rows[rows[:, 0] < count]
             terms = rows[:, 3:].unflatten(1, (3, -1))
             _require_finite(terms, done, records, seed, model)
@@ -102,27 +103,29 @@ def measure(
 
 
 def _require_finite(terms: Tensor, done: int, records: Records, seed: int, model: Loaded) -> None:
-    """ValueError naming the first image whose terms `[B, 3, T]` are not finite, and the step; `terms` begins with image `done`."""
+    """ValueError naming the first image whose terms `[B, 3, T]` are not finite, and the step. Row 0 is image `done`."""
     try:
         check_finite(terms)
     except NotFinite as error:
         record = int(order(seed, 0, len(records))[done + error.row])
         image = open_source(records.kind, records.root).describe(records.paths[record])
-        walked = int(terms[error.row].isfinite().all(dim=0).long().argmin())
+        column = int(
+            terms[error.row].isfinite().all(dim=0).long().argmin()
+        )  # the first bad one; columns run from step T-1 to 0
         raise ValueError(
-            f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - walked} of the process; "
+            f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - column} of the process; "
             f"{why_not_finite([model])}"
         ) from None
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean over images; nan for a single one."""
+    """Standard error of the mean over images; nan for a single image."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def breakdown(bounds: Bounds) -> dict[str, float]:
     """Where the bits come from: the prior, the steps by quarter of the process (the noisiest last), the pixels."""
-    inner = bounds.vb[:-1][::-1]  # steps 1 .. T-1, step 0 being the pixels
+    inner = bounds.vb[:-1][::-1]  # steps 1 .. T-1; step 0 is reported as the pixels
     parts = {"prior": float(bounds.prior.mean()), "pixels (step 0)": float(bounds.decoder.mean())}
     edges = np.linspace(0, len(inner), 5).round().astype(int)
     for k, (low, high) in enumerate(zip(edges[:-1], edges[1:])):

@@ -1,11 +1,11 @@
-"""How a step is executed: through torch.compile as one graph, or replayed as one CUDA graph.
+"""Two ways to execute a denoising step faster: compiled by torch.compile as one graph, or replayed as one CUDA graph.
 
-A step is the network, the reading of its output, guidance and its gradient. If only the networks are compiled, everything between
-them stays a row of small operations. Compiled whole, these are fused with the first and last operations of the networks, and
-the backward pass of a classifier becomes part of the graph.
+A step is the network, x0 and variance from its output, and guidance with its gradient. If only the networks are compiled,
+everything between them runs as many small kernels. In one graph these are fused with the first and last operations of the
+networks, and the backward pass of a classifier becomes part of the graph.
 
-A CUDA graph works on fixed memory. Inputs are copied into tensors of its own before each replay, and its result is copied out
-if it must outlive the next one. Noise is drawn outside, by the sampler.
+A CUDA graph works on fixed memory. Inputs are copied into its own tensors before each replay, and a result is copied out
+if it must outlive the next replay. Noise is drawn outside, by the sampler.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Conditioned = Callable[
 
 
 class Compiled:
-    """`make`, whose denoisers run as one compiled graph. It is compiled at the first call for every shape and serves all batches and steps.
+    """Wraps `make` so that its denoisers run as one graph per shape, compiled at the first call, for all batches and steps.
 
-    What changes from batch to batch must come through the conditioning: it is an input of the graph, as x and i are. A last,
-    smaller batch is best filled up by the caller, since another size is another graph. Calls are made without gradients.
+    What changes from batch to batch must come through the conditioning, an input of the graph like x and i. Callers should
+    fill up a smaller last batch, since every batch size has its own graph. Steps run without gradients.
 
-    torch keeps eight graphs at most: batches of a ninth size are computed without one, after a warning.
+    torch keeps at most eight graphs. Batches of further sizes run uncompiled, after a warning.
 
-    If a step cannot be compiled as one graph, `on_failure` is called after a warning, and the denoisers of `make` are called as
-    they are from then on; `failure` says why. Without `on_failure` the error is raised. `backend` is torch.compile's.
+    If a step cannot be compiled as one graph, it warns, sets `failure`, calls `on_failure`, and from then on the denoisers of
+    `make` run as they are. Without `on_failure` the error is raised. `backend` is torch.compile's.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class Compiled:
     def __call__(self, cond: Cond) -> Denoiser:
         def denoise(x: Tensor, i: Tensor) -> Denoised:
             if self.failure is None:
-                inputs = {name: _plain(value) for name, value in cond.items()}  # now, as its values may have changed
+                inputs = {name: _plain(value) for name, value in cond.items()}  # at each call, as values may change
                 try:
                     with torch.inference_mode(False), torch.no_grad():
                         x0, *variance = self._step(_plain(x), _plain(i), inputs)
                         return Denoised(x0, Spread(*variance))
-                except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay in use
+                except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay usable
                     self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
                 except torch._dynamo.exc.TorchDynamoException as error:
                     if self._on_failure is None:
                         raise
                     self.failure = error
-                    # Its first two lines, as one; the rest is for those who debug torch.
+                    # The error's first two lines, as one; the others concern torch's internals.
                     reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
                     self._warn(
                         f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself"
@@ -84,19 +84,19 @@ class Compiled:
 
 
 def _plain(value: Tensor) -> Tensor:
-    """`value` as the graph was made for, whoever calls: one layout in memory, and no tensor of inference mode."""
+    """`value` contiguous and not an inference tensor, as other layouts or kinds would be compiled again."""
     with torch.inference_mode(False):
         return value.clone(memory_format=torch.contiguous_format) if value.is_inference() else value.contiguous()
 
 
 def _with_own_code(function: Any) -> FunctionType:
-    """A copy of `function` that shares no code object: torch counts graphs by code object and gives up at eight."""
+    """A copy of `function` with its own code object: torch counts graphs per code object, and stops at eight."""
     code, scope = function.__code__.replace(), function.__globals__
     return FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
 
 
 Run = Callable[[], Denoised]
-# Calls a function until nothing is allocated for the first time any more, then records it: (its result, how to redo it in place).
+# Warms a function up, then records it: (its result, a function that computes the result again in the same memory).
 Record = Callable[[Run], tuple[Denoised, Callable[[], None]]]
 
 WARM_UP = 3
@@ -109,7 +109,7 @@ class _Recorded(NamedTuple):
 
 
 def on_cuda(run: Run) -> tuple[Denoised, Callable[[], None]]:
-    """Record `run` as a CUDA graph."""
+    """Record `run` as a CUDA graph, after warm-up calls on a side stream, as torch asks for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -123,11 +123,11 @@ def on_cuda(run: Run) -> tuple[Denoised, Callable[[], None]]:
 
 
 class Graphed:
-    """`make`, whose denoisers are one graph, recorded at the first call for every shape.
+    """Wraps `make` so that its denoisers replay one graph, recorded at the first call of every shape.
 
-    On other devices than CUDA they are as `make` gives them. The conditioning is an input of the graph, as x and i are: one
-    recording serves all batches of a size. If recording fails (an operation that cannot be recorded), the denoisers of `make`
-    are called from then on, and `failure` says why.
+    On devices other than CUDA they run as they are. The conditioning is an input of the graph, as x and i are: one
+    recording serves all batches of a size. If recording fails (an operation that cannot be recorded), `failure` is set,
+    and the denoisers of `make` run as they are from then on.
     """
 
     def __init__(self, make: Conditioned, *, record: Record | None = None) -> None:
@@ -145,7 +145,7 @@ class Graphed:
             key = (*cond, *((value.shape, value.dtype) for value in inputs))
             if key not in self._recorded:
                 try:
-                    self._recorded[key] = self._made(x, i, cond)
+                    self._recorded[key] = self._record_step(x, i, cond)
                 except RuntimeError as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
@@ -155,20 +155,20 @@ class Graphed:
             for memory, value in zip(recorded.inputs, inputs):
                 memory.copy_(value)
             recorded.replay()
-            # x0 is handed on to the caller's caller; the variance is used up before the next replay.
+            # A sampler may keep x0, so copy it; it uses the variance before the next replay.
             return Denoised(recorded.result.x0.clone(), recorded.result.spread)
 
         return denoise
 
-    def _made(self, x: Tensor, i: Tensor, cond: Cond) -> _Recorded:
-        own_x, own_i = x.detach().clone(), i.clone().contiguous()
-        own_cond = {name: value.clone() for name, value in cond.items()}
-        denoise = self._make(own_cond)
+    def _record_step(self, x: Tensor, i: Tensor, cond: Cond) -> _Recorded:
+        static_x, static_i = x.detach().clone(), i.clone().contiguous()
+        static_cond = {name: value.clone() for name, value in cond.items()}
+        denoise = self._make(static_cond)
 
         def run() -> Denoised:
             with torch.no_grad():
-                found = denoise(own_x, own_i)
-                return Denoised(found.x0, Spread(*found.both()))
+                denoised = denoise(static_x, static_i)
+                return Denoised(denoised.x0, Spread(*denoised.both()))
 
         result, replay = (self._record or on_cuda)(run)
-        return _Recorded([own_x, own_i, *own_cond.values()], result, replay)
+        return _Recorded([static_x, static_i, *static_cond.values()], result, replay)

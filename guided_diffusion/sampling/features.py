@@ -1,4 +1,4 @@
-"""What a classifier sees in clean images: the inputs of its last layer, and the classes it predicts."""
+"""A classifier's features of clean images (the inputs of its last layer), and the classes it predicts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterator[np.ndarray], np.ndarray | None]:
-    """Batches uint8 `[B, H, W, C]` of the classifier's size, cut as in training, and the labels if the images have any."""
+    """Batches uint8 `[B, H, W, C]` of the classifier's size, cropped as in training, and the labels if there are any."""
     channels, size, _ = classifier.shape
     try:
         images = open_images(path, size, channels)
-    except ValueError as error:  # features need no labels; anything else is an error again
+    except ValueError as error:  # features need no labels, so try without; any other error comes again
         images = open_images(path, size, channels, labels="none")
         log.warning("without labels: %s", error)
     starts = range(0, len(images), batch_size)
@@ -34,22 +34,22 @@ def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterato
 def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 `[N, D]` and predicted classes int64 `[N]` of clean images (the network is given step 0).
 
-    A feature is an input of the last layer with weights: what the classifier reads the class from. ValueError names an image
-    whose features are not finite.
+    The features are the inputs of the last layer with weights. ValueError names an image whose features or logits are not
+    finite.
     """
     net, process = classifier.net, classifier.process
     last = [module for module in net.out.modules() if getattr(module, "weight", None) is not None][-1]  # type: ignore[union-attr]
-    seen: list[Tensor] = []
-    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    captured: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     features, predicted = [], []
     try:
         with torch.no_grad():
             for batch in batches:
                 x = to_float(torch.from_numpy(batch).to(process.device))
                 logits = net(x, process.time_at(torch.zeros(len(x), dtype=torch.long, device=process.device)))
-                found = seen.pop().float().flatten(1)
-                check_finite(torch.cat([found, logits.float()], dim=1))
-                features.append(found.cpu().numpy())
+                batch_features = captured.pop().float().flatten(1)
+                check_finite(torch.cat([batch_features, logits.float()], dim=1))
+                features.append(batch_features.cpu().numpy())
                 predicted.append(logits.argmax(1).cpu().numpy())
     except NotFinite as error:
         image = sum(map(len, features)) + error.row
