@@ -54,14 +54,14 @@ def network_options(model: Network, diffusion: DiffusionConfig | None = None) ->
 
 
 def _shape_of(model: Network, diffusion: DiffusionConfig | None) -> dict[str, Any]:
-    """What goes in and out: of a classifier logits, of other networks an image and perhaps its variance."""
-    learned = 2 if (diffusion or DiffusionConfig()).learn_sigma else 1
-    channels = classes_of(model) if isinstance(model, ClassifierConfig) else model.image_channels * learned
-    return {"image_size": model.sample_size, "in_channels": model.image_channels, "out_channels": channels}
+    """Image size and channels: a classifier's outputs are logits, another's an image and, if learned, variances."""
+    factor = 2 if (diffusion or DiffusionConfig()).learn_sigma else 1
+    outputs = classes_of(model) if isinstance(model, ClassifierConfig) else model.image_channels * factor
+    return {"image_size": model.sample_size, "in_channels": model.image_channels, "out_channels": outputs}
 
 
 def build_model(model: Network, diffusion: DiffusionConfig | None = None) -> Any:
-    """The network of a config, on the CPU, float32: of `--architecture`, else the U-Net of its role."""
+    """The network of a config, on the CPU, float32: the U-Net of its role, or another `--architecture`."""
     if model.architecture == UNET:
         network = {"super_resolution": SuperResModel, "classifier": EncoderUNetModel}.get(model.kind, UNetModel)
         return network(**network_options(model, diffusion))
@@ -79,7 +79,7 @@ def build_classifier(model: ClassifierConfig) -> Any:
 
 
 def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, seed: int | None = None) -> nn.Module:
-    """As `build_model`; with `seed` the first weights are a function of it, and the global generator stays as it is."""
+    """As `build_model`, without changing the global generator; with `seed`, the initial weights depend on it alone."""
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(key_of(seed, TRAIN))
@@ -88,8 +88,8 @@ def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, s
 
 
 def build_empty(model: Network, diffusion: DiffusionConfig | None = None) -> nn.Module:
-    """The network of a config, to be given the weights of a file (`assign=True`): a U-Net without weights, on the meta device."""
-    if model.architecture != UNET:  # it may compute tables that no file holds
+    """The network of a config, for weights to be loaded (`assign=True`): a U-Net on the meta device, without weights."""
+    if model.architecture != UNET:  # its constructor may compute buffers that no file holds
         return build_network(model, diffusion)
     with torch.device("meta"), Unfilled():
         return build_network(model, diffusion)
@@ -114,7 +114,7 @@ def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -
 
 
 def build_timesteps(name: str, num_steps: int) -> Timesteps:
-    """What draws the steps to train on: "uniform" or "loss-second-moment"."""
+    """The schedule sampler of that name, "uniform" or "loss-second-moment"."""
     return UniformTimesteps(num_steps) if name == "uniform" else LossSecondMoment(num_steps)
 
 
@@ -143,7 +143,7 @@ def build_batches(
     start_step: int = 0,
     start_image: int | None = None,
 ) -> Batches:
-    """Endless batches of this process; `batch_size` counts the global batch. Held-out images are read in this process, as they are."""
+    """Endless batches of this process; `batch_size` is the global one. `held_out`: no augmentation, no workers."""
     data, model = config.data, config.model
     return make_batches(
         records,

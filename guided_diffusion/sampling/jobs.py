@@ -1,7 +1,7 @@
-"""What is asked for, and the folder in which it grows: parts of images, at the end npz, picture and receipt.
+"""A request for images, and its output folder: part files while sampling, at the end npz, picture and receipt.
 
-Finished images are kept as they come, in a folder of parts; a killed job, started again with any number of processes, makes only
-what is missing. The npz is put together at the end, one part at a time.
+Each finished batch is written as a part; a killed job, started again with any number of processes, makes only the missing
+images. The npz is put together at the end, one part at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..runtime.streams import LABELS, key_of
 from . import writers
 
 PARTS, RECEIPT, LOCK, PICTURE = "parts", "sampling.json", "sampling.lock", "samples.png"
-FORMAT = 2  # of the receipt; from 2 on it holds all that an image depends on
+FORMAT = 2  # of the receipt; from 2 on it lists everything that an image depends on
 _PART = re.compile(r"^images_(\d+)_(\d+)\.npy$")
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -39,8 +39,8 @@ class LabelPlan:
     """Which class image `i` gets: a pure function of (seed, i).
 
     classes   the class numbers to choose from; empty = no labels at all
-    balanced  deal the classes out in turn instead of drawing them
-    given     instead: the labels themselves, read in turn again and again
+    balanced  image `i` gets class `i` modulo their number, instead of a random one
+    given     image `i` gets label `i` modulo their number; replaces the choice from `classes`
     """
 
     classes: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class LabelPlan:
 
     @classmethod
     def fixed(cls, labels: Sequence[int] | np.ndarray) -> LabelPlan:
-        """Image `i` gets `labels[i]`; where there are more images, the labels are read again from the first."""
+        """Image `i` gets `labels[i]`; with more images than labels, these are repeated."""
         given = tuple(int(label) for label in labels)
         return cls(tuple(sorted(set(given))), given=given)
 
@@ -58,10 +58,10 @@ class LabelPlan:
         """Labels of the images `ids`, int64 `[len(ids)]`, or None."""
         if not self.classes:
             return None
-        dealt, n = self.given or self.classes, len(self.classes)
+        choices = self.given or self.classes
         in_turn = self.balanced or self.given
-        places = (i % len(dealt) if in_turn else key_of(self.seed, LABELS, i) % n for i in ids)
-        return np.array([dealt[place] for place in places], dtype=np.int64)
+        indices = ((i if in_turn else key_of(self.seed, LABELS, i)) % len(choices) for i in ids)
+        return np.array([choices[k] for k in indices], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Request:
 
     def inputs(self, image: int) -> dict[str, Tensor]:
         """The network's inputs for one image besides noise and time, each `[1, ...]`; the label is `y`."""
-        found = self.conditions([image]) if self.conditions else {}
+        inputs = self.conditions([image]) if self.conditions else {}
         labels = self.labels.of([image])
-        return found if labels is None else {**found, "y": torch.from_numpy(labels)}
+        return inputs if labels is None else {**inputs, "y": torch.from_numpy(labels)}
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Job:
     """A request, and the folder that its images go to.
 
     out          folder for npz, picture and receipt
-    receipt      what the images depend on (flags, hashes of weights): written beside them, compared when a job goes on
-    about        what else to write beside them
-    config       the flags, written beside them, so that `--config sampling.json` asks for the same images
-    grid         images in the picture; 0 = no picture
-    class_names  for its captions
+    receipt      what the images depend on (flags, hashes of weights): compared with the receipt on disk when a job resumes
+    about        further facts for the receipt on disk; not compared
+    config       the flags, for the receipt on disk, so that `--config sampling.json` asks for the same images
+    grid         number of images in the picture; 0 = no picture
+    class_names  captions of the picture
     """
 
     request: Request
@@ -124,14 +124,14 @@ class Job:
 
 
 def prepare(job: Job) -> list[int] | None:
-    """The images still to make; None if the npz is there. Called on the main rank, which holds the folder's lock.
+    """The numbers of the images still to make; None if the npz is finished. For rank 0, which holds the folder's lock.
 
-    ValueError if the folder holds images with other settings, or some of which the receipt says too little.
+    ValueError if the folder holds images with other settings, or with a receipt that does not list all settings.
     """
     count, parts_folder, receipt_path = job.request.num_samples, job.in_folder(PARTS), job.in_folder(RECEIPT)
     storage.makedirs(parts_folder)
     storage.remove_unfinished(parts_folder)
-    # Of our own files only: the folder may be that of a training run, which writes its own.
+    # Only this module's files: the folder may also be that of a training run, which writes its own.
     storage.remove_unfinished(job.out, (RECEIPT, PICTURE, os.path.basename(job.npz)))
     settings, parts, stored = _settings(job), _whole_parts(job), _read_receipt(receipt_path)
     if stored.get("format") != FORMAT and (parts or (stored and storage.exists(job.npz))):
@@ -143,8 +143,8 @@ def prepare(job: Job) -> list[int] | None:
     same = all(stored.get(name) == value for name, value in finished.items())
     if same and storage.exists(job.npz) and storage.size(job.npz) == stored.get("bytes"):
         log.info("%s is there already, with these settings", job.npz)
-        for _, _, left in parts:
-            storage.remove(left)
+        for _, _, part in parts:  # of a job that was killed after it wrote the receipt
+            storage.remove(part)
         return None
     if parts and stored:
         before, now = _flat(stored.get("settings", {})), _flat(settings)
@@ -173,13 +173,13 @@ def keep(job: Job, first: int, pixels: np.ndarray) -> None:
 
 
 def assemble(job: Job) -> None:
-    """Put npz and picture together from the parts, complete the receipt, and remove the parts. Called on the main rank."""
+    """Write npz and picture from the parts, complete the receipt, then remove the parts. Called on rank 0."""
     count = job.request.num_samples
     parts = [part for part in _parts(job) if part[0] < count]
     channels, height, width = job.shape
     labels = job.request.labels.of(range(count))
 
-    # Parts never overlap: each was made of images that no part had. The last may reach beyond a smaller num_samples.
+    # Parts never overlap: each holds images that were missing. The last may reach beyond a smaller num_samples.
     pixels = (_read_part(path)[: count - first] for first, _, path in parts)
     writers.write_npz(job.npz, pixels, (count, height, width, channels), labels)
     written = job.npz
@@ -196,7 +196,7 @@ def assemble(job: Job) -> None:
 
 
 def finished_npz(folder: str) -> str:
-    """The npz that the last job in `folder` made. Others may lie beside it. ValueError if the receipt names no finished npz."""
+    """The npz of the last job in `folder`, as its receipt names it; ValueError if it names none."""
     path = storage.join(folder, RECEIPT)
     stored = _read_receipt(path)
     if "file" not in stored:
@@ -205,7 +205,7 @@ def finished_npz(folder: str) -> str:
 
 
 def class_names_beside(npz: str) -> tuple[str, ...]:
-    """The class names in the receipt beside an npz of samples; () if there is none, or it is another file's."""
+    """The class names in the receipt beside an npz of samples; () without a receipt or if it names another npz."""
     stored = _read_receipt(storage.join(os.path.dirname(npz), RECEIPT))
     same = os.path.basename(str(stored.get("file"))) == os.path.basename(npz)
     names = stored.get("class_names")
@@ -213,7 +213,7 @@ def class_names_beside(npz: str) -> tuple[str, ...]:
 
 
 def _read_receipt(path: str) -> dict[str, Any]:
-    """The contents of a receipt; nothing if there is none, or the file is none."""
+    """The contents of a receipt; {} if the file is missing or not a receipt."""
     try:
         stored = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
     except ValueError:
@@ -240,7 +240,7 @@ def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What an image depends on, as JSON holds it: not the number of images, nor the batch size."""
+    """Everything that an image depends on, as read from JSON; neither the number of images nor the batch size."""
     labels = job.request.labels
     drawn = {"seed": job.request.seed, "classes": list(labels.classes), "balanced": labels.balanced}
     settings: dict[str, Any] = json.loads(storage.to_json({**job.receipt, **drawn, "shape": list(job.shape)}))
@@ -249,19 +249,19 @@ def _settings(job: Job) -> dict[str, Any]:
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model": {"num_heads": 4}} -> {"model.num_heads": 4}."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _parts(job: Job) -> list[tuple[int, int, str]]:
-    """Finished stretches, sorted: first image, last image, path."""
+    """The part files, sorted: (number of the first image, of the last image, path)."""
     folder = job.in_folder(PARTS)
     if not storage.isdir(folder):
         return []
-    found = ((m, name) for name in storage.listdir(folder) if (m := _PART.match(name)))
-    return sorted((int(m[1]), int(m[2]), storage.join(folder, name)) for m, name in found)
+    matches = ((m, name) for name in storage.listdir(folder) if (m := _PART.match(name)))
+    return sorted((int(m[1]), int(m[2]), storage.join(folder, name)) for m, name in matches)
 
 
 def _read_part(path: str) -> np.ndarray:
@@ -270,10 +270,10 @@ def _read_part(path: str) -> np.ndarray:
 
 
 def _whole_parts(job: Job) -> list[tuple[int, int, str]]:
-    """`_parts` without those that a failing disk cut short; they are removed, to be made again."""
-    bytes_each, header, whole = int(np.prod(job.shape)), 128, []
+    """`_parts` without those that a failing disk cut short, which are removed. Remote storage is trusted."""
+    bytes_per_image, npy_header, whole = int(np.prod(job.shape)), 128, []
     for first, last, path in _parts(job):
-        if storage.is_remote(job.out) or storage.size(path) >= header + bytes_each * (last - first + 1):
+        if storage.is_remote(job.out) or storage.size(path) >= npy_header + bytes_per_image * (last - first + 1):
             whole.append((first, last, path))
         else:
             log.info("%s is cut short; its images are made again", path)

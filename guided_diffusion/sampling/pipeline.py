@@ -16,7 +16,7 @@ from ..diffusion.denoiser import Denoiser, make_denoiser
 from ..diffusion.process import Process, respace, space_timesteps
 from ..diffusion.samplers import SAMPLERS, NotFinite, last
 from ..models.layers import lay_out_convolution
-from ..models.network import Network as Torso
+from ..models.network import Network
 from ..runtime.streams import key_of
 from ..weights.load import Loaded, check_pair
 from .execution import Compiled, Conditioned, Graphed
@@ -26,13 +26,13 @@ from .writers import class_captions, write_grid
 
 # Base model and upsampler use one seed; without this their first noise would begin with the same numbers.
 NOISE_OF_UPSAMPLERS = 256
-BATCH_ON_CPU = 16  # images per pass if nobody says and memory is no question: more bring no speed there
+BATCH_ON_CPU = 16  # default images per pass on a CPU, where larger batches are not faster
 _LARGEST_TRIED = 1024
 
 
 @dataclass(frozen=True)
 class ClassifierGuidance:
-    """Towards the class of each image, by the gradient of a classifier of noised images."""
+    """Guidance towards the class of each image, by the gradient of a classifier of noised images."""
 
     classifier: Loaded
     scale: float = 1.0
@@ -60,21 +60,21 @@ def sample(
     clip: bool = True,
     low_res: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Images of a model, uint8 `[N, H, W, C]`: those that the command `sample` (or `upsample`) makes.
+    """Images of a model, uint8 `[N, H, W, C]`: the same as from the command `sample` (or `upsample`).
 
     labels      the class of each image, for models with classes and for guidance
-    num_images  how many, if there are no labels; more images than labels read these again from the first
+    num_images  default: as many as labels or `low_res`; if more, these are repeated
     sampler     one of `SAMPLERS`; `eta` is the noise of ddim
     steps       how many of the process's steps, or which: "ddim25", "90,60,60,20,20"; None = those of the model
     seed        image i depends on (seed, i) only, whatever the batch size
-    low_res     what an upsampler enlarges, uint8 `[N, h, w, C]`, read in turn like labels
+    low_res     the small images for an upsampler, uint8 `[N, h, w, C]`, repeated like labels
 
-    ValueError if the model wants labels or small images and there are none, or has no use for them.
+    ValueError if the model needs labels or `low_res` and they are missing, or if it does not take them.
     """
-    wanted = {"labels": "y" in model.inputs or guidance is not None, "low_res": "low_res" in model.inputs}
-    for (name, wants), value in zip(wanted.items(), (labels, low_res)):
-        if wants != (value is not None):
-            raise ValueError(f"{name} is {'missing: give' if wants else 'given, but this model takes no'} {name}")
+    needed = {"labels": "y" in model.inputs or guidance is not None, "low_res": "low_res" in model.inputs}
+    for (name, needs), value in zip(needed.items(), (labels, low_res)):
+        if needs != (value is not None):
+            raise ValueError(f"{name} is {'missing: give' if needs else 'given, but this model takes no'} {name}")
     count = num_images or max(len(values) for values in (labels, low_res, ()) if values is not None)
     if not count:
         raise ValueError("num_images is missing; give it, or labels")
@@ -98,9 +98,9 @@ def sample(
 
 
 def write_preview(model: Loaded, path: str, *, steps: str, seed: int = 0, count: int = 16) -> None:
-    """Write `count` samples by DDIM, the classes spread evenly and named, as one PNG: always of the same noise.
+    """Write `count` DDIM samples as one PNG, of evenly spread classes, named in captions; the noise depends on `seed` only.
 
-    `steps` as in --timestep_respacing; every step where the process has fewer than that asks for.
+    `steps` as in --timestep_respacing; all steps if the process has too few for it.
     """
     labels = captions = None
     if "y" in model.inputs:
@@ -138,13 +138,13 @@ def make_pipeline(
 ) -> Pipeline:
     """(noise, source of noise, conditioning) -> images in [-1, 1].
 
-    process  on the sampling device; else the model's
+    process  default: the model's; on the sampling device
     clip     keep every predicted clean image within [-1, 1]
-    compile  network and guidance of a step through torch.compile, as one graph
+    compile  compile network and guidance of a step as one graph, by torch.compile
     graphs   on CUDA, record them (compiled or not) as one CUDA graph
 
-    Guidance shifts the mean if the sampler is ancestral (algorithm 1 of the paper), else the score (algorithm 2). With `compile`
-    or `graphs`, batches of another size cost a graph of their own.
+    Guidance shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233), else the score (algorithm 2).
+    With `compile` or `graphs`, every batch size has its own graph.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
@@ -183,7 +183,7 @@ def make_pipeline(
 
 
 def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int) -> int:
-    """How many images at a time, up to `limit`, fit into the memory of the model's device, found by one step of each size.
+    """How many images per batch, up to `limit`, fit into the memory of the model's device: tries one step per size.
 
     0 if not even one does.
     """
@@ -203,7 +203,7 @@ def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int
 
 
 def largest_that_fits(attempt: Callable[[int], object], limit: int) -> int:
-    """The largest power of two up to `limit`, or `limit` itself, for which `attempt` has memory enough; 0 if not even 1 does."""
+    """The largest power of two up to `limit`, or `limit`, with which `attempt` does not run out of memory; 0 if none."""
     fitting, size = 0, 1
     while fitting < limit:
         try:
@@ -219,7 +219,7 @@ def largest_that_fits(attempt: Callable[[int], object], limit: int) -> int:
 
 
 def why_not_finite(networks: Sequence[Loaded]) -> str:
-    """The weights that are not finite themselves, or what else may help."""
+    """For an error message: which weights are not finite or, if all are finite, what may help."""
     for each in networks:
         for name, value in each.net.state_dict().items():
             bad = int((~value.isfinite()).sum())
@@ -234,16 +234,16 @@ def why_not_finite(networks: Sequence[Loaded]) -> str:
 
 
 def make_ready(net: nn.Module) -> None:
-    """Lay a frozen network's weights out as convolutions read them, which saves a transposition per call.
+    """Store a frozen network's convolutions in its compute dtype and in their fastest layout, which saves work per call.
 
-    Networks whose weights ask for gradients are left as they are: they belong to training.
+    Networks whose weights require gradients are left as they are: they are in training.
     """
-    if not isinstance(net, Torso) or any(parameter.requires_grad for parameter in net.parameters()):
+    if not isinstance(net, Network) or any(parameter.requires_grad for parameter in net.parameters()):
         return
     net.set_compute_dtype(net.dtype, store=True)
     net.apply(lay_out_convolution)
 
 
 def compile_network(net: nn.Module) -> None:
-    """Send calls of `net` through torch.compile, as one graph per shape of input; names of parameters stay as they are."""
+    """Compile `net` in place, one graph per input shape; its parameter names do not change."""
     net.compile(fullgraph=True, dynamic=False)

@@ -1,9 +1,9 @@
-"""Requests -> full batches -> images. Image `i` depends on (seed, i) only: not on batches, processes, interruptions or other requests.
+"""Requests -> full batches -> images. Image `i` depends on (seed, i) only, not on batches, processes or other requests.
 
-The images of all requests stand in one queue, which is cut into batches of one size; only the last batch is filled up. So shapes
-never change: nothing is compiled twice, and recorded CUDA graphs stay valid.
+The images of all requests form one queue, which is cut into batches of one size; the last batch is padded. So shapes never
+change: nothing is compiled twice, and recorded CUDA graphs stay valid.
 
-`generate` and `generate_all` write folders, on any number of processes; `answers` keeps everything in memory, for programs that serve.
+`generate` and `generate_all` write folders, on any number of processes; `answers` keeps images in memory, for servers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Pipeline = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Ten
 
 
 class Interrupted(Exception):
-    """Asked to stop; everything finished is on disk, and the same command goes on."""
+    """Stopped on request; finished images are on disk, and the same command makes the rest."""
 
 
 class Place(NamedTuple):
-    """One place of a batch: image number `image` of `request`; not `wanted` if it only fills the batch up."""
+    """One slot of a batch: image number `image` of `request`; not `wanted` if it is padding."""
 
     request: Request
     image: int
@@ -53,7 +53,7 @@ class Answer(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """How many batches are computed together, and how many the same requests would need one by one."""
+    """How many `batches` the requests need together, and how many if each were sampled `alone`."""
 
     requests: int
     images: int
@@ -65,7 +65,7 @@ class Saving(NamedTuple):
 
 
 def pack(queue: Iterable[Place], batch_size: int) -> Iterator[list[Place]]:
-    """Cut a queue into full batches; the last is filled up with its last image. Takes no more from `queue` than the next batch needs."""
+    """Cut a queue into batches; pads the last one with its last image. Takes from `queue` only what a batch needs."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     rest = iter(queue)
@@ -74,9 +74,9 @@ def pack(queue: Iterable[Place], batch_size: int) -> Iterator[list[Place]]:
 
 
 def in_place(request: Request, missing: Sequence[int], batch_size: int) -> Iterator[list[Place]]:
-    """The batches of one request that hold `missing` images: image `i` has place `i % size` of batch `i // size`.
+    """The batches of one request with `missing` images: image `i` is row `i % batch_size` of batch `i // batch_size`.
 
-    So that it sees the same shapes and comes out the same to the last bit, wherever the job was interrupted.
+    So each image is the same to the last bit, wherever the job was interrupted.
     """
     wanted = set(missing)
     for batch in sorted({i // batch_size for i in missing}):
@@ -87,7 +87,7 @@ def in_place(request: Request, missing: Sequence[int], batch_size: int) -> Itera
 def draw(pipeline: Pipeline, batch: Sequence[Place], *, shape: Shape, device: torch.device | str = "cpu") -> np.ndarray:
     """The images of a batch, uint8 `[len(batch), H, W, C]`.
 
-    ValueError if some requests have classes and others have none, and NotFinite, which is one, for an image that would be black.
+    ValueError if some requests have classes and others none; NotFinite (a ValueError) for an image that is not finite.
     """
     streams = Streams.of([(place.request.seed, SAMPLE, place.image) for place in batch], device)
     inputs = [place.request.inputs(place.image) for place in batch]
@@ -112,10 +112,10 @@ def answers(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[Answer]:
-    """Make the images of all requests, in turn; each answer comes as soon as its last image is made. One process.
+    """Make the images of all requests, in turn; yields each answer as soon as its last image is made. On one process.
 
-    `requests` may be endless: no more are taken from it than the next batch needs, so a queue that blocks until someone asks
-    holds up those who wait for a full batch. `shape` is channels, height, width.
+    `requests` may be endless: only as many are taken as the next batch needs. If taking one blocks until a new request
+    arrives, earlier requests wait for it in the unfinished batch. `shape` is channels, height, width.
     """
     made: list[np.ndarray] = []
     queue = (Place(request, i) for request in requests for i in range(request.num_samples))
@@ -146,9 +146,9 @@ def generate_all(
     should_stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
 ) -> Saving:
-    """Make the images of all jobs in shared batches: npz, picture and receipt of each, as soon as its last image is made.
+    """Make the images of all jobs in shared batches; each job's npz, picture and receipt follow its last image.
 
-    The jobs differ in request, folder and flags only. What is there already is kept: a finished job is skipped, one begun is
+    The jobs differ in request, folder and flags only. Images on disk are kept: a finished job is skipped, a begun one
     completed. `folder` is locked meanwhile. Called on every rank with the same jobs; rank r computes every world.size-th
     batch, and all write to one storage. Raises Interrupted after the batch in which `should_stop` became true on any rank,
     and ValueError if a folder holds images with other settings, another job is at work in it, or two requests have one name.
@@ -163,15 +163,15 @@ def generate_all(
             batches = list(in_place(jobs[0].request, missing.get(names[0], ()), size))
         else:
             batches = list(pack((Place(by_name[name].request, i) for name, ids in missing.items() for i in ids), size))
-        begun = {name: len(images) for name, images in missing.items() if images}
-        alone = sum(-(-count // size) for count in begun.values())
-        saving = Saving(len(begun), sum(begun.values()), len(batches), alone)
-        if world.is_main:  # jobs whose images were all there, only the npz was missing
-            for name in missing.keys() - begun.keys():
+        to_make = {name: len(images) for name, images in missing.items() if images}
+        alone = sum(-(-count // size) for count in to_make.values())
+        saving = Saving(len(to_make), sum(to_make.values()), len(batches), alone)
+        if world.is_main:  # jobs with all images but no npz
+            for name in missing.keys() - to_make.keys():
                 assemble(by_name[name])
 
-        total = sum(by_name[name].request.num_samples for name in begun)
-        made, finished = total - saving.images, len(jobs) - len(begun)
+        total = sum(by_name[name].request.num_samples for name in to_make)
+        made, finished = total - saving.images, len(jobs) - len(to_make)
         shown = progress and world.is_main and bool(batches)
         with tqdm(
             total=total, initial=made, unit="image", mininterval=1.0, dynamic_ncols=True, disable=not shown
@@ -184,12 +184,13 @@ def generate_all(
                 places = [place for batch in round_ for place in batch if place.wanted]
                 made += len(places)
                 bar.update(len(places))
-                stop = world.any_true(should_stop(), name="stop sampling?")  # after this, all have written their images
-                ready = [place.request.name for place in places if place.image == missing[place.request.name][-1]]
-                finished += len(ready)
-                if world.is_main and ready:
+                # A collective: behind it, all ranks have written the images of this round.
+                stop = world.any_true(should_stop(), name="stop sampling?")
+                completed = [place.request.name for place in places if place.image == missing[place.request.name][-1]]
+                finished += len(completed)
+                if world.is_main and completed:
                     bar.clear()  # messages get lines of their own
-                    for name in ready:
+                    for name in completed:
                         assemble(by_name[name])
                 if stop and first + world.size < len(batches):
                     done = f"{made} of {total} images" if len(jobs) == 1 else f"{finished} of {len(jobs)} requests"
@@ -200,17 +201,17 @@ def generate_all(
 
 @contextmanager
 def _locked(jobs: Sequence[Job], folder: str, world: World) -> Iterator[dict[str, list[int]]]:
-    """Hold the lock of the folder; gives the images to make of each unfinished job. ValueError on all ranks alike."""
+    """Hold the folder's lock; yields the images to make of each unfinished job. A ValueError is raised on all ranks."""
     lock = None
     missing: dict[str, list[int]] | str = {}
     try:
         if world.is_main:
             try:
                 lock = storage.lock_folder(folder, LOCK)
-                left = {job.request.name: prepare(job) for job in jobs}
-                missing = {name: images for name, images in left.items() if images is not None}
+                prepared = {job.request.name: prepare(job) for job in jobs}
+                missing = {name: images for name, images in prepared.items() if images is not None}
             except ValueError as error:
-                missing = str(error)
+                missing = str(error)  # sent in place of the images, so that no rank waits for them
         missing = world.broadcast_object(missing, name="what is left to sample")
         if isinstance(missing, str):
             raise ValueError(missing)
@@ -221,9 +222,10 @@ def _locked(jobs: Sequence[Job], folder: str, world: World) -> Iterator[dict[str
 
 
 def _keep(batch: Sequence[Place], pixels: np.ndarray, jobs: Mapping[str, Job]) -> None:
-    """Write the wanted images of a batch: a part for each stretch of one request with consecutive numbers."""
-    stretches = groupby(range(len(batch)), key=lambda k: (batch[k].wanted, batch[k].request.name, batch[k].image - k))
-    for (wanted, name, _), group in stretches:
+    """Write the wanted images of a batch: one part per run of consecutive images of one request."""
+    # `image - row` is constant along consecutive images.
+    runs = groupby(range(len(batch)), key=lambda k: (batch[k].wanted, batch[k].request.name, batch[k].image - k))
+    for (wanted, name, _), group in runs:
         if wanted:
-            places = list(group)
-            keep(jobs[name], batch[places[0]].image, pixels[places])
+            rows = list(group)
+            keep(jobs[name], batch[rows[0]].image, pixels[rows])

@@ -1,4 +1,4 @@
-"""Images to files: an npz that is never whole in memory, and an overview picture."""
+"""Images to files: an npz written part by part, and an overview picture."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ import numpy as np
 
 from ..runtime import storage
 
-# Small images are enlarged to about this many pixels in the overview, so that one sees something.
+# Small images are enlarged to about this many pixels in the overview picture.
 _TILE = 64
 
 
 def write_npz(path: str, parts: Iterable[np.ndarray], shape: Sequence[int], labels: np.ndarray | None = None) -> None:
     """Write `arr_0` (uint8 parts joined along the first axis, `shape` in all) and, where given, `arr_1` (labels, int64).
 
-    Reads one part at a time, so memory stays that of one part. The file appears complete or not at all. Raises
-    ValueError when the parts do not add up to `shape`.
+    Holds one part in memory at a time. The file appears complete or not at all. ValueError unless parts add up to `shape`.
     """
     with storage.atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(member, header)
-            found = 0
+            written = 0
             for part in parts:
                 if part.shape[1:] != tuple(shape[1:]) or part.dtype != np.uint8:
                     raise ValueError(f"a part of {path} is {part.dtype} {part.shape}; wanted uint8 [*, {shape[1:]}]")
                 member.write(np.ascontiguousarray(part).data)
-                found += len(part)
-            if found != shape[0]:
-                raise ValueError(f"{path} got {found} images instead of {shape[0]}")
+                written += len(part)
+            if written != shape[0]:
+                raise ValueError(f"{path} got {written} images instead of {shape[0]}")
         if labels is not None:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
 
 
 def class_captions(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """The name of each label; its number if the class has none."""
+    """The class name of each label, or its number if the class has no name."""
     return [class_names[k] if k < len(class_names) else str(k) for k in labels.tolist()]
 
 
