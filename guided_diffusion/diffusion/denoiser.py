@@ -139,7 +139,6 @@ def step_spread(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, varian
         return Spread(tables.at(f"{name}_variance", i, x), tables.at(f"{name}_log_variance", i, x))
     log_variance = raw
     if variance == "learned_range":
-        fraction = (raw + 1) / 2
-        log_beta, log_posterior = tables.at("log_beta", i, x), tables.at("posterior_log_variance", i, x)
-        log_variance = fraction * log_beta + (1 - fraction) * log_posterior
+        share = (raw + 1) / 2
+        log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
     return Spread(log_variance.exp(), log_variance)

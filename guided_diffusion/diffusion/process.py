@@ -187,10 +187,7 @@ def rescaled(time: Tensor, num_steps: float, span: float = 1000.0) -> Tensor:
 
 
 def respace(process: Process, keep: Iterable[int]) -> Process:
-    """The process over only the steps `keep`, with their noise levels and times, and new betas between them.
-
-    arXiv 2102.09672, eq. 19. Keeping every step returns the process itself.
-    """
+    """The process over only the steps `keep`, with new betas between them (arXiv 2102.09672, eq. 19); itself if all."""
     steps = sorted({int(step) for step in keep})
     if not steps or steps[0] < 0 or steps[-1] >= len(process):
         raise ValueError(
@@ -281,9 +278,7 @@ class Gaussian(NamedTuple):
 
 def marginal(tables: Tables, x0: Tensor, i: Tensor) -> Gaussian:
     """q(x_i | x0), eq. 4."""
-    variance = (
-        tables.at("sqrt_one_minus_alpha_bar", i, x0) ** 2
-    )  # the float32 difference 1 - alpha_bar loses half its digits
+    variance = tables.at("sqrt_one_minus_alpha_bar", i, x0) ** 2  # more exact in float32 than 1 - alpha_bar
     return Gaussian(tables.at("sqrt_alpha_bar", i, x0) * x0, variance, tables.at("log_one_minus_alpha_bar", i, x0))
 
 

@@ -109,9 +109,7 @@ def _require_finite(terms: Tensor, done: int, records: Records, seed: int, model
     except NotFinite as error:
         record = int(order(seed, 0, len(records))[done + error.row])
         image = open_source(records.kind, records.root).describe(records.paths[record])
-        column = int(
-            terms[error.row].isfinite().all(dim=0).long().argmin()
-        )  # the first bad one; columns run from step T-1 to 0
+        column = int(terms[error.row].isfinite().all(dim=0).long().argmin())  # first bad one, from step T-1 down to 0
         raise ValueError(
             f"the bound of image {image}: {error} at timestep {terms.shape[2] - 1 - column} of the process; "
             f"{why_not_finite([model])}"

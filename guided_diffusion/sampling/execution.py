@@ -30,9 +30,8 @@ class Compiled:
     """Wraps `make` so that its denoisers run as one graph per shape, compiled at the first call, for all batches and steps.
 
     What changes from batch to batch must come through the conditioning, an input of the graph like x and i. Callers should
-    fill up a smaller last batch, since every batch size has its own graph. Steps run without gradients.
-
-    torch keeps at most eight graphs. Batches of further sizes run uncompiled, after a warning.
+    fill up a smaller last batch: every batch size has its own graph, and torch keeps at most eight. Batches of further
+    sizes run uncompiled, after a warning. Steps run without gradients.
 
     If a step cannot be compiled as one graph, it warns, sets `failure`, calls `on_failure`, and from then on the denoisers of
     `make` run as they are. Without `on_failure` the error is raised. `backend` is torch.compile's.

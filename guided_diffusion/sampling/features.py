@@ -34,8 +34,7 @@ def read_images(path: str, classifier: Loaded, batch_size: int) -> tuple[Iterato
 def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 `[N, D]` and predicted classes int64 `[N]` of clean images (the network is given step 0).
 
-    The features are the inputs of the last layer with weights. ValueError names an image whose features or logits are not
-    finite.
+    The features are the inputs of the last layer with weights. ValueError names an image if they or logits are not finite.
     """
     net, process = classifier.net, classifier.process
     last = [module for module in net.out.modules() if getattr(module, "weight", None) is not None][-1]  # type: ignore[union-attr]

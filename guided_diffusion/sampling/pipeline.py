@@ -183,10 +183,7 @@ def make_pipeline(
 
 
 def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int) -> int:
-    """How many images per batch, up to `limit`, fit into the memory of the model's device: tries one step per size.
-
-    0 if not even one does.
-    """
+    """The largest batch, up to `limit`, of which one step fits into the device's memory, by trial on a GPU; 0 if none."""
     process, (channels, height, width) = model.process, model.shape
     if process.device.type == "cpu":
         return min(limit, BATCH_ON_CPU)

@@ -184,8 +184,7 @@ def generate_all(
                 places = [place for batch in round_ for place in batch if place.wanted]
                 made += len(places)
                 bar.update(len(places))
-                # A collective: behind it, all ranks have written the images of this round.
-                stop = world.any_true(should_stop(), name="stop sampling?")
+                stop = world.any_true(should_stop(), name="stop sampling?")  # a collective: now all ranks have written
                 completed = [place.request.name for place in places if place.image == missing[place.request.name][-1]]
                 finished += len(completed)
                 if world.is_main and completed:
@@ -222,8 +221,7 @@ def _locked(jobs: Sequence[Job], folder: str, world: World) -> Iterator[dict[str
 
 
 def _keep(batch: Sequence[Place], pixels: np.ndarray, jobs: Mapping[str, Job]) -> None:
-    """Write the wanted images of a batch: one part per run of consecutive images of one request."""
-    # `image - row` is constant along consecutive images.
+    """Write the wanted images of a batch: one part per run of consecutive images (constant `image - row`) of a request."""
     runs = groupby(range(len(batch)), key=lambda k: (batch[k].wanted, batch[k].request.name, batch[k].image - k))
     for (wanted, name, _), group in runs:
         if wanted:

@@ -71,9 +71,7 @@ class SampleGrid:
             try:
                 self._draw(net, path)
                 _log.info(f"wrote {path}{f' (EMA {decay})' if decay else ''}")
-            except (
-                NotFinite
-            ) as error:  # no reason to end training: `Trainer` itself ends it when losses stay non-finite
+            except NotFinite as error:  # no reason to end training: `Trainer` checks the losses itself
                 _log.warning(f"no picture of samples at step {trainer.steps_done}: {error}")
             except OSError as error:  # neither is a picture that cannot be written
                 _log.warning(str(error))

@@ -74,8 +74,7 @@ def fit(
     With `recompute` it tries to recompute nothing, then norms (if `norms`), then whole blocks; with `shrink`, then smaller
     microbatches. On a GPU each attempt is a real forward and backward pass beside the optimizer's moments. On a CPU bytes
     are computed instead, as the system kills a process that uses too much. All ranks choose the same; weights and gradients
-    do not change. `limit_gb`: GiB that this process may use; 0 = what is free. Call before compiling the network.
-    ValueError if nothing fits.
+    stay. `limit_gb`: GiB that this process may use; 0 = what is free. Call before compiling. ValueError if nothing fits.
     """
     net, device, whole = trainer.net, trainer.device, batching.length(batch)
     # "" leaves the network's recompute as it is.

@@ -276,8 +276,7 @@ def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, param
 def _on_host(value: Any) -> Any:
     """A deep copy in main memory, which later steps cannot change; tensors become contiguous."""
     if isinstance(value, Tensor):
-        copy = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-        return copy.copy_(value.detach())
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value.detach())
     if isinstance(value, Mapping):
         return {key: _on_host(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
