@@ -109,7 +109,7 @@ class Trainer:
         self.batch_size, self.microbatch = batch_size, microbatch
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
         self.seed, self.schedule_sampler = seed, schedule_sampler
-        # One without a state has nothing to learn, and gathering its losses would cost a wait per step.
+        # A sampler without state (uniform) learns nothing, and gathering losses would cost a device sync per step.
         self._sampler_learns = schedule_sampler is not None and bool(schedule_sampler.state_dict())
         self.callbacks = list(callbacks)
         self.log, self.log_every, self.progress = log, log_every, progress
