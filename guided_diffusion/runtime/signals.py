@@ -41,7 +41,7 @@ _ONE_REQUEST_BY_PROGRAMS_S = 3.0
 class Stop:
     """A flag that signals set. Use it as a context manager: on exit the earlier handlers are restored.
 
-    A second signal of the same kind goes to the earlier handler, Python's own for SIGINT excepted; by default it ends the process at once.
+    A second signal of the same kind goes to the earlier handler if the program had set one; else it ends the process at once.
     Outside the main thread Python allows no handlers; the flag can then only be set by `request`.
     """
 

@@ -46,7 +46,7 @@ def require_kind(path: str, kind: str, needed: str | None) -> None:
 def identify(
     path: str, shapes: Shapes, *, flags: Mapping[str, Any] | None = None, kind: str | None = None
 ) -> RunConfig:
-    """The configuration of a file that carries none.
+    """The configuration of a file that stores none.
 
     `flags` are those the user typed, spelled as in 2021; `kind` is what is needed, None for any. Raises ValueError where the
     file is of another kind, where a typed flag contradicts it (the message has the differences and flags that work), or where
@@ -59,26 +59,26 @@ def identify(
     names = {*NETWORKS[kind].names(), *DiffusionConfig.names()}
     # A classifier's tensors say nothing about its noise process, so those flags cannot contradict them.
     unchecked = {*FREE, *(DiffusionConfig.names() if kind == "classifier" else ())}
-    use = {name: value for name, value in flags.items() if name in names & unchecked}
+    usage = {name: value for name, value in flags.items() if name in names & unchecked}
     typed = {name: value for name, value in flags.items() if name in names - unchecked}
     known = flags_of(layout, flags)
-    preset, named = released_as(path, shapes) or (None, False)
+    preset, name_agrees = released_as(path, shapes) or (None, False)
     if preset is not None and preset.kind != kind:
-        preset, named = None, False
+        preset, name_agrees = None, False
 
     # If name and layout are those of a released model, every typed flag must agree with it. Else typed flags must agree with what shapes
     # fix; if the layout is a released one and others of them differ, the file was trained with other settings.
-    as_released = contradictions(RunConfig(preset.model, preset.diffusion), typed) if preset else {}
-    wrong = as_released
-    if not named:
+    released_differs = contradictions(RunConfig(preset.model, preset.diffusion), typed) if preset else {}
+    wrong = released_differs
+    if not name_agrees:
         size = 2 ** (len(layout.multipliers) + 2)  # some size that every level can halve, for this comparison alone
         config = RunConfig.from_flags(kind, {"image_size": size, "large_size": size, "small_size": 1, **known})
         wrong = {name: each for name, each in contradictions(config, typed).items() if name in known}
     refuse(path, wrong, f"Its own flags are: {flag_line(preset.flags if preset else known)}")
-    if preset is None or (as_released and not named):
+    if preset is None or (released_differs and not name_agrees):
         _check_choices(path, layout, known, typed)
-        return RunConfig.from_flags(kind, {**typed, **use, **known})
-    if not named:
+        return RunConfig.from_flags(kind, {**typed, **usage, **known})
+    if not name_agrees:
         _log.warning(
             "%s has the names and shapes of the released %s and is taken for it, with its heads, attention order and schedule "
             "(%s). If it was trained with others, give them: %s",
@@ -87,7 +87,7 @@ def identify(
             flag_line({name: preset.flags[name] for name in _OPEN if name in preset.flags}),
             ", ".join(f"--{name}" for name in _OPEN),
         )
-    return RunConfig.from_flags(kind, {**preset.flags, **use})
+    return RunConfig.from_flags(kind, {**preset.flags, **usage})
 
 
 def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
