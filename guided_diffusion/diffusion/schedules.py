@@ -9,9 +9,9 @@ import numpy as np
 
 
 def betas_for_alpha_bar(num_steps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> np.ndarray:
-    """Betas whose running product of `1 - beta` follows `alpha_bar`, a falling function of time in [0, 1] with values in (0, 1].
+    """Betas whose cumulative product of `1 - beta` is `alpha_bar`, a falling function on [0, 1] with values in (0, 1].
 
-    `max_beta` (below 1) caps the last steps, where alpha_bar reaches zero. Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.2.
+    `max_beta` (below 1) caps the last steps, where alpha_bar nears zero. Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.2.
     """
     times = [step / num_steps for step in range(num_steps + 1)]
     pairs = zip(times[:-1], times[1:])
@@ -34,7 +34,7 @@ def cosine_betas(num_steps: int) -> np.ndarray:
     return betas_for_alpha_bar(num_steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
-# Name -> function of the number of steps. A program adds its own before it trains or loads.
+# Name -> function of the number of steps. Programs may add entries before they train or load.
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
 
 

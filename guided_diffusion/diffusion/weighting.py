@@ -19,7 +19,7 @@ def min_snr(process: Process, i: Tensor, predicts: str, *, gamma: float = 5.0) -
 
 
 # Name -> function of (process, steps `i` `[B]`, what the network predicts: "eps", "x0" or "v") -> weights `[B]`.
-# A program adds its own before it trains.
+# Programs may add entries before they train.
 WEIGHTS: dict[str, Callable[..., Tensor]] = {"min_snr": min_snr}
 
 

@@ -91,6 +91,7 @@ def draw(pipeline: Pipeline, batch: Sequence[Place], *, shape: Shape, device: to
     """
     streams = Streams.of([(place.request.seed, SAMPLE, place.image) for place in batch], device)
     inputs = [place.request.inputs(place.image) for place in batch]
+    # Rows differ in the number of inputs only if some have classes and others do not.
     fewest = min(range(len(batch)), key=lambda k: len(inputs[k]))
     if any(len(each) > len(inputs[fewest]) for each in inputs):
         name = batch[fewest].request.name
@@ -177,7 +178,7 @@ def generate_all(
             total=total, initial=made, unit="image", mininterval=1.0, dynamic_ncols=True, disable=not shown
         ) as bar:
             for first in range(0, len(batches), world.size):
-                round_ = batches[first : first + world.size]  # a batch for each rank
+                round_ = batches[first : first + world.size]  # one batch per rank, fewer in the last round
                 if world.rank < len(round_):
                     batch = round_[world.rank]
                     _keep(batch, draw(pipeline, batch, shape=jobs[0].shape, device=world.device), by_name)

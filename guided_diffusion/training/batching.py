@@ -174,6 +174,6 @@ class Clock:
         return {"images_per_second": rate, "data_wait_share": share, "seconds": now - self._begin}
 
     def close(self) -> None:
-        """Leave the bar as it is and end its line."""
+        """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()

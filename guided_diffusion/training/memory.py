@@ -108,18 +108,18 @@ def fit(
     )
 
 
-def _fits(trainer: Trainer, batch: Any, way: str, count: int, usable: float) -> bool:
+def _fits(trainer: Trainer, batch: Any, recompute: str, count: int, usable: float) -> bool:
     """Whether microbatches of `count` fit: tried on a GPU, else the computed bytes are compared with `usable`."""
     trainer.net.train()
     if trainer.device.type != "cuda":
-        fixed, each = _kept(trainer, batch, way)
+        fixed, per_example = _kept(trainer, batch, recompute)
         weights = gradients = sum(p.nbytes for p in trainer.params)
         averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
         saving = 0 if trainer.checkpoints is None else 3 * weights + averages  # the copies that a save is written from
-        return fixed + count * each + gradients + _moment_bytes(trainer) + saving <= usable
+        return fixed + count * per_example + gradients + _moment_bytes(trainer) + saving <= usable
     try:
-        if way:
-            set_recompute(trainer.net, way)
+        if recompute:
+            set_recompute(trainer.net, recompute)
         _try(trainer, batch, count)
         return True
     except torch.OutOfMemoryError:
@@ -141,15 +141,15 @@ def _try(trainer: Trainer, batch: Any, count: int) -> None:
     del moments, gradients
 
 
-def _kept(trainer: Trainer, batch: Any, way: str) -> tuple[int, int]:
-    """`kept_bytes` of the trainer's losses, after `set_recompute(way)` ("": as it is)."""
+def _kept(trainer: Trainer, batch: Any, recompute: str) -> tuple[int, int]:
+    """`kept_bytes` of the trainer's losses, after `set_recompute(recompute)` ("": without that call)."""
 
     def forward(examples: int) -> None:
         part, ids = next(_parts(trainer, batch, examples))
         trainer.losses_of(trainer.net, part, ids)
 
-    if way:
-        set_recompute(trainer.net, way)
+    if recompute:
+        set_recompute(trainer.net, recompute)
     kept = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)))
     give_back(trainer.device)
     return kept
@@ -182,7 +182,7 @@ def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most
     `forward(n)` runs on n examples on any device, meta included. Not counted: `weights`, kernel workspaces, allocator
     rounding. `most`: the largest n; from 3 on, batches of 2 and 3 are compared, as kernels treat a single example differently.
     """
-    own = {weight.untyped_storage()._cdata for weight in weights}
+    excluded = {weight.untyped_storage()._cdata for weight in weights}
 
     def kept(examples: int) -> int:
         sizes: dict[int, int] = {}
@@ -190,7 +190,7 @@ def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own and storage._cdata not in sizes:
+            if storage._cdata not in excluded and storage._cdata not in sizes:
                 sizes[storage._cdata] = storage.nbytes()
                 alive.append(storage)
             return tensor

@@ -69,10 +69,10 @@ class Checkpoints:
 
     def _open(self) -> None:
         self._lock = storage.lock_folder(self.directory)
-        storage.remove_unfinished(self.directory)  # nobody else writes here now
+        storage.remove_unfinished(self.directory)  # the lock is held, so no other job writes them
 
     def find(self, resume: str) -> SavedRun | None:
-        """`find_save` in this folder, for a run that goes on with `continue_from`."""
+        """`find_save` in this folder, followed by `continue_from`."""
         saved = find_save(self.directory, resume, kind=self._about["kind"], world=self.world)
         self.continue_from(saved)
         return saved
@@ -191,25 +191,25 @@ def find_save(directory: str, resume: str, *, kind: str, world: World) -> SavedR
 
 
 def _find(directory: str, resume: str, kind: str) -> SavedRun | None:
-    here = checkpoint.find_latest(directory)
+    newest = checkpoint.find_latest(directory)
     damaged = [files for files in checkpoint.saves_in(directory).values() if "run" in files]
-    if here is None and damaged:
+    if newest is None and damaged:
         raise ValueError(
             f"{directory} holds {len(damaged)} saves and none of them is whole (the reasons are above); repair one, give another "
             "--out, or start afresh with --resume_checkpoint none"
         )
-    saved = here if here is not None or resume == "auto" else checkpoint.load_run(resume)
+    saved = newest if newest is not None or resume == "auto" else checkpoint.load_run(resume)
     if saved is None and resume != "auto":
         raise ValueError(f"cannot resume from {resume}: there is no whole save in it")
     if saved is not None and saved.kind not in (None, kind):
-        source, flag = (directory, "--out") if saved is here else (resume, "--resume_checkpoint")
+        source, flag = (directory, "--out") if saved is newest else (resume, "--resume_checkpoint")
         raise ValueError(
             f"cannot resume from {source}: {saved.directory} holds a run of kind {saved.kind!r}, this one is {kind!r}; "
             f"give another {flag}"
         )
-    if here is not None and resume != "auto" and not _is_of(resume, here):
+    if newest is not None and resume != "auto" and not _is_of(resume, newest):
         _log.info(
-            f"{directory} has saves of its own, up to step {here.step}: going on from there and not from {resume}, as the "
+            f"{directory} has saves of its own, up to step {newest.step}: going on from there and not from {resume}, as the "
             "run's newest save always comes first. To start from that file again, give another --out"
         )
     return saved
