@@ -4,12 +4,12 @@ Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991), as the 2021 e
 Euclidean distances, the radius of a point is the distance to its k-th nearest other point of the same set, a point is
 inside a ball when distance <= radius. Density and coverage: Naeem et al. 2020 (arXiv:2002.09797), on the same balls.
 
-Distances come from a matrix product, `|u|^2 - 2 u.v + |v|^2`. Its rounding could move points across a radius, and it
-differs between machines and tilings. So every comparison that lies within the rounding bound is decided by the float64
-distance of that very pair, summed from differences. The result is that of exact arithmetic, whatever the tile or device.
+Distances are computed by a matrix product, `|u|^2 - 2 u.v + |v|^2`. Its rounding errors could move points across a radius, and
+they differ between machines and tile sizes. So a comparison within the rounding bound is decided by the float64 distance of that
+pair, summed from differences. The result is that of exact arithmetic, for any tile size and device.
 
-`dtype=torch.float16` is the published behaviour instead: all of a 10,000 x 10,000 block in half precision, or in
-float32 where the block overflows. It reads a little high (about 0.001 in precision and 0.002 in recall).
+`dtype=torch.float16` computes as the 2021 evaluator: each block of 10,000 x 10,000 in half precision, or in float32 if the block
+overflows. Scores come out slightly too high (about 0.001 in precision and 0.002 in recall).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _SPARE = 4  # candidates kept beyond the k + 1 nearest, so that rounding does no
 
 
 class Neighbours(NamedTuple):
-    """Which balls hold which images; every metric here is a mean of one of these arrays.
+    """Which images lie in which balls; every metric here is a mean over one of these arrays.
 
-    ball_counts [n samples] int: in how many reference balls.
-    by_group [20 or fewer, m references] bool: within some ball of the samples i, i + 20, i + 40, ... occupied_by_group
-    likewise: own ball holds one of these samples. The groups serve the error bars of recall and coverage.
+    ball_counts [n samples] int: number of reference balls around each sample. Group i of at most 20 groups has the samples i, i + 20,
+    i + 40, ... by_group [groups, m references] bool: the reference is within a ball of the group's samples. occupied_by_group, alike:
+    the reference's own ball holds a sample of the group. The groups serve the error bars of recall and coverage.
     """
 
     ball_counts: np.ndarray
@@ -71,8 +71,8 @@ class Neighbours(NamedTuple):
         return float(self.occupied_by_group.any(axis=0).mean())
 
 
-class _How(NamedTuple):
-    """How coarse distances are computed."""
+class _Method(NamedTuple):
+    """How distances are computed by matrix products."""
 
     dtype: torch.dtype
     device: torch.device | str
@@ -93,7 +93,7 @@ def neighbours(
 ) -> Neighbours:
     """Compare two feature matrices [n, d] and [m, d]; see `Neighbours`.
 
-    dtype: torch.float32 or torch.float64 (coarse products; same result) or torch.float16 (the published behaviour).
+    dtype: torch.float32 or torch.float64 (of the products; same result), or torch.float16 (as the 2021 evaluator).
     reference_radii: squared radii of the reference, to reuse those of an earlier call with the same k and dtype.
     tile: rows per product; memory beyond the inputs is about `tile` x 10,000 x 20 bytes.
     """
@@ -103,17 +103,17 @@ def neighbours(
     how = _how(dtype, device, tile, x, y)
     radii_x, radii_y = _radii(x, k, how), _radii(y, k, how) if reference_radii is None else reference_radii
     shape = min(GROUPS, len(x)), len(y)
-    found = Neighbours(np.zeros(len(x), np.int64), np.zeros(shape, bool), np.zeros(shape, bool), k)
+    result = Neighbours(np.zeros(len(x), np.int64), np.zeros(shape, bool), np.zeros(shape, bool), k)
     with full_float32():
         for rows in _spans(len(x), PUBLISHED_BLOCK):
             for columns in _spans(len(y), PUBLISHED_BLOCK):
-                fitting = how
+                block_how = how
                 if how.dtype == torch.float16 and not _fits_half(x[rows], y[columns], how):
-                    fitting = how._replace(dtype=torch.float32)
+                    block_how = how._replace(dtype=torch.float32)
                 for at in _spans(rows.stop, tile, rows.start):
-                    masks = _inside(x[at], y[columns], radii_x[at], radii_y[columns], fitting)
-                    _add(found, *masks, at, columns)
-    return found
+                    masks = _inside(x[at], y[columns], radii_x[at], radii_y[columns], block_how)
+                    _add(result, *masks, at, columns)
+    return result
 
 
 def squared_radii(
@@ -135,12 +135,12 @@ def _matrix(features: Any, name: str, k: int) -> np.ndarray:
     return matrix
 
 
-def _how(dtype: torch.dtype, device: torch.device | str, tile: int, *sets: np.ndarray) -> _How:
-    """float64 where squared distances overflow float32: infinite ones would all look alike."""
+def _how(dtype: torch.dtype, device: torch.device | str, tile: int, *sets: np.ndarray) -> _Method:
+    """The method of computing distances; in float64 if squared distances would overflow float32."""
     largest = max(float(np.einsum("ij,ij->i", part, part, dtype=np.float64).max()) for part in sets)
     if 4 * largest >= torch.finfo(torch.float32).max:
         dtype = torch.float64
-    return _How(dtype, device, tile, dtype != torch.float16)
+    return _Method(dtype, device, tile, dtype != torch.float16)
 
 
 def _spans(stop: int, size: int, start: int = 0) -> Iterator[slice]:
@@ -148,11 +148,11 @@ def _spans(stop: int, size: int, start: int = 0) -> Iterator[slice]:
         yield slice(at, min(at + size, stop))
 
 
-def _distances(u: np.ndarray, v: np.ndarray, how: _How) -> torch.Tensor:
+def _distances(u: np.ndarray, v: np.ndarray, how: _Method) -> torch.Tensor:
     """Squared distances [len(u), len(v)] by one matrix product in `how.dtype`, not negative."""
     a, b = (torch.from_numpy(part).to(device=how.device, dtype=how.dtype) for part in (u, v))
     if how.dtype == torch.float16:
-        # The product of halves is summed in float32 and rounded once, as accelerators do.
+        # As accelerators do, sum products of half-precision numbers in float32 and round once.
         rounded_a, rounded_b = a.float(), b.float()
         norm_a, norm_b = rounded_a.square().sum(dim=1).half(), rounded_b.square().sum(dim=1).half()
         product = (rounded_a @ rounded_b.T).half()
@@ -166,10 +166,10 @@ def _distances(u: np.ndarray, v: np.ndarray, how: _How) -> torch.Tensor:
 def _margin(u: np.ndarray, v: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Bound [len(u)] of the rounding error of `_distances`, for any order of summation (Higham 2002, section 3.1)."""
     unit = 2.0**-24 if dtype == torch.float32 else 2.0**-53
-    vanishing = torch.finfo(dtype).tiny  # products below it lose all their digits
+    underflow = torch.finfo(dtype).tiny  # smaller products lose all their digits
     norm_u = np.einsum("ij,ij->i", u, u, dtype=np.float64)
     norm_v = np.einsum("ij,ij->i", v, v, dtype=np.float64).max()
-    return (u.shape[1] + 8) * (unit * (norm_u + norm_v) + vanishing)
+    return (u.shape[1] + 8) * (unit * (norm_u + norm_v) + underflow)
 
 
 def _exact(x: np.ndarray, i: np.ndarray, y: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -181,8 +181,8 @@ def _exact(x: np.ndarray, i: np.ndarray, y: np.ndarray, j: np.ndarray) -> np.nda
     return result
 
 
-def _radii(x: np.ndarray, k: int, how: _How) -> np.ndarray:
-    """As `squared_radii`. Few candidates from coarse distances settle nearly all; finer ones, and at last all pairs, the rest."""
+def _radii(x: np.ndarray, k: int, how: _Method) -> np.ndarray:
+    """As `squared_radii`. Candidates from float32 distances settle nearly all; those from float64, and finally all pairs, the rest."""
     with full_float32():
         if how.dtype == torch.float16:
             return _published_radii(x, k, how)
@@ -196,8 +196,8 @@ def _radii(x: np.ndarray, k: int, how: _How) -> np.ndarray:
     return radii
 
 
-def _settle_radii(x: np.ndarray, rows: np.ndarray, radii: np.ndarray, k: int, how: _How) -> np.ndarray:
-    """Write the radii of `rows` that candidates from coarse distances settle; return the rows they do not."""
+def _settle_radii(x: np.ndarray, rows: np.ndarray, radii: np.ndarray, k: int, how: _Method) -> np.ndarray:
+    """Write the radii of those `rows` whose nearest points are certain from a few candidates; return the other rows."""
     keep = min(k + 1 + _SPARE, len(x))
     unsettled = []
     for part in (rows[span] for span in _spans(len(rows), how.tile)):
@@ -205,37 +205,37 @@ def _settle_radii(x: np.ndarray, rows: np.ndarray, radii: np.ndarray, k: int, ho
         indices = torch.empty(len(part), 0, dtype=torch.long, device=how.device)
         for block in _spans(len(x), PUBLISHED_BLOCK):
             distances = _distances(x[part], x[block], how)
-            found = distances.topk(min(keep, distances.shape[1]), dim=1, largest=False)
-            values, indices = torch.cat([values, found.values], 1), torch.cat([indices, found.indices + block.start], 1)
+            near = distances.topk(min(keep, distances.shape[1]), dim=1, largest=False)
+            values, indices = torch.cat([values, near.values], 1), torch.cat([indices, near.indices + block.start], 1)
             values, order = values.topk(min(keep, values.shape[1]), dim=1, largest=False)
             indices = indices.gather(1, order)
         candidates = indices.cpu().numpy()
         exact = _exact(x, np.repeat(part, keep), x, candidates.reshape(-1)).reshape(len(part), keep)
         exact.sort(axis=1)
         radii[part] = exact[:, k]
-        # Whoever was left out is at least as far as the farthest candidate, up to the rounding of both.
+        # All other points are at least as far as the farthest candidate, up to the rounding errors of both.
         left_out = values[:, -1].double().cpu().numpy() - 2 * _margin(x[part], x, how.dtype)
         settled = (exact[:, k] <= left_out) | (exact[:, k] == 0) | (keep == len(x))
         unsettled.append(part[~settled])
     return np.concatenate(unsettled)
 
 
-def _add(found: Neighbours, in_reference: torch.Tensor, in_sample: torch.Tensor, rows: slice, columns: slice) -> None:
-    """Add the pairs of some samples with some references to `found`, in place."""
-    groups = len(found.by_group)
-    found.ball_counts[rows] += in_reference.view(torch.uint8).sum(dim=1, dtype=torch.int32).cpu().numpy()
+def _add(result: Neighbours, in_reference: torch.Tensor, in_sample: torch.Tensor, rows: slice, columns: slice) -> None:
+    """Add the masks [rows, columns] of pairs (sample, reference), see `_inside`, to `result`, in place."""
+    groups = len(result.by_group)
+    result.ball_counts[rows] += in_reference.view(torch.uint8).sum(dim=1, dtype=torch.int32).cpu().numpy()
     for offset in range(min(groups, rows.stop - rows.start)):
         group = (rows.start + offset) % groups
-        # The greatest byte, not any(): the same answer, thirty times faster on a CPU.
-        for mask, reached in ((in_sample, found.by_group), (in_reference, found.occupied_by_group)):
+        # The maximum of bytes equals any() and is thirty times faster on a CPU.
+        for mask, reached in ((in_sample, result.by_group), (in_reference, result.occupied_by_group)):
             part = mask[offset::groups].view(torch.uint8).amax(dim=0)
             reached[group, columns] |= part.cpu().numpy().view(bool)
 
 
 def _inside(
-    u: np.ndarray, v: np.ndarray, radii_u: np.ndarray, radii_v: np.ndarray, how: _How
+    u: np.ndarray, v: np.ndarray, radii_u: np.ndarray, radii_v: np.ndarray, how: _Method
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks [len(u), len(v)]: v's ball holds u; u's ball holds v. Comparisons too close to call are settled exactly."""
+    """Masks [len(u), len(v)]: v's ball holds u; u's ball holds v. Comparisons within the rounding bound are decided exactly."""
     distances = _distances(u, v, how)
     margin = torch.from_numpy(_margin(u, v, how.dtype)[:, None]).to(distances) if how.exact else None
     masks = []
@@ -243,7 +243,7 @@ def _inside(
         radius = torch.from_numpy(radii).to(distances)
         mask = distances <= radius
         if margin is not None:
-            # Rounding the radius itself to the dtype is far below the margin, which is at least 8 units of the norms.
+            # The error of rounding the radius to the dtype is far below the margin, at least 8 rounding units of the norms.
             close = ((distances - radius).abs_() <= margin).nonzero()
             if len(close) > mask.numel() // 64 and how.dtype == torch.float32:
                 return _inside(u, v, radii_u, radii_v, how._replace(dtype=torch.float64))
@@ -255,16 +255,16 @@ def _inside(
     return masks[0], masks[1]
 
 
-def _fits_half(u: np.ndarray, v: np.ndarray, how: _How) -> bool:
+def _fits_half(u: np.ndarray, v: np.ndarray, how: _Method) -> bool:
     """Whether all half-precision distances of a block are finite.
 
-    In 2021 an overflow of u.v alone went unnoticed: minus infinity was clamped to distance 0 and the block counted as
-    finite. Here that block falls back to float32 like the others.
+    The 2021 evaluator missed an overflow of u.v alone: minus infinity was clamped to distance 0, and the block counted as finite.
+    Here that block falls back to float32 like the others.
     """
     return all(bool(torch.isfinite(_distances(u[span], v, how)).all()) for span in _spans(len(u), how.tile))
 
 
-def _published_radii(x: np.ndarray, k: int, how: _How) -> np.ndarray:
+def _published_radii(x: np.ndarray, k: int, how: _Method) -> np.ndarray:
     """Radii from half-precision blocks, each falling back to float32 as a whole."""
     radii = np.empty(len(x))
     for rows in _spans(len(x), PUBLISHED_BLOCK):
@@ -272,8 +272,8 @@ def _published_radii(x: np.ndarray, k: int, how: _How) -> np.ndarray:
         best = torch.empty(len(u), 0, device=how.device)
         for columns in _spans(len(x), PUBLISHED_BLOCK):
             v = x[columns]
-            fitting = how if _fits_half(u, v, how) else how._replace(dtype=torch.float32)
-            parts = (_distances(u[span], v, fitting).float().clamp_(min=0) for span in _spans(len(u), how.tile))
+            block_how = how if _fits_half(u, v, how) else how._replace(dtype=torch.float32)
+            parts = (_distances(u[span], v, block_how).float().clamp_(min=0) for span in _spans(len(u), how.tile))
             kept = [part.topk(min(k + 1, len(v)), dim=1, largest=False).values for part in parts]
             best = torch.cat([best, torch.cat(kept)], dim=1)
             best = best.topk(min(k + 1, best.shape[1]), dim=1, largest=False).values

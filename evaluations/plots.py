@@ -8,7 +8,7 @@ from .report import Report
 
 
 def check(path: str) -> None:
-    """ValueError when `draw` cannot write a file of this name, or cannot draw at all."""
+    """ValueError if matplotlib is not installed or cannot write a file with this ending."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""`evaluator.py reference IMAGES --image_size 64 --out ref.npz`: a reference of your own, in the format of 2021.
+"""`evaluator.py reference IMAGES --image_size 64 --out ref.npz`: make a reference file in the format of 2021.
 
-Holds `mu`, `sigma`, `mu_s`, `sigma_s` over all images, `arr_0` with 10,000 of them (a seeded draw, in file order) for
-precision and recall, and `arr_1` their labels where there are any. Images go through the cropping that training uses
-(centre square, box halving, then bicubic), so that a perfect model would score well: a reference prepared otherwise is
-the commonest cause of an FID that is too high.
+It holds `mu`, `sigma`, `mu_s`, `sigma_s` over all images; `arr_0` with 10,000 of them (a seeded random choice, in file order) for
+precision and recall; and `arr_1`, their labels, if there are any. Images are cropped as in training (centre square, box halving,
+then bicubic), so that a perfect model would score well: a reference that was cropped otherwise is the most frequent cause of a
+too high FID.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CroppedImages(ImageSource):
         return self.size, self.size, 3
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Cropped batches of the asked size: of uncropped photographs a few fill the memory."""
+        """Batches of `batch_size` cropped images. The source is read one image at a time, since whole photographs take much memory."""
         cropped = (center_crop(image, self.size) for batch in self.source.batches(1, start, stop) for image in batch)
         while block := list(islice(cropped, batch_size)):
             yield np.stack(block)
@@ -69,7 +69,7 @@ def make_reference(
 ) -> dict[str, Any] | None:
     """Write a reference npz and return its receipt (also inside: JSON text as bytes under `receipt`).
 
-    `settings`: see `extract_blocks`. Memory: two covariances and the `keep` images. None in all processes but the first.
+    `settings`: see `extract_blocks`. Memory needed: two covariances and the `keep` images. Returns None in all processes but the first.
     """
     if keep < 1 or seed < 0:
         raise ValueError(f"--keep is {keep} and --seed {seed}; they must be at least 1 and 0")
@@ -89,9 +89,9 @@ def make_reference(
     arrays: dict[str, np.ndarray] = {"arr_0": _take(images, chosen)}
     if labels is not None:
         arrays["arr_1"] = labels[chosen]
-    for suffix, gathered in moments.items():
-        found = gathered.statistics()
-        arrays |= {f"mu{suffix}": found.mu, f"sigma{suffix}": found.sigma}
+    for suffix, accumulated in moments.items():
+        statistics = accumulated.statistics()
+        arrays |= {f"mu{suffix}": statistics.mu, f"sigma{suffix}": statistics.sigma}
     receipt = {
         "images": images.count,
         "images_sha256": images.sha256(),
@@ -112,7 +112,7 @@ def make_reference(
 
 
 def _labels(images: ImageSource) -> np.ndarray | None:
-    """Those that there are: no score but those of classes needs them, so bad ones are a warning."""
+    """The labels, or None with a warning if they are damaged: only scores per class need them."""
     try:
         return images.labels()
     except ValueError as error:
@@ -130,7 +130,7 @@ def _take(images: ImageSource, chosen: np.ndarray) -> np.ndarray:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     parser = Parser(
         prog="evaluator.py reference", description="Make a reference npz from a folder, zip, tar shards or npz."
     )
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--image_size", type=int, required=True, help="side of the square that the model makes")
     add("--out", required=True, help="file to write")
     add("--keep", type=int, default=KEPT, help=f"images kept for precision and recall (default {KEPT})")
-    add("--seed", type=int, default=0, help="of the draw of the kept images (default 0)")
+    add("--seed", type=int, default=0, help="seed of the choice of kept images (default 0)")
     parser.add_common()
     asked = parser.parse_args(arguments)
     announce_place()
@@ -154,8 +154,8 @@ def main(arguments: Sequence[str]) -> int:
         allow_unknown=settings.allow_other_weights,
         progress=settings.progress,
     )
-    how = {"image_size": asked.image_size, "keep": asked.keep, "seed": asked.seed}
-    receipt = make_reference(asked.images, asked.out, net=net, settings=settings, **how)
+    options = {"image_size": asked.image_size, "keep": asked.keep, "seed": asked.seed}
+    receipt = make_reference(asked.images, asked.out, net=net, settings=settings, **options)
     if receipt is not None:
         print(f"wrote {asked.out}")
         for key, value in receipt.items():

@@ -1,7 +1,7 @@
-"""Scores and their receipt: as the lines of 2021, as tables, as JSON.
+"""Reports: scores and their receipt, as the lines of 2021, as tables, as JSON.
 
-A score can only be compared with another when both receipts are known. The receipt holds all that moves a score: content of
-weights, reference and samples, counts, resize rule, precisions, k, splits, versions and device.
+Two scores can only be compared if both receipts are known. A receipt holds all that a score depends on: hashes of weights,
+reference and samples, counts, resize rule, precisions, k, splits, versions and device.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class Set:
-    """What a set of images is: identity, number, conversions noted while reading."""
+    """A set of images: its hash and number, where its statistics are from, and notes on conversions."""
 
     name: str
     sha256: str
@@ -86,7 +86,7 @@ class DifferenceReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one command found."""
+    """All results of one evaluation, and its receipt."""
 
     reference: Set
     sets: tuple[SetReport, ...]
@@ -98,7 +98,7 @@ class Report:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """JSON text; numbers that are not finite become null, as JSON has none."""
+        """JSON text; numbers that are not finite become null, because JSON has no word for them."""
         return storage.to_json(asdict(self), indent=2) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -121,7 +121,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def versions(device: str) -> dict[str, str]:
-    """Libraries and machine, as far as they touch the last digits."""
+    """Versions of the libraries, and the machine and device, which affect the last digits of scores."""
     import numpy
     import torch
 

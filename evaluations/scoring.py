@@ -1,7 +1,7 @@
-"""From image sets to scores: which features, which statistics, which metrics, in one place.
+"""Score sets of images: encode them, compute their statistics, and all metrics against a reference.
 
-`evaluate` is what the command runs, for use from Python. `Scorer` is its inside: it holds the reference and scores any
-number of sample sets against it, each read once.
+`evaluate` does what the command does. It uses a `Scorer`, which holds the reference and scores any number of sample sets against
+it; each set is read once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Side(NamedTuple):
-    """One set of images: its features, and the statistics that the Frechet distances rest on."""
+    """One set of images, sample or reference: its features, and the statistics from which Frechet distances are computed."""
 
     about: report.Set
     features: np.ndarray
@@ -44,7 +44,7 @@ class Side(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A set's report and the influences behind its error bars, by score name."""
+    """A set's report, and by score name the standard errors with the influences from which they are computed."""
 
     report: report.SetReport
     errors: dict[str, uncertainty.Uncertainty]
@@ -53,8 +53,8 @@ class Scored(NamedTuple):
 class Scorer:
     """Holds an encoder and a reference; scores sample sets against it.
 
-    In a process other than the first of several, `read_reference` and `score` do their share of the encoding and
-    return None.
+    With several processes, each does its share of the encoding in `read_reference` and `score`; only the first one gets scores, the
+    others None.
     """
 
     def __init__(self, settings: Settings, *, encoder: Encoder | None = None, world: Place | None = None) -> None:
@@ -64,14 +64,14 @@ class Scorer:
         self.world = world or place()
         self.device = pick_device(self.world, settings.device)
         self.encoder = encoder or make_encoder(settings, self.device)
-        # Float64 linear algebra does not exist everywhere (Apple's MPS).
+        # Some devices, such as Apple's MPS, have no float64.
         self.algebra = self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")
         self.reference: Side | None = None
         self._radii: np.ndarray | None = None
         self._roots: dict[str, torch.Tensor] = {}
 
     def open(self, source: Any) -> ImageSource:
-        """Open a set and refuse now what would be refused after the work."""
+        """Open a set of images. ValueError now, not after hours of encoding, if it cannot be scored."""
         images = self.encoder.open(source)
         if self.settings.per_class:
             try:
@@ -83,10 +83,10 @@ class Scorer:
         return images
 
     def _stored(self, images: ImageSource) -> statistics.Stored | None:
-        return images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are Inception's
+        return images.statistics() if self.encoder.name == "inception" else None  # precomputed ones are of Inception
 
     def read_reference(self, images: ImageSource) -> None:
-        """Encode the reference and take its statistics, precomputed ones where its file has them."""
+        """Encode the reference; use the precomputed statistics of its file, if there are any."""
         self.reference = self._read(images, "reference")
 
     def score(self, images: ImageSource) -> Scored | None:
@@ -100,7 +100,7 @@ class Scorer:
     def _read(self, images: ImageSource, role: str) -> Side | None:
         stored = self._stored(images)
         log.info(f"computing {role} batch activations...")
-        nothing = Features(np.empty((0, 0), np.float32))  # statistics only: there is nothing to encode
+        nothing = Features(np.empty((0, 0), np.float32))  # for files with statistics but without images
         encoded = nothing if images.count == 0 else self.encoder.encode(images, self.settings, self.world)
         if encoded is None or self.world.rank != 0:
             return None
@@ -112,7 +112,7 @@ class Scorer:
         log.info(f"computing/reading {role} batch statistics...")
         origin = "from its images" if stored is None else "precomputed in the file"
         if stored is None:
-            _refuse_few(images.name, len(encoded.pool))  # batches are counted only now
+            _refuse_few(images.name, len(encoded.pool))  # again: of an iterable the count is only known now
             pool, spatial = (None if rows is None else statistics.from_features(rows) for rows in encoded)
         else:
             pool, spatial = stored
@@ -124,7 +124,7 @@ class Scorer:
         return Side(about, encoded.pool, self._labels(images, role), names, pool, spatial)
 
     def _labels(self, images: ImageSource, role: str) -> np.ndarray | None:
-        """Classes for the scores per class; the Inception Score only asks whether samples are sorted by them."""
+        """Labels, if scores per class need them; for the Inception Score, which warns of sorted samples, if they can be read."""
         if self.settings.per_class:
             return images.labels()
         with suppress(ValueError, OSError):
@@ -152,24 +152,24 @@ class Scorer:
         values[name] = self._frechet(name, sample.pool, reference.pool, errors)
         if sample.spatial is not None and reference.spatial is not None:
             values["sFID"] = self._frechet("sFID", sample.spatial, reference.spatial, errors)
-        around = self._neighbours(sample, reference)
+        balls = self._neighbours(sample, reference)
         values |= {"Precision": float("nan"), "Recall": float("nan")}
-        if around is not None:
-            values |= {"Precision": around.precision, "Recall": around.recall}
-            errors["Precision"] = uncertainty.mean_se(around.inside_reference, "binomial over samples")
-            errors["Recall"] = uncertainty.group_jackknife_se(around.by_group)
+        if balls is not None:
+            values |= {"Precision": balls.precision, "Recall": balls.recall}
+            errors["Precision"] = uncertainty.mean_se(balls.inside_reference, "binomial over samples")
+            errors["Recall"] = uncertainty.group_jackknife_se(balls.by_group)
             if settings.density_coverage:
-                values |= {"Density": around.density, "Coverage": around.coverage}
-                spread = "spread of counts over samples"
-                errors["Density"] = uncertainty.mean_se(around.ball_counts / around.k, spread)
-                errors["Coverage"] = uncertainty.group_jackknife_se(around.occupied_by_group)
-        wanted = dict.fromkeys((*["KID"] * settings.kid, *settings.metrics))
-        for further in wanted if min(len(sample.features), len(reference.features)) > 1 else ():
-            found = metrics.METRICS[further](sample.features, reference.features, device=device)
-            if isinstance(found, metrics.KernelDistance):
-                errors[further] = uncertainty.mean_se(found.influence)
-            values[further] = found.value if isinstance(found, metrics.KernelDistance) else float(found)
-        shown = errors if settings.errors else {}
+                values |= {"Density": balls.density, "Coverage": balls.coverage}
+                method = "spread of counts over samples"
+                errors["Density"] = uncertainty.mean_se(balls.ball_counts / balls.k, method)
+                errors["Coverage"] = uncertainty.group_jackknife_se(balls.occupied_by_group)
+        further = dict.fromkeys((*["KID"] * settings.kid, *settings.metrics))  # each name once
+        for metric in further if min(len(sample.features), len(reference.features)) > 1 else ():
+            result = metrics.METRICS[metric](sample.features, reference.features, device=device)
+            if isinstance(result, metrics.KernelDistance):
+                errors[metric] = uncertainty.mean_se(result.influence)
+            values[metric] = result.value if isinstance(result, metrics.KernelDistance) else float(result)
+        shown = errors if settings.errors else {}  # some are computed in any case, as they cost little
         scores = tuple(report.Score(key, value, *shown.get(key, ())[:2]) for key, value in values.items())
         line = None
         if settings.fid_infinity and len(sample.features) >= 16:
@@ -178,11 +178,11 @@ class Scorer:
             )
             if name in shown:
                 line = replace(line, error=uncertainty.extrapolation_se(line, errors[name]))
-        classes = self._per_class(sample, reference, around) if settings.per_class else ()
+        classes = self._per_class(sample, reference, balls) if settings.per_class else ()
         return Scored(report.SetReport(sample.about, scores, classes, line), errors)
 
     def _warn_of_splits(self, sample: Side, inception: metrics.InceptionScore) -> None:
-        """Say what the cut into splits does to the Inception Score of these samples."""
+        """Warn if a short last split or sorted samples distort the Inception Score."""
         name, size, splits = sample.about.name, self.settings.split_size, len(inception.splits)
         if splits > 1 and (last := len(sample.features) % size):
             _warn(
@@ -216,10 +216,10 @@ class Scorer:
         root, device = self._roots[name], self.algebra
         if self.settings.errors and sample.rows is not None and len(sample.rows) >= 4:
             errors[name] = uncertainty.frechet_se(sample, reference, reference_root=root, device=device)
-        for who, stats in (("sample", sample), ("reference", reference)):
+        for role, stats in (("sample", sample), ("reference", reference)):
             if stats.count is not None and stats.count <= stats.dim:
                 _warn(
-                    f"{name}: the {who} set has {stats.count} images for {stats.dim} features. Its covariance is rank "
+                    f"{name}: the {role} set has {stats.count} images for {stats.dim} features. Its covariance is rank "
                     f"deficient and the distance is biased far upwards; use more than {stats.dim} images "
                     "(50,000 is the custom) or report KID instead"
                 )
@@ -245,33 +245,33 @@ class Scorer:
         return neighbours.neighbours(x, y, k=k, dtype=dtype, device=self.algebra, reference_radii=self._radii)
 
     def _per_class(
-        self, sample: Side, reference: Side, around: neighbours.Neighbours | None
+        self, sample: Side, reference: Side, balls: neighbours.Neighbours | None
     ) -> tuple[report.ClassScores, ...]:
-        if sample.labels is None or around is None:
+        if sample.labels is None or balls is None:
             why = "has no labels (arr_1)" if sample.labels is None else "and the reference give no precision and recall"
             _warn(f"{sample.about.name} {why}, so there are no scores per class")
             return ()
         labels = _numbered_as_reference(sample, reference)
         if reference.labels is None:
             _warn(f"{reference.about.name} has no labels (arr_1), so recall, FID and KID of each class are left out")
-        elif strange := sorted(set(labels.tolist()) - set(reference.labels.tolist())):
+        elif absent := sorted(set(labels.tolist()) - set(reference.labels.tolist())):
             _warn(
-                f"{reference.about.name} lacks {len(strange)} of the classes of {sample.about.name} "
-                f"({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''}): recall, FID and KID of these are left "
+                f"{reference.about.name} lacks {len(absent)} of the classes of {sample.about.name} "
+                f"({', '.join(map(str, absent[:5]))}{', ...' if len(absent) > 5 else ''}): recall, FID and KID of these are left "
                 "out. One number must mean one class in both"
             )
         rows = []
         for label in np.unique(labels):
-            mine = labels == label
-            x = sample.features[mine]
-            precision, density = around.inside_reference[mine].mean(), around.ball_counts[mine].mean() / around.k
+            in_class = labels == label
+            x = sample.features[in_class]
+            precision, density = balls.inside_reference[in_class].mean(), balls.ball_counts[in_class].mean() / balls.k
             row = report.ClassScores(int(label), len(x), None, float(precision), float(density))
             if reference.labels is not None:
-                theirs = reference.labels == label
-                y = reference.features[theirs]
+                references = reference.labels == label
+                y = reference.features[references]
                 row = replace(row, references=len(y))
                 if len(y):
-                    row = replace(row, recall=float(around.inside_sample[theirs].mean()))
+                    row = replace(row, recall=float(balls.inside_sample[references].mean()))
                 if min(len(x), len(y)) > 1:
                     distance = metrics.frechet_distance_of_features(x, y, device=self.algebra)
                     row = replace(row, fid=distance, kid=metrics.kernel_distance(x, y, device=self.algebra).value)
@@ -290,15 +290,15 @@ def evaluate(
 ) -> report.Report | None:
     """Score one set of samples, or a list of sets, against a reference; None in all processes but the first.
 
-    `reference` and each set are anything `open_images` takes: a path, an array, batches. `show` gets each set's scores as soon as they
-    are there. Progress is logged to the logger "evaluations".
+    `reference` and each set are anything `open_images` takes: a path, an array, batches. `show` is called with each set's scores as
+    soon as they are known. Progress is logged to the logger "evaluations".
 
     >>> evaluate("reference.npz", images_uint8).sets[0].score("FID").value
     """
     settings = settings or Settings()
     with _recorded_warnings() as recorded:
         scorer = Scorer(settings, encoder=encoder, world=world)
-        # All of them first: a mistake in the last one is reported before hours of work on the others.
+        # Open all sets first, so that a mistake in the last one is reported before hours of work on the others.
         many = isinstance(samples, (list, tuple))
         against, *sets = [scorer.open(source) for source in (reference, *(samples if many else [samples]))]
         scorer.read_reference(against)
@@ -325,7 +325,7 @@ def evaluate(
 def _receipt(settings: Settings) -> dict[str, Any]:
     shown = asdict(settings)
     for name in ("weights", "allow_other_weights", "shard_dir", "progress", "device", "batch_size", "metrics"):
-        del shown[name]  # none of these is able to change a number; weights are named by content elsewhere
+        del shown[name]  # they change no score; the encoder's receipt has the hash of the weights
     shown["frechet"] = "float64; singular values of the product of covariance roots"
     shown["neighbours"] = "squared distances, inside when <= the distance to the k-th other point"
     shown["splits"] = "consecutive images in file order, no bias, float64, splits weigh alike"
@@ -333,7 +333,7 @@ def _receipt(settings: Settings) -> dict[str, Any]:
 
 
 def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
-    """Each score of each pair of sets that has an error bar in both."""
+    """The difference of each pair of sets in each score that has a standard error in both."""
     for i, first in enumerate(scored):
         for second in scored[i + 1 :]:
             a, b = (os.path.basename(one.report.samples.name) for one in (first, second))
@@ -345,14 +345,14 @@ def _differences(scored: Sequence[Scored]) -> Iterator[report.DifferenceReport]:
 
 
 def _numbered_as_reference(sample: Side, reference: Side) -> np.ndarray:
-    """Classes of the samples in the numbers of the reference. Those of folders are numbered by name, in each set anew."""
+    """Labels of the samples by the class numbers of the reference. In each set of folders, numbers follow the order of names."""
     assert sample.labels is not None
-    own, theirs = sample.class_names, reference.class_names
-    if not own or not theirs or own == theirs:
+    names, reference_names = sample.class_names, reference.class_names
+    if not names or not reference_names or names == reference_names:
         return sample.labels
     _warn(f"classes of {sample.about.name} are numbered as in {reference.about.name}, by name")
-    number = {name: k for k, name in enumerate([*theirs, *sorted(set(own) - set(theirs))])}
-    return np.array([number[name] for name in own])[sample.labels]
+    number = {name: k for k, name in enumerate([*reference_names, *sorted(set(names) - set(reference_names))])}
+    return np.array([number[name] for name in names])[sample.labels]
 
 
 def _refuse_few(name: str, count: int) -> None:
@@ -366,7 +366,7 @@ def _warn(text: str) -> None:
 
 @contextmanager
 def _recorded_warnings() -> Iterator[list[str]]:
-    """Collect all warnings for the report, whatever filters are set; then give each one to the caller's filters."""
+    """Collect all warnings for the report, whatever filters are set; then issue each again under the caller's filters."""
     texts: list[str] = []
     unique: dict[str, warnings.WarningMessage] = {}
     try:

@@ -1,8 +1,8 @@
 """`evaluator.py selftest`: does this machine compute what the 2021 evaluator computes?
 
-Needs no weights file and no network. Images, features and weights of the Inception network come from
-`numpy.random.RandomState`, which gives the same bits everywhere; the expected numbers were recorded from the original
-evaluator (TensorFlow 2.21, SciPy 1.17) on these very inputs, and from exact arithmetic where it is noisy.
+Needs neither a weights file nor the internet. Images, features and weights of the Inception network come from
+`numpy.random.RandomState`, which gives the same bits everywhere. The expected numbers were recorded from the original evaluator
+(TensorFlow 2.21, SciPy 1.17) on the same inputs, and from exact arithmetic where that evaluator has rounding noise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SPATIAL_SUMS = (2253.3724092449993, 1559.5471932645887, 2121.993172965944, 1904
 
 
 class Check(NamedTuple):
-    """One number: what came, what was expected, the relative tolerance (0: equal)."""
+    """One number: the computed one, the expected one, the relative tolerance (0 = must be equal)."""
 
     name: str
     found: float | str
@@ -71,10 +71,10 @@ def synthetic_features(seed: int, n: int, d: int, k: int = 8, **change: float) -
     shift, spread = change.get("shift", 0.3), change.get("spread", 1.0)
     plane = np.random.RandomState(99).standard_normal((k, d)) / math.sqrt(k)
     source = np.random.RandomState(seed)
-    place = source.standard_normal((n, k)) * spread
+    coordinates = source.standard_normal((n, k)) * spread
     points = shift + change.get("noise", 0.2) * source.standard_normal((n, d))
     for axis in range(k):
-        points = points + place[:, axis : axis + 1] * plane[axis : axis + 1]
+        points = points + coordinates[:, axis : axis + 1] * plane[axis : axis + 1]
     return (np.maximum(points, 0) * change.get("scale", 1.0)).astype(np.float32)
 
 
@@ -123,7 +123,7 @@ def write_trial(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def checks(device: torch.device) -> Iterator[Check | str]:
-    """All checks, the quick ones first; between them the titles of the parts."""
+    """All checks, the quick ones first; a str is the title of the checks that follow."""
     yield "resize and metrics on recorded inputs"
     for (seed, n, height, width), digest in _RESIZED.items():
         resized = tf1_bilinear(torch.from_numpy(synthetic_images(seed, n, height, width)))
@@ -188,9 +188,9 @@ def _end_to_end(net: InceptionV3, device: torch.device) -> Iterator[Check]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command: status 0 when all checks pass."""
+    """Run the command; status 0 when all checks pass."""
     parser = Parser(prog="evaluator.py selftest", description="Check this machine against recorded numbers.")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a graphics card where there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     parser.add_argument(
         "--write", metavar="FOLDER", help="only write the synthetic weights and images there, to try out"
     )

@@ -1,4 +1,4 @@
-"""What to compute and how. Loads no torch, to keep --help fast."""
+"""Settings of an evaluation. Does not load torch, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Settings:
     features: str = "inception"
     batch_size: int = 64  # images read and resized at a time; changes no number
     device: str | None = None
-    dtype: str = "float32"  # bfloat16 moves features by some 5e-3: for a quick look, never for reported scores
-    compile: bool = False  # by torch.compile: a minute or more at first, then faster on a GPU; last bits move
+    dtype: str = "float32"  # bfloat16 changes features by about 5e-3: for a quick look, never for reported scores
+    compile: bool = False  # by torch.compile: a minute or more at first, then faster on a GPU; last bits change
     pr_dtype: str = "float32"
     k: int = 3
     split_size: int = 5000
@@ -29,7 +29,7 @@ class Settings:
     density_coverage: bool = False
     fid_infinity: bool = False
     per_class: bool = False
-    shard_dir: str | None = None  # folder of finished features
+    shard_dir: str | None = None  # folder where finished features are kept
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Finished features on disk: shards that survive an interruption and are shared by processes."""
+"""Finished features on disk, in shards, so that an interrupted run can resume and processes can share the work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 
 class Shards:
-    """Finished features in a folder: one npz file per range of images, named by the key of everything they rest on."""
+    """Finished features in a folder: one npz file per range of images. key: a hash of all that the features depend on."""
 
     def __init__(self, folder: Path, key: str, ranges: list[tuple[int, int]]) -> None:
         self.folder, self.key, self.ranges = folder, key, ranges
@@ -46,7 +46,7 @@ class Shards:
             np.savez(file, key=key, notes=text, pool=features.pool, spatial=features.spatial)
 
     def read(self, span: tuple[int, int]) -> Features | None:
-        """One shard, or None where it is absent, damaged (checksums are compared) or of something else."""
+        """One shard, or None if it is absent, damaged (by its checksums) or has another key."""
         try:
             arrays = Npz(self.path(span))
             if arrays["key"][:].tobytes().hex() != self.key:
@@ -65,7 +65,7 @@ class Shards:
         return self.folder / f".features-{self.key[:16]}-{rank}.alive"
 
     def show_life(self, rank: int) -> None:
-        """Tell the process that waits that this one goes on, however long a shard takes."""
+        """Touch a file that tells process 0 that this process is still working, however long a shard takes."""
         self._life(rank).touch()
 
     def end_life(self, rank: int) -> None:
@@ -73,7 +73,7 @@ class Shards:
         self._life(rank).unlink(missing_ok=True)
 
     def _signs(self, size: int) -> list[int]:
-        """Numbers that change as long as others work: how many shards there are, and when others last called `show_life`."""
+        """Signs that other processes work: the number of finished shards, and the times of the last calls of `show_life`."""
         signs = [sum(self.path(span).is_file() for span in self.ranges)]
         for rank in range(size):
             with suppress(OSError):

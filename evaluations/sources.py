@@ -1,6 +1,6 @@
-"""What every set of images offers, and sets of pictures: folders, zip files, tars and whatever else training reads.
+"""The interface of all sets of images, and sets of encoded pictures: folders, zip files, tars and all else that training reads.
 
-Pictures are listed and decoded by the code that training uses. Everything reaches the network as uint8 [N, H, W, 3].
+Pictures are listed and decoded by the code that training uses. Every set gives uint8 batches [N, H, W, 3].
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from guided_diffusion.data.sources import list_source
 from .statistics import Stored
 
 _MIXED = "images of different sizes: each is resized to 299x299 from its own size"
-MAX_BATCH_BYTES = 1 << 25  # of images that wait to be resized, however many were asked for
+MAX_BATCH_BYTES = 1 << 25  # a batch of large images holds fewer than batch_size of them
 
 
 class ImageSource:
     """Images in a fixed order; the base of all kinds of input."""
 
     conversion = ""
-    """What decides about the pixels beside the content (a declared value range, a crop): part of their identity."""
+    """What else the pixels depend on besides the stored content (a declared value range, a crop), for the key of shards."""
 
     def __init__(self, name: str, count: int | None) -> None:
         self.name = name
         self.count = count
-        """How many images; None while that is not known (batches as they are made)."""
+        """Number of images; None while it is unknown (an iterable that has not been read to its end)."""
         self.notes: list[str] = []
-        """How pixels were converted, for the report."""
+        """Notes for the report about conversions and the format."""
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
@@ -47,15 +47,15 @@ class ImageSource:
         return iter(())
 
     def labels(self) -> np.ndarray | None:
-        """int64 [N] class of each image, or None. ValueError for labels that are no classes: read them only if needed."""
+        """int64 [N] class of each image, or None. ValueError for invalid labels, so call it only if labels are needed."""
         return None
 
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes by number, where classes are numbered by name within this set; else none."""
+        """Names of the classes by number, if this set numbers its classes in the order of names; else ()."""
         return ()
 
     def want_labels(self) -> None:
-        """Labels will be needed: refuse bad ones now, before the images are read."""
+        """Announce that labels will be needed; ValueError for invalid ones now, before the images are read."""
         self.labels()
 
     def statistics(self) -> Stored | None:
@@ -63,17 +63,17 @@ class ImageSource:
         return None
 
     def sha256(self) -> str:
-        """Identity of the content: of the file, or of the names and contents of all members in order."""
+        """Hash of the content: of the file, or of names and contents of all members in order."""
         raise NotImplementedError
 
     def note(self, text: str) -> None:
-        """Remember a conversion for the report, once."""
+        """Add a note for the report, unless it is there already."""
         if text not in self.notes:
             self.notes.append(text)
 
 
 class PictureSource(ImageSource):
-    """Encoded pictures in the order in which training lists them, with the classes that it would take."""
+    """Encoded pictures, with the order and the classes that training would use."""
 
     def __init__(self, name: str) -> None:
         self._listed = list_source(name)

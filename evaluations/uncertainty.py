@@ -1,15 +1,15 @@
-"""How far a number would move had other samples been drawn: one standard error for each metric, and paired differences.
+"""Standard errors of scores: how much a score would vary if other samples were drawn; and of differences between two sets.
 
-Most metrics are smooth functions of averages over images. To first order such a metric moves by the mean of one number per
+Most metrics are smooth functions of averages over images. To first order such a metric varies like the mean of one number per
 image, its *influence*; the standard error is then that of a mean (the infinitesimal jackknife, Efron 1982). It needs no
-resampling, and influences of two sets give the error of their difference, which is what a comparison wants.
+resampling, and the influences of two sets give the standard error of their difference, which a comparison needs.
 
 Exceptions: recall and coverage (`group_jackknife_se`), and FID with no more images than features or a singular covariance
 (`_leave_groups_out`). There twenty groups are left out in turn (the delete-a-group jackknife), and their pseudo-values are
 used as influences.
 
-The reference is held fixed throughout: these are errors of "the score of this model against this reference". Bias is not
-in them: FID at few samples is too high by far more than its error bar (see `metrics.fid_infinity`).
+The reference is held fixed: these are errors of "the score of this model against this reference". They do not include bias: FID at
+few samples is too high by far more than its standard error (see `metrics.fid_infinity`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def mean_se(influence: np.ndarray, method: str = "infinitesimal jackknife over i
     influence = np.asarray(influence, dtype=np.float64)
     count = len(influence)
     centred = influence - influence.mean()
-    # Divided by a power of two first: squares of KID's influences may overflow.
+    # Divide by a power of two first, because squares of KID's influences may overflow.
     scale = np.ldexp(1.0, np.frexp(np.abs(centred).max(initial=0.0))[1])
     error = float(scale * np.sqrt(((centred / scale) ** 2).sum() / (count * max(count - 1, 1))))
     return Uncertainty(error, method, centred)
@@ -48,13 +48,13 @@ def group_jackknife_se(by_group: np.ndarray) -> Uncertainty:
     """Standard error of recall or coverage over the samples.
 
     `by_group` [g, m] bool: the references that the samples of each group reach (`Neighbours.by_group`,
-    `.occupied_by_group`); group i holds the samples i, i + g, i + 2g, ... Each group is left out in turn; for recall the
-    balls of the others keep their radii. Both scores depend on single samples at the rim, not on averages, so the estimate is
-    rough: 0.8 to 1.6 times the true standard deviation over repeated sample sets. The binomial error over references ignores
-    sampling variance and is 0.35 to 1.1 times it for recall.
+    `.occupied_by_group`); group i holds the samples i, i + g, i + 2g, ... Each group is left out in turn; for recall the balls of
+    the other samples keep their radii. Both scores depend on single samples at the edge of the distribution, not on averages, so the
+    estimate is rough: 0.8 to 1.6 times the true standard deviation over repeated sample sets. For recall, the binomial error over
+    references, which ignores sampling variance, is 0.35 to 1.1 times the true one.
     """
     parts = len(by_group)
-    others = by_group.sum(axis=0) - by_group  # in how many groups beside each one
+    others = by_group.sum(axis=0) - by_group  # by how many of the other groups each reference is reached
     left_out = (others > 0).mean(axis=1)
     return mean_se((parts - 1) * (left_out.mean() - left_out), f"jackknife over {parts} groups of samples")
 
@@ -62,8 +62,8 @@ def group_jackknife_se(by_group: np.ndarray) -> Uncertainty:
 def extrapolation_se(infinity: Extrapolation, distance: Uncertainty) -> float:
     """Standard error of `metrics.fid_infinity`, from that of the distance at all n samples (same influences).
 
-    The intercept is a weighted sum of distances of subsets, the weights w adding up to 1. All subsets share the sampling error
-    of the n samples; drawing n_i of them adds a variance of error^2 (n / n_i - 1) of its own.
+    The intercept is a weighted sum of the distances of subsets, with weights w that add up to 1. All subsets share the sampling error
+    of the n samples; drawing n_i of these adds a variance of error^2 (n / n_i - 1).
     """
     inverse = 1 / np.array(infinity.counts, dtype=np.float64)
     weights = np.linalg.pinv(np.stack([np.ones_like(inverse), inverse], axis=1))[0]
@@ -78,9 +78,9 @@ def frechet_se(
     reference_root: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Uncertainty:
-    """Standard error of FID or sFID over the sample's images, whose features `sample.rows` must be at hand.
+    """Standard error of FID or sFID over the sample's images. `sample.rows` must hold their features.
 
-    `reference_root`: `metrics.covariance_root` of the reference, where it is known already.
+    `reference_root`: `metrics.covariance_root` of the reference, if it has been computed already.
     """
     features = sample.rows
     assert features is not None
@@ -117,7 +117,7 @@ def _frechet_influence(
 def _leave_groups_out(
     features: np.ndarray, sample: Statistics, reference: Statistics, reference_root: torch.Tensor
 ) -> Uncertainty:
-    """Delete-a-group jackknife with the exact (singular value) form of the distance on what is left.
+    """Delete-a-group jackknife, with the exact (singular value) form of the distance for the remaining images.
 
     A group is a run of consecutive images (unlike the interleaved groups of `group_jackknife_se`).
     """
@@ -127,27 +127,28 @@ def _leave_groups_out(
     across = rows @ reference_root.T
     shift = torch.from_numpy(sample.mu - reference.mu).to(device)
     values = []
-    # Groups of one size, a few last images always in: the bias of the distance, about 1/n, then falls on all alike.
+    # All groups have the same size, and a few last images are in none: so the bias of the distance, about 1/n, is the same for all.
     size = count // parts
     for group in range(parts):
         keep = torch.ones(count, dtype=torch.bool, device=device)
         keep[group * size : (group + 1) * size] = False
-        left, product = rows[keep], across[keep]
-        mean = left.mean(dim=0)
-        moved = shift + mean
-        spread = (left - mean).square().sum() / (len(left) - 1)
-        cross = torch.linalg.svdvals(product - product.mean(dim=0)).sum() / np.sqrt(len(left) - 1)
-        values.append(float(moved @ moved + spread - 2 * cross))
+        # The distance without tr S2, which is constant: |m1 - m2|^2 + tr S1 - 2 tr (S1 S2)^(1/2).
+        kept, product = rows[keep], across[keep]
+        mean = kept.mean(dim=0)
+        mean_difference = shift + mean
+        trace = (kept - mean).square().sum() / (len(kept) - 1)
+        cross = torch.linalg.svdvals(product - product.mean(dim=0)).sum() / np.sqrt(len(kept) - 1)
+        values.append(float(mean_difference @ mean_difference + trace - 2 * cross))
     left_out = np.array(values)
     scale = (count - size) / size * np.sqrt(parts * size / count)
     return mean_se(scale * (left_out.mean() - left_out), f"jackknife over {parts} groups of images")
 
 
 def paired_difference_se(first: Uncertainty, second: Uncertainty) -> tuple[float, bool]:
-    """Standard error of the difference of two sets' scores against one reference, and whether it is of pairs.
+    """Standard error of the difference of two sets' scores against one reference, and whether images were paired.
 
-    Equally many influences are paired by position, on the assumption that image i (or group i) of both used the same seed
-    and label: what the two share then cancels. Nothing but the number is tested; unrelated sets lose nothing by it.
+    Sets of equal size are paired by position, on the assumption that image i (or group i) of both used the same seed and label: their
+    common variation then cancels. Only the size is checked; for unrelated sets pairing gives the same error on average.
     """
     a, b = first.influence, second.influence
     if len(a) == len(b):

@@ -1,8 +1,8 @@
 """Find, check and load the weights of the 2015 Inception graph.
 
-Two published files hold the same numbers: the TensorFlow graph of the original evaluator
-(`classify_image_graph_def.pb`) and its conversion for PyTorch. Either serves. Files are looked for in the working
-directory first (as the 2021 evaluator did), then in the cache folder; only then is one downloaded.
+Two published files hold the same numbers: the TensorFlow graph of the original evaluator (`classify_image_graph_def.pb`) and its
+conversion for PyTorch. Either can be used. They are looked for in the working directory first (as the 2021 evaluator did), then in
+the cache folder; only if there is none, one is downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .inception import Block, InceptionV3
 
 
 class Published(NamedTuple):
-    """A published weights file and what it must look like."""
+    """A published weights file, its size and its digest (of the hash `algorithm`)."""
 
     name: str
     url: str
@@ -51,7 +51,7 @@ PUBLISHED = (
         *_PTH,
     ),
 )
-# The PyTorch file first: its published hash is the stronger one.
+# The PyTorch files first: they are published with a SHA-256, the graph only with an MD5.
 DOWNLOAD_ORDER = (PUBLISHED[1], PUBLISHED[2], PUBLISHED[0])
 
 _EXPECTED = f"expected the 2015 Inception network as in {PUBLISHED[0].name} or {PUBLISHED[1].name}"
@@ -67,16 +67,14 @@ def scope_names() -> dict[str, str]:
     names = {_numbered("conv", i): name for i, name in enumerate(_STEM)}
     blocks = [(name, block) for name, block in net.named_children() if isinstance(block, Block)]
     for i, (module, block) in enumerate(blocks):
-        # The graph calls branches "tower", "tower_1", ..., but for a first one of a single convolution.
+        # The graph calls branches "tower", "tower_1", ...; but a first branch of a single convolution has no such scope.
         without_tower = len(next(iter(block.chains.values()))) == 1
         for tower, chain in enumerate(block.chains.values(), -without_tower):
             scope = _numbered("mixed", i) + (f"/{_numbered('tower', tower)}" if tower >= 0 else "")
             for k, layer in enumerate(chain):
-                several = len(layer) > 1
-                places = (
-                    [f"mixed/{_numbered('conv', side)}" for side in range(2)] if several else [_numbered("conv", k)]
-                )
-                names |= {f"{scope}/{place}": f"{module}.{name}" for place, name in zip(places, layer)}
+                is_split = len(layer) > 1  # two parallel convolutions, see `inception.SPLIT`
+                scopes = [f"mixed/{_numbered('conv', j)}" for j in range(2)] if is_split else [_numbered("conv", k)]
+                names |= {f"{scope}/{conv}": f"{module}.{name}" for conv, name in zip(scopes, layer)}
     return names
 
 
@@ -112,7 +110,7 @@ def load_inception(
             )
         warnings.warn(f"scores rest on unknown Inception weights: {path} ({complaint})", stacklevel=2)
     state = state_from_graph(path) if path.suffix == ".pb" else _state_from_torch(path)
-    with torch.device("meta"):  # no time and memory for numbers that are replaced at once
+    with torch.device("meta"):  # no random initial weights, which would be replaced at once
         net = InceptionV3()
     _load_strictly(net, state, path)
     net.sha256, net.verified = sha256, verified
@@ -122,7 +120,7 @@ def load_inception(
 
 
 def check_file(path: Path) -> tuple[str, bool, str]:
-    """sha256 of the file, whether it is a published one, and if not what differs."""
+    """(sha256 of the file, whether it is a published one, "" or how it differs from the published one)."""
     kind = [known for known in PUBLISHED if (Path(known.name).suffix == ".pb") == (path.suffix == ".pb")]
     size, sha256, digest = path.stat().st_size, storage.sha256_of(path), _digest(path, kind[0].algorithm)
     if any(size == known.size and digest == known.digest for known in kind):
@@ -210,7 +208,7 @@ def state_from_graph(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def _load_strictly(net: InceptionV3, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load, naming what is missing, unknown or of another shape; numbers must be finite floats."""
+    """Load a state dict. ValueError naming tensors that are missing, unknown, of another shape or not finite floats."""
     wanted = net.state_dict()
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:
