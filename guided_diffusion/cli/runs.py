@@ -102,9 +102,8 @@ def session(device: str, *, debug: bool = False, timeout_s: float = PATIENCE_S) 
             if processes.size == 1 or debug:
                 raise
             # Another process may have reported the same error already; then this one ends without a message.
-            context = processes.context
-            earlier = watch.post_note(context, f"{context.where()} failed: {error}")
+            earlier = watch.post_note(processes.context, f"{processes.context.where()} failed: {error}")
             same = earlier is not None and earlier.endswith(f" failed: {error}")
-            mark = "" if str(error).startswith("[") else f"[{context.where()}] "
+            mark = "" if str(error).startswith("[") else f"[{processes.context.where()}] "
             code = 1 if isinstance(error, world.CollectiveError) else USER_ERROR
-            watch.leave("" if same else f"{mark}error: {error}\n", code, after=context)
+            watch.leave("" if same else f"{mark}error: {error}\n", code, after=processes.context)

@@ -35,8 +35,7 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     for name, what in (("model_path", "the weights of an upsampler"), ("base_samples", "the images to enlarge")):
         if not getattr(options, name):
             raise ValueError(f"--{name} is empty; give {what}")
-    # By default the command makes one large image of each small one; the scripts of 2021 make 10000, repeating the small images.
-    every = not script and "num_samples" not in options.typed
+    every = not script and "num_samples" not in options.typed  # scripts make 10000 as in 2021, repeating small images
     with making.session(options) as (world, stop):
         make(options, world, stop, every=every)
     return 0
