@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import replace as _replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +38,7 @@ def setup_dist() -> None:
     if _current.size == 1:  # code of 2021 calls torch.distributed itself
         backend = _rooms.backend_of(_current.device)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        _current = replace(_current, backend=backend)
+        _current = _replace(_current, backend=backend)
     atexit.register(_leave)
     if _current.size > 1:
         context, hook = _current.context, sys.excepthook
@@ -85,8 +85,9 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
     """Overwrite `params` with rank 0's values, on all ranks."""
+    world = _world()
     for param in params:
-        _world().broadcast_(param, name="sync_params")
+        world.broadcast_(param, name="sync_params")
 
 
 def _find_free_port() -> int:

@@ -14,22 +14,12 @@ import torch.nn as nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # noqa: F401  2021 names of this module
 
 from . import logger
-from .models.layers import store_convolution as _store_convolution
+from .models.layers import convert_module_to_f16, convert_module_to_f32  # noqa: F401  2021 names of this module
 from .training.optimizer import total_norm as _total_norm
 from .training.precision import INITIAL_LOG_LOSS_SCALE
 
 _Named = list[tuple[str, nn.Parameter]]
 _Group = tuple[_Named, tuple[int, ...]]
-
-
-def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741  the name of 2021
-    """Store a convolution's weights in float16; other modules stay. For `module.apply`."""
-    _store_convolution(l, th.float16)
-
-
-def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
-    """Undo `convert_module_to_f16`."""
-    _store_convolution(l, th.float32)
 
 
 def make_master_params(param_groups_and_shapes: Sequence[_Group]) -> list[nn.Parameter]:

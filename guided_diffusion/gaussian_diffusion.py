@@ -12,25 +12,15 @@ import enum
 import functools
 import math  # noqa: F401  star imports of this module rely on it
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module as _import_module
 from typing import Any
 
 import numpy as np
 import torch as th
 
+from . import diffusion as _rooms
 from .diffusion.densities import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
 Output = dict[str, Any]
-
-
-class _Rooms:
-    """The modules of `diffusion`, each loaded when it is first touched: importing this module costs little."""
-
-    def __getattr__(self, name: str) -> Any:
-        return _import_module(f".diffusion.{name}", __package__)
-
-
-_rooms = _Rooms()
 
 
 def betas_for_alpha_bar(
@@ -77,8 +67,8 @@ class LossType(enum.Enum):
 
 
 # Enumerations are compared by name: a vendored copy's members, or those unpickled from an old file, mean the same.
-_VARIANCE = {name: name.lower() for name in ModelVarType.__members__}
-_LOSS = {name: name.lower() for name in LossType.__members__}
+_VARIANCE: dict[str, Any] = {name: name.lower() for name in ModelVarType.__members__}
+_LOSS: dict[str, Any] = {name: name.lower() for name in LossType.__members__}
 
 _ATTRIBUTES = {
     "betas": "beta",

@@ -6,10 +6,9 @@ from abc import abstractmethod
 
 import numpy as np
 
-from .fp16_util import convert_module_to_f16, convert_module_to_f32
 from .models import unet as _room
 from .models.attention import count_flops_attn
-from .models.layers import avg_pool_nd, timestep_embedding
+from .models.layers import avg_pool_nd, convert_module_to_f16, convert_module_to_f32, timestep_embedding
 from .models.pools import AttentionPool2d
 from .models.unet import *  # noqa: F403  so editors and type checkers can follow the door
 

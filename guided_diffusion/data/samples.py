@@ -68,8 +68,7 @@ def open_images(
 
     `labels`: where the labels of a folder or archive come from, as in --labels.
     """
-    is_npz = path.endswith(".npz") or (storage.exists(path) and not path.lower().endswith((".zip", ".tar")))
-    if is_npz and not storage.isdir(path):
+    if _is_npz(path):
         images, numbers = _read_npz(path, size, channels)
         about = "no labels" if numbers is None else f"labels of {len(set(numbers.tolist()))} classes"
         names = () if numbers is None else tuple(class_names)
@@ -79,6 +78,16 @@ def open_images(
     source = open_source(records.kind, records.root)
     about = f"cut and scaled to {size}x{size}; labels: {records.label_source}"
     return Images(records, lambda k: center_crop(source.read(records.paths[k], channels), size), about)
+
+
+def _is_npz(path: str) -> bool:
+    """Whether a path is to be read as an npz of samples, whatever its name: not so a folder, a tar, or a zip of pictures."""
+    if path.endswith(".npz") or storage.isdir(path) or not storage.exists(path):
+        return path.endswith(".npz")
+    with storage.open_file(path) as file:
+        if zipfile.is_zipfile(file):
+            return "arr_0.npy" in zipfile.ZipFile(file).namelist()
+    return not path.lower().endswith(".tar")
 
 
 def _read_npz(path: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -8,6 +8,7 @@ between steps is that of the process before respacing at this log-SNR.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -213,7 +214,7 @@ def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list
     "250" or 250: that many, evenly from first to last. "90,60,60,20,20" or a list: cut the steps into equal sections (the first is the
     least noisy) and take so many from each. "ddim25": every k-th step from 0, with the whole number k that gives 25. "": all.
     """
-    parts: Iterable[Any] = sections if isinstance(sections, Iterable) else [sections]
+    parts: Iterable[Any] = sections if isinstance(sections, Iterable) else [operator.index(sections)]
     strided = False
     if isinstance(sections, str):
         text = sections.strip()

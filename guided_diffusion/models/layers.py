@@ -272,3 +272,13 @@ def store_convolution(module: nn.Module, dtype: torch.dtype) -> None:
         module.weight.data = module.weight.data.to(dtype)
         if module.bias is not None:
             module.bias.data = module.bias.data.to(dtype)
+
+
+def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741  the name of 2021
+    """Store a convolution's weights in float16; other modules stay. For `module.apply`."""
+    store_convolution(l, torch.float16)
+
+
+def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
+    """Undo `convert_module_to_f16`."""
+    store_convolution(l, torch.float32)

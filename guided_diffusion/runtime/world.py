@@ -123,8 +123,7 @@ class World:
             return tensor
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = tensor.shape[0]
-        with self.operation(f"{name} (lengths)"):
-            counts = self.all_reduce_sum_(lengths).tolist()
+        counts = self.all_reduce_sum_(lengths, f"{name} (lengths)").tolist()
         if not any(counts):
             return tensor
         wire = tensor.detach().to(self.device).contiguous()
@@ -330,7 +329,9 @@ def _exchange(store: Any, key: str, place: launchers.Place, value: Any) -> list[
     names = [f"guided_diffusion/{key}/{rank}" for rank in range(place.size)]
     store.set(names[place.rank], json.dumps(value))
     try:
-        return [json.loads(text) for text in store.multi_get(names)]
+        if place.rank == 0:  # reads all, so that the others read one key each
+            store.set(f"guided_diffusion/{key}", json.dumps([json.loads(store.get(name)) for name in names]))
+        return json.loads(store.get(f"guided_diffusion/{key}"))
     except RuntimeError as error:
         missing = [str(rank) for rank, name in enumerate(names) if place.rank == 0 and not store.check([name])]
         cause = f"no word from rank {', '.join(missing)}" if missing else str(error)

@@ -106,11 +106,12 @@ def write_preview(model: Loaded, path: str, *, steps: str, seed: int = 0, count:
     if "y" in model.inputs:
         labels = np.arange(count) * max(1, model.num_classes // count) % model.num_classes
         captions = class_captions(labels, model.class_names)
+    chosen: str | None = steps
     try:
         respaced(model.process, steps)
     except ValueError:
-        steps = ""
-    images = sample(model, labels=labels, num_images=count, sampler="ddim", steps=steps or None, seed=seed)
+        chosen = None
+    images = sample(model, labels=labels, num_images=count, sampler="ddim", steps=chosen, seed=seed)
     write_grid(path, images, captions)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,16 @@ def test_conditions_are_the_small_images_themselves(small: Path) -> None:
     assert packed.records.labels is None
     named = open_images(str(shutil.copy(small, small.parent / "of another name")), 8, 3)
     assert torch.equal(named.low_res([4, 2])["low_res"], base.low_res([4, 2])["low_res"])
+
+
+@pytest.mark.parametrize("name", ["pictures.zip", "pictures of no ending"])
+def test_an_archive_of_pictures_is_read_as_training_reads_it(tmp_path: Path, name: str) -> None:
+    picture = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.write(tmp_path / "a.png", "cat/a.png")
+    images = open_images(str(tmp_path / name), 8, 3)
+    assert len(images) == 1 and np.array_equal(images.read(0), picture)
 
 
 @pytest.mark.parametrize("sampler", [["--use_ddim", "True"], [], ["--sampler", "heun"]])

@@ -299,3 +299,14 @@ def test_what_leaves_is_contiguous(given, returned, mean, variance):
         for part in parts:
             for tensor in part if isinstance(part, list) else [part]:
                 assert tensor.is_contiguous() or 0 in tensor.stride(), name
+
+
+def test_methods_compile_as_one_graph():
+    """Training code of others compiles its step around them."""
+    diffusion, (x, noise), t = plain(), torch.randn(2, 2, 3, 4, 4), torch.tensor([1, 5])
+
+    def loss(x, t):
+        return diffusion.training_losses(half, x, t, noise=noise)["loss"]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, t), loss(x, t))

@@ -26,14 +26,15 @@ def read_packed_index(root: str) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(storage.read_bytes(path))
         version = index.get("format", 1)
         if version == 1:  # check now that all keys which are read later exist
-            (_, _, _), _, _ = index["shape"], range(index["count"]), itemgetter(*_KEYS)(index)
-            for entry in index["shards"]:
+            _, _, _ = (range(side) for side in index["shape"])
+            _, _ = range(index["count"]), itemgetter(*_KEYS)(index)
+            for entry in index["shards"][:]:  # a list
                 itemgetter("file", "count", "sha256")(entry)
             if index["labels"] is not None:
                 itemgetter("file", "sha256")(index["labels"])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         known = "not the index of packed data that `data pack` writes"
-        raise ValueError(f"{path}: {known} ({error!r}); give another folder") from None
+        raise ValueError(f"{path}: {known} ({type(error).__name__}: {str(error)[:200]}); give another folder") from None
     if version != 1:
         raise ValueError(f"{root!r}: packed data of format {version!r}; this version reads format 1: pack it again")
     if storage.is_remote(root):
