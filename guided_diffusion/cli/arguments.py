@@ -58,7 +58,9 @@ class _ImportProgram(argparse.Action):
         try:
             importlib.import_module(program)
         except ModuleNotFoundError as error:
-            if error.name != program.partition(".")[0]:  # what is missing is not the program
+            if not f"{program}.".startswith(
+                f"{error.name}."
+            ):  # what is missing is not the program, but what it imports
                 raise
             raise ValueError(f"--import {program}: there is no such module; give FILE.py or an installed one") from None
 

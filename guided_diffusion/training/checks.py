@@ -55,10 +55,10 @@ def check_batches(make: Callable[[], Batches], records: Records, batch_size: int
 def state_bytes(
     parameters: int, *, averages: int, processes: int, shard_optimizer: bool = False, shard_ema: bool = False
 ) -> int:
-    """Bytes per process of float32 weights, gradients, Adam's two moments, EMA copies and all-reduce buckets."""
+    """Bytes per process of float32 weights, gradients (which are the buckets of all-reduce), Adam's two moments and EMA copies."""
     moments = 8 / (processes if shard_optimizer else 1)
     copies = 4 * averages / (processes if shard_ema else 1)
-    return int(parameters * (8 + moments + copies + (4 if processes > 1 else 0)))
+    return int(parameters * (8 + moments + copies))
 
 
 def check_memory(

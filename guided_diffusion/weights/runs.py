@@ -276,8 +276,15 @@ def _open_complete(directory: str, step: int) -> SavedRun:
 
 def _saved_run(directory: str, step: int, files: Mapping[str, str], **about: Any) -> SavedRun:
     """The `SavedRun` of these files, {role: path}; `about`: its other fields, which saves of 2021 lack."""
-    ema = {role.removeprefix("ema_"): path for role, path in files.items() if role.startswith("ema_")}
+    decays = {role.removeprefix("ema_"): path for role, path in files.items() if role.startswith("ema_")}
+    ema = {decay: path for decay, path in decays.items() if _is_decay(decay)}  # ema_mine_000010.pt is not of training
     return SavedRun(directory, step, files.get("model"), ema, files.get("opt"), **about)
+
+
+def _is_decay(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return 0 <= float(text) < 1
+    return False
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -136,6 +136,9 @@ def test_triples_of_2021_resume_and_name_what_they_lack(tmp_path, caplog):
     assert_same_state(again.ema.state_dict_of("0.9"), trainer.ema.state_dict_of("0.9"))
     for name in ("model000500.pt", "opt000500.pt"):
         assert load_run(str(tmp_path / name)).step == 500
+    for name in ("mine", "1.0"):  # no decays: somebody's own files
+        torch.save({}, tmp_path / f"ema_{name}_000500.pt")
+    assert list(load_run(str(tmp_path / "model000500.pt")).ema) == ["0.9"]
     averages = load_run(str(tmp_path / "ema_0.9_000500.pt"))  # as 2021 took them: weights without a past
     assert (averages.step, averages.optimizer, averages.model) == (0, None, str(tmp_path / "ema_0.9_000500.pt"))
 
