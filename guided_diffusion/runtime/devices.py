@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 _log = logging.getLogger(__name__)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -138,6 +139,18 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of glibc
         trim(0)
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """From now on freed tensors in main memory leave the process at once: less memory, some percent more time.
+
+    Otherwise glibc keeps those below 32 MB in its heap, where tensors that live long keep others from using the gaps.
+    Nothing changes on other devices and systems.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if device.type == "cpu" and set_option is not None:
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            set_option(option, 4 << 20)  # bytes
 
 
 def _line_of(path: str, name: str) -> int:
