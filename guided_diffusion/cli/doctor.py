@@ -140,10 +140,9 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
     from ..weights.probe import conditions
 
     model, net_device = config.model, next(net.parameters()).device
-    half = getattr(model, "use_fp16", False) or getattr(model, "classifier_use_fp16", False)
     if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
         net.set_fused_norm(False)  # type: ignore[operator]
-    compute_in(net, choose_precision(config.train.precision, half, device))
+    compute_in(net, choose_precision(config.train.precision, model.fp16, device))
     set_recompute(net, recompute)
 
     def forward(count: int) -> Any:

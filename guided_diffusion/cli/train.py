@@ -258,8 +258,7 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
     net = build.build_network(config.model, config.diffusion, seed=train.seed)
     if start is not None and start.tensors is not None and plan.saved is None:
         fill(net, start, plan.names)
-    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    precision = choose_precision(train.precision, half, world.device)
+    precision = choose_precision(train.precision, config.model.fp16, world.device)
     process = build.build_process(config.diffusion).to(world.device)
     timesteps = build.build_timesteps(train.schedule_sampler, len(process))
     if config.kind == "classifier":

@@ -52,6 +52,11 @@ class _Role(Section):
     """Height and width of the images in pixels."""
 
     @property
+    def fp16(self) -> bool:
+        """Whether --use_fp16, or --classifier_use_fp16, is set."""
+        return bool(getattr(self, f"{self.prefix}use_fp16"))
+
+    @property
     def options(self) -> dict[str, Any]:
         """The arguments that --arch_options gives an architecture other than the U-Net."""
         return options(self.arch_options, f"{self.prefix}arch_options")

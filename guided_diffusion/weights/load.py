@@ -224,8 +224,7 @@ def load(
     config = found.config
     assert config is not None
     net = network_of(config, tensors, found.path).to(device)
-    half = getattr(config.model, "use_fp16", False) or getattr(config.model, "classifier_use_fp16", False)
-    chosen = choose_precision(precision, half, device)
+    chosen = choose_precision(precision, config.model.fp16, device)
     compute_in(net, chosen, store=chosen != "fp32")
     process = build.build_process(config.diffusion).to(device)
     return Loaded(net, process, **vars(found))
