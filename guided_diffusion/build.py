@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -78,21 +79,39 @@ def build_classifier(model: ClassifierConfig) -> Any:
     return build_model(model)
 
 
-def build_network(model: Network, diffusion: DiffusionConfig | None = None, *, seed: int | None = None) -> nn.Module:
-    """As `build_model`, without changing the global generator; with `seed`, the initial weights depend on it alone."""
-    with torch.random.fork_rng(devices=[]):
+def build_network(
+    model: Network,
+    diffusion: DiffusionConfig | None = None,
+    *,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """As `build_model`, on `device`, without changing the global generators.
+
+    A U-Net's weights are drawn by the device itself; with `seed` they depend on it and on the kind of device alone.
+    """
+    device = None if device is None else torch.device(device)
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    # Another architecture's constructor may compute with tensors of its own; it is built on the CPU and then moved.
+    where = contextlib.nullcontext() if device is None or model.architecture != UNET else device
+    with torch.random.fork_rng(devices=gpus), where:
         if seed is not None:
             torch.manual_seed(key_of(seed, TRAIN))
         net: nn.Module = build_model(model, diffusion)
-        return net
+    return net if device is None else net.to(device)
 
 
-def build_empty(model: Network, diffusion: DiffusionConfig | None = None) -> nn.Module:
-    """The network of a config, for weights to be loaded (`assign=True`): a U-Net on the meta device, without weights."""
+def build_empty(
+    model: Network, diffusion: DiffusionConfig | None = None, *, device: torch.device | str = "meta"
+) -> nn.Module:
+    """The network of a config on `device`, for weights to be loaded: a U-Net whose weights are memory as it was found.
+
+    On the meta device it has none, and takes those loaded with `assign=True`.
+    """
     if model.architecture != UNET:  # its constructor may compute buffers that no file holds
-        return build_network(model, diffusion)
-    with torch.device("meta"), Unfilled():
-        return build_network(model, diffusion)
+        return build_network(model, diffusion, device=None if torch.device(device).type == "meta" else device)
+    with Unfilled():
+        return build_network(model, diffusion, device=device)
 
 
 def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -> Process:

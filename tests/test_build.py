@@ -45,6 +45,50 @@ def test_first_weights_are_a_function_of_the_seed_and_leave_the_generator_alone(
     assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
 
 
+@pytest.mark.parametrize(("kind", "flags"), [("diffusion", SMALL), ("classifier", {"image_size": 8, **CLASSIFIER}),
+                                             ("super_resolution", {**SMALL, "large_size": 8, "small_size": 4})])  # fmt: skip
+def test_networks_are_made_where_they_are_used(kind: str, flags: dict[str, Any]) -> None:
+    """Also those to be filled, whose tensors a file can all replace."""
+    config = RunConfig.from_flags(kind, flags)
+    drawn = build.build_network(config.model, seed=5).state_dict()
+    again = build.build_network(config.model, seed=5, device="cpu").state_dict()
+    assert all(torch.equal(value, drawn[name]) for name, value in again.items())
+    for net in (build.build_network(config.model, device="meta"), build.build_empty(config.model)):
+        assert all(value.is_meta for value in net.state_dict().values())
+    state = torch.random.get_rng_state()
+    empty = build.build_empty(config.model, device="cpu")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())} == set(drawn)
+    empty.load_state_dict(drawn)
+    assert all(torch.equal(value, drawn[name]) for name, value in empty.state_dict().items())
+
+
+def test_another_architecture_is_built_on_the_cpu_and_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, **shape: Any) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.from_numpy(np.ones(2)) * torch.ones(2))
+
+    monkeypatch.setitem(gd.ARCHITECTURES, "plain", Net)
+    model = ModelConfig(architecture="plain")
+    assert build.build_network(model, device="meta").weight.is_meta
+    assert not build.build_empty(model).weight.is_meta  # its buffers may be in no file
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_first_weights_itself() -> None:
+    model = ModelConfig(**SMALL)
+    states = torch.random.get_rng_state(), torch.cuda.get_rng_state()
+    nets = [build.build_network(model, seed=seed, device="cuda") for seed in (5, 5, 6)]
+    assert torch.equal(states[0], torch.random.get_rng_state()) and torch.equal(states[1], torch.cuda.get_rng_state())
+    one, two, other = (list(net.parameters()) for net in nets)
+    assert all(p.is_cuda for p in one) and all(torch.equal(a, b) for a, b in zip(one, two))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other))
+    on_cpu = build.build_network(model, seed=5).parameters()
+    for a, b in zip(one, on_cpu):  # the same distribution
+        assert a.numel() < 1000 or a.std().item() == pytest.approx(b.std().item(), rel=0.2)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_image_channels_reach_both_ends(channels: int) -> None:
     net = build.build_model(ModelConfig(**SMALL, image_channels=channels), DiffusionConfig(learn_sigma=True))

@@ -118,7 +118,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
 
     def build_step() -> tuple[nn.Module, Callable[[], Any]]:
         """The network on the device instead of the meta device, and its forward pass on as many images as fit."""
-        on_device = build_network(config.model, config.diffusion, seed=0).to(world.device)
+        on_device = build_network(config.model, config.diffusion, seed=0, device=world.device)
         return on_device, partial(forward_of(config, on_device, plan.recompute, world.device), plan.images)
 
     if parsed.flags["measure"] and memory.status != FAIL:

@@ -243,6 +243,26 @@ def _train(plan: _Plan, parsed: arguments.Parsed, stop: Stop, where: str) -> int
     return 0
 
 
+def _network(plan: _Plan) -> nn.Module:
+    """The network on its device: with the weights of a file or, in a new run, with those drawn from the seed.
+
+    Empty in a run that continues, for `Trainer.restore`.
+    """
+    from .. import build
+    from ..weights.continuing import fill
+
+    config, device = plan.config, plan.world.device
+    of_file = plan.start if plan.saved is None and plan.start is not None and plan.start.tensors is not None else None
+    # With --new_classes the file may lack rows for some classes, so all weights are drawn first.
+    if plan.saved is None and (of_file is None or of_file.new_classes):
+        net = build.build_network(config.model, config.diffusion, seed=config.train.seed, device=device)
+    else:
+        net = build.build_empty(config.model, config.diffusion, device=device)
+    if of_file is not None:
+        fill(net, of_file, plan.names)
+    return net
+
+
 def _trainer(plan: _Plan, **options: Any) -> Trainer:
     """The trainer before its first step: weights loaded, batch fitted to the memory, network compiled."""
     from .. import build
@@ -251,13 +271,10 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
     from ..training.losses import classifier_loss, diffusion_loss
     from ..training.memory import fit, set_recompute
     from ..training.trainer import Trainer
-    from ..weights.continuing import fill
 
-    config, start, world = plan.config, plan.start, plan.world
+    config, world = plan.config, plan.world
     train = config.train
-    net = build.build_network(config.model, config.diffusion, seed=train.seed)
-    if start is not None and start.tensors is not None and plan.saved is None:
-        fill(net, start, plan.names)
+    net = _network(plan)
     precision = choose_precision(train.precision, config.model.fp16, world.device)
     process = build.build_process(config.diffusion).to(world.device)
     timesteps = build.build_timesteps(train.schedule_sampler, len(process))

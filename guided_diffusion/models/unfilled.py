@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 class Unfilled(TorchFunctionMode):
     """Within this context, torch.nn.init, zero_ and fill_ leave tensors as they are.
 
-    On the meta device they would have no effect but cost time: normal_ there imports torch's compiler, a second or two.
+    Drawing 295 million weights that a file replaces takes seconds on a CPU. On the meta device it would have no effect but cost
+    time too: normal_ there imports torch's compiler, a second or two.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import laid_over
@@ -57,6 +58,27 @@ def test_the_newest_save_comes_before_the_file_a_run_was_started_from(command, p
         assert f"at step {last - 2}" in said and ("has saves of its own" in said) == bool(words == again), said
         assert max(steps(tmp_path / "run")) == last and before.items() <= times(tmp_path / "run").items()
     assert json.loads((tmp_path / "run" / "run000008.json").read_text())["started_from"] == f"{tmp_path}/pretrained.pt"
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_weights_that_are_read_are_not_drawn_first(command, photos, tmp_path, monkeypatch):
+    """A start from a file, and a run that continues. New classes keep their drawn rows."""
+    drawn = []
+    plain = torch.Tensor.uniform_
+
+    def uniform_(self, *args, **kwargs):  # with which layers begin; time steps are drawn with it too, in one dimension
+        drawn.extend([self.shape] * (self.dim() > 1))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
+    from_file = f"--resume_checkpoint {tmp_path}/run/model000002.pt --resume_from model --max_steps 2"
+    starts = [("run", "--max_steps 2", True), ("run", "--max_steps 4", False), ("other", from_file, False)]
+    if command != "train-upsampler":  # COMMANDS trains it without classes
+        starts.append(("classes", f"{from_file} --new_classes True", True))
+    for out, words, expected in starts:
+        drawn.clear()
+        assert train(words, photos, tmp_path / out, command) == 0
+        assert bool(drawn) == expected, (out, words)
 
 
 def test_a_file_of_the_run_itself_is_left_for_newer_saves_and_a_stored_one_is_forgotten(
