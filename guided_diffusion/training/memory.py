@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -66,61 +67,118 @@ def attempts(ways: Sequence[str], images: int, *, shrink: bool) -> list[StepPlan
     return [StepPlan(way, images) for way in ways[:-1]] + [StepPlan(ways[-1], size) for size in sizes]
 
 
+def choose(
+    plans: Sequence[StepPlan],
+    need: Callable[[StepPlan], float],
+    room: float,
+    trial: Callable[[StepPlan], bool] | None = None,
+) -> StepPlan | None:
+    """The first of `plans` whose computed `need` is at most `room` (both in bytes); None if there is none.
+
+    With `trial` (whether a real step fits; computed bytes lack the device's workspaces) that plan is tried, or the last one
+    where none fits by computation. After a failure a second is tried, the next that needs at most 3/4 of the first. If that
+    fails too, the next that needs at most half of the second is taken untried: each trial costs as much as a step. Where no plan
+    needs so little, it is the last; None if that one failed.
+    """
+    last = len(plans) - 1
+    k = next((k for k, plan in enumerate(plans) if need(plan) <= room), None)
+    if trial is None or not plans:
+        return None if k is None else plans[k]
+    k = last if k is None else k
+    for share in (0.75, 0.5):
+        if trial(plans[k]):
+            return plans[k]
+        if k == last:
+            return None
+        most = share * need(plans[k])
+        k = next((j for j in range(k + 1, last) if need(plans[j]) <= most), last)
+    return plans[k]
+
+
 def fit(
     trainer: Trainer, batch: Any, *, recompute: bool, shrink: bool, norms: bool = True, limit_gb: float = 0.0
 ) -> None:
-    """Set recompute and microbatch to the first of the `attempts` whose step on `batch` fits into memory.
+    """Set recompute and microbatch to the first of the `attempts` whose step on `batch` fits into memory, as `choose` finds it.
 
-    With `recompute` it tries to recompute nothing, then norms (if `norms`), then whole blocks; with `shrink`, then smaller
-    microbatches. On a GPU each attempt is a real forward and backward pass beside the optimizer's moments. On a CPU bytes
-    are computed instead, as the system kills a process that uses too much. All ranks choose the same; weights and gradients
-    stay. `limit_gb`: GiB that this process may use; 0 = what is free. Call before compiling. ValueError if nothing fits.
+    With `recompute` these recompute nothing, then norms (if `norms`), then whole blocks; with `shrink`, then smaller
+    microbatches follow. What a step needs is computed. On a GPU at most two real forward and backward passes beside the
+    optimizer's moments correct that; on a CPU none do, as the system kills a process that uses too much. All ranks choose the
+    same; weights and gradients stay. `limit_gb`: GiB that this process may use; 0 = what is free. Call before compiling.
+    ValueError if nothing fits.
     """
-    net, device, whole = trainer.net, trainer.device, batching.length(batch)
+    net, device, world, whole = trainer.net, trainer.device, trainer.world, batching.length(batch)
     # "" leaves the network's recompute as it is.
     ways = [way for way in can_recompute(net) if norms or way != "norms"] if recompute else [""]
     return_freed_memory(device)
-    usable = _usable_bytes(trainer, limit_gb)
-    temporary = 0.0 if device.type == "cuda" else _TEMPORARY * _kept(trainer, batch, ways[0])[1]  # bytes per image
+    give_back(device)
+    net.train()
+    room = _usable_bytes(trainer, limit_gb)
+    kept = functools.cache(lambda way: _most_kept(trainer, batch, way))
+
+    def need(plan: StepPlan) -> float:
+        fixed, each = kept(plan.recompute)
+        return fixed + plan.images * (each + (0.0 if device.type == "cuda" else _TEMPORARY * kept(ways[0])[1]))
+
+    def fits(plan: StepPlan) -> bool:
+        if plan.recompute:
+            set_recompute(net, plan.recompute)
+        return not world.any_true(not _runs(trainer, batch, plan.images), name="does a step fit into memory?")
+
+    plans = attempts(ways, min(trainer.microbatch or whole, whole), shrink=shrink)
     try:
         if limit_gb and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / total), device)
-        for way, size in attempts(ways, min(trainer.microbatch or whole, whole), shrink=shrink):
-            fits = _fits(trainer, batch, way, size, usable - temporary * size)
-            if trainer.world.any_true(not fits, name="does a step fit into memory?"):
-                continue
-            if size < whole:
-                trainer.microbatch = size
-            passes = f"{size} images per forward and backward pass"
-            if way:
-                _log.info(f"--recompute auto: {_CHOSEN[way]}" + f"; {passes}" * (size < whole))
-            else:
-                _log.info(f"--microbatch auto: {passes} fit")
-            return
+        plan = choose(plans, need, room - _state_bytes(trainer), fits if _can_try(device) else None)
     finally:
         if limit_gb and device.type == "cuda":  # the limit holds for these attempts, not for training
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-    remedies = ["--memory_limit_gb 0 or more"] * bool(limit_gb) + ["--recompute all"] * (not recompute)
-    remedies += ["--microbatch auto"] * (not shrink) + ["--precision bf16", "fewer --num_channels"]
-    raise ValueError(
-        f"not even {size} image{'s' * (size > 1)} at a time {'fit' if size > 1 else 'fits'} into this device's memory"
-        f"{f' of --memory_limit_gb {limit_gb:g}' if limit_gb else ''}; give {', or '.join(remedies)}"
-    )
+    if plan is None:
+        size = plans[-1].images
+        remedies = ["--memory_limit_gb 0 or more"] * bool(limit_gb) + ["--recompute all"] * (not recompute)
+        remedies += ["--microbatch auto"] * (not shrink) + ["--precision bf16", "fewer --num_channels"]
+        raise ValueError(
+            f"not even {size} image{'s' * (size > 1)} at a time {'fit' if size > 1 else 'fits'} into this device's memory"
+            f"{f' of --memory_limit_gb {limit_gb:g}' if limit_gb else ''}; give {', or '.join(remedies)}"
+        )
+    if plan.images < whole:
+        trainer.microbatch = plan.images
+    passes = f"{plan.images} images per forward and backward pass"
+    if plan.recompute:
+        set_recompute(net, plan.recompute)
+        _log.info(f"--recompute auto: {_CHOSEN[plan.recompute]}" + f"; {passes}" * (plan.images < whole))
+    else:
+        _log.info(f"--microbatch auto: {passes} fit")
 
 
-def _fits(trainer: Trainer, batch: Any, recompute: str, count: int, usable: float) -> bool:
-    """Whether microbatches of `count` fit: tried on a GPU, else the computed bytes are compared with `usable`."""
-    trainer.net.train()
-    if trainer.device.type != "cuda":
-        fixed, per_example = _kept(trainer, batch, recompute)
-        weights = gradients = sum(p.nbytes for p in trainer.params)
-        averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
-        saving = 0 if trainer.checkpoints is None else 3 * weights + averages  # the copies that a save is written from
-        return fixed + count * per_example + gradients + _moment_bytes(trainer) + saving <= usable
+def _can_try(device: torch.device) -> bool:
+    """Whether a step that is too large fails with an error, and not by the end of the process."""
+    return device.type == "cuda"
+
+
+def _most_kept(trainer: Trainer, batch: Any, recompute: str) -> tuple[float, float]:
+    """`_kept`, the most of all ranks; infinite where not even the few images fit on which it is counted."""
     try:
-        if recompute:
-            set_recompute(trainer.net, recompute)
+        mine: tuple[float, float] = _kept(trainer, batch, recompute)
+    except torch.OutOfMemoryError:
+        give_back(trainer.device)
+        mine = math.inf, 0.0
+    fixed, each = zip(*trainer.world.all_gather_object(mine, "how much memory does a step need?"))
+    return max(fixed), max(each)
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Bytes that a step needs for any number of images: gradients, moments and, in main memory, the copies that a save is
+    written from."""
+    weights = gradients = sum(p.nbytes for p in trainer.params)
+    averages = sum(copy.nbytes for copies in trainer.ema.copies.values() for copy in copies)
+    saving = 0 if trainer.checkpoints is None or trainer.device.type == "cuda" else 3 * weights + averages
+    return gradients + _moment_bytes(trainer) + saving
+
+
+def _runs(trainer: Trainer, batch: Any, count: int) -> bool:
+    """Whether a step on microbatches of `count` runs on this device."""
+    try:
         _try(trainer, batch, count)
         return True
     except torch.OutOfMemoryError:
@@ -157,11 +215,11 @@ def _kept(trainer: Trainer, batch: Any, recompute: str) -> tuple[int, int]:
 
 
 def _usable_bytes(trainer: Trainer, limit_gb: float) -> float:
-    """Bytes that a step may add: what `limit_gb` leaves, else the least of all ranks, measured before any tries."""
+    """Bytes that a step may add on the rank that has least: what `limit_gb` leaves, else a share of what is free."""
     device, sharers = trainer.device, max(1, trainer.world.local_size)
     free = _USABLE * (available_memory(device) or math.inf) / sharers
-    least = min(trainer.world.all_gather_object(free, "how much memory is free?"))
-    return limit_gb * _GIB - used_memory(device) if limit_gb else least
+    mine = limit_gb * _GIB - used_memory(device) if limit_gb else free
+    return float(min(trainer.world.all_gather_object(mine, "how much memory is free?")))
 
 
 def _parts(trainer: Trainer, batch: Any, count: int) -> Any:

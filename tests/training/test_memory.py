@@ -184,24 +184,72 @@ class OnlyFew(nn.Module):
         return self.inner(x, time)
 
 
-def test_trials_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By passes that run out of memory, as on a GPU; the step that follows is that of a run that knew the answer."""
+@pytest.mark.parametrize("limit", [7, 2])
+def test_trials_leave_no_trace(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By passes that run out of memory, as on a GPU; the step that follows is that of a run that knew the answer.
 
-    def tried(trainer: Trainer, batch: Batch, way: str, count: int, room: float) -> bool:
-        try:
-            set_recompute(trainer.net, way)
-            memory._try(trainer, batch, count)
-            return True
-        except torch.OutOfMemoryError:
-            return False
-
-    monkeypatch.setattr(memory, "_fits", tried)
-    trainer, other = trainer_of(OnlyFew(3), 8), trainer_of(OnlyFew(3), 8, microbatch=2)
+    With a limit of 7, two trials of 8 fail. With 2, not even the images fit on which bytes are counted: one is tried.
+    """
+    monkeypatch.setattr(memory, "_can_try", lambda device: True)
+    tried, passes = [], memory._try
+    monkeypatch.setattr(memory, "_try", lambda *args: (tried.append(args[2]), passes(*args)))
+    trainer = trainer_of(OnlyFew(limit), 8)
     fit(trainer, batch_of(8), recompute=True, shrink=True)
-    assert trainer.microbatch == 2 and all(p.grad is None for p in trainer.params)
+    assert tried == ([8, 8] if limit == 7 else [1])
+    assert 0 < trainer.microbatch <= min(limit, 4) and all(p.grad is None for p in trainer.params)
+    other = trainer_of(OnlyFew(limit), 8, microbatch=trainer.microbatch)
     set_recompute(other.net, "all")
     for a, b in zip(trainer.step(batch_of(8)).values(), other.step(batch_of(8)).values()):
         assert torch.equal(a, b)
+
+
+PLANS = memory.attempts(("none", "norms", "all"), 64, shrink=True)
+
+
+@pytest.mark.parametrize(
+    ("room", "fits", "chosen", "tried"),
+    [
+        (200, 200, ("none", 64), [("none", 64)]),
+        (100, 80, ("norms", 64), [("none", 64), ("norms", 64)]),  # counted bytes lack workspaces
+        (70, 30, ("all", 64), [("norms", 64), ("all", 64)]),  # all need half of norms
+        (100, 30, ("all", 64), [("none", 64), ("norms", 64)]),  # the third is taken untried
+        (30, 20, ("all", 32), [("all", 64), ("all", 32)]),
+        (30, 10, ("all", 16), [("all", 64), ("all", 32)]),
+        (0.1, 200, ("all", 1), [("all", 1)]),  # the count may be too high
+        (0.1, 0.1, None, [("all", 1)]),
+        (1, 0.6, ("all", 1), [("all", 2), ("all", 1)]),
+        (1, 0.1, None, [("all", 2), ("all", 1)]),
+    ],
+)
+def test_at_most_two_plans_are_tried(room: float, fits: float, chosen: Any, tried: Any) -> None:
+    """`room` bytes are free by computation; in truth a step fits that is counted to need at most `fits`."""
+    each = {"none": 100 / 64, "norms": 55 / 64, "all": 27.5 / 64}
+    seen = []
+
+    def trial(plan: memory.StepPlan) -> bool:
+        seen.append(tuple(plan))
+        return need(plan) <= fits
+
+    def need(plan: memory.StepPlan) -> float:
+        return plan.images * each[plan.recompute]
+
+    assert memory.choose(PLANS, need, room, trial) == chosen and seen == tried
+    counted = memory.choose(PLANS, need, room)  # without trials the count decides
+    assert counted == next((plan for plan in PLANS if need(plan) <= room), None)
+
+
+def test_a_plan_that_needs_hardly_less_is_not_tried() -> None:
+    """Nor is one without a smaller plan behind it."""
+    plans = [memory.StepPlan("", images) for images in (8, 7, 6, 5, 3, 2)]
+    seen: list[int] = []
+
+    def trial(plan: memory.StepPlan) -> bool:
+        seen.append(plan.images)
+        return False
+
+    assert memory.choose(plans, lambda plan: plan.images, 8, trial) == ("", 3) and seen == [8, 6]
+    assert memory.choose(plans[:1], lambda plan: plan.images, 8, trial) is None and seen == [8, 6, 8]
+    assert memory.choose(plans[:2], lambda plan: plan.images, 8, trial) is None and seen == [8, 6, 8, 8, 7]
 
 
 def test_two_processes_choose_the_same(tmp_path: Path) -> None:
@@ -232,10 +280,10 @@ def test_a_gpu_says_itself_when_there_is_no_more() -> None:
     torch.cuda.empty_cache()
     assert peaks["all"] < peaks["norms"] < peaks["none"]
     try:
-        for limit, wanted in ((1.5 * peaks["none"], "none"), ((peaks["norms"] + peaks["none"]) / 2, "norms")):
+        for limit, keeps in ((1.5 * peaks["none"], True), ((peaks["norms"] + peaks["none"]) / 2, False)):
             chosen = trainer()
             fit(chosen, batch_of(256, 64), recompute=True, shrink=False, limit_gb=limit)
-            assert recomputed_by(chosen.net) == wanted
+            assert (recomputed_by(chosen.net) == "none") == keeps
             torch.empty(int(limit * GIB), dtype=torch.uint8, device="cuda")  # the limit held for the trials only
             chosen.step(batch_of(256, 64))
             del chosen
