@@ -154,9 +154,9 @@ def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.
 
 def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, StepPlan]:
     """Check the memory of a forward and backward pass on `images` images. net: on the meta device."""
-    from ..runtime.devices import available_memory, used_memory
+    from ..runtime.devices import available_memory, choose_precision, used_memory
     from ..training import checks
-    from ..training.memory import attempts, can_recompute, kept_bytes
+    from ..training.memory import attempts, can_recompute, copied_bytes, kept_bytes
 
     options, on_gpu = config.train, world.device.type == "cuda"
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
@@ -174,8 +174,13 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         shard_optimizer=options.shard_optimizer,
         shard_ema=options.shard_ema,
     )
+    copied = copied_bytes(net, choose_precision(options.precision, config.model.fp16, world.device))
+
+    def activations(choice: str) -> tuple[int, int]:
+        return kept_bytes(forward_of(config, net, choice, world.device), net.parameters(), copied=copied)
+
     return checks.check_memory(
-        cache(lambda choice: kept_bytes(forward_of(config, net, choice, world.device), net.parameters())),
+        cache(activations),
         attempts(possible if auto else [recompute], images, shrink=shrink),
         possible,
         state=state,

@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .casts import WeightCopies
 from .kernels import norm as norm_kernels
 from .kernels.layout import CHANNELS_LAST, channels_last, is_channels_last, plain_layout, recorded, transformed
 
@@ -26,11 +27,16 @@ class _CastAtUse:
 
     weight: Any  # parameters; torch's own layers do not agree on how to declare them
     bias: Any
+    copies: WeightCopies | None = None  # see Network.weights_cast_once
 
     def _parameters_as(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = self.weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            weight = plain_layout(weight)  # makes its gradient contiguous; trained weights are so already: no copy
+        if weight.dtype != x.dtype and self.copies is not None:
+            found = self.copies.of(self, x.dtype)
+            if found is not None:
+                return found
+        if weight.requires_grad and torch.is_grad_enabled() and weight.is_contiguous():
+            weight = plain_layout(weight)  # makes its gradient contiguous, without a copy of the weight
         if weight.dtype != x.dtype:
             # The cast copies anyway; convolutions of channels_last images want a channels_last weight.
             weight = weight.to(x.dtype, memory_format=CHANNELS_LAST.get(weight.dim(), torch.preserve_format))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .casts import WeightCopies
 from .kernels.layout import channels_last, plain_layout, recorded
-from .layers import GroupNorm32, hooked, store_convolution, timestep_embedding
+from .layers import GroupNorm32, hooked, lay_out_convolution, store_convolution, timestep_embedding
 
 
 class Network(nn.Module):
@@ -27,6 +29,7 @@ class Network(nn.Module):
     num_levels: int
     time_embed: nn.Sequential
     label_emb: nn.Embedding
+    _copies: WeightCopies | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype, *, store: bool = False) -> None:
         """Compute the torso in `dtype` from now on: float32, bfloat16 or float16.
@@ -67,6 +70,23 @@ class Network(nn.Module):
         if y.shape != (num_images,):
             raise ValueError(f"labels y have shape {tuple(y.shape)}; one per image is needed: {(num_images,)}.")
         return emb + self.label_emb(y)
+
+    def store_channels_last(self) -> None:
+        """Store the weights of convolutions as convolutions of this package read them. Call it before optimizers take them."""
+        self.apply(lay_out_convolution)
+
+    def weights_cast_once(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which weights are cast to the compute dtype once, at its begin, instead of at each use: a training step.
+
+        From the second block on; the first one notes what is cast. Costs the copies' memory. The numbers are the same.
+        """
+        if self._copies is None:
+            self._copies = WeightCopies()
+            module: Any
+            for module in self.modules():
+                if hasattr(module, "copies"):
+                    module.copies = self._copies
+        return self._copies.made()
 
     def set_fused_norm(self, wanted: bool = True) -> None:
         """Whether residual blocks may compute norm, scale, shift and SiLU as one fused operation (they may, unless told otherwise).

@@ -192,7 +192,10 @@ def _try(trainer: Trainer, batch: Any, count: int) -> None:
 
     `autograd.grad` instead of `backward`, so that the hooks of DistributedDataParallel start no collective.
     """
-    moments = torch.zeros(_moment_bytes(trainer), dtype=torch.uint8, device=trainer.device)
+    # Autograd keeps the weights that were cast, unless blocks are recomputed as a whole; a step has copies of them in any case.
+    whole_blocks = any(getattr(module, "use_checkpoint", False) for module in trainer.net.modules())
+    copied = copied_bytes(trainer.net, trainer.precision.name) if whole_blocks else 0
+    moments = torch.zeros(_moment_bytes(trainer) + copied, dtype=torch.uint8, device=trainer.device)
     gradients = []
     for part, ids in itertools.islice(_parts(trainer, batch, count), 2):
         loss = trainer.precision.scale(trainer.losses_of(trainer.net, part, ids).loss.float().sum())
@@ -209,7 +212,8 @@ def _kept(trainer: Trainer, batch: Any, recompute: str) -> tuple[int, int]:
 
     if recompute:
         set_recompute(trainer.net, recompute)
-    kept = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)))
+    copied = copied_bytes(trainer.net, trainer.precision.name)
+    kept = kept_bytes(forward, trainer.params, most=min(3, batching.length(batch)), copied=copied)
     give_back(trainer.device)
     return kept
 
@@ -235,11 +239,20 @@ def _moment_bytes(trainer: Trainer) -> int:
     return 0 if inner.state else -(-2 * sum(p.nbytes for p in trainer.params) // sharers)
 
 
-def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most: int = 3) -> tuple[int, int]:
+def copied_bytes(net: nn.Module, precision: str) -> int:
+    """Bytes of the low-precision copies of the weights that a training step makes (`precision.weights_cast_once`)."""
+    makes = precision != "fp32" and hasattr(unwrapped(net), "weights_cast_once")
+    return 2 * makes * sum(p.numel() for p in net.parameters())
+
+
+def kept_bytes(
+    forward: Callable[[int], Any], weights: Iterable[Tensor], *, most: int = 3, copied: int = 0
+) -> tuple[int, int]:
     """(bytes that do not grow with the batch, bytes per example) that autograd keeps from forward for backward.
 
     `forward(n)` runs on n examples on any device, meta included. Not counted: `weights`, kernel workspaces, allocator
     rounding. `most`: the largest n; from 3 on, batches of 2 and 3 are compared, as kernels treat a single example differently.
+    `copied`: bytes of weights that were cast, in memory whether autograd keeps them or not.
     """
     excluded = {weight.untyped_storage()._cdata for weight in weights}
 
@@ -261,7 +274,7 @@ def kept_bytes(forward: Callable[[int], Any], weights: Iterable[Tensor], *, most
     fewer = min(2, max(1, most - 1))
     first = kept(fewer)
     each = kept(fewer + 1) - first if most > 1 else first
-    return max(0, first - fewer * each), each
+    return max(copied, first - fewer * each), each
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -55,20 +55,22 @@ def _can_fuse(params: Sequence[nn.Parameter]) -> bool:
     return True
 
 
-def guarded_step(optimizer: Optimizer, grads: Sequence[Tensor], divisor: Tensor, skip: Tensor) -> None:
-    """One optimizer step on `grads / divisor`, or none if `skip` (bool scalar on the device) is true.
+def guarded_step(optimizer: Optimizer, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor) -> None:
+    """One optimizer step on `grads / divisor` (None: 1), or none if `skip` (bool scalar on the device) is true.
 
     Fused kernels take both as tensors, so nothing waits for the device; the others read `skip` on the host.
     """
     inner: Any = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer wraps the one that computes
     if inner.defaults.get("fused"):  # attributes made for GradScaler: divide by `grad_scale`, skip if `found_inf`
+        # A divisor costs a pass: the kernel writes the divided gradients back.
         inner.grad_scale, inner.found_inf = divisor, skip.to(torch.float32)
         try:
             optimizer.step()
         finally:
             del inner.grad_scale, inner.found_inf
     elif not skip.item():
-        torch._foreach_div_(list(grads), divisor)
+        if divisor is not None:
+            torch._foreach_div_(list(grads), divisor)
         optimizer.step()
 
 
@@ -103,6 +105,12 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[
     numbers = itertools.count()
     groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    # Files are contiguous, and torch's fused AdamW pairs moments and parameters by their place in memory.
+    inner: Any = getattr(optimizer, "optim", optimizer)
+    for param, entry in inner.state.items():
+        for name in _MOMENTS:
+            if isinstance(entry.get(name), Tensor) and entry[name].stride() != param.stride():
+                entry[name] = torch.empty_like(param, dtype=entry[name].dtype, requires_grad=False).copy_(entry[name])
 
 
 def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:

@@ -1,18 +1,20 @@
 """Number formats of training: float32, bfloat16, or float16 with a loss scale. Weights stay float32 in all three.
 
-The network casts its weights where it uses them (`runtime.devices.compute_in`), so nothing here copies or halves parameters.
+The network casts its weights where it uses them (`runtime.devices.compute_in`), in a training step once for all its uses.
 All decisions are tensors on the device: no step waits for the host.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime.devices import DTYPES
+from .parallel import unwrapped
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 """log2 of the first float16 loss scale, as in 2021."""
@@ -37,9 +39,9 @@ class Precision:
         """`loss * 2^lg_loss_scale`."""
         return loss * torch.exp2(self.lg_loss_scale) if self.scales else loss
 
-    def divisor(self) -> Tensor:
-        """The scale, by which gradients must be divided; float32 scalar on the device."""
-        return torch.exp2(self.lg_loss_scale)
+    def divisor(self) -> Tensor | None:
+        """The scale, by which gradients must be divided, float32 scalar on the device; None for fp32 and bf16."""
+        return torch.exp2(self.lg_loss_scale) if self.scales else None
 
     def at_floor(self) -> Tensor:
         """Whether the scale cannot fall any further (true for fp32 and bf16), bool scalar on the device."""
@@ -59,3 +61,18 @@ class Precision:
         """Restore the scale. If the saved run was not float16, the initial scale stays."""
         if self.scales and state.get("name") == "fp16":
             self.lg_loss_scale.fill_(float(state["lg_loss_scale"]))
+
+
+def weights_cast_once(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """A block in which a network that can do so (`Network.weights_cast_once`) casts its weights once, not at each use."""
+    return getattr(unwrapped(net), "weights_cast_once", contextlib.nullcontext)()
+
+
+def store_as_used(net: nn.Module) -> None:
+    """On a GPU: store the weights in the layout in which the network uses them, if it knows one (`Network.store_channels_last`).
+
+    That saves turning every weight and its gradient at each step. Gradients, moments and EMA copies take the same layout.
+    """
+    store = getattr(unwrapped(net), "store_channels_last", None)
+    if store is not None and all(p.is_cuda for p in net.parameters()):
+        store()

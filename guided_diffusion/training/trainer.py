@@ -33,7 +33,7 @@ from .ema import EMA
 from .losses import Interval, Losses, LossFn
 from .optimizer import learning_rate, total_norm
 from .parallel import distributed, unwrapped
-from .precision import Precision
+from .precision import Precision, store_as_used, weights_cast_once
 from .saver import Checkpoints, load_tensors
 
 Callback = tuple[int, Callable[["Trainer"], None]]
@@ -96,6 +96,7 @@ class Trainer:
         self.loss_fn = loss_fn
         self.precision = Precision(precision, device=self.device, growth=fp16_scale_growth)
         compute_in(unwrapped(net), precision)
+        store_as_used(net)
         several = self.world.size > 1
         self.model: nn.Module = distributed(self.net, self.device, ddp_options) if several else self.net
         self.params = [p for p in self.net.parameters() if p.requires_grad]
@@ -158,10 +159,11 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         all_losses: list[Losses] = []
-        for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
-            losses = self.forward_backward(part, ids, global_size, last=k == len(parts) - 1)
-            self._interval.add(losses)
-            all_losses.append(losses)
+        with weights_cast_once(self.net):
+            for k, (part, ids) in enumerate(zip(parts, positions.split([batching.length(part) for part in parts]))):
+                losses = self.forward_backward(part, ids, global_size, last=k == len(parts) - 1)
+                self._interval.add(losses)
+                all_losses.append(losses)
         loss = torch.cat([losses.loss.detach() for losses in all_losses]).float().mean()
         grad_norm, bad = self._update(loss)
         self.ema.update()
@@ -193,14 +195,15 @@ class Trainer:
         grads = [p.grad for p in self.params if p.grad is not None]
         assert grads, "no parameter received a gradient"
         divisor = self.precision.divisor()
-        grad_norm = total_norm(grads) / divisor
+        grad_norm = total_norm(grads) if divisor is None else total_norm(grads) / divisor
         bad_loss = ~torch.isfinite(loss)
         bad = bad_loss | ~torch.isfinite(grad_norm)
         if self.world.size > 1:
             # One process alone may see a bad loss; all must take the same decision.
             bad_loss, bad = self.world.all_reduce_sum_(torch.stack([bad_loss, bad]).float(), name="bad step?") > 0
         if self.max_grad_norm > 0:
-            divisor = divisor * (grad_norm / self.max_grad_norm).clamp(min=1.0)
+            excess = (grad_norm / self.max_grad_norm).clamp(min=1.0)
+            divisor = excess if divisor is None else divisor * excess
         optimizer.guarded_step(self.optimizer, grads, divisor, bad)
         # A float16 overflow that a smaller loss scale can cure is no sign of trouble.
         alarming = bad & (bad_loss | self.precision.at_floor())
@@ -215,7 +218,8 @@ class Trainer:
         if self.schedule_sampler is None or not self._sampler_learns or not steps:
             return
         raw = [(losses.loss if losses.raw is None else losses.raw).detach() for losses in all_losses]
-        table = torch.stack([positions.to(self.device), torch.cat(steps), torch.cat(raw).float()], dim=1)
+        positions = positions.to(self.device, non_blocking=True)
+        table = torch.stack([positions, torch.cat(steps), torch.cat(raw).float()], dim=1)
         table = self.world.all_gather_cat(table, name="losses for the schedule sampler")
         table = table[table[:, 0].argsort(stable=True)]
         table = table[torch.isfinite(table[:, 2])]

@@ -92,17 +92,18 @@ def test_other_formats_do_not_scale():
     for name in ("fp32", "bf16"):
         precision = Precision(name)
         precision.update(torch.tensor(True))
-        assert float(precision.divisor()) == 1.0
+        assert precision.divisor() is None
         precision.load_state_dict({"name": "fp16", "lg_loss_scale": 20.0})
-        assert float(precision.divisor()) == 1.0
+        assert precision.divisor() is None
     with pytest.raises(ValueError, match="fp64.*fp32, bf16, fp16"):
         Precision("fp64")
     with pytest.raises(ValueError, match="set_compute_dtype"):
         make(nn.Linear(1, 1), precision="bf16")
 
 
+@pytest.mark.parametrize("divisor", [8, None])
 @pytest.mark.parametrize("fused", [True, False])
-def test_guarded_step_is_adamw_on_divided_gradients(fused):
+def test_guarded_step_is_adamw_on_divided_gradients(fused, divisor):
     ours = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     reference = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.3)
@@ -112,13 +113,14 @@ def test_guarded_step_is_adamw_on_divided_gradients(fused):
     for step in range(4):
         for p, q in zip(ours, theirs):
             q.grad = torch.randn_like(q)
-            p.grad = q.grad * 8
+            p.grad = q.grad * (divisor or 1)
         skip = step == 2
         if skip:
             ours[0].grad[0, 0] = float("nan")
         else:
             reference.step()
-        optimizer.guarded_step(opt, [p.grad for p in ours], torch.tensor(8.0), torch.tensor(skip))
+        by = None if divisor is None else torch.tensor(float(divisor))
+        optimizer.guarded_step(opt, [p.grad for p in ours], by, torch.tensor(skip))
         for p, q in zip(ours, theirs):
             torch.testing.assert_close(p, q)
     assert all(float(opt.state[p]["step"]) == 3 for p in ours)

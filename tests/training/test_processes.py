@@ -102,3 +102,10 @@ def test_a_run_of_two_processes_continues_on_one(two_processes, tmp_path):
     for name, value in alone.net.state_dict().items():
         torch.testing.assert_close(value, theirs[name])
     assert alone.samples_seen == 48
+
+
+def test_weights_in_the_layout_of_convolutions_train_the_same_on_two_processes(tmp_path):
+    processes = start(2, tmp_path, "laid_out")
+    errors = [p.communicate(timeout=120)[1] for p in processes]
+    assert all(p.returncode == 0 for p in processes), "\n".join(errors)
+    assert "strides" not in "".join(errors)  # DistributedDataParallel copies gradients of another layout, and warns

@@ -12,7 +12,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from guided_diffusion.runtime import world as worlds  # noqa: E402
-from guided_diffusion.training.saver import Checkpoints  # noqa: E402
+from guided_diffusion.training.saver import Checkpoints, find_save  # noqa: E402
 from training.toys import Counter, assert_same_state, batches, denoising, make, toy_net, weights_of  # noqa: E402
 
 STEPS = 12
@@ -125,6 +125,45 @@ def fitting(folder, world):
     assert all(torch.equal(a, b) for a, b in zip(weights_of(trainer), weights_of(other)))
 
 
+def laid_out(folder, world):
+    """Weights stored channels_last train, are divided among processes, saved and resumed as contiguous ones are."""
+    from training.test_memory import batch_of, trainer_of, unet
+
+    whole = batch_of(8)
+    mine = whole._replace(images=whole.images[world.rank :: 2], positions=whole.positions[world.rank :: 2])
+
+    def made(stored, **options):
+        net = unet()
+        if stored:
+            net.store_channels_last()
+            assert not net.input_blocks[0][0].weight.is_contiguous()
+        return trainer_of(net, 8, world=world, precision="bf16", microbatch=3, **options)
+
+    parts = {"shard_optimizer": True, "shard_ema": True}
+    trainers = [
+        made(False),
+        made(True),
+        made(True, checkpoints=Checkpoints(str(folder / "divided"), world=world), **parts),
+    ]
+    for trainer in trainers:
+        trainer.step(mine)
+    trainers[-1].save()
+    trainers[-1].checkpoints.wait()
+    world.barrier()
+    saved = find_save(str(folder / "divided"), "auto", kind="diffusion", world=world)
+    for stored, options in ((False, {}), (True, {}), (True, parts)):
+        trainers.append(made(stored, **options))
+        trainers[-1].restore(saved)
+    for trainer in trainers:
+        for _ in range(2):
+            trainer.step(mine)
+    weights = [weights_of(trainer) for trainer in trainers]
+    averages = [trainer.ema.state_dict_of("0.9") for trainer in trainers]
+    for k in range(1, len(trainers)):
+        assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[k])), k
+        assert all(torch.equal(averages[0][key], value) for key, value in averages[k].items()), k
+
+
 def trainer_of_steps(world, steps):
     trainer = trainer_of(None, world)
     trainer.run(steps)
@@ -133,4 +172,5 @@ def trainer_of_steps(world, steps):
 
 if __name__ == "__main__":
     with worlds.session("cpu", timeout_s=60) as here:
-        {"endless": endless, "proofs": proofs, "fitting": fitting}[sys.argv[2]](Path(sys.argv[1]), here)
+        jobs = {"endless": endless, "proofs": proofs, "fitting": fitting, "laid_out": laid_out}
+        jobs[sys.argv[2]](Path(sys.argv[1]), here)
