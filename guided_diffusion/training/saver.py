@@ -18,6 +18,7 @@ from ..runtime.world import World
 from ..weights import runs as checkpoint
 from ..weights.files import load_object, load_weights, load_weights_into, read_own_weights
 from ..weights.runs import SavedRun
+from ..weights.writing import copied_to_host, map_tensors
 from .ema import EMA
 from .optimizer import load_state
 
@@ -38,7 +39,7 @@ class Checkpoints:
 
     `keep_last`: how many of the newest saves to keep, 0 = all. Saves at multiples of `keep_every` steps and the save
     `last_good` are always kept.
-    The state is copied to main memory and written from there by a thread, so one more copy must fit.
+    The state is copied to main memory and written from there by a thread, so one more copy must fit; not so the last state.
     """
 
     def __init__(
@@ -108,15 +109,24 @@ class Checkpoints:
         ema: Mapping[str, Mapping[str, Tensor]],
         optimizer: Mapping[str, Any] | None,
         state: Mapping[str, Any],
+        background: bool = True,
     ) -> None:
-        """Copy everything now; a thread writes it. Waits first while the previous save is being written."""
+        """Copy everything now; a thread writes it. Waits first while the previous save is being written.
+
+        Without `background` nothing is copied beforehand and all is written at the return, if not interrupted: change no
+        tensor before `wait` has returned.
+        """
         if not self.world.is_main:
             return
         self.wait()
-        copied = _on_host({"model": model, "ema": ema, "optimizer": optimizer, "state": state})
-        # Not a daemon: the interpreter waits for the file to be complete before it ends.
-        self._thread = threading.Thread(target=self._write, args=(step, copied), name=f"save-{step}")
+        parts: dict[str, Any] = {"model": model, "ema": ema, "optimizer": optimizer, "state": state}
+        if background:
+            parts = map_tensors(parts, copied_to_host)
+        # Not a daemon: the interpreter waits for the file to be complete before it ends. Nor does Ctrl-C stop it.
+        self._thread = threading.Thread(target=self._write, args=(step, parts), name=f"save-{step}")
         self._thread.start()
+        if not background:
+            self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""
@@ -271,14 +281,3 @@ def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, param
     if saved.optimizer is not None:
         load_state(optimizer, load_object(saved.optimizer), params)
     return [*lines, f"optimizer: {saved.optimizer or 'not saved, starts afresh'}"]
-
-
-def _on_host(value: Any) -> Any:
-    """A deep copy in main memory, which later steps cannot change; tensors become contiguous."""
-    if isinstance(value, Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value.detach())
-    if isinstance(value, Mapping):
-        return {key: _on_host(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_host(item) for item in value) if type(value) in (list, tuple) else value
-    return value

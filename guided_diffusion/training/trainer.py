@@ -257,9 +257,9 @@ class Trainer:
                 self.world.context.step = self.steps_done
                 self.step(batch)
                 clock.count(batching.length(batch) * self.world.size)
-                self._after_step(clock)
+                self._after_step(clock, last=self.steps_done == target)
             if self.checkpoints is not None and self._saved_at != self.steps_done:
-                self.save()
+                self.save(background=False)
             self._raise_save_failure(last=True)
         finally:
             clock.close()
@@ -268,7 +268,7 @@ class Trainer:
                 self.checkpoints.wait()
         return outcome
 
-    def _after_step(self, clock: batching.Clock) -> None:
+    def _after_step(self, clock: batching.Clock, *, last: bool) -> None:
         log_line = self.log_every > 0 and self.steps_done % self.log_every == 0
         if self.max_bad_steps and (log_line or self.device.type == "cpu"):
             self._check_health()
@@ -280,7 +280,8 @@ class Trainer:
                     call(self)
         if log_line:
             self._write_row(clock)
-        if self.checkpoints is not None and self.save_every > 0 and self.steps_done % self.save_every == 0:
+        due_save = self.save_every > 0 and self.steps_done % self.save_every == 0
+        if self.checkpoints is not None and due_save and not last:  # `run` saves the last state, without copying it
             with clock.paused(self.device):
                 self.save()
 
@@ -332,14 +333,16 @@ class Trainer:
 
     # ---- State
 
-    def save(self) -> None:
-        """Save now, all processes together; writing goes on in the background."""
+    def save(self, *, background: bool = True) -> None:
+        """Save now, all processes together; writing goes on in the background, unless told otherwise: see `Checkpoints.save`."""
         if self.checkpoints is None:
             raise ValueError("this trainer has no checkpoints to save to; pass checkpoints=Checkpoints(folder)")
         state = self.state_dict()
         self._saved_at = self.steps_done
         net, ema, moments = (state.pop(name) for name in ("net", "ema", "optimizer"))
-        self.checkpoints.save(self.steps_done, model=net, ema=ema, optimizer=moments, state=state)
+        self.checkpoints.save(
+            self.steps_done, model=net, ema=ema, optimizer=moments, state=state, background=background
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, by name. Tensors are not copied. A collective: call it on all processes."""

@@ -12,7 +12,6 @@ reads: plain state dicts, float32.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -20,8 +19,9 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..runtime import storage
 from .files import load_weights
+from .writing import write_tensors
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
@@ -76,26 +77,6 @@ class SavedRun:
 # Writing
 
 
-class _Hashing:
-    """A file that counts and hashes the bytes written, so that they need not be read again; `error`: the last OSError of `write`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha, self.bytes = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self.sha.update(data)
-        self.bytes += len(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def save_run(
     directory: str,
     *,
@@ -111,6 +92,7 @@ def save_run(
 ) -> str:
     """Write one save and return the path of its JSON file. Call it on one process only. Raises OSError if it cannot write.
 
+    Tensors of a GPU are copied to main memory, those of one file at a time; others are written from where they lie.
     `ema` maps decays, spelled as in the file name, to state dicts. `state` may hold numbers, strings, lists, dicts,
     tensors and arrays; all are restored exactly.
     """
@@ -120,15 +102,8 @@ def save_run(
     checksums = {}  # of the files that are complete; the JSON with all of them comes last
     for role, content in parts.items():
         name = file_name(role, step)
-        with storage.atomic_write(storage.join(directory, name)) as file:
-            hashing = _Hashing(file)
-            try:
-                torch.save(dict(content), cast(IO[bytes], hashing))
-            except RuntimeError:  # torch reports a full disk as "unexpected pos"
-                if hashing.error is None:
-                    raise
-                raise hashing.error from None
-        checksums[name] = {"bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
+        size, sha256 = write_tensors(storage.join(directory, name), content)
+        checksums[name] = {"bytes": size, "sha256": sha256}
 
     run = {
         "format": FORMAT,
@@ -248,16 +223,18 @@ def load_run(resume: str) -> SavedRun | None:
 def _open_complete(directory: str, step: int) -> SavedRun:
     """A save with its JSON, every file checked for size and SHA-256. ValueError names the first file that fails."""
     run = _read_json(storage.join(directory, file_name("run", step)))
-    files = {}
-    for name, noted in run["files"].items():
-        path = storage.join(directory, name)
+    files = {(parse_name(name) or (name,))[0]: storage.join(directory, name) for name in run["files"]}
+    for path, noted in zip(files.values(), run["files"].values()):
         if not storage.exists(path):
             raise ValueError(f"{path} is missing")
         if storage.size(path) != noted["bytes"]:
             raise ValueError(f"{path} has {storage.size(path)} bytes instead of {noted['bytes']}")
-        if storage.sha256_of(path) != noted["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
-        files[(parse_name(name) or (name,))[0]] = path
+    with ThreadPoolExecutor(4) as threads:  # hashing gigabytes takes seconds
+        for path, noted, found in zip(
+            files.values(), run["files"].values(), threads.map(storage.sha256_of, files.values())
+        ):
+            if found != noted["sha256"]:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
     try:
         state = _decode(run["state"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from guided_diffusion.runtime import storage
 from guided_diffusion.runtime.log import Log
 from guided_diffusion.runtime.signals import Stop
 from guided_diffusion.runtime.streams import TRAIN, Streams
+from guided_diffusion.training import saver
 from guided_diffusion.training.incident import TrainingDiverged
 from guided_diffusion.training.saver import Checkpoints, SaveError
 from guided_diffusion.weights import runs as checkpoint
@@ -269,6 +270,25 @@ def test_failed_saves_warn_and_the_last_one_stops(tmp_path, monkeypatch, caplog,
     monkeypatch.undo()
     trainer.run(6)  # there is room again
     assert trainer.checkpoints.last_good.endswith("run000006.json")
+
+
+def test_the_last_state_is_written_from_where_it_lies(tmp_path, monkeypatch):
+    """Others are copied first, as training goes on. Both make the same file."""
+    copied, plain = set(), saver.copied_to_host
+
+    def copy(tensor):
+        copied.add(trainer.steps_done)
+        return plain(tensor)
+
+    monkeypatch.setattr(saver, "copied_to_host", copy)
+    for folder, last in (("a", 4), ("b", 6)):
+        copied.clear()
+        trainer = make(checkpoints=Checkpoints(str(tmp_path / folder)), save_every=2)
+        trainer.run(last)
+        trainer.checkpoints.close()
+        assert copied == set(range(2, last, 2))
+    for name in ("model000004.pt", "opt000004.pt", "ema_0.9_000004.pt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_keep_last_and_keep_every(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from training.toys import assert_same_state, make, toy_net
 
 from guided_diffusion.runtime import storage
-from guided_diffusion.weights import runs as checkpoint
+from guided_diffusion.weights import writing
 from guided_diffusion.weights.runs import (
     find_latest,
     load_run,
@@ -194,14 +194,14 @@ def test_old_and_foreign_formats_load(tmp_path):
 
 def test_a_full_disk_is_an_oserror_and_leaves_no_save(tmp_path, monkeypatch):
     save(tmp_path, 10)
-    real = checkpoint._Hashing.write
+    real = writing._Hashing.write
 
     def full(self, data):
         if self.bytes > 500:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, data)
 
-    monkeypatch.setattr(checkpoint._Hashing, "write", full)
+    monkeypatch.setattr(writing._Hashing, "write", full)
     with pytest.raises(OSError, match="[Nn]o space left"):
         save(tmp_path, 20)
     monkeypatch.undo()

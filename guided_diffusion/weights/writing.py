@@ -1,0 +1,106 @@
+"""Write tensors with torch.save: from main memory, hashed and sent to the disk while more is written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from ..runtime import storage
+
+_SMALL = 1 << 16  # bytes: less is not worth another thread
+_SENT_AT_ONCE = 128 << 20  # bytes that go to the disk while the next ones are written
+
+
+def write_tensors(path: str, content: Mapping[str, Any]) -> tuple[int, str]:
+    """`torch.save` nested dicts, lists and tuples of tensors, atomically; returns (bytes, SHA-256) of the file.
+
+    Tensors of a GPU are copied to main memory, others are written from where they lie. Raises OSError if it cannot write.
+    """
+    with storage.atomic_write(path) as file, contextlib.closing(_Hashing(file)) as hashing:
+        try:
+            torch.save(map_tensors(dict(content), on_host), cast(IO[bytes], hashing))
+        except RuntimeError:  # torch reports a full disk as "unexpected pos"
+            if hashing.error is None:
+                raise
+            raise hashing.error from None
+    return hashing.bytes, hashing.sha.hexdigest()
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dicts, lists and tuples with `change` applied to every tensor in them."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    return value
+
+
+def copied_to_host(tensor: Tensor) -> Tensor:
+    """A contiguous copy in main memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The tensor itself where a file of it is the same as one of `copied_to_host`, else that copy."""
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    alone = tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.detach() if alone and tensor.stride() == strides else copied_to_host(tensor)
+
+
+class _Hashing:
+    """A file that counts and hashes the bytes written, so that they need not be read again; `error`: the last OSError of `write`.
+
+    Hashing, copying into the system's cache and writing to the disk each take about as long, so each has a thread.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha, self.bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+        self._threads = ThreadPoolExecutor(2)
+        self._unsent = 0
+        self._sending: Future[None] | None = None
+
+    def write(self, data: Any) -> int:
+        self.bytes += len(data)
+        if len(data) < _SMALL:
+            self.sha.update(data)
+            return self._written(data)
+        hashed = self._threads.submit(self.sha.update, data)
+        try:
+            return self._written(data)
+        finally:
+            hashed.result()  # after this call `data` may be freed
+
+    def _written(self, data: Any) -> int:
+        try:
+            if self._unsent >= _SENT_AT_ONCE and (self._sending is None or self._sending.done()):
+                self._raise_unsent()
+                self._unsent, self._sending = 0, self._threads.submit(os.fsync, self.file.fileno())
+            count = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self._unsent += count
+        return count
+
+    def _raise_unsent(self) -> None:
+        """Raise what went wrong on the way to the disk: the system reports it once, to the fsync that met it."""
+        if self._sending is not None:
+            self._sending.result()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        """End the threads. The file stays open. OSError if something did not reach the disk."""
+        self._threads.shutdown()
+        self._raise_unsent()
