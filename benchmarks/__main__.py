@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import against, evaluating, files, networks, shapes
+from . import against, evaluating, feeding, files, networks, profiling, shapes
 from .timing import Plan, Report, Row, machine, rates
 
 GPU_BUDGET = 540.0
@@ -18,6 +18,9 @@ PER_SHAPE = {
     "sampling": networks.sampling,
     "training": networks.training,
     "forward": networks.forward,
+    "largest": networks.largest,
+    "profile": profiling.profile,
+    "compiled-forward": networks.compiled_forward,
     "compiled": networks.compiled,
     "compiled-training": networks.compiled_training,
     "diffusers": networks.diffusers,
@@ -26,14 +29,17 @@ ONCE = {
     "features": evaluating.features,
     "distances": evaluating.distances,
     "loader": files.loader,
+    "feeding": feeding.feeding,
     "loading": files.loading,
     "saving": files.saving,
     "memory": files.memory,
     "processes": files.processes,
 }
 ON_CPU = ("forward", "diffusers", "sampling", "training", "features", "distances", "loader")
-ON_GPU = ("sampling", "training", "forward", "features", "compiled", "compiled-training")
-Task = tuple[str, Callable[[], list[Row]]]
+ON_GPU = ("forward", "training", "sampling", "compiled-forward", "compiled-training", "largest", "compiled")
+FIRST = 2
+"""Networks of which all parts are measured before the others' turn comes."""
+Task = tuple[str, Callable[[], Iterable[Row]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,15 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tasks(names: Sequence[str], plan: Plan, folder: str = "") -> Iterator[Task]:
     """The measurements of the parts named; `folder`, if given, holds the package to compare with."""
-    for name in names:
-        if name in ONCE:
-            yield name, partial(ONCE[name], plan)
-            continue
-        for shape in plan.shapes:
-            if folder:
-                yield f"{name}, {shape.name}", partial(against.measure, name, shape, plan, folder)
-            else:
-                yield f"{name}, {shape.name}", partial(PER_SHAPE[name], shape, plan)
+    for first, some in ((True, plan.shapes[:FIRST]), (False, plan.shapes[FIRST:])):
+        for name in names:
+            if name in ONCE and first:
+                yield name, partial(ONCE[name], plan)
+            for shape in some if name in PER_SHAPE else ():
+                if folder:
+                    yield f"{name}, {shape.name}", partial(against.measure, name, shape, plan, folder)
+                else:
+                    yield f"{name}, {shape.name}", partial(PER_SHAPE[name], shape, plan)
 
 
 def run(todo: Iterator[Task], report: Report, budget: float = float("inf")) -> None:
@@ -117,7 +123,9 @@ def run(todo: Iterator[Task], report: Report, budget: float = float("inf")) -> N
             if since - begin > budget:
                 report.left_out[name] = f"{since - begin:.0f} of {budget:g} s were over"
             else:
-                report.add(measure())
+                for row in measure():
+                    report.add(row)
+                    report.write()  # now: a lent machine may go at any time
                 print(f"({name}: {time.monotonic() - since:.0f} s)", flush=True)
         except ImportError as error:  # something to compare with is not installed
             report.left_out[name] = str(error)

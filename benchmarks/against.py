@@ -1,7 +1,7 @@
 """This package against the 2021 one in a folder of the user's, through the names that both have.
 
-Each side is a process of its own (`worker.py`) with the same weights, inputs and noise; they take turns. Another process
-runs a second copy of the 2021 package: how far its ratio is from 1 shows what the machine's noise alone does.
+Each side is a process of its own (`worker.py`) with the same weights, inputs and noise; they take turns. On a CPU another
+process runs a second copy of the 2021 package: how far its ratio is from 1 shows what the machine's noise alone does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,22 @@ class Worker:
         self._errors.close()
 
 
-def measure(work: str, shape: Shape, plan: Plan, folder: str) -> list[Row]:
-    """Time and peak memory of "forward", "sampling" (guided DDIM) or "training" (an update by TrainLoop) of all three sides."""
-    order = {
-        "work": work,
-        "device": plan.device,
-        "steps": plan.steps,
-        "batch": shape.batch,
-        "train_batch": shape.train_batch,
-    }
-    order |= {"model": dict(shape.model), "classifier": dict(shape.classifier)}
+def measure(work: str, shape: Shape, plan: Plan, folder: str) -> Iterator[Row]:
+    """Time and peak memory of "forward", "sampling" (guided DDIM) or "training" (an update by TrainLoop) of all sides."""
+    requests = plan.requests(shape) if plan.on_gpu else [(shape.batch, plan.steps)]
+    for batch, steps in requests if work == "sampling" else [(shape.batch, plan.steps)]:
+        batch = shape.train_batch if work == "training" else batch
+        title = {"sampling": f"guided DDIM, {steps} steps", "training": "TrainLoop.run_step"}.get(work, work)
+        what = f"{title}, {shape.name}, {'float16' if plan.on_gpu else 'float32'}, batch {batch}"
+        order = {"work": work, "device": plan.device, "steps": steps, "batch": batch}
+        order |= {"model": dict(shape.model), "classifier": dict(shape.classifier)}
+        yield from _compared(what, order, plan, folder)
+
+
+def _compared(what: str, order: dict[str, Any], plan: Plan, folder: str) -> list[Row]:
     roots = {ORIGINAL: folder, AGAIN: folder, OURS: str(HERE)}
+    if plan.on_gpu:  # two of them and this package do not fit into its memory
+        del roots[AGAIN]
     workers: dict[str, Worker] = {}
     try:
         for name, root in roots.items():
@@ -93,14 +99,13 @@ def measure(work: str, shape: Shape, plan: Plan, folder: str) -> list[Row]:
             limit=plan.limit,
         )
         peaks = {name: worker.ask("peak") for name, worker in workers.items()}
+        fitting = {name: worker.ask("fits") for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
-    batch = shape.train_batch if work == "training" else shape.batch
-    title = {"sampling": f"guided DDIM, {plan.steps} steps", "training": "TrainLoop.run_step"}.get(work, work)
-    what = f"{title}, {shape.name}, {'float16' if plan.on_gpu else 'float32'}, batch {batch}"
     for name, peak in peaks.items():
         said = [f"peak {peak / 2**20:.0f} MiB above the weights"] if peak else []
+        said += [f"about {fitting[name]} images would fit"] if fitting[name] else []
         notes[name] = "; ".join(filter(None, [notes.get(name, ""), *said]))
     return as_rows(what, times, notes)
 

@@ -7,7 +7,8 @@ the processor has instructions for it. Everything runs on both.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from guided_diffusion import Loaded
 
-FEW = 4
-"""Images of a small request, as the README of 2021 sampled them."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,13 +27,13 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def forward(shape: Shape, plan: Plan) -> list[Row]:
-    """One forward pass of the frozen network in float32 and in bfloat16."""
+    """One forward pass of the frozen network, on a CPU in float32 and in bfloat16."""
     import torch
 
     x, t, y = inputs(shape, shape.batch, plan.device)
     flops, _ = operations(shape)
     ways: dict[str, Callable[[], Tensor]] = {}
-    for dtype in PRECISIONS:
+    for dtype in formats(plan) if plan.on_gpu else PRECISIONS:
         net = ready(shape, "diffusion", plan.device, dtype).net
         ways[dtype] = partial(_inferred, net, x, t, y)
     with torch.inference_mode():
@@ -42,22 +41,20 @@ def forward(shape: Shape, plan: Plan) -> list[Row]:
         return compare(f"forward, {shape.name}, batch {shape.batch}", ways, plan, floor=floor)
 
 
-def sampling(shape: Shape, plan: Plan) -> list[Row]:
+def sampling(shape: Shape, plan: Plan) -> Iterator[Row]:
     """Deterministic DDIM guided by the classifier, at the shape's batch and for a few images; on a GPU as CUDA graphs too."""
     if not plan.on_gpu:
         ways = {dtype: sampler(shape, plan.device, shape.batch, plan.steps, dtype) for dtype in formats(plan)}
-        return compare(f"guided DDIM, {plan.steps} steps, {shape.name}, batch {shape.batch}", ways, plan)
-    rows = []
-    for batch, steps in ((shape.batch, 4), (FEW, plan.steps)):
+        yield from compare(f"guided DDIM, {plan.steps} steps, {shape.name}, batch {shape.batch}", ways, plan)
+        return
+    for batch, steps in plan.requests(shape):
         make = partial(sampler, shape, plan.device, batch, steps)
         ways = {"eager": make(), "CUDA graph": make(graphs=True)}
-        rows += compare(f"guided DDIM, {steps} steps, {shape.name}, bfloat16, batch {batch}", ways, plan)
-    return rows
+        yield from compare(f"guided DDIM, {steps} steps, {shape.name}, bfloat16, batch {batch}", ways, plan)
 
 
-def training(shape: Shape, plan: Plan) -> list[Row]:
+def training(shape: Shape, plan: Plan) -> Iterator[Row]:
     """A whole update, and what it costs to keep less in memory: activations recomputed, the batch in parts."""
-    rows = []
     for dtype in formats(plan):
         trainer, batch = updates(shape, plan.device, dtype)
         from guided_diffusion.training.memory import set_recompute
@@ -72,31 +69,91 @@ def training(shape: Shape, plan: Plan) -> list[Row]:
         parts = {shape.train_batch // count for count in (2, 4)} - {0}
         ways |= {f"--microbatch {size}": partial(step, "none", size) for size in sorted(parts, reverse=True)}
         floor = dict.fromkeys(ways, 3 * shape.train_batch * operations(shape)[0] / plan.best_rate(dtype))
-        rows += compare(f"training step, {shape.name}, {dtype}, batch {shape.train_batch}", ways, plan, floor=floor)
-    return rows
+        what = f"training step, {shape.name}, {dtype}, batch {shape.train_batch}"
+        yield from compare(what, ways, plan, floor=floor)
 
 
-def compiled(shape: Shape, plan: Plan) -> list[Row]:
+def largest(shape: Shape, plan: Plan) -> Iterator[Row]:
+    """On a GPU: the largest batch of a training step without microbatches, with each --recompute."""
+    import torch
+
+    from guided_diffusion.training.memory import set_recompute
+
+    if not plan.on_gpu:
+        raise ImportError("memory runs out without an error on a CPU; --device cuda")
+    trainer, _ = updates(shape, plan.device, "bfloat16")
+    for name in ("none", "norms", "all"):
+        set_recompute(trainer.net, name)
+
+        def step(count: int) -> int:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            trainer.step(batch_of(shape, plan.device, count))
+            plan.wait()
+            return torch.cuda.max_memory_allocated()
+
+        step(1)  # moments and copies of the weights are there from now on
+        free, held = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
+        count, tried = most_that_fits(step, shape.train_batch, free + held)
+        begin = time.perf_counter()
+        step(count)
+        note = f"{1e3 * (time.perf_counter() - begin) / count:.2f} ms an image; {tried} sizes tried"
+        yield Row(f"largest training batch, {shape.name}, bfloat16: --recompute {name}", count, "images", note=note)
+
+
+def most_that_fits(peak: Callable[[int], int], few: int, room: int) -> tuple[int, int]:
+    """(the largest count, to within 4 %, with which `peak(count)` bytes do not run out of memory; how many were tried).
+
+    What fits by the peaks of `few` and of half as many is tried first, then 4 % less, until one does not run out.
+    """
+    import torch
+
+    few = max(2, few)
+    first, second = peak(few // 2), peak(few)
+    each = max(1, (second - first) // (few - few // 2))
+    count, tried = max(1, few + (room - second) // each), 2
+    while count > 1:
+        tried += 1
+        try:
+            peak(count)
+            break
+        except torch.OutOfMemoryError:
+            count = min(count - 1, int(0.96 * count))
+    return count, tried
+
+
+def compiled_forward(shape: Shape, plan: Plan) -> Iterator[Row]:
+    """What torch.compile adds to a forward pass."""
+    from guided_diffusion.sampling.pipeline import compile_network
+
+    for dtype in formats(plan):
+        ways = {}
+        for name in ("eager", "compiled"):
+            net = ready(shape, "diffusion", plan.device, dtype).net
+            if name == "compiled":
+                compile_network(net)
+            ways[name] = partial(_inferred, net, *inputs(shape, shape.batch, plan.device))
+        floor = dict.fromkeys(ways, shape.batch * operations(shape)[0] / plan.best_rate(dtype))
+        yield from compare(f"forward, {shape.name}, {dtype}, batch {shape.batch}", ways, plan, floor=floor)
+
+
+def compiled(shape: Shape, plan: Plan) -> Iterator[Row]:
     """What torch.compile adds to guided sampling, on a GPU with and without CUDA graphs."""
-    rows = []
-    for batch, steps in ((shape.batch, 4), (FEW, plan.steps)) if plan.on_gpu else ((shape.batch, 2),):
+    for batch, steps in plan.requests(shape) if plan.on_gpu else ((shape.batch, 2),):
         for dtype in formats(plan):
             make = partial(sampler, shape, plan.device, batch, steps, dtype)
             ways = {"eager": make(), "compiled": make(compile=True)}
             if plan.on_gpu:
                 ways["compiled, CUDA graph"] = make(compile=True, graphs=True)
-            rows += compare(f"guided DDIM, {steps} steps, {shape.name}, {dtype}, batch {batch}", ways, plan)
-    return rows
+            yield from compare(f"guided DDIM, {steps} steps, {shape.name}, {dtype}, batch {batch}", ways, plan)
 
 
-def compiled_training(shape: Shape, plan: Plan) -> list[Row]:
+def compiled_training(shape: Shape, plan: Plan) -> Iterator[Row]:
     """What torch.compile adds to a whole update."""
-    rows = []
     for dtype in formats(plan):
         sides = {name: updates(shape, plan.device, dtype, compile=name == "compiled") for name in ("eager", "compiled")}
         ways = {name: partial(trainer.step, batch) for name, (trainer, batch) in sides.items()}
-        rows += compare(f"training step, {shape.name}, {dtype}, batch {shape.train_batch}", ways, plan)
-    return rows
+        yield from compare(f"training step, {shape.name}, {dtype}, batch {shape.train_batch}", ways, plan)
 
 
 def diffusers(shape: Shape, plan: Plan) -> list[Row]:
@@ -242,7 +299,6 @@ def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> 
 
     import guided_diffusion as gd
     from guided_diffusion import build
-    from guided_diffusion.data.loader import Batch
     from guided_diffusion.runtime.world import World
     from guided_diffusion.sampling.pipeline import compile_network
     from guided_diffusion.training.losses import diffusion_loss
@@ -254,11 +310,20 @@ def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> 
     loss = diffusion_loss(model.process, timesteps, **build.loss_options(model.config))
     world = World(device=torch.device(device))
     trainer = gd.Trainer(model.net, loss, iter([]), ema_rates=(0.9999,), precision=PRECISIONS[dtype], world=world)
-    size, count = shape.model["image_size"], shape.train_batch
-    images, labels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8), torch.arange(count)
+    return trainer, batch_of(shape, device, shape.train_batch)
+
+
+def batch_of(shape: Shape, device: str, count: int) -> Any:
+    """Noise as the loader gives images: in main memory, pinned beside a GPU."""
+    import torch
+
+    from guided_diffusion.data.loader import Batch
+
+    size = shape.model["image_size"]
+    images, labels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8), torch.arange(count) % 1000
     if device.startswith("cuda"):
         images, labels = images.pin_memory(), labels.pin_memory()
-    return trainer, Batch(images, labels, torch.arange(count), 0)
+    return Batch(images, labels, torch.arange(count), 0)
 
 
 def tidy() -> None:

@@ -43,5 +43,5 @@ def chosen(device: str, quick: bool) -> list[Shape]:
     if quick:
         return [tiny()]
     if device.startswith("cuda"):
-        return [released(64, 64, 64), released(256, 16, 16), released(128, 32, 32)]
+        return [released(64, 64, 64), released(256, 16, 8), released(128, 32, 16)]
     return [small()]

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+FEW = 4
+"""Images of a small request, as the README of 2021 sampled them."""
 TABLE_HEAD = "| what | value | against | ratio | quartiles | rounds | note |\n|---|---|---|---|---|---|---|"
 
 
@@ -65,6 +67,10 @@ class Plan:
     def steps(self) -> int:
         """Steps of DDIM that are timed: each costs the same."""
         return 25 if self.on_gpu else 5 if self.quick else 10
+
+    def requests(self, shape: Any) -> list[tuple[int, int]]:
+        """(batch, DDIM steps) of what is sampled on a GPU: a full batch, a few steps of it; and a few images, whole."""
+        return [(shape.batch, 4), (FEW, self.steps)]
 
     def wait(self) -> None:
         """Let the GPU, if there is one, finish what it was given."""
@@ -264,11 +270,10 @@ class Report:
         self.left_out: dict[str, str] = {}
         self.failed: dict[str, str] = {}
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Take up and print what one part found."""
-        for row in rows:
-            print(row.line(), flush=True)
-        self.rows += rows
+    def add(self, row: Row) -> None:
+        """Take up and print what a part found."""
+        print(row.line(), flush=True)
+        self.rows.append(row)
 
     def write(self) -> None:
         """Write both files; each replaces the one before when it is complete."""

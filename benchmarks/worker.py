@@ -7,13 +7,16 @@ to each word that it reads.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -107,13 +110,47 @@ def training(side: Side) -> Callable[[], Any]:
     from guided_diffusion.train_util import TrainLoop
 
     net, process = side.generator()
-    x, _, y = (part.cpu() for part in side.inputs(side.order["train_batch"]))
+    x, _, y = (part.cpu() for part in side.inputs(side.order["batch"]))
     never: Any = {"log_interval": 10**9, "save_interval": 10**9, "resume_checkpoint": ""}
     loop = TrainLoop(
         model=net, diffusion=process, data=iter([]), batch_size=len(x), microbatch=-1, lr=1e-4, ema_rate="0.9999",
         use_fp16=side.cuda, **never,
     )  # fmt: skip
-    return lambda: loop.run_step(x.clamp(-1, 1), {"y": y})
+    x = x.clamp(-1, 1)
+
+    def run(microbatch: int | None = None) -> None:
+        loop.microbatch = microbatch or len(x)
+        loop.run_step(x, {"y": y})
+
+    return run
+
+
+def images_that_fit(side: Side, run: Callable[..., Any], memory: Memory) -> int:
+    """About how many images a training step on this GPU can take, from the peaks of its batch and of half of it."""
+    whole = side.order["batch"]
+    peaks = []
+    for count in (whole // 2, whole):
+        side.torch.cuda.empty_cache()
+        memory.forget()
+        run(count)
+        peaks.append(memory.peak())
+    each = (peaks[1] - peaks[0]) / (whole - whole // 2)
+    total = side.torch.cuda.get_device_properties(side.device).total_memory
+    return int(whole + (total - peaks[1]) / each)
+
+
+def provide_what_is_missing() -> None:
+    """Stand in for mpi4py and blobfile, which the 2021 package imports, where they are not installed: one process, local files."""
+    world = SimpleNamespace(rank=0, size=1, bcast=lambda value, root=0: value, Get_rank=lambda: 0, Get_size=lambda: 1)
+    files = {
+        "BlobFile": open,
+        **{name: getattr(os.path, name) for name in ("join", "exists", "dirname", "basename", "isdir")},
+    }
+    for name, content in {"mpi4py": {"MPI": SimpleNamespace(COMM_WORLD=world)}, "blobfile": files}.items():
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__dict__.update(content)
+    socket.getfqdn = lambda name="": "localhost"  # a lent machine may not know its own name
 
 
 class Memory:
@@ -146,6 +183,7 @@ def main() -> None:
     os.dup2(2, 1)  # what the packages print must not mix with answers
     order = json.loads(sys.argv[1])
     sys.path[0] = order["folder"]  # in the place of this file's own folder
+    provide_what_is_missing()
     import guided_diffusion
 
     found = os.path.realpath(guided_diffusion.__path__[0])
@@ -164,13 +202,20 @@ def main() -> None:
         return time.perf_counter()
 
     print(json.dumps("ready"), file=answers)
+    training_on_gpu = side.cuda and order["work"] == "training"
     for line in sys.stdin:
         word, _, path = line.strip().partition(" ")
         answer: Any = None
         if word == "time":
+            if training_on_gpu:  # the other side used the memory meanwhile
+                run()
             begin = now()
             run()
             answer = now() - begin
+            if training_on_gpu:
+                side.torch.cuda.empty_cache()
+        elif word == "fits":
+            answer = images_that_fit(side, run, memory) if training_on_gpu else 0
         elif word == "peak":
             answer = memory.peak() - before
         elif word == "save":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import against, networks, shapes
+from benchmarks import against, networks, profiling, shapes
 from benchmarks.timing import Plan, Report, Row, alternate, as_rows, compare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def test_operations_of_the_released_networks_are_the_published_ones() -> None:
 @pytest.mark.parametrize(("name", "count"), [("forward", 2), ("sampling", 2), ("training", 8)])
 def test_networks_are_measured_in_both_formats(name: str, count: int) -> None:
     ((_, measure),) = command.tasks([name], PLAN)
-    rows = measure()
+    rows = list(measure())
     assert len(rows) == count and any("bfloat16" in row.what for row in rows)
     if name == "forward":  # the share of the best rate is that of the time
         share = float(rows[0].note.split("%")[0]) / 100
@@ -97,7 +97,7 @@ def test_memory_is_saved_in_the_ways_that_rows_name(monkeypatch: pytest.MonkeyPa
         seen.append((blocks[0].recompute_norms, blocks[0].use_checkpoint, self.microbatch))
 
     monkeypatch.setattr(type(trainer), "step", step)
-    rows = networks.training(SHAPE, Plan(rounds=1))
+    rows = list(networks.training(SHAPE, Plan(rounds=1)))
     ways = ["all kept", "--recompute norms", "--recompute all", "--microbatch 1"]
     assert [row.what.split(": ")[1] for row in rows] == ways
     assert seen[:4] == [(False, False, 0), (True, False, 0), (False, True, 0), (False, False, 1)]
@@ -111,17 +111,73 @@ def test_compiled_and_eager_compute_the_same(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     shape = levels("1", "")  # little to trace
     plan = Plan(rounds=1, rates={"matmul float32 GFLOP/s": 1.0, "matmul bfloat16 GFLOP/s": 0.0})
-    for measure in (networks.compiled, networks.compiled_training):
+    for measure in (networks.compiled_forward, networks.compiled, networks.compiled_training):
         eager, compiled = measure(shape, plan)
         assert compiled.against == "eager" and eager.ratio is None
-        if measure is networks.compiled:
+        if measure is not networks.compiled_training:
             assert float(compiled.note.split("differs ")[1].split(" ")[0]) < 1e-5
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["features", "distances", "loader", "loading", "saving"])
+@pytest.mark.parametrize("few", [1, 8, 64])
+@pytest.mark.parametrize("bent", [1.0, 1.2])
+def test_the_largest_batch_is_found_by_few_steps(few: int, bent: float) -> None:
+    """Memory of 1000 + 7 per image, or of `bent` times as much per image in large batches, of 2000."""
+
+    def peak(count: int) -> int:
+        tried.append(count)
+        if (needed := 1000 + 7 * count * (bent if count > 64 else 1)) > 2000:
+            raise torch.OutOfMemoryError
+        return int(needed)
+
+    tried: list[int] = []
+    count, steps = networks.most_that_fits(peak, few, 2000)
+    most = int(1000 / 7 / bent)
+    assert 0.96 * most - 1 <= count <= most and steps == len(tried) < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, float>", "layout"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention"),
+        ("void at::native::elementwise_kernel<128, 4, gpu_kernel_impl<direct_copy_kernel_cuda>>", "copies"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<OpaqueType<2u>, 4>", "cat"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<c10::BFloat16>>", "elementwise"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", "optimizer"),
+        ("void at::native::reduce_kernel<512, 1, ReduceOp<float, sum_functor>>", "sums"),
+        ("_chunk_moments", "norms"),
+        ("triton_poi_fused_add_silu_3", "compiled"),
+        ("something_new", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    assert profiling.kind_of(name).startswith(kind)
+
+
+def test_a_profile_is_a_table_of_kinds() -> None:
+    some = [("gemm_a", 2.0, 3), ("gemm_b", 1.0, 1), ("reduce_kernel", 1.0, 4)]
+    whole, products, sums = profiling.table("x", [profiling.Kernel(*each) for each in some])
+    assert (whole.value, whole.note) == (4000, "8 kernels")
+    assert products.value == 3000 and products.note == "75.0% in 4; 2000.00 ms in 3 gemm_a"
+    assert sums.value == 1000
+    rows = list(profiling.profile(SHAPE, PLAN))
+    for what in ("forward", "training step"):
+        whole, *kinds = (row for row in rows if what in row.what)
+        assert whole.value == pytest.approx(sum(row.value for row in kinds))
+        assert "convolutions" in " ".join(row.what for row in kinds)
+
+
+def test_the_first_networks_are_measured_before_the_last() -> None:
+    plan = Plan(shapes=[SHAPE._replace(name=name) for name in ("a", "b", "c")])
+    names = [name for name, _ in command.tasks(["forward", "features", "training"], plan)]
+    assert names == ["forward, a", "forward, b", "features", "training, a", "training, b", "forward, c", "training, c"]
+
+
+@pytest.mark.parametrize("name", ["features", "distances", "loader", "feeding", "loading", "saving"])
 def test_other_parts_find_something(name: str) -> None:
-    rows = command.ONCE[name](PLAN)
+    rows = list(command.ONCE[name](PLAN))
     assert rows and all(row.value > 0 for row in rows)
     if name == "distances":  # SciPy's matrix square root gives the same distance
         assert float(rows[1].note.split("differs ")[1].split(" ")[0]) < 1e-9
@@ -138,7 +194,7 @@ def test_two_equal_packages_compute_the_same() -> None:
 
 
 def test_a_worker_trains_and_says_why_it_ends() -> None:
-    order = {"work": "training", "device": "cpu", "steps": 2, "batch": 1, "train_batch": 1, "folder": str(ROOT)}
+    order = {"work": "training", "device": "cpu", "steps": 2, "batch": 1, "folder": str(ROOT)}
     worker = against.Worker("2021", {**order, "model": dict(SHAPE.model), "classifier": {}})
     try:
         assert worker.answer() == "ready" and worker.ask("save nothing") is False
@@ -168,6 +224,7 @@ def test_a_part_that_fails_leaves_the_table_of_the_others(tmp_path: Path, monkey
     seen: list[dict[str, Any]] = []
 
     def fails(plan: Any) -> Any:
+        yield Row("b", 43.0)
         seen.append(json.loads((tmp_path / "benchmarks.json").read_text()))
         raise RuntimeError("out of luck")
 
@@ -178,7 +235,7 @@ def test_a_part_that_fails_leaves_the_table_of_the_others(tmp_path: Path, monkey
         monkeypatch.setitem(command.ONCE, name, part)
     words = ["--quick", "--only", "features", "--only", "loader", "--only", "saving", "--out", str(tmp_path)]
     assert command.main(words) == 1
-    assert [row["what"] for row in seen[0]["rows"]] == ["a"]  # written before the part that failed began
+    assert [row["what"] for row in seen[0]["rows"]] == ["a", "b"]  # written before the part failed
     report = json.loads((tmp_path / "benchmarks.json").read_text())
     assert report["failed"] == {"loader": "RuntimeError: out of luck"}
     assert report["left_out"] == {"saving": "no diffusers here"}
