@@ -16,7 +16,7 @@ class Drawn(NamedTuple):
 
 
 class Timesteps(Protocol):
-    """A distribution over steps that may learn from losses."""
+    """A distribution over steps that may learn from losses. Losses that are not finite, of skipped steps, teach nothing."""
 
     def draw(self, u: Tensor) -> Drawn: ...
     def update(self, i: Tensor, losses: Tensor) -> None: ...
@@ -75,16 +75,17 @@ class LossSecondMoment:
         return Drawn(i, importance(p, i))
 
     def update(self, i: Tensor, losses: Tensor) -> None:
-        """Store `losses` `[B]` of steps `i` int64 `[B]`, in order, over the oldest ones: a ring buffer per step."""
+        """Store the finite of `losses` `[B]` of steps `i` int64 `[B]`, in order, over the oldest ones: a ring buffer per step."""
         self._move_to(i.device)  # below: a step may occur several times in a batch, and each time takes another slot
-        same = (i[:, None] == i[None, :]).tril()
+        finite = torch.isfinite(losses)
+        same = ((i[:, None] == i[None, :]) & finite & finite[:, None]).tril()
         earlier = same.sum(dim=1) - 1  # occurrences of the same step before this one
         later = same.sum(dim=0) - 1  # and after it; from `history` on they overwrite it
         slot = (self.seen[i] + earlier) % self.history
-        flat = torch.where(later < self.history, i * self.history + slot, self.losses.numel())
-        padded = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])  # the last entry takes overwritten losses
+        flat = torch.where(finite & (later < self.history), i * self.history + slot, self.losses.numel())
+        padded = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])  # the last entry takes those not stored
         self.losses = padded.scatter(0, flat, losses.detach().to(padded))[:-1].view_as(self.losses)
-        self.seen = self.seen.scatter_add(0, i, torch.ones_like(i))
+        self.seen = self.seen.scatter_add(0, i, finite.to(i.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "seen": self.seen}

@@ -222,9 +222,7 @@ class Trainer:
         table = torch.stack([positions, torch.cat(steps), torch.cat(raw).float()], dim=1)
         table = self.world.all_gather_cat(table, name="losses for the schedule sampler")
         table = table[table[:, 0].argsort(stable=True)]
-        table = table[torch.isfinite(table[:, 2])]
-        if len(table):
-            self.schedule_sampler.update(table[:, 1].to(steps[0].dtype), table[:, 2])
+        self.schedule_sampler.update(table[:, 1].to(steps[0].dtype), table[:, 2])
 
     # ---- Many steps
 

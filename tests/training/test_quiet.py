@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from guided_diffusion.diffusion.timesteps import LossSecondMoment
 from guided_diffusion.models.unet import UNetModel
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training.memory import set_recompute
 
 from .test_memory import batch_of, trainer_of
-from .toys import batches, make, toy_net
+from .toys import T, batches, make, toy_net
 
 
 class Listening(TorchDispatchMode):
@@ -29,7 +30,8 @@ class Listening(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_reads_nothing(precision):
-    trainer = make(toy_net(dropout=0.1), precision=precision, microbatch=3, max_grad_norm=1.0, ema_rates=(0.9, 0.99))
+    options = {"microbatch": 3, "max_grad_norm": 1.0, "ema_rates": (0.9, 0.99), "schedule_sampler": LossSecondMoment(T)}
+    trainer = make(toy_net(dropout=0.1), precision=precision, **options)
     data = batches()
     trainer.step(next(data))  # the optimizer makes its state in the first
     with Listening() as listening:
@@ -46,11 +48,12 @@ def test_a_step_reads_nothing(precision):
 def test_a_step_does_not_wait_for_the_gpu(precision, net):
     options = {"precision": precision, "max_grad_norm": 1.0, "world": World(device=torch.device("cuda"))}
     if net is None:
-        trainer, data = make(microbatch=3, **options), batches()
+        trainer, data = make(microbatch=3, schedule_sampler=LossSecondMoment(T), **options), batches()
     else:  # a real network, with what it recomputes
         model = UNetModel(16, 3, 32, 3, 1, (2,), 0.1, channel_mult=(1, 2), num_head_channels=16)
         set_recompute(model, net)
         trainer, data = trainer_of(model, 8, microbatch=3, **options), itertools.repeat(batch_of(8))
+    data = map(pinned, data)
     for _ in range(2):
         trainer.step(next(data))
     torch.cuda.set_sync_debug_mode("error")
@@ -58,3 +61,11 @@ def test_a_step_does_not_wait_for_the_gpu(precision, net):
         trainer.step(next(data))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        trainer.step(next(data))
+    assert profile.events() and not [event.name for event in profile.events() if "Pageable" in event.name]
+
+
+def pinned(batch):
+    """As the loader gives it beside a GPU."""
+    return batch._replace(images=batch.images.pin_memory(), positions=batch.positions.pin_memory())
