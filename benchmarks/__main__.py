@@ -36,7 +36,7 @@ ONCE = {
     "processes": files.processes,
 }
 ON_CPU = ("forward", "diffusers", "sampling", "training", "features", "distances", "loader")
-ON_GPU = ("forward", "training", "sampling", "compiled-forward", "compiled-training", "largest", "compiled")
+ON_GPU = ("forward", "training", "sampling", "largest", "compiled-forward", "compiled-training", "compiled")
 FIRST = 2
 """Networks of which all parts are measured before the others' turn comes."""
 Task = tuple[str, Callable[[], Iterable[Row]]]

@@ -207,13 +207,11 @@ def main() -> None:
         word, _, path = line.strip().partition(" ")
         answer: Any = None
         if word == "time":
-            if training_on_gpu:  # the other side used the memory meanwhile
+            if training_on_gpu:  # its memory went to the other side meanwhile
                 run()
             begin = now()
             run()
             answer = now() - begin
-            if training_on_gpu:
-                side.torch.cuda.empty_cache()
         elif word == "fits":
             answer = images_that_fit(side, run, memory) if training_on_gpu else 0
         elif word == "peak":
@@ -223,6 +221,8 @@ def main() -> None:
             if found is not None:
                 side.torch.save(found.float().cpu(), path)
             answer = found is not None
+        if training_on_gpu:
+            side.torch.cuda.empty_cache()
         print(json.dumps(answer), file=answers)
 
 

@@ -193,17 +193,22 @@ def test_transforms_and_other_weights_pass_by() -> None:
 
 
 def test_compiled_networks_cast_for_themselves() -> None:
+    """By one graph, inside a block and outside."""
+    from torch._dynamo.testing import CompileCounter
+
     layer = Conv2d(3, 4, 3, padding=1)
     copies = layer.copies = casts.WeightCopies()
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = torch.randn(1, 3, 8, 8).bfloat16()
     for _ in range(2):
         with copies.made():
             assert torch.equal(compiled(x), layer.forward(x))
-    with copies.made(), torch.no_grad():
+    with copies.made():
         before = compiled(x)
         layer.weight.data.mul_(2)
         assert not torch.equal(compiled(x), before)
+    assert torch.equal(compiled(x), layer.forward(x)) and counter.frame_count == 1
     torch.compiler.reset()
 
 
