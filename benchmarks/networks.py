@@ -124,7 +124,7 @@ def most_that_fits(peak: Callable[[int], int], few: int, room: int) -> tuple[int
 
 def compiled_forward(shape: Shape, plan: Plan) -> Iterator[Row]:
     """What torch.compile adds to a forward pass."""
-    from guided_diffusion.sampling.pipeline import compile_network
+    from guided_diffusion.runtime.compiler import compile_network
 
     for dtype in formats(plan):
         ways = {}
@@ -299,8 +299,8 @@ def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> 
 
     import guided_diffusion as gd
     from guided_diffusion import build
+    from guided_diffusion.runtime.compiler import compile_network
     from guided_diffusion.runtime.world import World
-    from guided_diffusion.sampling.pipeline import compile_network
     from guided_diffusion.training.losses import diffusion_loss
 
     model = made(shape, "diffusion", device)

@@ -105,9 +105,9 @@ def test_memory_is_saved_in_the_ways_that_rows_name(monkeypatch: pytest.MonkeyPa
 
 def test_compiled_and_eager_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are traced and run as they are: generating code for them takes minutes."""
-    from guided_diffusion.sampling import pipeline
+    from guided_diffusion.sampling import execution
 
-    monkeypatch.setattr(pipeline, "Compiled", partial(pipeline.Compiled, backend="eager"))
+    monkeypatch.setattr(execution, "Compiled", partial(execution.Compiled, backend="eager"))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     shape = levels("1", "")  # little to trace
     plan = Plan(rounds=1, rates={"matmul float32 GFLOP/s": 1.0, "matmul bfloat16 GFLOP/s": 0.0})

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from ..config import Section, changed, flag, flatten, laid_over
-from ..config.fields import RENAMED
+from ..config.fields import RENAMED, SWITCH, SWITCHES
 from ..runtime import launchers, storage
 
 _HELP = partial(argparse.HelpFormatter, max_help_position=36, width=120)
@@ -26,7 +26,8 @@ SAMPLING = {
     "what is made": "num_samples seed classes labels base_samples requests",
     "guidance": "classifier_path classifier_scale upsampler_classifier_path upsampler_classifier_scale",
     "sampler": "sampler use_ddim eta timestep_respacing clip_denoised upsampler_use_ddim upsampler_timestep_respacing",
-    "speed": "batch_size upsampler_batch_size device precision classifier_precision use_fp16 classifier_use_fp16 compile cuda_graphs",
+    "speed": "batch_size upsampler_batch_size device precision classifier_precision use_fp16 classifier_use_fp16 compile cuda_graphs "
+    "tf32 deterministic",
     "files": "model_path weights upsampler_path out grid config upsampler_flags debug",
     LAST: "",
 }
@@ -41,7 +42,7 @@ TRAINING = {
     "optimization": "lr weight_decay lr_anneal_steps anneal_lr warmup_steps iterations max_steps batch_size global_batch_size grad_clip "
     "ema_rate dropout schedule_sampler min_snr_gamma loss_weight use_kl rescale_learned_sigmas seed fp16_scale_growth",
     "speed and memory": "microbatch recompute memory_limit_gb use_checkpoint device precision "
-    "use_fp16 classifier_use_fp16 compile workers shard_optimizer shard_ema compress_gradients static_graph timeout_s",
+    "use_fp16 classifier_use_fp16 compile tf32 workers shard_optimizer shard_ema compress_gradients static_graph timeout_s",
     "files and log": "out resume_checkpoint resume_from weights config save_interval keep_last keep_every log_interval eval_interval "
     "sample_interval sample_steps progress tensorboard debug",
     "network and noise process": "",
@@ -174,6 +175,16 @@ def str2bool(v: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; give one of {' '.join(_TRUE + _FALSE)}")
 
 
+def switch(text: str) -> str:
+    """auto, on or off; or a boolean, for on or off as in earlier versions."""
+    if text.lower() in SWITCH:
+        return text.lower()
+    try:
+        return "on" if str2bool(text) else "off"
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be one of {', '.join(SWITCH)}") from None
+
+
 def int_or_auto(text: str) -> int | str:
     """A whole number, or the word auto as it is."""
     if text.lower() == "auto":
@@ -193,6 +204,8 @@ def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
     listed = f" [{', '.join(str(choice) or 'empty' for choice in choices)}]" if choices else ""
     if isinstance(default, bool):  # a bare --flag means True
         options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
+    elif field.name in SWITCHES:  # a bare --flag means on
+        options = {"type": switch, "metavar": "str", "nargs": "?", "const": "on"}
     elif no_auto or auto is not None:
         options = {"type": int_or_auto, "metavar": "int" if no_auto else "int|auto"}
     else:

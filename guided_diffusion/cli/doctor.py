@@ -50,7 +50,8 @@ def main(argv: Sequence[str], program: str = "guided-diffusion doctor") -> int:
     from ..runtime import doctor
 
     values = parsed.flags
-    with runs.session(values["device"], debug=values["debug"], timeout_s=values["timeout_s"]) as world:
+    options = {name: values[name] for name in ("debug", "timeout_s", "tf32")}
+    with runs.session(values["device"], **options) as world:
         local = [doctor.check_device(world)]
         if world.is_main:
             local.insert(0, doctor.check_versions())
@@ -86,7 +87,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
         alone = World(device=world.device)  # of one process: no other rank takes part in reading the checkpoint
         config, saved, start = train.configured(parsed, kind, alone, folder)
         config = with_global_batch(config, world.size)
-        if config.train.compile:
+        if config.train.compile == "on":
             require_compiler(world.device)
         with torch.device("meta"):  # shapes without memory: a network of any size costs nothing
             net = build_network(config.model, config.diffusion)
@@ -163,7 +164,7 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     if options.memory_limit_gb:
         free = min(free, max(1, int(options.memory_limit_gb * 2**30) - used_memory(world.device)))
     # torch.compile itself chooses what to recompute between norms.
-    possible = [choice for choice in can_recompute(net) if choice != "norms" or not options.compile]
+    possible = [choice for choice in can_recompute(net) if choice != "norms" or options.compile != "on"]
     recompute = options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
     auto = recompute == "auto"
     shrink = options.microbatch == 0 and (on_gpu or auto)

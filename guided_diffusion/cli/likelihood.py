@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import PRECISIONS, WEIGHTS, WEIGHTS_HELP, DataConfig, DiffusionConfig, ModelConfig, Section, flag
+from ..config import (
+    PRECISIONS,
+    TF32_HELP,
+    WEIGHTS,
+    WEIGHTS_HELP,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    Section,
+    flag,
+)
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -27,6 +37,7 @@ class LikelihoodConfig(Section):
     batch_size: int = flag(1, "images per pass and process", low=1)
     seed: int = flag(0, "seed of the choice of images and of the noise", low=0)
     precision: str = flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
+    tf32: bool = flag(True, TF32_HELP)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     typed = {
         name: parsed.typed[name] for name in (*ModelConfig.names(), *DiffusionConfig.names()) if name in parsed.typed
     }
-    with runs.session(parsed.flags["device"], debug=parsed.flags["debug"]) as world:
+    with runs.session(parsed.flags["device"], debug=parsed.flags["debug"], tf32=config.tf32) as world:
         _measure(config, data, typed, parsed.flags["out"], world)
     return 0
 

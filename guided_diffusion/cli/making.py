@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..config import NETWORKS, ClassifierConfig, DiffusionConfig, SampleConfig, Section, flag
+from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, Section, flag
 from . import arguments, runs
 
 if TYPE_CHECKING:
     from ..runtime.signals import Stop
     from ..runtime.world import World
     from ..sampling.jobs import Job, LabelPlan, Request
-    from ..sampling.pipeline import ClassifierGuidance
-    from ..sampling.queue import Pipeline
+    from ..sampling.pipeline import ClassifierGuidance, ImagePipeline
+    from ..sampling.queue import Saving
     from ..weights.load import Loaded
 
 # Flags of the noise process in which a classifier and the model it guides must agree.
@@ -33,6 +33,8 @@ NOT_IN_RECEIPT = frozenset(
         "dropout use_checkpoint use_kl rescale_learned_sigmas"  # for training only
     ).split()
 )
+# Flags that receipts name only where they differ from the default: earlier versions had none of them, and their jobs go on.
+_LATER = ("tf32", "deterministic")
 M = TypeVar("M", bound="Making")
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ def session(options: Making) -> Iterator[tuple[World, Stop]]:
     """Yield the processes of a command, and the object that knows whether a signal has asked it to stop."""
     from ..runtime import signals
 
-    with signals.Stop() as stop, runs.session(options.device, debug=options.debug) as world:
+    arithmetic = {"tf32": options.tf32, "deterministic": options.deterministic}
+    with signals.Stop() as stop, runs.session(options.device, debug=options.debug, **arithmetic) as world:
         yield world, stop
 
 
@@ -89,7 +92,7 @@ class Setup:
         from ..sampling import pipeline
         from ..weights.load import check_pair
 
-        if options.compile:
+        if options.compile == "on":
             require_compiler(world.device)
         model = _load(options.model_path, options.kind, options, world)
         if not (options.classifier_path and options.classifier_scale):
@@ -121,7 +124,7 @@ class Setup:
         classes = choose_classes(options.classes, self.num_classes, self.class_names, where)
         return LabelPlan(classes, options.labels == "balanced", options.seed)
 
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> ImagePipeline:
         """The sampler that the flags ask for."""
         from ..sampling.pipeline import make_pipeline
 
@@ -131,8 +134,8 @@ class Setup:
             sampler=self.options.method,
             eta=self.options.eta,
             clip=self.options.clip_denoised,
-            compile=self.options.compile,
-            graphs=self.options.cuda_graphs,
+            compile=not self.options.deterministic and SWITCH[self.options.compile],
+            graphs=SWITCH[self.options.cuda_graphs],
         )
 
     def job(self, request: Request, kind: str, **receipt: Any) -> Job:
@@ -140,12 +143,13 @@ class Setup:
 
         In messages, a request with a name stands for all requests of a file, each of which has its own seed.
         """
+        from ..runtime.devices import describe_products
         from ..sampling.jobs import Job
-        from ..sampling.pipeline import largest_batch
+        from ..sampling.pipeline import DETERMINISTIC_BATCH, largest_batch
 
         options, model, classifier, world = self.options, self.model, self.classifier, self.world
         out, chosen = world.broadcast_object(runs.run_folder(options.out, kind), name=f"folder of {kind}")
-        batch_size = options.batch_size
+        batch_size = DETERMINISTIC_BATCH if options.deterministic else options.batch_size
         if not batch_size:
             limit = max(1, -(-request.num_samples // world.size))
             fitting = largest_batch(model, self.guidance, limit) if world.is_main else 0
@@ -167,17 +171,25 @@ class Setup:
             model.shape,
             batch_size,
             receipt={**receipt_of(options, model, classifier), **receipt},
-            about={"model": model.path, "classifier": classifier and classifier.path, "device": str(world.device)},
+            about={
+                "model": model.path,
+                "classifier": classifier and classifier.path,
+                "device": str(world.device),
+                "float32 products": describe_products(world.device),
+            },
             config={**{name: getattr(options, name) for name in SampleConfig.names()}, **typed},
             grid=options.grid,
             class_names=self.class_names,
         )
 
-    def make(self, job: Job, stop: Stop) -> str:
-        """Make the images of a job and return the path of their npz."""
-        from ..sampling.queue import generate
+    def make(self, jobs: Sequence[Job], folder: str, stop: Stop) -> Saving:
+        """Make the images of all jobs, in shared batches unless --deterministic."""
+        from ..sampling.queue import generate_all
 
-        return generate(self.pipeline(), job, world=self.world, should_stop=lambda: stop.requested)
+        pipeline = self.pipeline()
+        options: dict[str, Any] = {"world": self.world, "should_stop": lambda: stop.requested}
+        options |= {"after_batch": pipeline.execution.after_batch, "share": not self.options.deterministic}
+        return generate_all(pipeline, jobs, folder, **options)
 
 
 def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
@@ -199,7 +211,11 @@ def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -
     from ..diffusion.samplers import SAMPLERS
 
     return {
-        **_in_receipt(config, SampleConfig.names()),
+        **{
+            name: value
+            for name, value in _in_receipt(config, SampleConfig.names()).items()
+            if name not in _LATER or value != getattr(SampleConfig, name)
+        },
         "sampler": config.method,
         "eta": config.eta if "eta" in SAMPLERS[config.method].options else None,
         "steps": len(model.process),

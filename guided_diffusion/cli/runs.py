@@ -76,20 +76,24 @@ def script_folder() -> str:
 
 
 @contextmanager
-def session(device: str, *, debug: bool = False, timeout_s: float = PATIENCE_S) -> Iterator[World]:
-    """`runtime.world.session` for a command: only the main process prints messages.
+def session(
+    device: str, *, debug: bool = False, timeout_s: float = PATIENCE_S, tf32: bool = True, deterministic: bool = False
+) -> Iterator[World]:
+    """`runtime.world.session` for a command: only the main process prints messages, and the arithmetic is the one that flags say.
 
     With several processes, a user's error ends the job with one line instead of a traceback from each, unless `debug`. A command
     that stopped on request and can continue later ends with exit code 85.
     """
     from ..runtime import watch, world
+    from ..runtime.devices import float32_products
     from ..runtime.log import setup_messages, silence_closed_streams
     from ..sampling.queue import Interrupted
     from ..training.incident import TrainingDiverged
     from ..training.saver import SaveError
 
     setup_messages()
-    with world.session(device, timeout_s=timeout_s) as processes:
+    arithmetic = float32_products(tf32=tf32, deterministic=deterministic)
+    with arithmetic, world.session(device, timeout_s=timeout_s) as processes:
         setup_messages(processes)
         try:
             yield processes

@@ -71,13 +71,14 @@ def make(options: making.Making, world: World, stop: Stop) -> str:
 
     setup = making.Setup.read(options, world)
     request = Request("", options.num_samples, options.seed, setup.labels())
-    return setup.make(setup.job(request, "samples"), stop)
+    job = setup.job(request, "samples")
+    setup.make([job], job.out, stop)
+    return job.npz
 
 
 def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: Stop) -> None:
     """Make the images of all requests, each request in a folder of its own. Called on every process."""
     from ..sampling.jobs import Request
-    from ..sampling.queue import generate_all
 
     entries = world.broadcast_object(entries, name="requests")
     setup = making.Setup.read(options, world)
@@ -94,7 +95,7 @@ def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: St
     if world.is_main:
         resolved = [{"name": entry.name, **entry.flags()} for entry in entries]
         storage.write_json_atomic(storage.join(shared.out, "requests.json"), resolved)
-    saving = generate_all(setup.pipeline(), jobs, shared.out, world=world, should_stop=lambda: stop.requested)
+    saving = setup.make(jobs, shared.out, stop)
     log.info("%s", saving if saving.images else f"all {len(jobs)} requests are there already")
 
 

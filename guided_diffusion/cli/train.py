@@ -67,7 +67,7 @@ def main(argv: Sequence[str], program: str, *, kind: str, script: bool = False) 
     # Stop comes first: a signal that arrives while the processes connect must not be lost.
     with (
         signals.Stop(signals.TRAINING_SIGNALS) as stop,
-        runs.session(values["device"], debug=values["debug"], timeout_s=values["timeout_s"]) as world,
+        runs.session(values["device"], **{name: values[name] for name in ("debug", "timeout_s", "tf32")}) as world,
     ):
         stop.quiet = not world.is_main
         folder, chosen = world.broadcast_object(runs.run_folder(values["out"], kind), name="run folder")
@@ -149,13 +149,14 @@ class _Plan(NamedTuple):
 
 def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, script: bool) -> _Plan:
     from ..data.classes import some
-    from ..runtime.devices import require_compiler
+    from ..runtime.devices import require_compiler, set_float32_products
     from ..training.checks import check_same_everywhere
     from ..weights.continuing import already_begun, with_classes, with_global_batch
 
     resume = parsed.flags["resume_checkpoint"] or "auto"
     config, saved, start = configured(parsed, kind, world, folder, script=script)
-    if config.train.compile:
+    set_float32_products(tf32=config.train.tf32)  # of a run that goes on, as it was begun
+    if config.train.compile == "on":
         require_compiler(world.device)
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
@@ -267,7 +268,7 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
     """The trainer before its first step: weights loaded, batch fitted to the memory, network compiled."""
     from .. import build
     from ..runtime.devices import choose_precision
-    from ..sampling.pipeline import compile_network
+    from ..training.compiling import compile_training
     from ..training.losses import classifier_loss, diffusion_loss
     from ..training.memory import fit, set_recompute
     from ..training.trainer import Trainer
@@ -307,7 +308,7 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
     if train.recompute and not auto:
         set_recompute(net, train.recompute)
     if auto or (shrink and world.device.type == "cuda"):
-        norms = not train.compile  # torch.compile itself chooses what to recompute between norms
+        norms = train.compile != "on"  # torch.compile itself chooses what to recompute between norms
         with contextlib.closing(batches(trainer.steps_done)) as trial:  # measures memory with one real batch
             fit(trainer, next(trial), recompute=auto, shrink=shrink, norms=norms, limit_gb=train.memory_limit_gb)
     share = plan.batch_size // world.size
@@ -316,16 +317,18 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
             f"--static_graph True asks for one pass per step, but {share} images on each process go in passes of "
             f"{trainer.microbatch}; leave --static_graph out, or give a batch that fits whole (or --recompute auto)"
         )
-    if train.compile:
-        compile_network(net)
+    if train.compile == "on":
+        with contextlib.closing(batches(trainer.steps_done)) as trial:
+            compile_training(trainer, next(trial))
     return trainer
 
 
 def _callbacks(plan: _Plan, process: Any, log: Log) -> list[Callback]:
-    """(n, function) pairs: validation and pictures of samples, which the trainer calls every n steps."""
+    """(n, function) pairs, which the trainer calls every n steps: validation, pictures of samples, and `--compile auto`."""
     from ..build import build_timesteps
     from ..sampling.pipeline import write_preview
     from ..training.callbacks import SampleGrid, Validation
+    from ..training.compiling import CompileWhenItPays
     from ..training.losses import classifier_loss
     from ..weights.load import Loaded
 
@@ -345,6 +348,8 @@ def _callbacks(plan: _Plan, process: Any, log: Log) -> list[Callback]:
             write_preview(model, path, steps=train.sample_steps, seed=train.seed)
 
         callbacks.append((train.sample_interval or train.save_interval, SampleGrid(draw, plan.folder)))
+    if train.compile == "auto" and plan.world.device.type == "cuda":
+        callbacks.append((train.log_interval, CompileWhenItPays(train.last_step)))
     return callbacks
 
 

@@ -58,7 +58,9 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     seed = noise_seed(setup.model, options.seed)
     request = Request("", setup.options.num_samples, seed, labels, small.low_res)
     receipt = {"base_samples": small.identity(), "small_size": setup.model.small_size}
-    return setup.make(setup.job(request, "upsampled", **receipt), stop)
+    job = setup.job(request, "upsampled", **receipt)
+    setup.make([job], job.out, stop)
+    return job.npz
 
 
 def _small(options: Upsampling, setup: making.Setup, chosen: LabelPlan | None) -> tuple[Images, LabelPlan]:
@@ -100,7 +102,9 @@ class Cascade(making.Making):
 
 
 # Flags of the first stage that apply to both stages.
-_SHARED = ("num_samples", "batch_size", "seed", "precision", "clip_denoised", "timestep_respacing", "grid", "device")
+_SHARED = (
+    "num_samples batch_size seed precision clip_denoised timestep_respacing grid device compile cuda_graphs tf32 deterministic"
+).split()
 
 
 def cascade(argv: Sequence[str], program: str) -> int:

@@ -4,6 +4,7 @@ The metadata of a field hold its help for the command line and the values that `
 ("32,16,8"), as they are typed and stored; properties give them as numbers.
 """
 
+from .fields import SWITCH as SWITCH
 from .fields import Section as Section
 from .fields import flag as flag
 from .fields import flatten as flatten
@@ -17,6 +18,7 @@ from .networks import SuperResConfig as SuperResConfig
 from .networks import classes_of as classes_of
 from .networks import default_multipliers as default_multipliers
 from .runs import PRECISIONS as PRECISIONS
+from .runs import TF32_HELP as TF32_HELP
 from .runs import WEIGHTS as WEIGHTS
 from .runs import WEIGHTS_HELP as WEIGHTS_HELP
 from .runs import ClassifierTrainConfig as ClassifierTrainConfig

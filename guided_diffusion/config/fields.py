@@ -13,6 +13,10 @@ from typing import Any, TypeVar
 Numbers = tuple[float, ...]
 RENAMED = {"checkpoint": "recompute"}
 """Name in earlier versions -> present name. The earlier ones are still read, on the command line and in saved configurations."""
+SWITCH: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
+"""Word of a flag that may be left to the program -> the argument it stands for."""
+SWITCHES = ("compile", "cuda_graphs")
+"""The flags with the words of `SWITCH`. In earlier versions they were True or False, which is still read as on or off."""
 C = TypeVar("C", bound="Section")
 
 
@@ -85,13 +89,13 @@ class Section:
     @classmethod
     def from_flags(cls: type[C], flags: Mapping[str, Any]) -> C:
         """Read the fields of this section from `flags`. Other flags are ignored; missing ones keep their default."""
-        flags = {RENAMED.get(name, name): value for name, value in flags.items()}
+        flags = as_now(flags)
         return cls(**{name: flags[name] for name in cls.names() if name in flags}).validate()
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """The inverse of `to_dict`. ValueError for a key that is no field: a file of a newer version, or a typing error."""
-        values = {RENAMED.get(name, name): value for name, value in values.items()}
+        values = as_now(values)
         unknown = sorted(set(values) - set(cls.names()))
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(cls.names())}")
@@ -126,4 +130,13 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat.update(value if isinstance(value, Mapping) else {name: value})
-    return {RENAMED.get(name, name): value for name, value in flat.items()}
+    return as_now(flat)
+
+
+def as_now(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags by their present names and values, where `flags` may have those of an earlier version."""
+    words = {True: "on", False: "off"}
+    return {
+        RENAMED.get(name, name): words[value] if name in SWITCHES and isinstance(value, bool) else value
+        for name, value in flags.items()
+    }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import Section, flag, numbers
+from .fields import SWITCH, Section, flag, numbers
 from .networks import NETWORKS, ModelConfig, Network
 
 PRECISIONS = ("", "fp32", "bf16", "fp16")
@@ -14,6 +14,7 @@ WEIGHTS = ("", "ema", "model")  # which weights of a file or run folder that hol
 WEIGHTS_HELP = (
     "which weights to take where model_path holds both: those of the EMA (ema) or the raw ones (model); empty = the EMA"
 )
+TF32_HELP = "a GPU convolves float32 numbers in TF32 (10 bits of their mantissa); False = all products in float32"
 _NO_AUTO_BATCH = "the batch size changes what is learned, so give a number; --microbatch auto finds how much of it fits"
 
 
@@ -117,7 +118,13 @@ class TrainConfig(Section):
     keep_last: int = flag(0, "how many of the newest checkpoints stay; 0 = all", low=0)
     keep_every: int = flag(0, "checkpoints at multiples of this step stay for good; 0 = none", low=0)
     shard_optimizer: bool = flag(False, "divide the optimizer's state among the processes: less memory on each")
-    compile: bool = flag(False, "compile the network by torch.compile: minutes at first, then faster on a GPU")
+    compile: str = flag(
+        "auto",
+        "compile the network by torch.compile: minutes at first, then faster on a GPU; auto = where the steps that are left "
+        "take so long that it pays",
+        choices=tuple(SWITCH),
+    )
+    tf32: bool = flag(True, TF32_HELP)
     compress_gradients: bool = flag(False, "send gradients between processes in bfloat16: half the bytes, less exact")
     static_graph: bool = flag(
         False,
@@ -195,12 +202,31 @@ class SampleConfig(Section):
     precision: str = flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
     classifier_precision: str = flag("", "arithmetic of the classifier; empty = as --precision", choices=PRECISIONS)
     grid: int = flag(64, "images in the overview picture; 0 = none", low=0)
-    compile: bool = flag(False, "compile networks by torch.compile: minutes at first, then faster on a GPU")
-    cuda_graphs: bool = flag(False, "each guided step as one CUDA graph: faster where batches are small")
+    compile: str = flag(
+        "auto",
+        "compile networks by torch.compile: minutes at first, then faster on a GPU; auto = where the images that are left "
+        "take so long that it pays",
+        choices=tuple(SWITCH),
+    )
+    cuda_graphs: str = flag(
+        "auto",
+        "each guided step as one CUDA graph, which is faster where batches are small; auto = there, from 20 steps on",
+        choices=tuple(SWITCH),
+    )
+    tf32: bool = flag(True, TF32_HELP)
+    deterministic: bool = flag(
+        False, "image i is the same to the bit for every batch size, also on a GPU: 8 images at a time, slower"
+    )
 
     @property
     def method(self) -> str:
         return self.sampler or ("ddim" if self.use_ddim else "ancestral")
+
+    def _check(self) -> None:
+        if self.deterministic and self.compile == "on":
+            raise ValueError(
+                "--deterministic True computes without a compiler, and --compile is 'on'; leave one of the two out"
+            )
 
 
 @dataclass(frozen=True)
@@ -229,9 +255,9 @@ class RunConfig:
             )
         if train.min_snr_gamma and train.loss_weight not in ("", "min_snr"):
             raise ValueError(f"{weight} is for --loss_weight min_snr, not {train.loss_weight}; give one of the two")
-        if train.recompute == "norms" and train.compile:
+        if train.recompute == "norms" and train.compile == "on":
             raise ValueError(
-                "--recompute 'norms' has no effect with --compile True: a compiler chooses for itself what to compute again; "
+                "--recompute 'norms' has no effect with --compile on: a compiler chooses for itself what to compute again; "
                 "leave one of the two out, or give --recompute auto or all"
             )
         if train.recompute in ("none", "norms") and getattr(self.model, "use_checkpoint", False):

@@ -1,7 +1,8 @@
-"""The device of a process: choosing it, finding a GPU that two ranks share, its memory, and the precision networks compute in."""
+"""The device of a process: choosing it, finding a GPU that two ranks share, its memory, and the arithmetic networks compute in."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -9,7 +10,9 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +29,7 @@ def require_compiler(device: torch.device) -> None:
     name = os.environ.get("CXX") or usual
     if device.type == "cpu" and not shutil.which(name):
         raise ValueError(
-            f"--compile True needs a C++ compiler, and there is no {name!r}; install {usual} (Debian: apt-get install "
+            f"--compile on needs a C++ compiler, and there is no {name!r}; install {usual} (Debian: apt-get install "
             "g++), name another in the environment variable CXX, or leave --compile out"
         )
 
@@ -41,6 +44,64 @@ def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> st
     if use_fp16 and device.type == "cpu":
         _log.info("--use_fp16 True: computing in fp32, because %s", slow)
     return "fp16" if use_fp16 and device.type != "cpu" else "fp32"
+
+
+@contextlib.contextmanager
+def float32_products(*, tf32: bool = True, deterministic: bool = False) -> Iterator[None]:
+    """Inside, `set_float32_products` holds instead of what the process had before, which is restored at the end.
+
+    deterministic: no TF32, and for each operation the algorithm that gives the same result every time. Where torch has none for an
+    operation, it warns.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in _products(tf32)]
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        set_float32_products(tf32=tf32 and not deterministic)
+        if deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def set_float32_products(*, tf32: bool) -> None:
+    """Set how float32 numbers are multiplied, whatever the process had before: in float32, but with `tf32` a GPU convolves in TF32."""
+    for holder, name, value in _products(tf32):
+        setattr(holder, name, value)
+
+
+def describe_products(device: torch.device) -> str:
+    """How float32 numbers are multiplied on a device now: "convolutions in TF32, matrix products in float32"."""
+    if device.type != "cuda":
+        return "in float32"
+    now = [getattr(holder, name) for holder, name, _ in _products(True)[:2]]
+    words = ["TF32" if value in (True, "tf32") else "float32" for value in now]
+    return f"convolutions in {words[0]}, matrix products in {words[1]}"
+
+
+def _products(tf32: bool) -> list[tuple[Any, str, Any]]:
+    """(object, attribute, value) of torch's settings: first that of a GPU's convolutions, then that of its matrix products."""
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    cuda: Any = torch.backends.cuda.matmul
+    if not hasattr(cuda, "fp32_precision"):  # torch before 2.9
+        return [(cudnn, "allow_tf32", tf32), (cuda, "allow_tf32", False)]
+    settings: Any = [
+        (cudnn.conv, "tf32" if tf32 else "ieee"),
+        (cuda, "ieee"),
+        (mkldnn.matmul, "ieee"),
+        (mkldnn.conv, "ieee"),
+    ]
+    settings.append((cudnn.rnn, settings[0][1]))  # of no use here, but the older name `allow_tf32` reads both
+    return [(holder, "fp32_precision", value) for holder, value in settings]
 
 
 def compute_in(net: nn.Module, precision: str, *, store: bool = False) -> None:

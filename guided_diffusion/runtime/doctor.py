@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import storage
+from .devices import describe_products
 from .world import World
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -62,7 +63,7 @@ def check_device(world: World) -> Finding:
         threads = torch.get_num_threads()
         return Finding(WARN, "device", f"{text}, {threads} threads: fine for small trials, far too slow for real sizes")
     free, total = torch.cuda.mem_get_info(device)
-    text = f"{text}, {format_bytes(free)} of {format_bytes(total)} free"
+    text = f"{text}, {format_bytes(free)} of {format_bytes(total)} free; float32: {describe_products(device)}"
     if free < 0.9 * total:
         return Finding(WARN, "device", f"{text}: another program holds memory on it")
     return Finding(OK, "device", text)

@@ -1,4 +1,4 @@
-"""Two ways to execute a denoising step faster: compiled by torch.compile as one graph, or replayed as one CUDA graph.
+"""How the denoising steps of a job are executed: as they are, compiled by torch.compile as one graph, replayed as one CUDA graph.
 
 A step is the network, x0 and variance from its output, and guidance with its gradient. If only the networks are compiled,
 everything between them runs as many small kernels. In one graph these are fused with the first and last operations of the
@@ -10,20 +10,79 @@ if it must outlive the next replay. Noise is drawn outside, by the sampler.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Denoised, Denoiser, Spread
+from ..runtime import compiler
 
 Cond = Mapping[str, Tensor]
 Conditioned = Callable[
     [Cond], Denoiser
 ]  # the conditioning of one batch (labels, low-resolution images) -> its denoiser
+Auto = Literal["auto"]
+# On an H100 a guided step at 64 px was 8.7 to 12 times as fast from a CUDA graph at batch 4; at 256 px and batch 16 the card is busy
+# without one, so there is nothing to save.
+_GRAPH_PIXELS = 2**18
+_GRAPH_STEPS = 20  # of a chain: a recording takes four
+_log = logging.getLogger(__name__)
+
+
+def worth_recording(pixels: int, steps: int) -> bool:
+    """Whether chains of so many steps on batches of so many pixels (images x height x width) save time by a CUDA graph."""
+    return pixels <= _GRAPH_PIXELS and steps >= _GRAPH_STEPS
+
+
+class Execution:
+    """How the steps of a job are executed, which may change between two batches.
+
+    compile     True: compiled; "auto": compiled once the speed of the second batch says that it pays. A caller that has "auto" work
+                calls `after_batch`
+    graphs      True: replayed from a CUDA graph; "auto": where that is `worth_recording`
+    on_failure  of `Compiled`
+    """
+
+    def __init__(
+        self,
+        make: Conditioned,
+        *,
+        compile: bool | Auto = False,
+        graphs: bool | Auto = False,
+        on_failure: Callable[[Callable[[], object]], object] | None = None,
+    ) -> None:
+        self._make, self._on_failure, self._graphs = make, on_failure, graphs
+        self._auto, self._batches = compile == "auto", 0
+        self._use(make)
+        if compile is True:
+            self._compile()
+
+    def denoiser(self, cond: Cond, *, pixels: int, steps: int) -> Denoiser:
+        """The denoiser of a batch of so many pixels, for a chain of so many steps."""
+        record = self._graphs is True or (self._graphs == "auto" and worth_recording(pixels, steps))
+        return (self._recorded if record else self._step)(cond)
+
+    def after_batch(self, seconds: float, left: int) -> None:
+        """To be called after each batch with the time it took and the number of batches still to be made."""
+        self._batches += 1
+        remaining = seconds * left
+        # The first batch also warms up: it chooses algorithms and records graphs.
+        if self._auto and self._batches == 2 and compiler.pays(remaining, compiler.SAMPLING):
+            compiler.announce(remaining, compiler.SAMPLING)
+            self._compile()
+
+    def _compile(self) -> None:
+        compiler.cache()
+        self._use(Compiled(self._make, on_failure=self._on_failure))
+
+    def _use(self, step: Conditioned) -> None:
+        """Execute `step` from now on; graphs of the earlier one are dropped."""
+        self._step, self._recorded = step, Graphed(step)
 
 
 class Compiled:
@@ -33,15 +92,15 @@ class Compiled:
     fill up a smaller last batch: every batch size has its own graph, and torch keeps at most eight. Batches of further
     sizes run uncompiled, after a warning. Steps run without gradients.
 
-    If a step cannot be compiled as one graph, it warns, sets `failure`, calls `on_failure`, and from then on the denoisers of
-    `make` run as they are. Without `on_failure` the error is raised. `backend` is torch.compile's.
+    If a step cannot be compiled as one graph, it warns, sets `failure`, calls `on_failure` with a function that takes such a step, and
+    from then on the denoisers of `make` run as they are. Without `on_failure` the error is raised. `backend` is torch.compile's.
     """
 
     def __init__(
         self,
         make: Conditioned,
         *,
-        on_failure: Callable[[], None] | None = None,
+        on_failure: Callable[[Callable[[], object]], object] | None = None,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         def step(x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,16 +121,13 @@ class Compiled:
                         return Denoised(x0, Spread(*variance))
                 except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay usable
                     self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    if self._on_failure is None:
+                except Exception as error:
+                    if self._on_failure is None or not compiler.is_to_blame(error):
                         raise
                     self.failure = error
-                    # The error's first two lines, as one; the others concern torch's internals.
-                    reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
-                    self._warn(
-                        f"the step cannot be compiled as one graph ({reason}); each network is compiled by itself"
-                    )
-                    self._on_failure()
+                    why = compiler.reason(error)
+                    self._warn(f"the step cannot be compiled as one graph ({why}); each network is compiled by itself")
+                    self._on_failure(lambda: self._make(cond)(x, i).both())
             return self._make(cond)(x, i)
 
         return denoise
@@ -125,8 +181,8 @@ class Graphed:
     """Wraps `make` so that its denoisers replay one graph, recorded at the first call of every shape.
 
     On devices other than CUDA they run as they are. The conditioning is an input of the graph, as x and i are: one
-    recording serves all batches of a size. If recording fails (an operation that cannot be recorded), `failure` is set,
-    and the denoisers of `make` run as they are from then on.
+    recording serves all batches of a size. If recording fails (an operation that cannot be recorded, too little memory),
+    it warns, `failure` is set, and the denoisers of `make` run as they are from then on.
     """
 
     def __init__(self, make: Conditioned, *, record: Record | None = None) -> None:
@@ -146,9 +202,9 @@ class Graphed:
                 try:
                     self._recorded[key] = self._record_step(x, i, cond)
                 except RuntimeError as error:
-                    if isinstance(error, torch.OutOfMemoryError):
-                        raise
                     self.failure = error
+                    why = compiler.reason(error)
+                    _log.warning(f"no CUDA graph could be recorded of a step ({why}); sampling goes on without")
                     return plain(x, i)
             recorded = self._recorded[key]
             for memory, value in zip(recorded.inputs, inputs):

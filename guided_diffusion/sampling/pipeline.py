@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +17,22 @@ from ..data.images import to_float
 from ..diffusion import guidance as guidances
 from ..diffusion.denoiser import Denoiser, make_denoiser
 from ..diffusion.process import Process, respace, space_timesteps
-from ..diffusion.samplers import SAMPLERS, NotFinite, last
+from ..diffusion.samplers import SAMPLERS, NotFinite, Step, last
 from ..models.layers import lay_out_convolution
 from ..models.network import Network
+from ..runtime import compiler
+from ..runtime.devices import float32_products
 from ..runtime.streams import key_of
 from ..weights.load import Loaded, check_pair
-from .execution import Compiled, Conditioned, Graphed
+from .execution import Auto, Execution
 from .jobs import LabelPlan, Request
-from .queue import Pipeline, answers
+from .queue import answers
 from .writers import class_captions, write_grid
 
 # Base model and upsampler use one seed; without this their first noise would begin with the same numbers.
 NOISE_OF_UPSAMPLERS = 256
 BATCH_ON_CPU = 16  # default images per pass on a CPU, where larger batches are not faster
+DETERMINISTIC_BATCH = 8  # images per pass with --deterministic: the algorithms that a GPU chooses depend on that number
 _LARGEST_TRIED = 1024
 
 
@@ -59,6 +65,8 @@ def sample(
     batch_size: int = 16,
     clip: bool = True,
     low_res: np.ndarray | None = None,
+    deterministic: bool = False,
+    cuda_graphs: bool | Auto = "auto",
 ) -> np.ndarray:
     """Images of a model, uint8 `[N, H, W, C]`: the same as from the command `sample` (or `upsample`).
 
@@ -68,6 +76,9 @@ def sample(
     steps       how many of the process's steps, or which: "ddim25", "90,60,60,20,20"; None = those of the model
     seed        image i depends on (seed, i) only, whatever the batch size
     low_res     the small images for an upsampler, uint8 `[N, h, w, C]`, repeated like labels
+
+    With `deterministic` an image is the same to the bit whatever the batch size, also on a GPU, as by --deterministic.
+    `cuda_graphs`: steps as CUDA graphs on a GPU; "auto" = where batches are small.
 
     ValueError if the model needs labels or `low_res` and they are missing, or if it does not take them.
     """
@@ -91,10 +102,13 @@ def sample(
         return {"low_res": to_float(torch.from_numpy(low_res[[i % len(low_res) for i in ids]]))}
 
     process = model.process if steps is None else respaced(model.process, steps)
-    pipeline = make_pipeline(model, process=process, guidance=guidance, sampler=sampler, eta=eta, clip=clip)
+    options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip, "graphs": cuda_graphs}
+    pipeline = make_pipeline(model, process=process, guidance=guidance, **options)
     request = Request("", count, noise_seed(model, seed), plan, None if low_res is None else small_images)
-    made = answers(pipeline, [request], shape=model.shape, batch_size=batch_size, device=model.process.device)
-    return next(made).images
+    size = DETERMINISTIC_BATCH if deterministic else batch_size
+    with float32_products(deterministic=True) if deterministic else contextlib.nullcontext():
+        made = answers(pipeline, [request], shape=model.shape, batch_size=size, device=model.process.device)
+        return next(made).images
 
 
 def write_preview(model: Loaded, path: str, *, steps: str, seed: int = 0, count: int = 16) -> None:
@@ -111,7 +125,9 @@ def write_preview(model: Loaded, path: str, *, steps: str, seed: int = 0, count:
         respaced(model.process, steps)
     except ValueError:
         chosen = None
-    images = sample(model, labels=labels, num_images=count, sampler="ddim", steps=chosen, seed=seed)
+    # Without CUDA graphs: they take memory of their own beside that of training.
+    options: dict[str, Any] = {"sampler": "ddim", "steps": chosen, "seed": seed, "cuda_graphs": False}
+    images = sample(model, labels=labels, num_images=count, **options)
     write_grid(path, images, captions)
 
 
@@ -134,15 +150,15 @@ def make_pipeline(
     sampler: str = "ancestral",
     eta: float = 0.0,
     clip: bool = True,
-    compile: bool = False,
-    graphs: bool = False,
-) -> Pipeline:
+    compile: bool | Auto = False,
+    graphs: bool | Auto = False,
+) -> ImagePipeline:
     """(noise, source of noise, conditioning) -> images in [-1, 1].
 
     process  default: the model's; on the sampling device
     clip     keep every predicted clean image within [-1, 1]
-    compile  compile network and guidance of a step as one graph, by torch.compile
-    graphs   on CUDA, record them (compiled or not) as one CUDA graph
+    compile  compile network and guidance of a step as one graph, by torch.compile; "auto" = on CUDA, once it is known that it pays
+    graphs   on CUDA, record them (compiled or not) as one CUDA graph; "auto" = where batches are small and chains have 20 steps
 
     Guidance shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233), else the score (algorithm 2).
     With `compile` or `graphs`, every batch size has its own graph.
@@ -165,22 +181,37 @@ def make_pipeline(
             denoise = guide(denoise, steps, gradient, guided.scale)
         return denoise
 
-    def compile_networks() -> None:
-        for each in networks:
-            compile_network(each.net)
-
-    executed: Conditioned = Compiled(make, on_failure=compile_networks) if compile else make
-    if graphs:
-        executed = Graphed(executed)
-
-    def pipeline(noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+    def chain(denoise: Denoiser, noise: Tensor, randn_like: Callable[[Tensor], Tensor]) -> Iterator[Step]:
         values = {"eta": eta, "noise": randn_like}
-        try:
-            return last(run(executed(cond), noise, steps, **{name: values[name] for name in options}))
-        except NotFinite as error:
-            raise NotFinite(error.row, f"{error}; {why_not_finite(networks)}") from None
+        return run(denoise, noise, steps, **{name: values[name] for name in options})
 
-    return pipeline
+    if compile == "auto" and steps.device.type != "cuda":
+        compile = False
+    compile_each = partial(compiler.compile_or_leave, [each.net for each in networks])
+    execution = Execution(make, compile=compile, graphs=graphs, on_failure=compile_each)
+    return ImagePipeline(networks, chain, len(steps), execution)
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """A `queue.Pipeline`: (noise, source of noise, conditioning) -> images in [-1, 1].
+
+    networks   all that take part, for error messages
+    chain      (denoiser, noise, source of noise) -> the sampler's steps, `steps` of them
+    execution  how the denoiser's calls are executed; its `after_batch` is for `generate`
+    """
+
+    networks: Sequence[Loaded]
+    chain: Callable[[Denoiser, Tensor, Callable[[Tensor], Tensor]], Iterator[Step]]
+    steps: int
+    execution: Execution
+
+    def __call__(self, noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+        denoise = self.execution.denoiser(cond, pixels=noise[:, 0].numel(), steps=self.steps)
+        try:
+            return last(self.chain(denoise, noise, randn_like))
+        except NotFinite as error:
+            raise NotFinite(error.row, f"{error}; {why_not_finite(self.networks)}") from None
 
 
 def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int) -> int:
@@ -240,8 +271,3 @@ def make_ready(net: nn.Module) -> None:
         return
     net.set_compute_dtype(net.dtype, store=True)
     net.apply(lay_out_convolution)
-
-
-def compile_network(net: nn.Module) -> None:
-    """Compile `net` in place, one graph per input shape; its parameter names do not change."""
-    net.compile(fullgraph=True, dynamic=False)

@@ -8,6 +8,7 @@ change: nothing is compiled twice, and recorded CUDA graphs stay valid.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
@@ -146,13 +147,17 @@ def generate_all(
     world: World | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
+    share: bool = True,
+    after_batch: Callable[[float, int], None] = lambda seconds, left: None,
 ) -> Saving:
     """Make the images of all jobs in shared batches; each job's npz, picture and receipt follow its last image.
 
     The jobs differ in request, folder and flags only. Images on disk are kept: a finished job is skipped, a begun one
     completed. `folder` is locked meanwhile. Called on every rank with the same jobs; rank r computes every world.size-th
-    batch, and all write to one storage. Raises Interrupted after the batch in which `should_stop` became true on any rank,
-    and ValueError if a folder holds images with other settings, another job is at work in it, or two requests have one name.
+    batch, and all write to one storage. `share`: several requests may be in one batch. `after_batch` is called with the
+    seconds that a batch took and the number of batches that this process still makes. Raises Interrupted after the batch in
+    which `should_stop` became true on any rank, and ValueError if a folder holds images with other settings, another job is
+    at work in it, or two requests have one name.
     """
     world, size = world or World(), jobs[0].batch_size
     names = [job.request.name for job in jobs]
@@ -160,8 +165,10 @@ def generate_all(
         raise ValueError(f"two requests are called {twice[0]!r}; each needs a name of its own")
     by_name = dict(zip(names, jobs))
     with _locked(jobs, folder, world) as missing:
-        if len(jobs) == 1:
-            batches = list(in_place(jobs[0].request, missing.get(names[0], ()), size))
+        if len(jobs) == 1 or not share:
+            batches = [
+                batch for job in jobs for batch in in_place(job.request, missing.get(job.request.name, ()), size)
+            ]
         else:
             batches = list(pack((Place(by_name[name].request, i) for name, ids in missing.items() for i in ids), size))
         to_make = {name: len(images) for name, images in missing.items() if images}
@@ -180,8 +187,12 @@ def generate_all(
             for first in range(0, len(batches), world.size):
                 round_ = batches[first : first + world.size]  # one batch per rank, fewer in the last round
                 if world.rank < len(round_):
-                    batch = round_[world.rank]
-                    _keep(batch, draw(pipeline, batch, shape=jobs[0].shape, device=world.device), by_name)
+                    batch, begin = round_[world.rank], time.perf_counter()
+                    pixels = draw(pipeline, batch, shape=jobs[0].shape, device=world.device)
+                    after_batch(
+                        time.perf_counter() - begin, len(batches[first + world.rank + world.size :: world.size])
+                    )
+                    _keep(batch, pixels, by_name)
                 places = [place for batch in round_ for place in batch if place.wanted]
                 made += len(places)
                 bar.update(len(places))

@@ -119,7 +119,7 @@ class Trainer:
 
         self.steps_done = self.samples_seen = 0
         self._feed = batching.Feed(batches)
-        self._batch: Any = None
+        self.batch: Any = None  # of the latest step
         self._saved_at: int | None = None
         # DistributedDataParallel orders its buckets by registration in the first backward pass, later by arrival. The order
         # in which more than two processes add a number depends on its position in a bucket. So the first step after a
@@ -136,7 +136,7 @@ class Trainer:
 
         "loss" (this process's mean), "grad_norm" (of the global batch, before clipping), "skipped" (bool).
         """
-        self._batch = batch
+        self.batch = batch
         local, size = batching.length(batch), self.world.size
         global_size = self.batch_size or local * size
         if local * size != global_size:
@@ -317,15 +317,15 @@ class Trainer:
         if in_a_row < self.max_bad_steps:
             return
         step, rank = self.steps_done - 1, self.world.rank
-        part = next(batching.split(self._batch, self.microbatch))
-        ids = batching.positions(self._batch, rank, self.world.size)[: batching.length(part)]
+        part = next(batching.split(self.batch, self.microbatch))
+        ids = batching.positions(self.batch, rank, self.world.size)[: batching.length(part)]
         incident.raise_diverged(
             f"{in_a_row} steps in a row, up to step {self.steps_done}, had losses or gradients that are not finite",
             saves=self.checkpoints,
             net=self.net,
             losses_again=lambda: self.losses_of(self.net, part, ids, step),
             step=step,
-            batch=self._batch,
+            batch=self.batch,
             precision=self.precision.state_dict(),
         )
 

@@ -18,8 +18,8 @@ from .identify import FREE, contradictions, refuse
 from .load import agree, read
 from .runs import SavedRun, find_latest, parse_name
 
-# Settings that may differ between two starts of one command: the last step and the number of processes.
-_NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size")
+# Settings that may differ between two starts of one command: the last step, the number of processes, what is compiled.
+_NOT_COMPARED = ("resume_checkpoint", "max_steps", "global_batch_size", "compile")
 _SIZES = ("image_size", "image_width", "large_size", "small_size")
 _CLASSES = ("class_cond", "num_classes")
 _log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from guided_diffusion import build
+from guided_diffusion.runtime.compiler import compile_network
 from guided_diffusion.runtime.world import World
-from guided_diffusion.sampling.pipeline import compile_network
 from guided_diffusion.training.losses import diffusion_loss
 from guided_diffusion.training.trainer import Trainer
 

@@ -56,7 +56,7 @@ def test_a_run_that_would_work(pictures, tmp_path, capsys):
         (["--batch_size", "100000000"], "memory", "--microbatch"),
         (["--class_cond", "True", "--num_classes", "1"], "data", "--num_classes is 1, but"),
         (["--class_cond", "True", "--labels", "none"], "data", "needs labels"),
-        (["--compile", "True"], "flags", "--compile True needs a C++ compiler"),
+        (["--compile", "True"], "flags", "--compile on needs a C++ compiler"),
     ],
 )
 def test_what_would_fail_is_named(pictures, capsys, flags, line, words, monkeypatch):

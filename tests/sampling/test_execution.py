@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread, make
 from guided_diffusion.diffusion.process import make_process
 from guided_diffusion.diffusion.schedules import named_betas
 from guided_diffusion.models.unet import EncoderUNetModel, UNetModel
-from guided_diffusion.sampling.execution import Compiled, Cond, Graphed
+from guided_diffusion.sampling import execution
+from guided_diffusion.sampling.execution import Compiled, Cond, Execution, Graphed, worth_recording
 
 PROCESS = make_process(named_betas("linear", 50))
 WEIGHT = torch.linspace(-9, 9, 4 * 192).sin().view(4, 192)
@@ -139,7 +141,7 @@ def test_what_cannot_be_traced_is_done_the_other_way_and_told_once() -> None:
         return denoise
 
     failures: list[str] = []
-    whole = Compiled(awkward, on_failure=lambda: failures.append("one"), backend="eager")
+    whole = Compiled(awkward, on_failure=lambda step: failures.append(str(step())), backend="eager")
     with pytest.warns(UserWarning, match="cannot be compiled as one graph") as told:
         for k in range(3):
             found = whole({"y": torch.tensor(float(k))})(torch.ones(2, 3), torch.zeros(2))
@@ -218,3 +220,72 @@ def test_more_sizes_of_batches_than_torch_keeps_graphs_for() -> None:
             torch.testing.assert_close(compiled(cond)(x, torch.zeros(count)).x0, make(cond)(x, torch.zeros(count)).x0)
     assert len(told) == 1
     assert 1 < counter.frame_count < 11  # the first sizes keep their graphs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left to the program
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "steps", "expected"),
+    [
+        (4, 64, 25, True),
+        (64, 64, 25, True),
+        (65, 64, 25, False),
+        (16, 256, 250, False),
+        (4, 256, 250, True),
+        (4, 64, 19, False),
+    ],
+)
+def test_small_batches_of_long_chains_are_recorded(batch: int, size: int, steps: int, expected: bool) -> None:
+    assert worth_recording(batch * size * size, steps) is expected
+
+
+@pytest.fixture
+def plain_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Graphs are traced and run as they are; steps are recorded without a graph. Yields what counts the compiled graphs."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(execution, "Compiled", partial(Compiled, backend=counter))
+    monkeypatch.setattr(execution, "Graphed", partial(Graphed, record=again))
+    return counter
+
+
+@pytest.mark.parametrize(("left", "compiled"), [(0, 0), (10, 0), (11, 0), (12, 1), (500, 1)])
+def test_a_long_job_is_compiled_after_its_second_batch(
+    left: int, compiled: int, plain_compiler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batches of 100 s: twelve are the twenty minutes that pay. The first took longer, as it warmed up."""
+    made = Execution(playful, compile="auto")
+    cond, i = {"y": torch.tensor([0, 1, 2])}, torch.tensor([3, 4, 5])
+    with caplog.at_level("INFO"):
+        for k, seconds in enumerate((900.0, 100.0, 1.0, 1.0)):
+            found = made.denoiser(cond, pixels=3 * 64, steps=50)(images(k), i).x0
+            assert apart(found, playful(cond)(images(k), i).x0) < 1e-6
+            assert plain_compiler.frame_count == (compiled if k > 1 else 0)
+            made.after_batch(seconds, left + 1 - k)
+    assert sum("--compile auto" in message for message in caplog.messages) == compiled
+
+
+def test_graphs_of_the_uncompiled_step_are_dropped(plain_compiler: Any) -> None:
+    made = Execution(playful, compile="auto", graphs="auto")
+    cond, i = {"y": torch.tensor([0, 1, 2])}, torch.tensor([3, 4, 5])
+    steps: list[Graphed] = []
+    for k in range(4):
+        found = made.denoiser(cond, pixels=192, steps=50)(images(k), i).x0
+        assert apart(found, playful(cond)(images(k), i).x0) < 1e-6
+        steps.append(made._recorded)
+        made.after_batch(1000.0, 100)
+    assert steps[0] is steps[1] is not steps[2] is steps[3] and plain_compiler.frame_count == 1
+    assert [len(each._recorded) for each in steps[1:3]] == [1, 1]
+    made.denoiser(cond, pixels=192, steps=5)(images(0), i)  # a short chain
+    made.denoiser(cond, pixels=2**18 + 1, steps=50)(images(0), i)  # a large batch
+    assert [len(each._recorded) for each in steps[1:3]] == [1, 1]
+
+
+def test_what_is_asked_for_is_done_at_once(plain_compiler: Any) -> None:
+    made = Execution(playful, compile=True, graphs=True)
+    made.denoiser({"y": torch.tensor([0, 1, 2])}, pixels=2**20, steps=1)(images(0), torch.tensor([3, 4, 5]))
+    assert plain_compiler.frame_count == 1 and len(made._recorded._recorded) == 1
+    made = Execution(playful)
+    made.denoiser({"y": torch.tensor([0, 1, 2])}, pixels=1, steps=100)(images(0), torch.tensor([3, 4, 5]))
+    assert plain_compiler.frame_count == 1 and not made._recorded._recorded
