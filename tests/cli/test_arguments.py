@@ -34,8 +34,40 @@ def test_a_bare_boolean_says_true_and_dashes_are_underscores() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("", "auto"),
+        ("--compile", "on"),  # as when it was True or False
+        ("--compile True", "on"),
+        ("--compile=no", "off"),
+        ("--compile False --learn_sigma True", "off"),
+        ("--compile OFF", "off"),
+        ("--compile auto", "auto"),
+    ],
+)
+def test_words_of_a_switch(words: str, value: str, tmp_path: Path) -> None:
+    parsed = parse(*words.split())
+    assert parsed.flags["compile"] == value == RunConfig.from_flags("diffusion", parsed.flags).train.compile
+
+
+def test_a_switch_in_files_of_earlier_versions(tmp_path: Path) -> None:
+    """As truth values: in the configuration of a run, and in the receipt of samples."""
+    path = tmp_path / "c.json"
+    for stored, value in ((True, "on"), (False, "off"), ("auto", "auto")):
+        path.write_text(json.dumps({"model": {"image_size": 32}, "train": {"compile": stored}}))
+        assert parse("--config", str(path)).typed == {"image_size": 32, "compile": value}
+        assert RunConfig.from_dict("diffusion", json.loads(path.read_text())).train.compile == value
+        path.write_text(json.dumps({"config": {"compile": stored, "cuda_graphs": stored}}))
+        found = arguments.parse(["--config", str(path)], SAMPLING, program="p", description="d")
+        assert found.typed == {"compile": value, "cuda_graphs": value}
+        assert SampleConfig.from_flags(found.flags).cuda_graphs == value
+        assert SampleConfig.from_dict({"compile": stored}).compile == value
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--compile", "always"], "--compile: it is 'always'; it must be one of auto, on, off"),
         (["--learn_sigm", "True"], "there is no flag --learn_sigm (did you mean --learn_sigma?)"),
         (["--learn_sigma", "maybe"], "--learn_sigma: boolean value expected, not 'maybe'"),
         (["--image_size", "large"], "--image_size: invalid int value: 'large'"),

@@ -1,9 +1,10 @@
-"""What a device has: memory within the limits of a job, and a compiler, asked for before any work."""
+"""What a device has: memory within the limits of a job, a compiler, asked for before any work, and how it multiplies."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,3 +71,47 @@ def test_training_says_so_before_it_begins(
     words = f"train --data_dir {data} --out {tmp_path}/run --image_size 8 --device cpu --compile True --max_steps 1"
     assert main(words.split()) != 0
     assert "no-such-compiler" in capsys.readouterr().err
+
+
+def settings() -> list[object]:
+    return [getattr(holder, name) for holder, name, _ in devices._products(True)]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_float32_products_are_ours_inside_and_the_process_s_again_after(
+    older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if older:  # torch before 2.9
+        old = SimpleNamespace(allow_tf32=True)
+        backends = SimpleNamespace(
+            cuda=SimpleNamespace(matmul=old), cudnn=SimpleNamespace(allow_tf32=False), mkldnn=None
+        )
+        monkeypatch.setattr(torch, "backends", backends)
+    elif not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("needs torch 2.9")
+    gpu, before = torch.device("cuda"), settings()
+    with devices.float32_products():
+        assert devices.describe_products(gpu) == "convolutions in TF32, matrix products in float32"
+        devices.set_float32_products(tf32=False)
+        assert devices.describe_products(gpu) == "convolutions in float32, matrix products in float32"
+    assert settings() == before
+    for options in ({"tf32": False}, {"deterministic": True}):
+        with devices.float32_products(**options):
+            assert "TF32" not in devices.describe_products(gpu)
+            assert torch.are_deterministic_algorithms_enabled() == ("deterministic" in options)
+    assert settings() == before and not torch.are_deterministic_algorithms_enabled()
+    assert devices.describe_products(CPU) == "in float32"
+
+
+def test_a_process_s_own_choice_does_not_reach_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the command's reach the process; the older names can still be read."""
+    before = settings()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert devices.describe_products(torch.device("cuda")).endswith("products in TF32")
+        with devices.float32_products():
+            assert devices.describe_products(torch.device("cuda")).endswith("products in float32")
+            assert torch.backends.cudnn.allow_tf32
+    finally:
+        for (holder, name, _), value in zip(devices._products(True), before):
+            setattr(holder, name, value)

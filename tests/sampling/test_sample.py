@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_files import BASE, CRITIC, filled
 
 import guided_diffusion as gd
@@ -93,3 +95,62 @@ def test_a_classifier_of_other_images_is_refused(loaded: dict[str, Any]) -> None
 def test_flag_and_room_offer_the_same_samplers() -> None:
     choices = SampleConfig.__dataclass_fields__["sampler"].metadata["choices"]
     assert [name for name in choices if name] == list(SAMPLERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same to the bit
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "dpm_solver"])
+def test_networks_see_the_same_whatever_the_batch_size(loaded: dict[str, Any], sampler: str) -> None:
+    """With `deterministic`: every call of a network has the same inputs, so its device has no reason to answer otherwise."""
+    seen: list[torch.Tensor] = []
+    nets = [loaded[name].net for name in ("base", "classifier")]
+    hooks = [net.register_forward_pre_hook(lambda net, args: seen.append(args[0].detach().clone())) for net in nets]
+    options: dict[str, Any] = {"guidance": gd.classifier(loaded["classifier"], scale=2.0), "sampler": sampler}
+    calls, images = [], []
+    for size in (8, 16, 24, 5):
+        images.append(
+            gd.sample(loaded["base"], labels=[0, 1, 2] * 4, steps=3, batch_size=size, deterministic=True, **options)
+        )
+        calls.append(list(seen))
+        seen.clear()
+    for hook in hooks:
+        hook.remove()
+    assert {len(x) for x in calls[0]} == {8} and len(calls[0]) >= 12  # two batches of three steps by two networks
+    for others, made in zip(calls[1:], images[1:]):
+        assert len(others) == len(calls[0]) and all(map(torch.equal, others, calls[0]))
+        np.testing.assert_array_equal(made, images[0])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_command_s_images_do_not_depend_on_batch_size_or_company(models: Path, tmp_path: Path) -> None:
+    words = f"sample --model_path {models}/base --timestep_respacing 3 --num_samples 11 --seed 7 --deterministic True"
+    made = []
+    for size in ("8", "24", "auto", "3"):
+        assert main(f"{words} --batch_size {size} --out {tmp_path}/{size}".split()) == 0
+        with np.load(next((tmp_path / size).glob("*.npz"))) as found:
+            made.append(found["arr_0"])
+    requests = [{"name": "one", "seed": 3, "num_samples": 3}, {"name": "same", "seed": 7, "num_samples": 11}]
+    (tmp_path / "r.json").write_text(json.dumps(requests))
+    assert main(f"{words} --requests {tmp_path}/r.json --out {tmp_path}/r".split()) == 0
+    with np.load(next((tmp_path / "r" / "same").glob("*.npz"))) as found:
+        made.append(found["arr_0"])
+    for images in made[1:]:
+        np.testing.assert_array_equal(images, made[0])
+    receipt = json.loads((tmp_path / "24" / "sampling.json").read_text())
+    assert receipt["settings"]["deterministic"] is True and receipt["about"]["float32 products"] == "in float32"
+
+
+def test_deterministic_leaves_out_the_compiler(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"sample --model_path {models}/base --deterministic True --compile True".split()) == 2
+    assert "--deterministic True computes without a compiler" in capsys.readouterr().err
+
+
+def test_receipts_are_those_of_earlier_versions(models: Path, tmp_path: Path) -> None:
+    """Jobs that were begun before there were these flags go on."""
+    words = f"sample --model_path {models}/base --timestep_respacing 2 --num_samples 1 --grid 0"
+    assert main(f"{words} --out {tmp_path}".split()) == 0
+    receipt = json.loads((tmp_path / "sampling.json").read_text())
+    assert not {"tf32", "deterministic", "compile", "cuda_graphs"} & set(receipt["settings"])
+    assert receipt["config"]["compile"] == receipt["config"]["cuda_graphs"] == "auto"
