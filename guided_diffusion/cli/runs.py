@@ -30,6 +30,7 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None 
     # microseconds on an idle machine but costs much on a shared one, where a thread that others wait for may not get a core (small
     # networks trained 2 to 30 times slower beside one busy process). The variable is read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    storage.keep_compiled_code()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding cannot show
     try:

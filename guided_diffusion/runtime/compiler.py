@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,22 +39,21 @@ def announce(remaining: float, price: Price) -> None:
     saved = f"about {remaining * price.gain / 60:.0f} minutes" if remaining < float("inf") else f"{price.gain:.0%}"
     _log.info(
         f"--compile auto: {left} left at the present speed; compiling takes about {price.seconds:g} s and is expected to save "
-        f"{saved}. Compiled code is kept in {cache()}"
+        f"{saved}"
     )
 
 
-def cache() -> str:
-    """The folder where compiled code outlives the process: TORCHINDUCTOR_CACHE_DIR, which is set here where it is not."""
-    return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", storage.join(storage.cache_folder(), "compiled"))
+def begin() -> None:
+    """Log that compiling begins, and where compiled code outlives the process."""
+    _log.info(f"compiling, which takes a minute or more; compiled code is kept in {storage.keep_compiled_code()}")
 
 
 def compile_network(net: nn.Module) -> None:
     """Compile `net` in place, one graph per input shape; its parameter names do not change.
 
-    A shape beyond those that torch keeps graphs for runs uncompiled. Where the compiler fails in a forward pass, this warns, and the
-    network runs uncompiled from then on.
+    A shape beyond those that torch keeps graphs for runs uncompiled. Where a forward pass fails, this warns, and the network runs
+    uncompiled from then on: an error that is not the compiler's comes again.
     """
-    cache()
     net.compile(fullgraph=True, dynamic=False)
     compiled = net._compiled_call_impl
     assert compiled is not None
@@ -64,8 +62,6 @@ def compile_network(net: nn.Module) -> None:
         try:
             return compiled(*args, **kwargs)
         except Exception as error:
-            if not is_to_blame(error):
-                raise
             if not isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
                 undo(net)
                 _log.warning(f"{type(net).__name__} cannot be compiled ({reason(error)}); it runs uncompiled")
@@ -77,15 +73,14 @@ def compile_network(net: nn.Module) -> None:
 def compile_or_leave(nets: Sequence[nn.Module], trial: Callable[[], object]) -> bool:
     """Compile networks in place, and let `trial` call them, backward pass included, so that the compiler is at work now.
 
-    If it fails, or memory does not suffice, this warns, leaves all of them uncompiled and returns False.
+    If it fails, for whatever reason, this warns, leaves all of them uncompiled and returns False.
     """
+    begin()
     for net in nets:
         compile_network(net)
     try:
         trial()
     except Exception as error:
-        if not (is_to_blame(error) or isinstance(error, torch.OutOfMemoryError)):
-            raise
         undo(*nets)
         _log.warning(f"compiling failed ({reason(error)}); the work goes on uncompiled")
     return all(net._compiled_call_impl is not None for net in nets)
@@ -95,11 +90,6 @@ def undo(*nets: nn.Module) -> None:
     """Let networks run uncompiled."""
     for net in nets:
         net._compiled_call_impl = None
-
-
-def is_to_blame(error: Exception) -> bool:
-    """Whether the compiler raised this error, not the code that it compiled."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
 
 
 def reason(error: Exception) -> str:

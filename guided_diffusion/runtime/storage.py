@@ -305,6 +305,14 @@ def cache_folder() -> str:
     return expand(os.environ.get("GUIDED_DIFFUSION_CACHE") or os.path.join("~", ".cache", "guided_diffusion"))
 
 
+def keep_compiled_code() -> str:
+    """The folder where code of torch.compile outlives the process: $TORCHINDUCTOR_CACHE_DIR, which is set here if it is not.
+
+    Parts of torch set it to a temporary folder when they are loaded.
+    """
+    return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", join(cache_folder(), "compiled"))
+
+
 def download(
     url: str, path: str, *, check: Callable[[str], Any], size: int = 0, progress: bool = True, timeout_s: float = 30.0
 ) -> None:

@@ -11,7 +11,6 @@ if it must outlive the next replay. Noise is drawn outside, by the sampler.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
@@ -77,7 +76,7 @@ class Execution:
             self._compile()
 
     def _compile(self) -> None:
-        compiler.cache()
+        compiler.begin()
         self._use(Compiled(self._make, on_failure=self._on_failure))
 
     def _use(self, step: Conditioned) -> None:
@@ -122,7 +121,7 @@ class Compiled:
                 except torch._dynamo.exc.FailOnRecompileLimitHit:  # no further graph; the existing ones stay usable
                     self._warn("too many sizes of batches for one graph each; the later ones are not compiled")
                 except Exception as error:
-                    if self._on_failure is None or not compiler.is_to_blame(error):
+                    if self._on_failure is None:
                         raise
                     self.failure = error
                     why = compiler.reason(error)
@@ -134,7 +133,7 @@ class Compiled:
 
     def _warn(self, text: str) -> None:
         if not self._warned:
-            warnings.warn(text, stacklevel=3)
+            _log.warning(text)
         self._warned = True
 
 

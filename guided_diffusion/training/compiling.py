@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _FEWEST = 10  # steps that are timed
-_log = logging.getLogger(__name__)
 
 
 class CompileWhenItPays:
@@ -68,5 +66,3 @@ def compile_training(trainer: Trainer, batch: Any) -> None:
     compiled = compiler.compile_or_leave([trainer.net], trial)
     if trainer.world.any_true(not compiled, name="did compiling fail?"):
         compiler.undo(trainer.net)
-    else:
-        _log.info(f"the network is compiled; compiled code is kept in {compiler.cache()}")

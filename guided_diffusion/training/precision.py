@@ -64,8 +64,13 @@ class Precision:
 
 
 def weights_cast_once(net: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """A block in which a network that can do so (`Network.weights_cast_once`) casts its weights once, not at each use."""
-    return getattr(unwrapped(net), "weights_cast_once", contextlib.nullcontext)()
+    """A block in which a network that can do so (`Network.weights_cast_once`) casts its weights once, not at each use.
+
+    A compiled one does not use such copies.
+    """
+    inner = unwrapped(net)
+    plain = inner._compiled_call_impl is None
+    return getattr(inner, "weights_cast_once", contextlib.nullcontext)() if plain else contextlib.nullcontext()
 
 
 def store_as_used(net: nn.Module) -> None:

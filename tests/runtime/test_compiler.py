@@ -66,26 +66,29 @@ def test_what_saves_three_times_its_cost_pays(seconds: float, price: Price, expe
     assert pays(seconds, price) is expected
 
 
-def test_the_announcement_says_how_long_and_where(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/some/where")
+def test_the_announcement_says_how_long(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         compiler.announce(7200, SAMPLING)
         compiler.announce(float("inf"), TRAINING)
     first, endless = said(caplog)
-    assert all(word in first for word in ("120 minutes", "80 s", "24 minutes", "/some/where"))
+    assert all(word in first for word in ("120 minutes", "80 s", "24 minutes"))
     assert "without end" in endless and "19%" in endless
 
 
-def test_compiled_code_outlives_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_outlives_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")  # so that what is set below goes at the end
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
-    assert compiler.cache() == str(tmp_path / "compiled")
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    assert cache_dir() == str(tmp_path / "compiled")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
-    assert compiler.cache() == str(tmp_path / "own")
+    with caplog.at_level(logging.INFO):
+        compiler.begin()
+        assert cache_dir() == str(tmp_path / "compiled") and said(caplog)[0].endswith(cache_dir())
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+        compiler.begin()
+        assert cache_dir() == str(tmp_path / "own") and said(caplog)[1].endswith(cache_dir())
 
 
 @pytest.mark.usefixtures("eager")
@@ -115,12 +118,10 @@ def fails_backward(kind: type[Exception]) -> Any:
     return aot_autograd(fw_compiler=nop, bw_compiler=refuse)
 
 
-@pytest.mark.parametrize("kind", [torch._inductor.exc.CppCompileError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("kind", [AssertionError, torch.OutOfMemoryError])
 def test_a_backward_pass_that_cannot_be_compiled_is_told_once(
     kind: type[Exception], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind is not torch.OutOfMemoryError:
-        kind = type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fails_backward(kind)))
     nets = [Scaled(), Scaled()]
     assert not compiler.compile_or_leave(nets, lambda: [trial(net) for net in nets])
@@ -130,15 +131,10 @@ def test_a_backward_pass_that_cannot_be_compiled_is_told_once(
 
 
 @pytest.mark.usefixtures("eager")
-def test_other_errors_are_those_of_the_work() -> None:
+def test_an_error_of_the_network_itself_is_raised_by_it() -> None:
     net = Scaled()
-
-    def wrong() -> None:
-        raise ValueError("the work's own")
-
-    with pytest.raises(ValueError, match="the work's own"):
-        compiler.compile_or_leave([net], wrong)
-    with pytest.raises(AttributeError):
+    assert not compiler.compile_or_leave([net], lambda: net("no tensor"))
+    with pytest.raises(AttributeError, match="square"):
         net("no tensor")
 
 
