@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import against, evaluating, feeding, files, networks, profiling, shapes
+from . import against, evaluating, execution, feeding, files, networks, profiling, shapes
 from .timing import Plan, Report, Row, machine, rates
 
 GPU_BUDGET = 540.0
@@ -23,6 +23,8 @@ PER_SHAPE = {
     "compiled-forward": networks.compiled_forward,
     "compiled": networks.compiled,
     "compiled-training": networks.compiled_training,
+    "blocks": execution.blocks,
+    "batches": execution.batches,
     "diffusers": networks.diffusers,
 }
 ONCE = {

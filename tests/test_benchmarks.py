@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import against, networks, profiling, shapes
+from benchmarks import against, execution, networks, profiling, shapes
 from benchmarks.timing import Plan, Report, Row, alternate, as_rows, compare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +173,21 @@ def test_the_first_networks_are_measured_before_the_last() -> None:
     plan = Plan(shapes=[SHAPE._replace(name=name) for name in ("a", "b", "c")])
     names = [name for name, _ in command.tasks(["forward", "features", "training"], plan)]
     assert names == ["forward, a", "forward, b", "features", "training, a", "training, b", "forward, c", "training, c"]
+
+
+def test_blocks_and_the_whole_network_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plan = Plan(rounds=1, rates={"matmul float32 GFLOP/s": 1.0, "matmul bfloat16 GFLOP/s": 0.0})
+    rows = list(execution.blocks(levels("1", ""), plan))
+    torch.compiler.reset()
+    assert [row.what.split(": ")[1] for row in rows[:3]] == [f"{name}, first call" for name in execution.WAYS]
+    assert [row.unit for row in rows] == 2 * ["s", "s", "s", "ms", "ms", "ms"]
+
+
+def test_batch_sizes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(execution.batches(levels("1", ""), Plan(quick=True, rounds=1)))
+    assert len(rows) == 8 and all("batch sizes 4, 1" in row.note for row in rows[:6])
+    assert [row.value for row in rows[3:6]] == [0, 0, 0]  # deterministic
 
 
 @pytest.mark.parametrize("name", ["features", "distances", "loader", "feeding", "loading", "saving"])
