@@ -34,6 +34,7 @@ ONCE = {
     "feeding": feeding.feeding,
     "loading": files.loading,
     "saving": files.saving,
+    "start": files.start,
     "memory": files.memory,
     "processes": files.processes,
 }

@@ -102,7 +102,8 @@ def loading(plan: Plan) -> list[Row]:
 
 
 def saving(plan: Plan) -> list[Row]:
-    """Six steps with and without a save among them: written in the background, or waited for. Wall time."""
+    """Six steps with and without a save among them: written in the background, or waited for. Then the last save of a run
+    against as many bytes written by themselves. Wall time."""
     from guided_diffusion.training.saver import Checkpoints
 
     steps = 6
@@ -133,9 +134,72 @@ def saving(plan: Plan) -> list[Row]:
             once()
             ways[name] = once
         times = alternate(ways, rounds=plan.rounds)
-        size = sum(path.stat().st_size for path in (Path(folder) / "save waited for").iterdir()) / 2**20
+        size = sum(path.stat().st_size for path in (Path(folder) / "save waited for").iterdir())
+        last = {
+            "raw write and fsync": lambda: _raw_write(f"{folder}/raw", size),
+            "last save of a run": lambda: _last(trainer),
+        }
+        written = alternate(last, rounds=plan.rounds)
     notes = {name: f"{1e3 * median(spent):.0f} ms stall" for name, spent in stalls.items() if name != "no save"}
-    return as_rows(f"training step, one save of {size:.0f} MiB in {steps}", times, notes)
+    rows = as_rows(f"training step, one save of {size / 2**20:.0f} MiB in {steps}", times, notes)
+    rates = {name: f"{1e-9 * size / median(spent):.2f} GB/s" for name, spent in written.items()}
+    return rows + as_rows(f"writing {size / 2**20:.0f} MiB", written, rates)
+
+
+def _last(trainer: Any) -> float:
+    begin = time.perf_counter()
+    trainer.save(background=False)
+    return time.perf_counter() - begin
+
+
+def _raw_write(path: str, size: int) -> float:
+    """Seconds in which `size` bytes of a file reach the disk."""
+    piece = memoryview(os.urandom(1 << 24))
+    begin = time.perf_counter()
+    with open(path, "wb") as file:
+        for start in range(0, size, len(piece)):
+            file.write(piece[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+    took = time.perf_counter() - begin
+    os.remove(path)
+    return took
+
+
+def start(plan: Plan) -> list[Row]:
+    """Seconds from the command `train` to its first step and to its end, in a new run of one step and in one that continues.
+
+    Measured where the lines of its log arrive, so what comes before the first one begins with loading Python and torch.
+    """
+    shape = plan.shapes[0]
+    marks = {"first line": "[model]", "weights are on the device": "parameters, computing in", "first step": "| loss "}
+    with tempfile.TemporaryDirectory() as work:
+        write_pictures(Path(work) / "data", 2 * shape.train_batch, (80, 64))
+        words = [word for name, value in shape.model.items() for word in (f"--{name}", str(value))]
+        words += (
+            f"--data_dir {work}/data --out {work}/run --device {plan.device} --batch_size {shape.train_batch}".split()
+        )
+        words += "--sample_interval -1 --log_interval 1 --progress False --max_steps".split()
+        alone = [_lines([sys.executable, "-c", "import torch"])[-1][0] for _ in range(2)]  # first from the disk
+        rows = [Row("start: import torch alone", alone[1], "s", note=f"the first time {alone[0]:.1f} s")]
+        for run, steps in (("new run", 1), ("continued", 2)):
+            lines = _lines([sys.executable, "-m", "guided_diffusion", "train", *words, str(steps)])
+            for what, mark in marks.items():
+                rows.append(Row(f"start: {run}, {what}", next(at for at, text in lines if mark in text), "s"))
+            rows.append(Row(f"start: {run}, saved and ended", lines[-1][0], "s"))
+    return rows
+
+
+def _lines(command: list[str]) -> list[tuple[float, str]]:
+    """(seconds since the command, line) of all that it prints, and last of its end."""
+    begin = time.perf_counter()
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        lines = [(time.perf_counter() - begin, line) for line in process.stdout]
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(line for _, line in lines[-20:])}")
+    return [*lines, (time.perf_counter() - begin, "")]
 
 
 _SAMPLE = """

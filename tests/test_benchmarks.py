@@ -190,7 +190,7 @@ def test_batch_sizes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.value for row in rows[3:6]] == [0, 0, 0]  # deterministic
 
 
-@pytest.mark.parametrize("name", ["features", "distances", "loader", "feeding", "loading", "saving"])
+@pytest.mark.parametrize("name", ["features", "distances", "loader", "feeding", "loading", "saving", "start"])
 def test_other_parts_find_something(name: str) -> None:
     rows = list(command.ONCE[name](PLAN))
     assert rows and all(row.value > 0 for row in rows)

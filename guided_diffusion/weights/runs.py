@@ -2,7 +2,7 @@
 
 A save at step 10000 ("step" = updates completed) is, in this order of writing,
 
-    opt010000.pt   ema_0.9999_010000.pt   model010000.pt   run010000.json
+    ema_0.9999_010000.pt   opt010000.pt   model010000.pt   run010000.json
 
 each written under a temporary name and renamed when complete. The JSON comes last: a save without it was interrupted. It holds
 the configuration, the counters, and size and SHA-256 of the other files. The `.pt` files are what 2021 code writes and
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..runtime import storage
 from .files import load_weights
-from .writing import write_tensors
+from .writing import map_tensors, on_host, write_tensors
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
@@ -92,18 +92,20 @@ def save_run(
 ) -> str:
     """Write one save and return the path of its JSON file. Call it on one process only. Raises OSError if it cannot write.
 
-    Tensors of a GPU are copied to main memory, those of one file at a time; others are written from where they lie.
+    Tensors of a GPU are copied to main memory; others are written from where they lie.
     `ema` maps decays, spelled as in the file name, to state dicts. `state` may hold numbers, strings, lists, dicts,
     tensors and arrays; all are restored exactly.
     """
     storage.makedirs(directory)
     ema_parts = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
-    parts = {**({} if optimizer is None else {"opt": optimizer}), **ema_parts, "model": model}
+    parts = {**ema_parts, **({} if optimizer is None else {"opt": optimizer}), "model": model}
     checksums = {}  # of the files that are complete; the JSON with all of them comes last
-    for role, content in parts.items():
-        name = file_name(role, step)
-        size, sha256 = write_tensors(storage.join(directory, name), content)
-        checksums[name] = {"bytes": size, "sha256": sha256}
+    with ThreadPoolExecutor(1) as copying:  # from a GPU, the next file while one is written
+        copies = [copying.submit(map_tensors, dict(content), on_host) for content in parts.values()]
+        for role in parts:
+            name = file_name(role, step)
+            size, sha256 = write_tensors(storage.join(directory, name), copies.pop(0).result())
+            checksums[name] = {"bytes": size, "sha256": sha256}
 
     run = {
         "format": FORMAT,

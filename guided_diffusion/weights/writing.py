@@ -1,4 +1,4 @@
-"""Write tensors with torch.save: from main memory, hashed and sent to the disk while more is written."""
+"""Copy tensors to main memory, and write them with torch.save, hashed and sent to the disk while more is written."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ _SMALL = 1 << 16  # bytes: less is not worth another thread
 _SENT_AT_ONCE = 128 << 20  # bytes that go to the disk while the next ones are written
 
 
-def write_tensors(path: str, content: Mapping[str, Any]) -> tuple[int, str]:
-    """`torch.save` nested dicts, lists and tuples of tensors, atomically; returns (bytes, SHA-256) of the file.
-
-    Tensors of a GPU are copied to main memory, others are written from where they lie. Raises OSError if it cannot write.
-    """
+def write_tensors(path: str, content: dict[str, Any]) -> tuple[int, str]:
+    """`torch.save` of tensors in main memory, atomically; returns (bytes, SHA-256) of the file. Raises OSError if it cannot write."""
     with storage.atomic_write(path) as file, contextlib.closing(_Hashing(file)) as hashing:
         try:
-            torch.save(map_tensors(dict(content), on_host), cast(IO[bytes], hashing))
+            torch.save(content, cast(IO[bytes], hashing))
         except RuntimeError:  # torch reports a full disk as "unexpected pos"
             if hashing.error is None:
                 raise

@@ -198,7 +198,8 @@ def test_a_full_disk_is_an_oserror_and_leaves_no_save(tmp_path, monkeypatch):
 
     def full(self, data):
         if self.bytes > 500:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            self.error = OSError(errno.ENOSPC, "No space left on device")
+            raise self.error
         return real(self, data)
 
     monkeypatch.setattr(writing._Hashing, "write", full)

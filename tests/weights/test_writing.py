@@ -32,7 +32,7 @@ def test_a_file_is_the_same_from_a_copy_and_from_the_tensors_themselves(tmp_path
     copied = write_tensors(str(tmp_path / "copied.pt"), map_tensors(content(), copied_to_host))
     monkeypatch.setattr(writing, "_SMALL", 8)
     monkeypatch.setattr(writing, "_SENT_AT_ONCE", 1)
-    direct = write_tensors(str(tmp_path / "direct.pt"), content())
+    direct = write_tensors(str(tmp_path / "direct.pt"), map_tensors(content(), on_host))
     bytes_of = (tmp_path / "direct.pt").read_bytes()
     assert direct == copied == (len(bytes_of), hashlib.sha256(bytes_of).hexdigest())
     assert bytes_of == (tmp_path / "copied.pt").read_bytes()
@@ -79,4 +79,5 @@ def test_an_error_of_torch_is_told_and_leaves_nothing(tmp_path):
 @pytest.mark.gpu
 def test_tensors_of_a_gpu_are_written_as_those_of_main_memory(tmp_path):
     on_gpu = map_tensors(content(), lambda value: value.detach().cuda())
-    assert write_tensors(str(tmp_path / "g.pt"), on_gpu) == write_tensors(str(tmp_path / "c.pt"), content())
+    found = [map_tensors(tensors, on_host) for tensors in (on_gpu, content())]
+    assert write_tensors(str(tmp_path / "a.pt"), found[0]) == write_tensors(str(tmp_path / "b.pt"), found[1])
