@@ -72,10 +72,16 @@ def test_on_a_gpu_no_weight_is_turned(numbers: str) -> None:
     assert not ours.net.input_blocks[0][0].weight.is_contiguous()
     saved = trainer_of(unet(), 4, precision=numbers, world=World(device=torch.device("cuda")))
     saved.load_state_dict({**ours.state_dict(), "optimizer": contiguous(ours.optimizer.state_dict())})
+    before = flat(ours)
     for each in (ours, saved):
         each.step(next(data))
-    for a, b in zip(ours.params, saved.params):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    # Adam turns the smallest gradients, in which a GPU's rounding shows, into whole steps: no bound for each weight.
+    change, other = flat(ours) - before, flat(saved) - before
+    assert float((change - other).norm() / change.norm()) < 0.1
+
+
+def flat(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.params])
 
 
 def contiguous(state: Any) -> Any:
