@@ -86,5 +86,8 @@ def flat(trainer: Any) -> torch.Tensor:
 
 def contiguous(state: Any) -> Any:
     """The state as a file has it."""
-    moments = {k: {name: value.contiguous() for name, value in entry.items()} for k, entry in state["state"].items()}
+    moments = {
+        k: {name: value.clone(memory_format=torch.contiguous_format) for name, value in entry.items()}
+        for k, entry in state["state"].items()
+    }
     return {**state, "state": moments}
