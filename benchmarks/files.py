@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,7 +101,7 @@ def loading(plan: Plan) -> list[Row]:
     return as_rows(f"loading {size / 2**30:.2f} GiB", times, notes)
 
 
-def saving(plan: Plan) -> list[Row]:
+def saving(plan: Plan) -> Iterator[Row]:
     """Six steps with and without a save among them: written in the background, or waited for. Then the last save of a run
     against as many bytes written by themselves. Wall time."""
     from guided_diffusion.training.saver import Checkpoints
@@ -133,17 +133,17 @@ def saving(plan: Plan) -> list[Row]:
 
             once()
             ways[name] = once
-        times = alternate(ways, rounds=plan.rounds)
+        times = alternate(ways, rounds=plan.rounds, limit=plan.limit)
         size = sum(path.stat().st_size for path in (Path(folder) / "save waited for").iterdir())
+        notes = {name: f"{1e3 * median(spent):.0f} ms stall" for name, spent in stalls.items() if name != "no save"}
+        yield from as_rows(f"training step, one save of {size / 2**20:.0f} MiB in {steps}", times, notes)
         last = {
             "raw write and fsync": lambda: _raw_write(f"{folder}/raw", size),
             "last save of a run": lambda: _last(trainer),
         }
-        written = alternate(last, rounds=plan.rounds)
-    notes = {name: f"{1e3 * median(spent):.0f} ms stall" for name, spent in stalls.items() if name != "no save"}
-    rows = as_rows(f"training step, one save of {size / 2**20:.0f} MiB in {steps}", times, notes)
-    rates = {name: f"{1e-9 * size / median(spent):.2f} GB/s" for name, spent in written.items()}
-    return rows + as_rows(f"writing {size / 2**20:.0f} MiB", written, rates)
+        times = alternate(last, rounds=plan.rounds, limit=plan.limit)
+        notes = {name: f"{1e-9 * size / median(spent):.2f} GB/s" for name, spent in times.items()}
+        yield from as_rows(f"writing {size / 2**20:.0f} MiB", times, notes)
 
 
 def _last(trainer: Any) -> float:
@@ -166,13 +166,14 @@ def _raw_write(path: str, size: int) -> float:
     return took
 
 
-def start(plan: Plan) -> list[Row]:
+def start(plan: Plan) -> Iterator[Row]:
     """Seconds from the command `train` to its first step and to its end, in a new run of one step and in one that continues.
 
     Measured where the lines of its log arrive, so what comes before the first one begins with loading Python and torch.
     """
     shape = plan.shapes[0]
-    marks = {"first line": "[model]", "weights are on the device": "parameters, computing in", "first step": "| loss "}
+    marks = {"first line": "[model]", "weights are on the device": "parameters, computing in"}
+    marks |= {"all is read": "counters:", "first step": "| loss "}
     with tempfile.TemporaryDirectory() as work:
         write_pictures(Path(work) / "data", 2 * shape.train_batch, (80, 64))
         words = [word for name, value in shape.model.items() for word in (f"--{name}", str(value))]
@@ -181,13 +182,13 @@ def start(plan: Plan) -> list[Row]:
         )
         words += "--sample_interval -1 --log_interval 1 --progress False --max_steps".split()
         alone = [_lines([sys.executable, "-c", "import torch"])[-1][0] for _ in range(2)]  # first from the disk
-        rows = [Row("start: import torch alone", alone[1], "s", note=f"the first time {alone[0]:.1f} s")]
+        yield Row("start: import torch alone", alone[1], "s", note=f"the first time {alone[0]:.1f} s")
         for run, steps in (("new run", 1), ("continued", 2)):
             lines = _lines([sys.executable, "-m", "guided_diffusion", "train", *words, str(steps)])
             for what, mark in marks.items():
-                rows.append(Row(f"start: {run}, {what}", next(at for at, text in lines if mark in text), "s"))
-            rows.append(Row(f"start: {run}, saved and ended", lines[-1][0], "s"))
-    return rows
+                for at in [at for at, text in lines if mark in text][:1]:
+                    yield Row(f"start: {run}, {what}", at, "s")
+            yield Row(f"start: {run}, saved and ended", lines[-1][0], "s")
 
 
 def _lines(command: list[str]) -> list[tuple[float, str]]:

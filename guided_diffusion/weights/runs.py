@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,9 +175,10 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
     return None
 
 
-def find_latest(directory: str) -> SavedRun | None:
+def find_latest(directory: str, *, unread: Collection[str] = ()) -> SavedRun | None:
     """The newest complete save in a folder, or None. Damaged and interrupted saves are skipped; the log says why.
 
+    `unread`: roles ("opt") of files that the caller will not read; of these only the size is checked, as hashing takes seconds.
     Folders written by 2021 code have no JSON; there it is the newest `model*.pt` that can be read.
     """
     saves = saves_in(directory)
@@ -185,7 +186,7 @@ def find_latest(directory: str) -> SavedRun | None:
     for step, files in reversed(saves.items()):
         try:
             if "run" in files:
-                return _open_complete(directory, step)
+                return _open_complete(directory, step, unread)
             if "model" in files:
                 if not of_2021:
                     raise ValueError(f"it was interrupted (no {file_name('run', step)})")
@@ -222,21 +223,21 @@ def load_run(resume: str) -> SavedRun | None:
     return SavedRun(directory=directory, step=0, model=resume)
 
 
-def _open_complete(directory: str, step: int) -> SavedRun:
-    """A save with its JSON, every file checked for size and SHA-256. ValueError names the first file that fails."""
+def _open_complete(directory: str, step: int, unread: Collection[str] = ()) -> SavedRun:
+    """A save with its JSON, every file checked for size and, unless `unread`, SHA-256. ValueError names the first that fails."""
     run = _read_json(storage.join(directory, file_name("run", step)))
-    files = {(parse_name(name) or (name,))[0]: storage.join(directory, name) for name in run["files"]}
-    for path, noted in zip(files.values(), run["files"].values()):
+    paths = {name: storage.join(directory, name) for name in run["files"]}
+    for name, path in paths.items():
         if not storage.exists(path):
             raise ValueError(f"{path} is missing")
-        if storage.size(path) != noted["bytes"]:
-            raise ValueError(f"{path} has {storage.size(path)} bytes instead of {noted['bytes']}")
-    with ThreadPoolExecutor(4) as threads:  # hashing gigabytes takes seconds
-        for path, noted, found in zip(
-            files.values(), run["files"].values(), threads.map(storage.sha256_of, files.values())
-        ):
-            if found != noted["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 is not the one noted when it was written")
+        if storage.size(path) != (noted := run["files"][name]["bytes"]):
+            raise ValueError(f"{path} has {storage.size(path)} bytes instead of {noted}")
+    files = {(parse_name(name) or (name,))[0]: path for name, path in paths.items()}
+    hashed = [name for name, path in paths.items() if path not in {files.get(role) for role in unread}]
+    with ThreadPoolExecutor(4) as threads:  # gigabytes take seconds
+        for name, found in zip(hashed, threads.map(storage.sha256_of, [paths[name] for name in hashed])):
+            if found != run["files"][name]["sha256"]:
+                raise ValueError(f"{paths[name]} is damaged: its SHA-256 is not the one noted when it was written")
     try:
         state = _decode(run["state"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -113,6 +113,21 @@ def test_damaged_saves_are_passed_over(tmp_path, damage, name, caplog):
     assert any("passing over" in line and "20" in line for line in caplog.messages)
 
 
+def test_a_file_that_will_not_be_read_is_not_hashed(tmp_path, monkeypatch):
+    """To sample, the optimizer is of no use. Its size is still checked."""
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    hashed, plain = [], storage.sha256_of
+    monkeypatch.setattr(storage, "sha256_of", lambda path: (hashed.append(Path(path).name), plain(path))[1])
+    flip_a_byte(tmp_path / "opt000020.pt")
+    assert find_latest(str(tmp_path), unread=("opt",)).step == 20
+    assert sorted(hashed) == ["ema_0.9_000020.pt", "model000020.pt"]
+    for name, damage in (("opt000020.pt", cut_short), ("model000010.pt", flip_a_byte)):
+        damage(tmp_path / name)
+        found = find_latest(str(tmp_path), unread=("opt",))
+        assert (found and found.step) == (10 if name == "opt000020.pt" else None)
+
+
 def test_no_whole_save_is_none(tmp_path):
     assert find_latest(str(tmp_path / "absent")) is None
     assert find_latest(str(tmp_path)) is None
