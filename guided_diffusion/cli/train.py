@@ -309,7 +309,9 @@ def _trainer(plan: _Plan, **options: Any) -> Trainer:
         set_recompute(net, train.recompute)
     if auto or (shrink and world.device.type == "cuda"):
         norms = train.compile != "on"  # torch.compile itself chooses what to recompute between norms
-        with contextlib.closing(batches(trainer.steps_done)) as trial:  # measures memory with one real batch
+        # One real batch, read as held-out images are: by this process, as workers take seconds to start and to end.
+        trial = plan.batches(plan.records, plan.batch_size, trainer.steps_done, held_out=True)
+        with contextlib.closing(trial):
             fit(trainer, next(trial), recompute=auto, shrink=shrink, norms=norms, limit_gb=train.memory_limit_gb)
     share = plan.batch_size // world.size
     if train.static_graph and world.size > 1 and 0 < trainer.microbatch < share:

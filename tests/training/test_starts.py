@@ -10,6 +10,7 @@ import torch
 
 from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import laid_over
+from guided_diffusion.data import loader
 
 NETWORK = (
     "--image_size 4 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4 --num_heads 2 "
@@ -79,6 +80,21 @@ def test_weights_that_are_read_are_not_drawn_first(command, photos, tmp_path, mo
         drawn.clear()
         assert train(words, photos, tmp_path / out, command) == 0
         assert bool(drawn) == expected, (out, words)
+
+
+def test_trials_of_memory_start_no_workers_and_change_nothing(photos, tmp_path, monkeypatch):
+    read, plain = [], loader.Batches.__next__
+
+    def following(self):
+        read.append(self._workers)
+        return plain(self)
+
+    monkeypatch.setattr(loader.Batches, "__next__", following)
+    weights = []
+    for name, words in (("kept", ""), ("auto", "--recompute auto")):
+        assert train(f"--max_steps 2 --workers 1 {words}", photos, tmp_path / name) == 0
+        weights.append((tmp_path / name / "model000002.pt").read_bytes())
+    assert read == [1, 1, 0, 1, 1] and weights[0] == weights[1]
 
 
 def test_a_file_of_the_run_itself_is_left_for_newer_saves_and_a_stored_one_is_forgotten(
