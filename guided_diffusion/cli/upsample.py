@@ -115,11 +115,17 @@ def cascade(argv: Sequence[str], program: str) -> int:
             raise ValueError(f"--{name} is empty; give the weights of {what}, or the folder of its run")
     second = _upsampling_options(options)  # raises ValueError now, not after the first stage
     out, _ = runs.run_folder(options.out, "cascade")
+
+    from ..runtime.devices import float32_products
+
     typed = {name: value for name, value in options.typed.items() if not name.startswith("upsampler_")}
     with making.session(options) as (world, stop):
         out = world.broadcast_object(out, name="folder of the cascade")
         npz = sample.make(replace(options, out=storage.join(out, "base"), typed=typed), world, stop)
-        make(replace(second, out=storage.join(out, "upsampled"), base_samples=npz), world, stop)
+        with float32_products(
+            tf32=second.tf32, deterministic=second.deterministic
+        ):  # --upsampler_flags may ask for another
+            make(replace(second, out=storage.join(out, "upsampled"), base_samples=npz), world, stop)
     return 0
 
 

@@ -214,9 +214,7 @@ class SampleConfig(Section):
         choices=tuple(SWITCH),
     )
     tf32: bool = flag(True, TF32_HELP)
-    deterministic: bool = flag(
-        False, "image i is the same to the bit for every batch size, also on a GPU: 8 images at a time, slower"
-    )
+    deterministic: bool = flag(False, "image i is the same to the bit for every batch size: 8 images at a time")
 
     @property
     def method(self) -> str:

@@ -32,7 +32,7 @@ from .writers import class_captions, write_grid
 # Base model and upsampler use one seed; without this their first noise would begin with the same numbers.
 NOISE_OF_UPSAMPLERS = 256
 BATCH_ON_CPU = 16  # default images per pass on a CPU, where larger batches are not faster
-DETERMINISTIC_BATCH = 8  # images per pass with --deterministic: the algorithms that a GPU chooses depend on that number
+DETERMINISTIC_BATCH = 8  # images per pass with --deterministic: how sums are rounded depends on that number
 _LARGEST_TRIED = 1024
 
 
@@ -77,7 +77,7 @@ def sample(
     seed        image i depends on (seed, i) only, whatever the batch size
     low_res     the small images for an upsampler, uint8 `[N, h, w, C]`, repeated like labels
 
-    With `deterministic` an image is the same to the bit whatever the batch size, also on a GPU, as by --deterministic.
+    With `deterministic` an image is the same to the bit whatever the batch size, as by --deterministic.
     `cuda_graphs`: steps as CUDA graphs on a GPU; "auto" = where batches are small.
 
     ValueError if the model needs labels or `low_res` and they are missing, or if it does not take them.

@@ -300,6 +300,15 @@ def test_what_is_given_to_cascade_wins_over_a_file_of_the_second_stage(tmp_path:
     assert upsample._upsampling_options(asked).num_samples == 4
 
 
+def test_how_both_stages_compute(tmp_path: Path) -> None:
+    words = "--model_path base --upsampler_path up --deterministic True --compile False --cuda_graphs off"
+    second = upsample._upsampling_options(upsample.Cascade.of(upsample.Cascade.flags(words.split(), "cascade")))
+    assert (second.deterministic, second.compile, second.cuda_graphs, second.tf32) == (True, "off", "off", True)
+    with pytest.raises(ValueError, match="--deterministic True computes without a compiler"):
+        asked = upsample.Cascade.flags([*words.split(), "--upsampler_flags", "--compile on"], "cascade")
+        upsample._upsampling_options(upsample.Cascade.of(asked))
+
+
 def test_a_file_of_flags_runs_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "program.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for stored in ({"upsampler_flags": f"--import {tmp_path}/program.py"}, {"import": f"{tmp_path}/program.py"}):

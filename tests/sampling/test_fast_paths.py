@@ -273,3 +273,19 @@ def test_guided_sampling_does_not_wait_for_the_gpu(graphs: bool) -> None:
         assert len(list(steps)) == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*does not have a deterministic implementation")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_deterministic_images_are_the_same_to_the_bit_on_a_gpu(precision: torch.dtype) -> None:
+    """For every batch size, from CUDA graphs and without them."""
+    model, guide = loaded("cuda")
+    for each in (model, guide):
+        each.net.set_compute_dtype(precision)
+    options: dict[str, Any] = {"guidance": classifier(guide), "sampler": "ddim", "steps": 20, "deterministic": True}
+    made = [
+        pipeline.sample(model, labels=list(range(10)), batch_size=size, cuda_graphs=graphs, **options)
+        for size, graphs in ((1, False), (8, True), (16, True), (5, "auto"))
+    ]
+    assert all((images == made[0]).all() for images in made)

@@ -121,3 +121,16 @@ def test_norms_that_are_recomputed_are_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compiling, "compile_training", None)
     clock.trainer = make(net=Recomputing(), callbacks=[(1, CompileWhenItPays(0))])
     clock.trainer.run(20)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_gpu_goes_on_compiled() -> None:
+    """By the compiler that users get."""
+    trainers = [make(world=World(device=torch.device("cuda"))) for _ in range(2)]
+    compile_training(trainers[0], next(batches()))
+    assert trainers[0].net._compiled_call_impl is not None
+    for trainer in trainers:
+        trainer.run(3)
+    for a, b in zip(*map(weights_of, trainers)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
