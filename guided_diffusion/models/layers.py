@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,10 @@ class Conv2d(_CastAtUse, nn.Conv2d):
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return _in_layout_of(x, self._conv_forward(x, weight, bias))
 
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The result without `bias`, which a later operation is to add."""
+        return _in_layout_of(x, self._conv_forward(x, self._parameters_as(x)[0], None))
+
 
 class Conv3d(_CastAtUse, nn.Conv3d):
     """Convolution over [N, C, D, H, W]."""
@@ -98,24 +103,104 @@ class GroupNorm32(nn.GroupNorm):
     fused: bool = True  # see Network.set_fused_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_kernels.group_norm(x, self)
+        return norm_kernels.group_norm(x, self, fused=self.fused)
 
 
-def norm_silu(layers: nn.Sequential, x: Tensor, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
-    """`layers(x)`, where `layers` begin with norm and SiLU; scale_shift puts silu(norm(x) * (1 + scale) + shift) in their stead.
+def norm_conv(
+    layers: nn.Sequential,
+    x: Tensor,
+    *,
+    scale_shift: Sequence[Tensor] = (),
+    offset: Tensor | None = None,
+    resize: nn.Module | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`layers(x + offset)`, where `layers` are norm, SiLU, perhaps dropout, and a convolution; and its bias if that is still to be added.
 
-    x: [N, C, ...]. scale_shift: [N, C, 1, ...] both. Norm, scale, shift and SiLU are one fused operation, unless the user has
-    replaced those layers or registered a hook on them, which must then run.
+    x: [N, C, ...]. scale_shift: both [N, C, 1, ...]; silu(norm * (1 + scale) + shift) instead of silu(norm). offset: the bias that
+    an earlier call returned. resize: a layer before the convolution. recompute: backward computes again what lies between x and
+    the convolution.
+
+    Norm, scale, shift and SiLU are one fused operation, unless the user has replaced those layers or registered a hook on them,
+    which must then run. On a GPU the bias is left to the next operation, see kernels/norm.py.
     """
-    norm, act, *rest = layers
-    unchanged = (type(layers), type(norm), type(act)) == (nn.Sequential, GroupNorm32, nn.SiLU)
-    if recorded() or not unchanged or not norm.fused or hooked(layers, norm, act):
-        return layers(x) if scale_shift is None else layers[1:](norm_kernels.modulated(norm(x), *scale_shift))
-    assert isinstance(norm, nn.GroupNorm)
-    h = norm_kernels.norm_silu(x, norm, scale_shift)
-    for layer in rest:
-        h = layer(h)
-    return h
+    fused = type(layers) is nn.Sequential and [type(layer) for layer in layers[:2]] == [GroupNorm32, nn.SiLU]
+    if recorded() or not fused or not layers[0].fused or hooked(layers, layers[0], layers[1]):
+
+        def one_by_one(x: Tensor, *scale_shift: Tensor) -> Tensor:
+            if resize is not None:
+                return layers[-1](resize(layers[:-1](x)))
+            return layers[1:](norm_kernels.modulated(layers[0](x), *scale_shift)) if scale_shift else layers(x)
+
+        x = norm_kernels.shifted(x, offset)
+        return in_turn([one_by_one], x, *scale_shift, recompute=recompute), None
+
+    norm, _, *between, conv = layers
+    if resize is not None:
+        between.append(resize)
+    apart = type(conv) is Conv2d and conv.bias is not None and not hooked(conv) and norm_kernels.takes_bias(x)
+
+    def normalise(x: Tensor, *scale_shift: Tensor) -> Tensor:
+        return norm_kernels.norm_silu(x, norm, scale_shift, offset)
+
+    drops = any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0 for layer in between)
+    steps = (normalise, *between, conv.without_bias if apart else conv)
+    h = in_turn(steps, x, *scale_shift, recompute=recompute, keeps_inputs=not drops)
+    return h, conv.bias if apart else None
+
+
+def in_turn(
+    steps: Sequence[Callable[..., Tensor]], *inputs: Tensor, recompute: bool, keeps_inputs: bool = False
+) -> Tensor:
+    """steps[-1](... steps[1](steps[0](*inputs))), where steps[0] is a norm. recompute: results in between are not kept for
+    backward, but computed again there.
+
+    keeps_inputs: the norm keeps nothing for backward but its inputs, and every step is a function of its input. Then the rest need
+    not run again, nor within a context such as that of `recomputed`, which costs the host more than small images cost a GPU.
+    """
+    if not recompute:
+        return _run(steps, *inputs)
+    if not keeps_inputs or not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+        return recomputed(partial(_run, steps), *inputs)
+    y = steps[0](*inputs)
+    compute = norm_kernels.again(y) or partial(steps[0], *inputs)
+    storage = y.untyped_storage()._cdata  # of the input of the step that runs
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.untyped_storage()._cdata != storage:
+            return tensor
+        return compute, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        compute_again, *view = packed
+        with torch.no_grad():
+            return compute_again().as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        for step in steps[1:]:
+            y, compute = step(y), partial(_after, step, compute)
+            storage = y.untyped_storage()._cdata
+    return y
+
+
+def _run(steps: Sequence[Callable[..., Tensor]], *inputs: Tensor) -> Tensor:
+    y = steps[0](*inputs)
+    for step in steps[1:]:
+        y = step(y)
+    return y
+
+
+def _after(step: Callable[[Tensor], Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    return step(compute())
+
+
+def takes_any_dtype(layers: nn.Module) -> bool:
+    """Whether `layers` compute in the dtype of their input, which layers that the user has put in their place may not."""
+    return isinstance(layers, nn.Sequential) and all(
+        isinstance(layer, _CastAtUse | GroupNorm32 | nn.SiLU) for layer in layers
+    )
 
 
 def hooked(*modules: nn.Module) -> bool:
@@ -256,14 +341,12 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 
 
-def recompute_norm(block: Any, func: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`func(*inputs)`, a norm and what follows it in a block; recomputed in backward if `Network.set_recompute_norms` says so.
+def recomputes_norms(block: Any) -> bool:
+    """Whether a block computes its norms again in backward, as `Network.set_recompute_norms` says.
 
     A block that is recomputed as a whole ignores that, and so does a compiled graph: its compiler chooses what to keep.
     """
-    if not block.recompute_norms or block.use_checkpoint or torch.compiler.is_compiling():
-        return func(*inputs)
-    return recomputed(func, *inputs)
+    return block.recompute_norms and not block.use_checkpoint and not torch.compiler.is_compiling()
 
 
 def lay_out_convolution(module: nn.Module) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .attention import QKVAttention, QKVAttentionLegacy
 from .kernels.layout import plain_layout
+from .kernels.norm import residual_sum, shifted, takes_bias
 from .layers import (
     Downsample,
     TimestepBlock,
@@ -41,10 +42,12 @@ from .layers import (
     Upsample,
     checkpoint,
     conv_nd,
+    in_turn,
     linear,
-    norm_silu,
+    norm_conv,
     normalization,
-    recompute_norm,
+    recomputes_norms,
+    takes_any_dtype,
     zero_module,
 )
 from .network import Network, warn_of_missing_levels
@@ -109,23 +112,16 @@ class ResBlock(TimestepBlock):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = recompute_norm(self, self._first_half, x)
+        again = recomputes_norms(self)
+        h, bias = norm_conv(self.in_layers, x, resize=self.h_upd if self.updown else None, recompute=again)
         emb_out = self.emb_layers(emb).to(h.dtype)
         emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
-        h = recompute_norm(self, self._second_half, h, emb_out)
-        return self.skip_connection(self.x_upd(x)) + h
-
-    def _first_half(self, x: Tensor) -> Tensor:
-        """Norm, SiLU, resizing if any, convolution."""
-        if self.updown:
-            return self.in_layers[-1](self.h_upd(norm_silu(self.in_layers[:-1], x)))  # type: ignore[arg-type]
-        return norm_silu(self.in_layers, x)
-
-    def _second_half(self, h: Tensor, emb_out: Tensor) -> Tensor:
-        """Norm conditioned on time by emb_out [N, C or 2 * C, 1, ...], SiLU, dropout, convolution."""
         if self.use_scale_shift_norm:
-            return norm_silu(self.out_layers, h, emb_out.chunk(2, dim=1))
-        return norm_silu(self.out_layers, h + emb_out)
+            scale_shift = emb_out.chunk(2, dim=1)
+            h, bias = norm_conv(self.out_layers, h, offset=bias, scale_shift=scale_shift, recompute=again)
+        else:
+            h, bias = norm_conv(self.out_layers, h + emb_out, offset=bias, recompute=again)
+        return residual_sum(self.skip_connection(self.x_upd(x)), h, bias)
 
 
 class AttentionBlock(nn.Module):
@@ -167,12 +163,12 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = recompute_norm(self, self._norm_qkv, x)
+        qkv = in_turn((self.norm, self._qkv), x, recompute=recomputes_norms(self), keeps_inputs=takes_bias(x))
         return x + self.proj_out(self.attention(qkv)).reshape(x.shape)
 
-    def _norm_qkv(self, x: Tensor) -> Tensor:
-        """Norm, then queries, keys and values of every pixel: [N, 3 * C, T]."""
-        return self.qkv(self.norm(x).flatten(2))  # flatten gives a view in either layout (see models/attention.py)
+    def _qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of every pixel: [N, 3 * C, T]."""
+        return self.qkv(x.flatten(2))  # flatten gives a view in either layout (see models/attention.py)
 
 
 class _Trunk(Network):
@@ -321,7 +317,8 @@ class UNetModel(_Trunk):
         h = self.middle_block(h, emb)
         for module in self.output_blocks:
             h = module(th.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(x.dtype)).contiguous()
+        out, bias = norm_conv(self.out, h if takes_any_dtype(self.out) else h.to(x.dtype))
+        return shifted(out, bias).to(x.dtype).contiguous()
 
 
 class SuperResModel(UNetModel):

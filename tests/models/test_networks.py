@@ -159,9 +159,9 @@ class TestEveryNetwork:
         for name in ("group_norm", "norm_silu"):
             inner = getattr(norm, name)
 
-            def noting(x: Tensor, *more: Any, inner: Any = inner) -> Tensor:
+            def noting(x: Tensor, *more: Any, inner: Any = inner, **options: Any) -> Tensor:
                 seen.append(layout.is_channels_last(x) or x.dim() < 3)
-                return inner(x, *more)
+                return inner(x, *more, **options)
 
             monkeypatch.setattr(norm, name, noting)
         net(images(3), times(3), **cond)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from guided_diffusion.models.kernels import norm
 from guided_diffusion.models.kernels.layout import channels_last
+from guided_diffusion.models.kernels.lines import Lines
 from guided_diffusion.models.layers import GroupNorm32
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,22 +40,33 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return norm_triton
 
 
-def inputs(size: tuple[int, ...], shared: bool = False, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x far from zero, and a and b [N, C]; if shared, the same ones for all images, as without scale and shift."""
+def inputs(
+    size: tuple[int, ...], lines: str = "scaled", dtype: torch.dtype = torch.float32, offset: bool = TRITON
+) -> list[Tensor]:
+    """x far from zero, offset or None, weight and bias [C], and scale and shift of each image unless lines are "plain"."""
     generator = torch.Generator().manual_seed(sum(size))
-    x = channels_last((3 + 2 * torch.randn(size, generator=generator)).to(dtype)).requires_grad_()
-    lines = torch.randn(2, 1 if shared else size[0], size[1], generator=generator).requires_grad_()
-    return [x, *(line.expand(size[0], -1) for line in lines)]
+    x = channels_last((3 + 2 * torch.randn(size, generator=generator)).to(dtype))
+    weight, bias, offset_ = torch.randn(3, size[1], generator=generator)
+    scale_shift = (
+        () if lines == "plain" else torch.randn(size[0], 2 * size[1], generator=generator).to(dtype).chunk(2, dim=1)
+    )
+    given = [x, 10 * offset_ if offset else None, weight, bias, *scale_shift]
+    return [tensor if tensor is None else tensor.detach().requires_grad_() for tensor in given]  # type: ignore[misc]
 
 
-def answer(kernels: Any, given: list[Tensor]) -> Tensor:
-    return norm.NormSiLU.apply(*given, 32, 1e-5, kernels)
+def answer(kernels: Any, given: list[Tensor], silu: bool = True) -> Tensor:
+    return norm.FusedNorm.apply(given[0], kernels, 32, 1e-5, silu, *Lines(*given[1:]))
 
 
-def exactly(given: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def exactly(given: list[Tensor], silu: bool = True) -> tuple[Tensor, list[Tensor]]:
     """The same written out in float64, and what it was given."""
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    return norm.written_out(*exact, 32, 1e-5), exact
+    exact = [tensor if tensor is None else tensor.detach().double().requires_grad_() for tensor in given]
+    return norm.written_out(exact[0], 32, 1e-5, silu, *exact[1:]), exact
+
+
+def slopes(y: Tensor, given: list[Tensor], g: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Gradients by all that was given."""
+    return torch.autograd.grad(y, [tensor for tensor in given if tensor is not None], g, **options)
 
 
 def like(size: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -62,38 +74,49 @@ def like(size: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_kernels_compute_what_is_written_out_in_float64(size: tuple[int, ...], shared: bool, kernels: Any) -> None:
-    given = inputs(size, shared)
-    y, (want, exact) = answer(kernels, given), exactly(given)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("lines", ["scaled", "plain"])
+@pytest.mark.parametrize("silu", [True, False] if TRITON else [True])
+def test_kernels_compute_what_is_written_out_in_float64(
+    size: tuple[int, ...], lines: str, silu: bool, kernels: Any
+) -> None:
+    given = inputs(size, lines, offset=TRITON and silu)
+    y, (want, exact) = answer(kernels, given, silu), exactly(given, silu)
+    again = norm.again(y)
+    assert y.is_contiguous(memory_format=torch.channels_last) and again is not None and torch.equal(again(), y)
     torch.testing.assert_close(y, want.float(), rtol=1e-5, atol=1e-5)
     g = like(size)
-    for ours, theirs in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(want, exact, g.double())):
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=2e-5 * max(1.0, float(theirs.abs().max())))
+    found, expected = slopes(y, given, g), slopes(want, exact, g.double())
+    rounding = [2e-5 * max(1.0, float(theirs.abs().max())) for theirs in expected]
+    if given[1] is not None:  # the offset's is the sum of dx over the image, which may be small where dx are not
+        rounding[1] = 1e-6 * float(expected[0].abs().sum((0, 2, 3)).max())
+    for ours, theirs, atol in zip(found, expected, rounding):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kernels_round_once_in_half_precision(dtype: str, kernels: Any) -> None:
     """The answer is the nearest half of the exact one, or its neighbour; written out in that format it is further off."""
-    given = inputs((2, 64, 6, 6), False, DTYPES[dtype])
+    given = inputs((2, 64, 6, 6), "scaled", DTYPES[dtype])
     y, (want, exact) = answer(kernels, given), exactly(given)
     step = torch.finfo(DTYPES[dtype]).eps
     assert y.dtype == DTYPES[dtype]
     torch.testing.assert_close(y.double(), want, rtol=step, atol=1e-5)
     with torch.no_grad():
-        rounded = norm.written_out(*(tensor.to(DTYPES[dtype]) for tensor in given), 32, 1e-5)
+        x, offset, *lines = (tensor if tensor is None else tensor.to(DTYPES[dtype]) for tensor in given)
+        rounded = torch.nn.functional.group_norm(norm.shifted(x, offset).contiguous(), 32, *lines[:2])
+        scale, shift = (line[..., None, None] for line in lines[2:])
+        rounded = torch.nn.functional.silu(norm.modulated(rounded, scale, shift))
     assert (y - want).abs().mean() < (rounded - want).abs().mean()
     g = like((2, 64, 6, 6)).to(DTYPES[dtype])
-    found = torch.autograd.grad(y, given, g)
-    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in given]
-    for ours, theirs in zip(found, torch.autograd.grad(want, exact, g.double())):
+    found = slopes(y, given, g)
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in given if tensor is not None]
+    for ours, theirs in zip(found, slopes(want, exact, g.double())):
         torch.testing.assert_close(ours.double(), theirs, rtol=2 * step, atol=2 * step * float(theirs.abs().max()) / 8)
 
 
 def test_kernels_keep_numbers_that_lie_close_together_far_from_zero(kernels: Any) -> None:
     """A variance as the mean of squares less the square of the mean would be lost at 3000 +- 0.1."""
-    given = [channels_last(3000 + 0.1 * like((1, 32, 16, 20))), torch.ones(1, 32), torch.zeros(1, 32)]
+    given = [channels_last(3000 + 0.1 * like((1, 32, 16, 20))), None, torch.ones(32), torch.zeros(32)]
     torch.testing.assert_close(answer(kernels, given).double(), exactly(given)[0].detach(), rtol=0, atol=2e-2)
 
 
@@ -112,12 +135,19 @@ def test_kernels_keep_digits_where_the_mean_is_large(
     """No further from float64, with the gradients, than three times torch's contiguous kernel in float32."""
     mean, deviation = PICTURES[picture]
     x = channels_last((mean + deviation * like(shape, 1)).to(DTYPES[dtype])).requires_grad_()
-    given = [x, torch.ones(shape[:2], requires_grad=True), like(shape[:2], 2).requires_grad_()]
+    ones = torch.ones(shape[1], requires_grad=True)
+    lines = (
+        ones.detach().clone().requires_grad_(),
+        torch.zeros(shape[:2], requires_grad=True),
+        like(shape[:2], 2).requires_grad_(),
+    )
+    given = [x, None, ones, *lines]
     (want, exact), g = exactly(given), like(shape).to(DTYPES[dtype])
-    usual = [tensor.detach().float().requires_grad_() for tensor in given]
+    usual = [tensor if tensor is None else tensor.detach().float().requires_grad_() for tensor in given]
+    theirs = norm.written_out(usual[0], 32, 1e-5, True, *usual[1:])
     answers = []
-    for y, leaves in ((answer(kernels, given), given), (norm.written_out(*usual, 32, 1e-5), usual), (want, exact)):
-        answers.append([y, *torch.autograd.grad(y, leaves, g.to(y.dtype))])
+    for y, leaves in ((answer(kernels, given), given), (theirs, usual), (want, exact)):
+        answers.append([y, *slopes(y, leaves, g.to(y.dtype))])
     for ours, theirs, right in zip(*answers):
         rounding = torch.finfo(ours.dtype).eps * float(right.detach().square().mean().sqrt())
         wrong, theirs_wrong = (float((part.double() - right).square().mean().sqrt()) for part in (ours, theirs))
@@ -126,27 +156,26 @@ def test_kernels_keep_digits_where_the_mean_is_large(
 
 def test_kernels_give_an_image_the_same_numbers_in_any_batch_and_again(kernels: Any) -> None:
     given, g = inputs((3, 64, 40, 30)), channels_last(like((3, 64, 40, 30)))
-    found = torch.autograd.grad(answer(kernels, given), given, g)
-    alone = [tensor.detach()[1:2].requires_grad_() for tensor in given]
+    whole, again = (slopes(answer(kernels, given), given, g) for _ in range(2))
+    assert all(torch.equal(part, other) for part, other in zip(whole, again))
+    own = [0, *range(len(given))[-2:]]  # x, scale and shift, which each image has for itself
+    alone = [tensor.detach()[1:2].requires_grad_() if k in own else tensor for k, tensor in enumerate(given)]
     y = answer(kernels, alone)
     assert torch.equal(answer(kernels, given)[1:2], y)
-    assert all(
-        torch.equal(part[1:2], own) for part, own in zip(found, torch.autograd.grad(y, alone, g[1:2]), strict=True)
-    )
-    again = torch.autograd.grad(answer(kernels, given), given, g)
-    assert all(torch.equal(part, other) for part, other in zip(found, again))
+    of_alone = torch.autograd.grad(y, [alone[k] for k in own], g[1:2])
+    of_whole = torch.autograd.grad(answer(kernels, given), [given[k] for k in own], g)
+    assert all(torch.equal(part[1:2], other) for part, other in zip(of_whole, of_alone, strict=True))
 
 
-@pytest.mark.parametrize("asked", [(0,), (1, 2), (0, 2), (1,)], ids=str)
+@pytest.mark.parametrize("asked", [(0,), (2, 3), (0, 3), (4,), (0, 5)], ids=str)
 def test_kernels_give_the_gradients_that_are_asked_for(asked: tuple[int, ...], kernels: Any) -> None:
     given, g = inputs((2, 64, 3, 4)), like((2, 64, 3, 4))
-    given = [tensor.detach().requires_grad_(k in asked) for k, tensor in enumerate(given)]
+    given = [tensor if tensor is None else tensor.detach().requires_grad_(k in asked) for k, tensor in enumerate(given)]
     want, exact = exactly(given)
+    expected = torch.autograd.grad(want, [exact[k] for k in asked], g.double())
     for create_graph in (False, True):
         found = torch.autograd.grad(answer(kernels, given), [given[k] for k in asked], g, create_graph=create_graph)
-        for ours, theirs in zip(
-            found, torch.autograd.grad(want, [exact[k] for k in asked], g.double(), retain_graph=True)
-        ):
+        for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -155,8 +184,8 @@ def test_kernels_have_second_derivatives(kernels: Any) -> None:
     want, exact = exactly(given)
     found = []
     for y, leaves, slope in ((answer(kernels, given), given, g), (want, exact, g.detach().double().requires_grad_())):
-        first = torch.autograd.grad(y, leaves, slope, create_graph=True)
-        found.append([*first, *torch.autograd.grad(sum(part.pow(2).sum() for part in first), [*leaves, slope])])
+        first = slopes(y, leaves, slope, create_graph=True)
+        found.append([*first, *slopes(sum(part.pow(2).sum() for part in first), [*leaves, slope], None)])
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-3 * float(theirs.detach().abs().max()))
 
@@ -206,11 +235,50 @@ def _norm_silu(x: Tensor, own: GroupNorm32, both: Tensor, kernels: Any) -> Tenso
         return norm.norm_silu(x, own, both.chunk(2, dim=1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_scale_shift_norm": False}, {"use_checkpoint": True}], ids=str)
-def test_kernels_within_a_network_change_nothing_but_rounding(
-    changes: dict[str, Any], kernels: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(not TRITON, reason="of Triton's")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 96, 5, 7), (1, 32, 1, 1), (3, 64, 40, 30)], ids=str)
+def test_a_residual_sum_adds_the_bias_and_rounds_once(
+    size: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if TRITON and bool(changes) == bool(kernels._WHOLE):
+    monkeypatch.setattr(norm, "on_gpu", lambda x: True)
+    monkeypatch.setattr(norm, "works", lambda device, dtype: True)
+    x, y = (channels_last(like(size, seed)).to(DTYPES[dtype]).requires_grad_() for seed in (1, 2))
+    bias, g = (like(size[1:2], 3) * 100).requires_grad_(), like(size, 4).to(DTYPES[dtype])
+    found = norm.residual_sum(x, y, bias)
+    assert type(found.grad_fn).__name__ == "_FusedSumBackward"
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, y, bias)]
+    want = leaves[0] + leaves[1] + leaves[2][:, None, None]
+    assert torch.equal(found, want.float().to(DTYPES[dtype]))
+    for ours, theirs in zip(torch.autograd.grad(found, [x, y, bias], g), torch.autograd.grad(want, leaves, g.double())):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_where_no_kernel_fits_the_bias_is_added_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, bias = like((2, 32, 3, 4), 1), like((2, 32, 3, 4), 2), like((32,), 3)
+    want = x + y + bias[:, None, None]
+    torch.testing.assert_close(norm.residual_sum(x, y, bias), want)
+    own = GroupNorm32(32, 32)
+    torch.testing.assert_close(
+        norm.norm_silu(channels_last(x), own, (), bias), norm.norm_silu(norm.shifted(x, bias), own)
+    )
+    assert norm.residual_sum(x, y, None).equal(x + y) and not norm.takes_bias(channels_last(x))
+
+
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"use_scale_shift_norm": False},
+    {"use_checkpoint": True},
+    {"resblock_updown": True},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_kernels_within_a_network_change_nothing_but_rounding(
+    changes: dict[str, Any], recompute: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if TRITON and (bool(changes) == bool(kernels._WHOLE) or (recompute and not changes.get("resblock_updown"))):
         pytest.skip("the interpreter takes its time for every program, of which chunks need fewer")
     monkeypatch.setattr(norm, "on_gpu", lambda x: TRITON)
     norm.works.cache_clear()
@@ -218,7 +286,10 @@ def test_kernels_within_a_network_change_nothing_but_rounding(
     inner = kernels.forward
     monkeypatch.setattr(kernels, "forward", lambda *args: calls.append(1) or inner(*args))
     net = unet(channel_mult=(1, 2), **changes).train()
+    for parameter in net.parameters():  # biases of convolutions begin near zero, and the last convolution at zero
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     net.set_fused_norm(False)
+    net.set_recompute_norms(recompute)
     x, t = images(), times()
     want = net(x, t)
     of_want = torch.autograd.grad(want.pow(2).sum(), list(net.parameters()), allow_unused=True)
@@ -226,8 +297,9 @@ def test_kernels_within_a_network_change_nothing_but_rounding(
     net.set_fused_norm(True)
     got = net(x, t)
     del calls[: 2 * TRITON]  # the trial whether they work
-    assert len(calls) == 2 * sum(type(module).__name__ == "ResBlock" for module in net.modules())
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    names = [type(module).__name__ for module in net.modules()]
+    assert len(calls) == 2 * names.count("ResBlock") + 1 + TRITON * names.count("AttentionBlock")
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
     of_got = torch.autograd.grad(got.pow(2).sum(), list(net.parameters()), allow_unused=True)
     for ours, theirs in zip(of_got, of_want):
         if theirs is not None:

@@ -9,21 +9,27 @@ Legend: N batch, T pixels of an image (tokens), C channels, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lines import Lines
+
 _CACHED = 1 << 18  # how many numbers of x fit into a core's cache together with their intermediate results
 
 
-def forward(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, lines: Lines, groups: int, eps: float, silu: bool = True, known: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """silu(a * (x - mean) * rstd + b), and mean and rstd of each channel's group, [N, C] both.
 
-    x: [N, C, ...] in channels-last memory. a, b: [N, C].
+    x: [N, C, ...] in channels-last memory. There is always a SiLU and no offset. `known` statistics are computed again.
     """
+    assert silu and lines.offset is None
+    a, b = (line.expand(len(x), -1) for line in lines.factors(torch.promote_types(x.dtype, torch.float32)))
     y, mean, rstd = torch.empty_like(x), *a.new_empty(2, *a.shape)
     tokens = _tokens(x)
     pixels = tokens.shape[1]
@@ -45,9 +51,11 @@ def forward(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> tuple[T
 
 
 def backward(
-    g: Tensor, x: Tensor, a: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    g: Tensor, x: Tensor, lines: Lines, mean: Tensor, rstd: Tensor, groups: int, silu: bool = True
+) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of x, a and b. g: the gradient of `forward`'s y; the other arguments are `forward`'s inputs and statistics."""
+    assert silu
+    a, b = (line.expand(len(x), -1) for line in lines.factors(mean.dtype))
     dx, da, db = torch.empty_like(x), *a.new_empty(2, *a.shape)
     pixels, dy = x[0, 0].numel(), _tokens(g)
     for few, values, out, xhat, dv in _few_images(_tokens(x), _tokens(dx), a.dtype, 2):
@@ -61,7 +69,7 @@ def backward(
         m2 = _group_mean(a[few] * da[few], pixels, groups)[:, None]
         torch.addcmul(-rstd_ * m1, xhat, -rstd_ * m2, out=out).addcmul_(dv, rstd_ * a[few, None])
         _tokens(dx)[few] = out
-    return dx, da, db
+    return dx, da, db, None
 
 
 def _tokens(x: Tensor) -> Tensor:

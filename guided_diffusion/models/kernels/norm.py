@@ -5,13 +5,16 @@ group norm returns channels-last input in the other layout, which costs two more
 it once, and saves the input and two numbers per group. NVIDIA GPUs run norm_triton.py, CPUs cpu.py. On other devices, and for
 second and forward-mode derivatives, torch's operators compute it; torch.compile does its own fusion.
 
+On a GPU it also adds an offset per channel first, the bias of the convolution before it: cuDNN's convolution adds its bias in a
+kernel of its own. `takes_bias` says where that is possible; `residual_sum` adds the bias of a block's last convolution.
+
 Legend: N batch, C channels.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -21,54 +24,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import channels_last, gradients, is_channels_last, recorded, transformed
+from .lines import Lines
 
 _MOST_IMAGES = 65535  # limit of the third axis of a CUDA grid, which counts images
 
 
-def norm_silu(x: Tensor, norm: nn.GroupNorm, scale_shift: Sequence[Tensor] | None = None) -> Tensor:
-    """silu(norm(x) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout. scale_shift: [N, C, 1, ...] both."""
-    kernels = _kernels(x, norm.weight, norm.bias, *(scale_shift or ()))
-    if kernels is None:
-        y = group_norm(x, norm)
-        return F.silu(y if scale_shift is None else modulated(y, *scale_shift))
-    # The kernels take one factor a and one summand b per image and channel; autograd differentiates how these are made.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    a, b = norm.weight.to(wide), norm.bias.to(wide)
-    if scale_shift is not None:
-        scale, shift = (part.flatten(1).to(wide) for part in scale_shift)
-        a, b = a * (1 + scale), modulated(b, scale, shift)
-    return NormSiLU.apply(x, a.expand(len(x), -1), b.expand(len(x), -1), norm.num_groups, norm.eps, kernels)
+def norm_silu(
+    x: Tensor, norm: nn.GroupNorm, scale_shift: Sequence[Tensor] = (), offset: Tensor | None = None
+) -> Tensor:
+    """silu(norm(x + offset) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout.
+
+    scale_shift: both [N or 1, C, 1, ...], or none. offset: [C] or [N, C].
+    """
+    kernels = _kernels(x, norm.weight, norm.bias, *scale_shift)
+    if offset is not None and (kernels is None or not on_gpu(x)):
+        x, offset = shifted(x, offset), None
+    if kernels is not None:
+        lines = Lines(offset, norm.weight, norm.bias, *(part.flatten(1) for part in scale_shift))
+        return FusedNorm.apply(x, kernels, norm.num_groups, norm.eps, True, *lines)
+    y = group_norm(x, norm, fused=False)
+    return F.silu(modulated(y, *scale_shift) if scale_shift else y)
 
 
-class NormSiLU(torch.autograd.Function):
-    """silu(a * norm(x) + b) by `kernels`, a module with `forward` and `backward`. x: [N, C, ...]; a, b: [N, C], of the wider dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float, kernels: Any) -> Tensor:
-        y, mean, rstd = kernels.forward(x, a, b, groups, eps)
-        ctx.save_for_backward(x, a, b, mean, rstd)
-        ctx.groups, ctx.eps, ctx.kernels = groups, eps, kernels
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, mean, rstd = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *ctx.kernels.backward(channels_last(g), x, a, b, mean, rstd, ctx.groups), None, None, None
-        # Under create_graph the gradient must be differentiable, which only torch's operators are.
-        y = written_out(x.to(a.dtype), a, b, ctx.groups, ctx.eps)
-        return *gradients(y, (x, a, b), ctx.needs_input_grad, g.to(a.dtype)), None, None, None
-
-
-def written_out(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> Tensor:
-    """What `NormSiLU` computes, by torch's operators in the contiguous layout."""
-    broadcast = (*a.shape, *[1] * (x.dim() - 2))
-    y = F.group_norm(x.contiguous(), groups, eps=eps)
-    return F.silu(torch.addcmul(b.view(broadcast), y, a.view(broadcast)))
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """`norm` of x [N, C, ...] in the dtype and memory layout of x; torch accumulates the statistics in float32."""
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, fused: bool = True) -> Tensor:
+    """`norm` of x [N, C, ...] in the dtype and memory layout of x, with float32 statistics; on a GPU by its kernels if `fused`."""
+    if fused and takes_bias(x, norm.weight, norm.bias):
+        return FusedNorm.apply(x, _kernels(x), norm.num_groups, norm.eps, False, *Lines(None, norm.weight, norm.bias))
     weight: Tensor = norm.weight
     bias: Tensor = norm.bias
     if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
@@ -82,13 +63,104 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return channels_last(y) if channels_were_last else y  # some CUDA kernels return the contiguous layout
 
 
+def residual_sum(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """x + y, plus bias [C] if it is still to be added, of two [N, C, ...]."""
+    if bias is None:
+        return x + y
+    alike = x.shape == y.shape and x.dtype == y.dtype and is_channels_last(y)
+    return _FusedSum.apply(x, y, bias) if alike and takes_bias(x, y, bias) else x + shifted(y, bias)
+
+
+def shifted(x: Tensor, offset: Tensor | None) -> Tensor:
+    """x [N, C, ...] plus offset [C] or [N, C], in the dtype of x; None is 0."""
+    return x if offset is None else x + _beside(x, offset)
+
+
+def takes_bias(x: Tensor, *others: Tensor) -> bool:
+    """Whether kernels of a GPU take images like x [N, C, H, W] with the `others`, and so can add a bias on the way."""
+    return on_gpu(x) and _kernels(x, *others) is not None
+
+
 def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """y * (1 + scale) + shift."""
     return torch.addcmul(shift, y, 1 + scale)
 
 
+def written_out(x: Tensor, groups: int, eps: float, silu: bool, *lines: Tensor | None) -> Tensor:
+    """What `FusedNorm` computes, in float32 or wider, by torch's operators in the contiguous layout."""
+    every = Lines(*lines)  # type: ignore[arg-type]
+    x = shifted(x.to(torch.promote_types(x.dtype, torch.float32)).contiguous(), every.offset)
+    a, b = every.factors(x.dtype)
+    y = torch.addcmul(_beside(x, b), F.group_norm(x, groups, eps=eps), _beside(x, a))
+    return F.silu(y) if silu else y
+
+
+def _beside(x: Tensor, line: Tensor) -> Tensor:
+    """A number per channel, [C] or [N, C], in the dtype of x [N, C, ...] and as many dimensions."""
+    return line.reshape(-1, line.shape[-1], *[1] * (x.dim() - 2)).to(x.dtype)
+
+
+class FusedNorm(torch.autograd.Function):
+    """Norm of x [N, C, ...] with its `Lines`, then SiLU if `silu`, by `kernels`: a module with `forward` and `backward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernels: Any, groups: int, eps: float, silu: bool, *lines: Tensor | None
+    ) -> Tensor:
+        y, mean, rstd = kernels.forward(x, Lines(*lines), groups, eps, silu)  # type: ignore[arg-type]
+        ctx.save_for_backward(x, mean, rstd, *lines)
+        ctx.kernels, ctx.options = kernels, (groups, eps, silu)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, *lines = ctx.saved_tensors
+        groups, eps, silu = ctx.options
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: the gradient must be differentiable, which only torch's operators are
+            y = written_out(x, groups, eps, silu, *lines)
+            wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+            dx, *of_lines = gradients(y, (x, *lines), wanted, g.to(y.dtype))
+        else:
+            every = Lines(*lines)
+            dx, *sums = ctx.kernels.backward(channels_last(g), x, every, mean, rstd, groups, silu)
+            of_lines = list(every.gradients(*sums))
+        return dx, None, None, None, None, *of_lines[: len(lines)]
+
+
+def again(y: Tensor) -> Callable[[], Tensor] | None:
+    """A function that computes y, a result of `FusedNorm`, again from what backward keeps anyway; None for other tensors."""
+    node: Any = y.grad_fn
+    if not isinstance(getattr(node, "options", None), tuple):
+        return None
+
+    def compute() -> Tensor:
+        x, mean, rstd, *lines = node.saved_tensors
+        y, _, _ = node.kernels.forward(x, Lines(*lines), *node.options, (mean, rstd))
+        return y
+
+    return compute
+
+
+class _FusedSum(torch.autograd.Function):
+    """x + y + bias of two [N, C, H, W] in channels-last memory, by Triton."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+        from . import norm_triton
+
+        ctx.dtype = bias.dtype
+        return norm_triton.add(x, y, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2]
+        return g, g, g.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtype) if wanted else None
+
+
 def _kernels(x: Tensor, *others: Tensor) -> Any:
-    """The module with the kernels for `norm_silu` of x and the `others` (weight, bias, scale, shift); None = use torch's operators."""
+    """The module with the kernels for x [N, C, ...] and the `others` (weight, bias, scale, shift); None = use torch's operators."""
     if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *others):
         return None
     batch_sizes = {len(part) for part in others if part.dim() > 1}
@@ -130,10 +202,11 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
         from . import norm_triton
 
         with torch.inference_mode(False), torch.no_grad():
-            a = torch.ones(1, 32, device=device)
+            line = torch.ones(32, device=device)
             for side in (2, 64):  # small and large images use different kernels
                 x = channels_last(torch.ones(1, 32, side, side, device=device, dtype=dtype))
-                norm_triton.forward(x, a, a, 32, 1e-5)
+                norm_triton.forward(x, Lines(None, line, line), 32, 1e-5, True)
+            norm_triton.add(x, x, line)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(

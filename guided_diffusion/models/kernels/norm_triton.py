@@ -6,14 +6,15 @@ large image are cut into chunks, which many programs reduce; a second kernel add
 whole GPU busy. There are no atomic additions, and sums have a fixed order that depends on R and C alone: results repeat bit for
 bit, and those of an image do not depend on the batch it is in.
 
-Everything is computed in float32, whatever the dtype of x. With xhat = (x - mean) * rstd, statistics per group:
+Everything is computed in float32, whatever the dtype of x. With mean and rstd per group of x + offset:
 
-    v = xhat * a + b,   y = silu(v)
+    xhat = (x + offset - mean) * rstd,   a = weight * (1 + scale),   b = bias * (1 + scale) + shift
+    v = a * xhat + b,   y = silu(v), or v without SILU
     dv = dy * silu'(v),   db = sum over rows of dv,   da = sum over rows of dv * xhat        per image and channel
     m1 = mean over the group of a * dv,   m2 = mean over the group of a * dv * xhat
-    dx = rstd * (a * dv - m1 - xhat * m2)
+    dx = rstd * (a * dv - m1 - xhat * m2),   doffset = sum over rows of dx = rstd * (a * db - R * m1 - m2 * sum of xhat)
 
-`stride` is the stride of a and b between images: 0 where all images share them.
+`lines` are `Lines.arguments()`. The offset of a channel only shifts its mean, so x itself is summed.
 """
 
 # Triton interprets annotations of its kernels, so they have no ordinary types.
@@ -21,12 +22,15 @@ Everything is computed in float32, whatever the dtype of x. With xhat = (x - mea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .lines import Lines
 
 _TILE = 4096  # numbers in a tile
 _CHUNKS = 64  # most chunks of a large image
@@ -42,8 +46,8 @@ class _Plan(NamedTuple):
     size: tuple[int, int]  # rows and channels of an image
     rows_each: int  # rows per program of `_forward` and `_backward`
     chunk_rows: int  # rows per chunk
-    tile: dict[str, int]  # constants of the kernels that work on tiles; CHANNELS: WIDTH rounded up to a power of two
-    group: dict[str, int]  # constants of the kernels that work on groups
+    tile: dict[str, Any]  # constants of the kernels that work on tiles; CHANNELS: WIDTH rounded up to a power of two
+    group: dict[str, Any]  # constants of the kernels that work on groups
 
     def grid(self, rows_each: int, images: int) -> tuple[int, int, int]:
         """The grid of programs: along the rows (`rows_each` per program), along the channels (WIDTH each), along the images."""
@@ -61,44 +65,110 @@ def _plan(x: Tensor, groups: int) -> _Plan:
     return _Plan(whole, (rows, channels), rows if whole else tile_rows, chunk_rows, tile, group)
 
 
-def forward(x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(a * (x - mean) * rstd + b), and mean and rstd of every group, float32 [N * G] both.
+def forward(
+    x: Tensor, lines: Lines, groups: int, eps: float, silu: bool, known: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and rstd of every group, float32 [N * G] both; `known`: mean and rstd of an earlier call.
 
-    x: [N, C, H, W] in channels-last memory, C a multiple of `groups`. a, b: float32 [N, C] with equal strides.
+    x: [N, C, H, W] in channels-last memory, C a multiple of `groups`.
     """
-    plan, n, y = _plan(x, groups), len(x), torch.empty_like(x)
-    mean, rstd = x.new_empty(2, n * groups, dtype=torch.float32)
+    plan, n, y, arguments = _plan(x, groups), len(x), torch.empty_like(x), lines.arguments()
+    mean, rstd = known or x.new_empty(2, n * groups, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        if not plan.whole:
+        if not plan.whole and not known:
             grid = plan.grid(plan.chunk_rows, n)
-            means, squares = x.new_empty(2, n, grid[0], plan.size[1], dtype=torch.float32)
-            _chunk_moments[grid](x, means, squares, *plan.size, plan.chunk_rows, **plan.tile)
+            chunks = tuple(x.new_empty(2, n, grid[0], plan.size[1], dtype=torch.float32))
+            _chunk_moments[grid](x, *chunks, arguments, *plan.size, plan.chunk_rows, **plan.tile)
             _group_moments[(n * groups,)](
-                means, squares, mean, rstd, *plan.size, plan.chunk_rows, grid[0], eps, **plan.group
+                *chunks, mean, rstd, arguments, *plan.size, plan.chunk_rows, grid[0], eps, **plan.group
             )
         _forward[plan.grid(plan.rows_each, n)](
-            x, y, mean, rstd, a, b, *plan.size, plan.rows_each, a.stride(0), eps, WHOLE=plan.whole, **plan.tile
+            x, y, mean, rstd, arguments, *plan.size, plan.rows_each, eps, SILU=silu, WHOLE=plan.whole, **plan.tile
         )
     return y, mean, rstd
 
 
 def backward(
-    g: Tensor, x: Tensor, a: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and b. g: the gradient of `forward`'s y; the other arguments are `forward`'s inputs and statistics."""
-    plan, n, dx, saved = _plan(x, groups), len(x), torch.empty_like(x), (mean, rstd, a, b)
-    da, db = x.new_empty(2, n, plan.size[1], dtype=torch.float32)
-    m1, m2 = torch.empty_like(mean), torch.empty_like(mean)
+    g: Tensor, x: Tensor, lines: Lines, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dx, da, db and, if there is an offset, doffset, all of it float32 [N, C] but dx. g: the gradient of `forward`'s y."""
+    plan, n, dx, saved = _plan(x, groups), len(x), torch.empty_like(x), (mean, rstd, lines.arguments())
+    count = 2 if lines.offset is None else 3
+    sums = (*x.new_empty(count, n, plan.size[1], dtype=torch.float32), None)[:3]
+    means = torch.empty_like(mean), torch.empty_like(mean)
     with torch.cuda.device_of(x):
         if not plan.whole:
             grid = plan.grid(plan.chunk_rows, n)
-            das, dbs = x.new_empty(2, n, grid[0], plan.size[1], dtype=torch.float32)
-            _chunk_gradients[grid](g, x, *saved, das, dbs, *plan.size, plan.chunk_rows, a.stride(0), **plan.tile)
-            _group_gradients[(n * groups,)](das, dbs, a, da, db, m1, m2, *plan.size, grid[0], a.stride(0), **plan.group)
+            chunks = (*x.new_empty(count, n, grid[0], plan.size[1], dtype=torch.float32), None)[:3]
+            _chunk_gradients[grid](g, x, *saved, chunks, *plan.size, plan.chunk_rows, SILU=silu, **plan.tile)
+            _group_gradients[(n * groups,)](chunks, *saved, sums, *means, *plan.size, grid[0], **plan.group)
         _backward[plan.grid(plan.rows_each, n)](
-            g, x, dx, *saved, da, db, m1, m2, *plan.size, plan.rows_each, a.stride(0), WHOLE=plan.whole, **plan.tile
+            g, x, dx, *saved, sums, *means, *plan.size, plan.rows_each, SILU=silu, WHOLE=plan.whole, **plan.tile
         )
-    return dx, da, db
+    return dx, *sums
+
+
+def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + y + bias of two [N, C, H, W] of one dtype in channels-last memory; bias: [C]."""
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _add[(-(-x.numel() // _TILE),)](x, y, bias, out, x.numel(), x.shape[1], TILE=_TILE)
+    return out
+
+
+@triton.jit
+def _add(x, y, bias, out, size, channels, TILE: tl.constexpr):
+    """Grid: tiles of memory."""
+    begin, lane = tl.program_id(0).to(tl.int64) * TILE, tl.arange(0, TILE)
+    at, c = begin + lane, ((begin % channels).to(tl.int32) + lane) % channels
+    total = _load(x, at, at < size) + _load(y, at, at < size) + _load(bias, c, at < size)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _load(pointer, at, mask):
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(lines, rows, channels, each, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """The part of a program in a grid (row pieces, channel tiles, N): where its image begins, rows begin..end; of its channels the
+    numbers, mask, indices in [N, C] and in [N, G], and `_of_channels`."""
+    n, begin, lane = tl.program_id(2).to(tl.int64), tl.program_id(0) * each, tl.arange(0, CHANNELS)
+    c = tl.program_id(1) * WIDTH + lane
+    inside, group = (lane < WIDTH) & (c < channels), n * GROUPS + c // (channels // GROUPS)
+    end = tl.minimum(begin + each, rows)
+    return n * rows * channels, begin, end, c, inside, n * channels + c, group, _of_channels(lines, n, c, inside)
+
+
+@triton.jit
+def _of_channels(lines, n, c, inside):
+    """Offset, a and b of the channels c of image n."""
+    offset, weight, bias, scale, shift, offset_stride, stride = lines
+    o, a, b = tl.zeros(c.shape, dtype=tl.float32), _load(weight, c, inside), _load(bias, c, inside)
+    if offset is not None:
+        o = _load(offset, n * offset_stride + c, inside)
+    if scale is not None:
+        factor = 1.0 + _load(scale, n * stride + c, inside)
+        a, b = a * factor, b * factor + _load(shift, n * stride + c, inside)
+    return o, a, b
+
+
+@triton.jit
+def _group(channels, chunks, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The part of a program in a grid (N * groups): its number, the image; of its channels the numbers and mask; of all chunks the
+    numbers, indices in [N, chunks, C] and mask."""
+    index, lane, width = tl.program_id(0).to(tl.int64), tl.arange(0, CHANNELS), channels // GROUPS
+    n, c, k = index // GROUPS, index % GROUPS * width + lane, tl.arange(0, CHUNKS)[:, None]
+    return (
+        index,
+        n,
+        c,
+        lane < width,
+        k,
+        (n * chunks + k) * channels + c[None, :],
+        (k < chunks) & (lane < width)[None, :],
+    )
 
 
 @triton.jit
@@ -109,7 +179,7 @@ def _moments(x, begin, end, c, inside, channels, ROWS: tl.constexpr, CHANNELS: t
     for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < end)[:, None] & inside[None, :]
-        values = tl.load(x + r[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        values = _load(x, r[:, None] * channels + c[None, :], mask)
         before = (start - begin) * 1.0
         count = tl.minimum(end - start, ROWS) * 1.0
         tile_mean = tl.sum(values, axis=0) / count
@@ -122,164 +192,166 @@ def _moments(x, begin, end, c, inside, channels, ROWS: tl.constexpr, CHANNELS: t
 
 
 @triton.jit
-def _slopes(g, x, at, mask, mean, rstd, a, b):
-    """dv and xhat at the offsets `at`; dv is 0 where the mask is False."""
-    xhat = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-    v = xhat * a[None, :] + b[None, :]
-    sigmoid = tl.sigmoid(v)
-    dv = tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * (sigmoid * (1.0 + v * (1.0 - sigmoid)))
+def _slopes(g, x, at, mask, mean, rstd, a, b, SILU: tl.constexpr):
+    """dv and xhat at the offsets `at`; both are 0 where the mask is False."""
+    xhat = tl.where(mask, (_load(x, at, mask) - mean[None, :]) * rstd[None, :], 0.0)
+    dv = _load(g, at, mask)
+    if SILU:
+        v = xhat * a[None, :] + b[None, :]
+        sigmoid = tl.sigmoid(v)
+        dv = dv * (sigmoid * (1.0 + v * (1.0 - sigmoid)))
     return dv, xhat
 
 
 @triton.jit
-def _sums(g, x, begin, end, c, inside, channels, mean, rstd, a, b, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """da and db over rows begin..end of the image at g and x."""
+def _sums(
+    g, x, begin, end, c, inside, channels, mean, rstd, a, b,
+    SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """da, db and sum of xhat over rows begin..end of the image at g and x."""
     da = tl.zeros([CHANNELS], dtype=tl.float32)
     db = tl.zeros([CHANNELS], dtype=tl.float32)
+    total = tl.zeros([CHANNELS], dtype=tl.float32)
     for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < end)[:, None] & inside[None, :]
-        dv, xhat = _slopes(g, x, r[:, None] * channels + c[None, :], mask, mean, rstd, a, b)
+        dv, xhat = _slopes(g, x, r[:, None] * channels + c[None, :], mask, mean, rstd, a, b, SILU)
         da += tl.sum(dv * xhat, axis=0)
         db += tl.sum(dv, axis=0)
-    return da, db
+        total += tl.sum(xhat, axis=0)
+    return da, db, total
 
 
 @triton.jit
-def _tile(rows, channels, each, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """The part of a program in a grid (row pieces, channel tiles, N): image, its offset, rows begin..end, channels, mask, groups."""
-    n, begin, lane = tl.program_id(2).to(tl.int64), tl.program_id(0) * each, tl.arange(0, CHANNELS)
-    end, c = tl.minimum(begin + each, rows), tl.program_id(1) * WIDTH + lane
-    group = n * GROUPS + c // (channels // GROUPS)
-    return n, n * rows * channels, begin, end, c, (lane < WIDTH) & (c < channels), group
+def _store(sums, at, inside, values):
+    """Store da, db and the third number, where sums has a place for it."""
+    tl.store(sums[0] + at, values[0], mask=inside)
+    tl.store(sums[1] + at, values[1], mask=inside)
+    if sums[2] is not None:
+        tl.store(sums[2] + at, values[2], mask=inside)
 
 
 @triton.jit
-def _group(channels, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The part of a program in a grid (N * groups): its number, the image, channels per group, the group's channels, their mask."""
-    index, lane, width = tl.program_id(0).to(tl.int64), tl.arange(0, CHANNELS), channels // GROUPS
-    return index, index // GROUPS, width, index % GROUPS * width + lane, lane < width
+def _store_gradients(sums, at, inside, da, db, xhats, rstd, a, rows, width):
+    """Store da, db and doffset of a group from its sums over all rows. Returns m1 and m2."""
+    m1, m2 = tl.sum(a * db, axis=0) / (rows * width), tl.sum(a * da, axis=0) / (rows * width)
+    _store(sums, at, inside, (da, db, rstd * (a * db - rows * m1 - xhats * m2)))
+    return m1, m2
 
 
 @triton.jit
 def _forward(
-    x, y, mean, rstd, a, b, rows, channels, each, stride, eps,
-    GROUPS: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, y, mean, rstd, lines, rows, channels, each, eps, GROUPS: tl.constexpr,
+    SILU: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y of a piece of rows; if that is a whole group (WHOLE), its statistics too. Grid: pieces, tiles, N."""
-    n, image, begin, end, c, inside, group = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    image, begin, end, c, inside, _, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    offset, a, b = of_channels
     if WHOLE:
         means, squares = _moments(x + image, begin, end, c, inside, channels, ROWS, CHANNELS)
-        mean_ = tl.sum(means, axis=0) / WIDTH  # 0 outside
-        delta = tl.where(inside, means - mean_, 0.0)
+        mean_ = tl.sum(means + offset, axis=0) / WIDTH  # 0 outside
+        delta = tl.where(inside, means + offset - mean_, 0.0)
         rstd_ = 1.0 / tl.sqrt(tl.sum(squares / rows + delta * delta, axis=0) / WIDTH + eps)
-        tl.store(mean + n * GROUPS + tl.program_id(1), mean_)
-        tl.store(rstd + n * GROUPS + tl.program_id(1), rstd_)
         mean_, rstd_ = tl.where(inside, mean_, 0.0), tl.where(inside, rstd_, 0.0)
+        first = tl.arange(0, CHANNELS) == 0  # of the group, which stores for all
+        tl.store(mean + group, mean_, mask=first)
+        tl.store(rstd + group, rstd_, mask=first)
     else:
-        mean_, rstd_ = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
-    a_, b_ = tl.load(a + n * stride + c, mask=inside, other=0.0), tl.load(b + n * stride + c, mask=inside, other=0.0)
+        mean_, rstd_ = _load(mean, group, inside), _load(rstd, group, inside)
     for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < end)[:, None] & inside[None, :]
         at = image + r[:, None] * channels + c[None, :]
-        xhat = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean_[None, :]) * rstd_[None, :]
-        v = xhat * a_[None, :] + b_[None, :]
-        tl.store(y + at, (v * tl.sigmoid(v)).to(y.dtype.element_ty), mask=mask)
+        v = (_load(x, at, mask) - (mean_ - offset)[None, :]) * rstd_[None, :] * a[None, :] + b[None, :]
+        if SILU:
+            v = v * tl.sigmoid(v)
+        tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward(
-    g, x, dx, mean, rstd, a, b, da, db, m1, m2, rows, channels, each, stride,
-    GROUPS: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    g, x, dx, mean, rstd, lines, sums, m1, m2, rows, channels, each, GROUPS: tl.constexpr,
+    SILU: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx of a piece of rows; if that is a whole group (WHOLE), da and db too, else m1 and m2 are inputs. Grid: pieces, tiles, N."""
-    n, image, begin, end, c, inside, group = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
-    mean_, rstd_ = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
-    a_, b_ = tl.load(a + n * stride + c, mask=inside, other=0.0), tl.load(b + n * stride + c, mask=inside, other=0.0)
+    """dx of a piece of rows; if that is a whole group (WHOLE), the sums too, else m1 and m2 are inputs. Grid: pieces, tiles, N."""
+    image, begin, end, c, inside, nc, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    offset, a, b = of_channels
+    mean_, rstd_ = _load(mean, group, inside) - offset, _load(rstd, group, inside)
     if WHOLE:
-        da_, db_ = _sums(
-            g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a_, b_, ROWS, CHANNELS
-        )  # fmt: skip
-        tl.store(da + n * channels + c, da_, mask=inside)
-        tl.store(db + n * channels + c, db_, mask=inside)
-        total = rows * WIDTH * 1.0
-        mean_1 = tl.where(inside, tl.sum(a_ * db_, axis=0) / total, 0.0)
-        mean_2 = tl.where(inside, tl.sum(a_ * da_, axis=0) / total, 0.0)
+        da, db, xhats = _sums(
+            g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a, b, SILU, ROWS, CHANNELS
+        )
+        mean_1, mean_2 = _store_gradients(sums, nc, inside, da, db, xhats, rstd_, a, rows, WIDTH)
+        mean_1, mean_2 = tl.where(inside, mean_1, 0.0), tl.where(inside, mean_2, 0.0)
     else:
-        mean_1, mean_2 = tl.load(m1 + group, mask=inside, other=0.0), tl.load(m2 + group, mask=inside, other=0.0)
+        mean_1, mean_2 = _load(m1, group, inside), _load(m2, group, inside)
     for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < end)[:, None] & inside[None, :]
         at = image + r[:, None] * channels + c[None, :]
-        dv, xhat = _slopes(g, x, at, mask, mean_, rstd_, a_, b_)
-        dx_ = rstd_[None, :] * (a_[None, :] * dv - mean_1[None, :] - xhat * mean_2[None, :])
+        dv, xhat = _slopes(g, x, at, mask, mean_, rstd_, a, b, SILU)
+        dx_ = rstd_[None, :] * (a[None, :] * dv - mean_1[None, :] - xhat * mean_2[None, :])
         tl.store(dx + at, dx_.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _chunk_moments(
-    x, means, squares, rows, channels, each,
+    x, means, squares, lines, rows, channels, each,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances from it, per channel of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
-    n, image, begin, end, c, inside, _ = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    image, begin, end, c, inside, _, _, _ = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
     mean, square = _moments(x + image, begin, end, c, inside, channels, ROWS, CHANNELS)
-    index = (n * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    tl.store(means + index, mean, mask=inside)
-    tl.store(squares + index, square, mask=inside)
+    at = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * channels + c
+    tl.store(means + at, mean, mask=inside)
+    tl.store(squares + at, square, mask=inside)
 
 
 @triton.jit
 def _group_moments(
-    means, squares, mean, rstd, rows, channels, each, chunks, eps,
+    means, squares, mean, rstd, lines, rows, channels, each, chunks, eps,
     GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation per group, [N, groups] each, from the results of _chunk_moments. Grid: N * groups."""
-    index, n, width, c, inside = _group(channels, GROUPS, CHANNELS)
-    k = tl.arange(0, CHUNKS)
-    mask = (k < chunks)[:, None] & inside[None, :]
-    at = (n * chunks + k[:, None]) * channels + c[None, :]
-    chunk_means = tl.load(means + at, mask=mask, other=0.0)
+    index, n, c, inside, k, at, mask = _group(channels, chunks, GROUPS, CHUNKS, CHANNELS)
+    offset, _, _ = _of_channels(lines, n, c, inside)
     counts = tl.maximum(tl.minimum(rows - k * each, each), 0).to(tl.float32)
-    total = (rows * width).to(tl.float32)
-    mean_ = tl.sum(tl.sum(tl.where(mask, chunk_means * counts[:, None], 0.0), axis=1), axis=0) / total
+    total = (rows * (channels // GROUPS)).to(tl.float32)
+    chunk_means = _load(means, at, mask) + offset[None, :]
+    mean_ = tl.sum(tl.sum(chunk_means * counts, axis=1), axis=0) / total
     delta = tl.where(mask, chunk_means - mean_, 0.0)
-    squared = tl.load(squares + at, mask=mask, other=0.0) + delta * delta * counts[:, None]
+    squared = _load(squares, at, mask) + delta * delta * counts
     tl.store(mean + index, mean_)
     tl.store(rstd + index, 1.0 / tl.sqrt(tl.sum(tl.sum(squared, axis=1), axis=0) / total + eps))
 
 
 @triton.jit
 def _chunk_gradients(
-    g, x, mean, rstd, a, b, das, dbs, rows, channels, each, stride,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    g, x, mean, rstd, lines, sums, rows, channels, each, GROUPS: tl.constexpr,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """da and db over the rows of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
-    n, image, begin, end, c, inside, group = _tile(rows, channels, each, GROUPS, WIDTH, CHANNELS)
-    mean_, rstd_ = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
-    a_, b_ = tl.load(a + n * stride + c, mask=inside, other=0.0), tl.load(b + n * stride + c, mask=inside, other=0.0)
-    da, db = _sums(g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a_, b_, ROWS, CHANNELS)
-    index = (n * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    tl.store(das + index, da, mask=inside)
-    tl.store(dbs + index, db, mask=inside)
+    """da, db and sum of xhat over the rows of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
+    image, begin, end, c, inside, _, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    offset, a, b = of_channels
+    mean_, rstd_ = _load(mean, group, inside) - offset, _load(rstd, group, inside)
+    values = _sums(g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a, b, SILU, ROWS, CHANNELS)
+    at = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * channels + c
+    _store(sums, at, inside, values)
 
 
 @triton.jit
 def _group_gradients(
-    das, dbs, a, da, db, m1, m2, rows, channels, chunks, stride,
+    parts, mean, rstd, lines, sums, m1, m2, rows, channels, chunks,
     GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """da and db over all rows, [N, C] each, and m1 and m2, [N, groups] each. Grid: N * groups."""
-    index, n, width, c, inside = _group(channels, GROUPS, CHANNELS)
-    k = tl.arange(0, CHUNKS)
-    mask = (k < chunks)[:, None] & inside[None, :]
-    at = (n * chunks + k[:, None]) * channels + c[None, :]
-    da_ = tl.sum(tl.load(das + at, mask=mask, other=0.0), axis=0)
-    db_ = tl.sum(tl.load(dbs + at, mask=mask, other=0.0), axis=0)
-    a_ = tl.load(a + n * stride + c, mask=inside, other=0.0)
-    total = (rows * width).to(tl.float32)
-    tl.store(da + n * channels + c, da_, mask=inside)
-    tl.store(db + n * channels + c, db_, mask=inside)
-    tl.store(m1 + index, tl.sum(a_ * db_, axis=0) / total)
-    tl.store(m2 + index, tl.sum(a_ * da_, axis=0) / total)
+    """The sums over all rows, [N, C] each, and m1 and m2, [N, groups] each, from those of _chunk_gradients. Grid: N * groups."""
+    index, n, c, inside, _, at, mask = _group(channels, chunks, GROUPS, CHUNKS, CHANNELS)
+    _, a, _ = _of_channels(lines, n, c, inside)
+    da, db, xhats = tl.sum(_load(parts[0], at, mask), axis=0), tl.sum(_load(parts[1], at, mask), axis=0), a
+    if parts[2] is not None:
+        xhats = tl.sum(_load(parts[2], at, mask), axis=0)
+    mean_1, mean_2 = _store_gradients(
+        sums, n * channels + c, inside, da, db, xhats, tl.load(rstd + index), a, rows, channels // GROUPS
+    )
+    tl.store(m1 + index, mean_1)
+    tl.store(m2 + index, mean_2)
