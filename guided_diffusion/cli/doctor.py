@@ -74,7 +74,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     import torch
 
     from ..build import build_batches, build_network
-    from ..runtime.devices import require_compiler
+    from ..runtime.devices import choose_precision, require_compiler
     from ..runtime.doctor import FAIL, OK, WARN, Finding, check_disk, planned_saves
     from ..runtime.world import World
     from ..training import checks
@@ -109,6 +109,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
             findings.append(checks.check_batches(make, records, batch_size, world.size))
     count = sum(p.numel() for p in net.parameters())
     findings.append(Finding(OK, "network", f"{count / 1e6:.2f} million parameters"))
+    findings += check_norms(world.device, choose_precision(options.precision, config.model.fp16, world.device))
     local_batch = batch_size // world.size
     images = min(local_batch, options.microbatch) if options.microbatch > 0 else local_batch
     try:
@@ -129,6 +130,26 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     one_save = 4 * count * (1 + len(options.ema_rates)) + 8 * count
     saves = planned_saves(options.last_step, options.save_interval, options.keep_last, options.keep_every)
     return [*findings, check_disk(parsed.flags["out"] or os.getcwd(), one_save, saves)]
+
+
+def check_norms(device: torch.device, precision: str) -> list[Finding]:
+    """On a GPU: whether norms are fused there."""
+    from ..models.kernels import norm
+    from ..runtime.devices import DTYPES
+    from ..runtime.doctor import OK, WARN, Finding
+
+    if device.type != "cuda":
+        return []
+    if norm.works(device, DTYPES[precision]):
+        return [Finding(OK, "norms", "fused, by Triton")]
+    why = (
+        "it does not run on this GPU, as a warning says"
+        if norm.available()
+        else "it is not installed: pip install triton"
+    )
+    return [
+        Finding(WARN, "norms", f"by torch's kernels, which turn every feature map's layout, and not by Triton's: {why}")
+    ]
 
 
 def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.device) -> Callable[[int], Any]:

@@ -103,7 +103,7 @@ class GroupNorm32(nn.GroupNorm):
     fused: bool = True  # see Network.set_fused_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_kernels.group_norm(x, self, fused=self.fused)
+        return norm_kernels.group_norm(x, self)
 
 
 def norm_conv(
@@ -124,18 +124,21 @@ def norm_conv(
     Norm, scale, shift and SiLU are one fused operation, unless the user has replaced those layers or registered a hook on them,
     which must then run. On a GPU the bias is left to the next operation, see kernels/norm.py.
     """
-    fused = type(layers) is nn.Sequential and [type(layer) for layer in layers[:2]] == [GroupNorm32, nn.SiLU]
+    kinds = [type(layer) for layer in layers.children()]
+    fused = type(layers) is nn.Sequential and kinds[:2] == [GroupNorm32, nn.SiLU] and len(kinds) > 2
     if recorded() or not fused or not layers[0].fused or hooked(layers, layers[0], layers[1]):
 
         def one_by_one(x: Tensor, *scale_shift: Tensor) -> Tensor:
             if resize is not None:
                 return layers[-1](resize(layers[:-1](x)))
-            return layers[1:](norm_kernels.modulated(layers[0](x), *scale_shift)) if scale_shift else layers(x)
+            y: Tensor = layers[1:](norm_kernels.modulated(layers[0](x), *scale_shift)) if scale_shift else layers(x)
+            return y
 
         x = norm_kernels.shifted(x, offset)
         return in_turn([one_by_one], x, *scale_shift, recompute=recompute), None
 
-    norm, _, *between, conv = layers
+    norm, _, *between, conv = layers.children()
+    assert isinstance(norm, nn.GroupNorm)
     if resize is not None:
         between.append(resize)
     apart = type(conv) is Conv2d and conv.bias is not None and not hooked(conv) and norm_kernels.takes_bias(x)
@@ -144,9 +147,9 @@ def norm_conv(
         return norm_kernels.norm_silu(x, norm, scale_shift, offset)
 
     drops = any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0 for layer in between)
-    steps = (normalise, *between, conv.without_bias if apart else conv)
-    h = in_turn(steps, x, *scale_shift, recompute=recompute, keeps_inputs=not drops)
-    return h, conv.bias if apart else None
+    last, bias = (conv.without_bias, conv.bias) if isinstance(conv, Conv2d) and apart else (conv, None)
+    h = in_turn([normalise, *between, last], x, *scale_shift, recompute=recompute, keeps_inputs=not drops)
+    return h, bias
 
 
 def in_turn(

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .attention import QKVAttention, QKVAttentionLegacy
 from .kernels.layout import plain_layout
-from .kernels.norm import residual_sum, shifted, takes_bias
+from .kernels.norm import fuses, residual_sum, shifted
 from .layers import (
     Downsample,
     TimestepBlock,
@@ -163,7 +163,8 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = in_turn((self.norm, self._qkv), x, recompute=recomputes_norms(self), keeps_inputs=takes_bias(x))
+        again = recomputes_norms(self)
+        qkv = in_turn((self.norm, self._qkv), x, recompute=again, keeps_inputs=again and fuses(x, self.norm))
         return x + self.proj_out(self.attention(qkv)).reshape(x.shape)
 
     def _qkv(self, x: Tensor) -> Tensor:

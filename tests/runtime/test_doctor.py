@@ -10,7 +10,7 @@ from PIL import Image
 
 from guided_diffusion.build import build_network
 from guided_diffusion.cli import train
-from guided_diffusion.cli.doctor import forward_of, main
+from guided_diffusion.cli.doctor import check_norms, forward_of, main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.models.architectures import ARCHITECTURES
 from guided_diffusion.models.kernels import norm
@@ -214,7 +214,20 @@ def test_a_gpu_without_triton_keeps_more_unless_norms_are_recomputed(monkeypatch
         return counted("cuda", recompute)[1]
 
     assert on_a_gpu(True, "none") == counted()[1] < 0.8 * on_a_gpu(False, "none")
-    assert on_a_gpu(True, "norms") == pytest.approx(on_a_gpu(False, "norms"), rel=0.02)
+    # the last norm is not recomputed, and keeps less if it is fused
+    assert 0.97 * on_a_gpu(False, "norms") < on_a_gpu(True, "norms") <= on_a_gpu(False, "norms")
+
+
+@pytest.mark.parametrize(
+    ("works", "installed", "status", "words"),
+    [(True, True, OK, "fused"), (False, True, WARN, "does not run"), (False, False, WARN, "pip install triton")],
+)
+def test_norms_that_a_gpu_cannot_fuse_are_reported(works, installed, status, words, monkeypatch):
+    monkeypatch.setattr(norm, "works", lambda device, dtype: works)
+    monkeypatch.setattr(norm, "available", lambda: installed)
+    (finding,) = check_norms(torch.device("cuda"), "bf16")
+    assert finding.status == status and words in finding.text
+    assert check_norms(torch.device("cpu"), "fp32") == []
 
 
 def test_counted_memory_follows_resolution_precision_and_recomputing():

@@ -42,13 +42,13 @@ def norm_silu(
     if kernels is not None:
         lines = Lines(offset, norm.weight, norm.bias, *(part.flatten(1) for part in scale_shift))
         return FusedNorm.apply(x, kernels, norm.num_groups, norm.eps, True, *lines)
-    y = group_norm(x, norm, fused=False)
+    y = group_norm(x, norm)
     return F.silu(modulated(y, *scale_shift) if scale_shift else y)
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, *, fused: bool = True) -> Tensor:
-    """`norm` of x [N, C, ...] in the dtype and memory layout of x, with float32 statistics; on a GPU by its kernels if `fused`."""
-    if fused and takes_bias(x, norm.weight, norm.bias):
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """`norm` of x [N, C, ...] in the dtype and memory layout of x; statistics are accumulated in float32."""
+    if fuses(x, norm):
         return FusedNorm.apply(x, _kernels(x), norm.num_groups, norm.eps, False, *Lines(None, norm.weight, norm.bias))
     weight: Tensor = norm.weight
     bias: Tensor = norm.bias
@@ -74,6 +74,11 @@ def residual_sum(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 def shifted(x: Tensor, offset: Tensor | None) -> Tensor:
     """x [N, C, ...] plus offset [C] or [N, C], in the dtype of x; None is 0."""
     return x if offset is None else x + _beside(x, offset)
+
+
+def fuses(x: Tensor, norm: Any) -> bool:
+    """Whether `group_norm` of x by this layer is a `FusedNorm`: on a GPU, unless `Network.set_fused_norm` forbids it."""
+    return getattr(norm, "fused", False) and takes_bias(x, norm.weight, norm.bias)
 
 
 def takes_bias(x: Tensor, *others: Tensor) -> bool:
