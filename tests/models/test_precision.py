@@ -6,6 +6,8 @@ import pytest
 import torch
 from small_networks import classifier, images, times, unet
 
+from guided_diffusion.models import unet as room
+
 BOUND = {torch.bfloat16: 0.05, torch.float16: 0.006}  # rms error over rms output; measured a third of it
 
 
@@ -27,6 +29,28 @@ def test_low_precision_is_near(make, dtype: torch.dtype, store: bool) -> None:  
     assert net.dtype == dtype and seen == [dtype]
     assert found.dtype == torch.float32
     assert 0 < relative_error(found, expected) < BOUND[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)], ids=str)
+def test_the_last_layers_compute_in_the_networks_format_and_answer_in_float32(
+    dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x, t = unet(), images(), times()
+    net.set_compute_dtype(dtype)
+    found = net(x, t)
+    monkeypatch.setattr(room, "takes_any_dtype", lambda layers: False)
+    assert found.dtype == torch.float32 and 0 < relative_error(found, net(x, t)) < bound
+
+
+@pytest.mark.parametrize(
+    "out", [torch.nn.Conv2d(32, 3, 1), torch.nn.Identity(), torch.nn.Sequential(torch.nn.Conv2d(32, 3, 1))], ids=str
+)
+def test_layers_in_place_of_the_last_ones_get_float32(out: torch.nn.Module) -> None:
+    net = unet()
+    net.set_compute_dtype(torch.bfloat16)
+    net.out, seen = out, []
+    out.register_forward_hook(lambda module, args, result: seen.append(args[0].dtype))
+    assert net(images(), times()).dtype == torch.float32 and seen == [torch.float32]
 
 
 def test_weights_are_cast_at_use_and_gradients_stay_float32() -> None:

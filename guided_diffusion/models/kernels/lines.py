@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,15 +29,21 @@ class Lines(NamedTuple):
         factor = 1 + self.scale.to(dtype)
         return a * factor, torch.addcmul(self.shift.to(dtype), b, factor)
 
-    def gradients(self, da: Tensor, db: Tensor, doffset: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the five from those of a, b and the offset: [N, C] each, of one image."""
-        found: tuple[Tensor | None, ...] = (doffset, da, db, None, None)
-        if self.scale is not None:
-            factor = 1 + self.scale.to(da.dtype)
-            found = (doffset, da * factor, db * factor, self.weight * da + self.bias * db, db)
+    def gradients(
+        self, wanted: Sequence[bool], da: Tensor, db: Tensor, doffset: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of those of the five that are `wanted`, from those of a, b and the offset of each image: [N, C]."""
+        factor: Tensor | float = 1.0 if self.scale is None else 1 + self.scale.to(da.dtype)
+        of_each = (
+            lambda: doffset,
+            lambda: da * factor,
+            lambda: db * factor,
+            lambda: self.weight * da + self.bias * db,
+            lambda: db,
+        )
         return tuple(
-            None if line is None or gradient is None else gradient.sum_to_size(line.shape).to(line.dtype)
-            for line, gradient in zip(self, found)
+            gradient().sum_to_size(line.shape).to(line.dtype) if wants and line is not None else None  # type: ignore[union-attr]
+            for line, gradient, wants in zip(self, of_each, wanted)
         )
 
     def arguments(self) -> tuple[Any, ...]:

@@ -121,17 +121,17 @@ class FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, *lines = ctx.saved_tensors
         groups, eps, silu = ctx.options
+        wanted, of_lines = ctx.needs_input_grad[5:], []
         if (
             torch.is_grad_enabled()
-        ):  # create_graph: the gradient must be differentiable, which only torch's operators are
+        ):  # under create_graph the gradient must be differentiable, as only torch's operators are
             y = written_out(x, groups, eps, silu, *lines)
-            wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
-            dx, *of_lines = gradients(y, (x, *lines), wanted, g.to(y.dtype))
+            dx, *of_lines = gradients(y, (x, *lines), (ctx.needs_input_grad[0], *wanted), g.to(y.dtype))
         else:
             every = Lines(*lines)
             dx, *sums = ctx.kernels.backward(channels_last(g), x, every, mean, rstd, groups, silu)
-            of_lines = list(every.gradients(*sums))
-        return dx, None, None, None, None, *of_lines[: len(lines)]
+            of_lines += every.gradients(wanted, *sums)
+        return dx, None, None, None, None, *of_lines
 
 
 def again(y: Tensor) -> Callable[[], Tensor] | None:
