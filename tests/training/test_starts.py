@@ -11,6 +11,7 @@ import torch
 from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import laid_over
 from guided_diffusion.data import loader
+from guided_diffusion.runtime import devices
 
 NETWORK = (
     "--image_size 4 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4 --num_heads 2 "
@@ -146,6 +147,31 @@ def test_none_is_not_taken_for_begun_where_a_run_came_from_a_file(photos, tmp_pa
     assert train(f"--max_steps 2 --resume_checkpoint {tmp_path}/pretrained.pt", photos, tmp_path / "run") == 0
     assert train("--max_steps 2 --resume_checkpoint none", photos, tmp_path / "run") == 0
     assert len(list((tmp_path / "run").glob("before_*"))) == 1
+
+
+def test_a_run_of_an_earlier_version_goes_on(photos, tmp_path):
+    """Its configuration has truth values where words are now, and lacks flags that are new."""
+    run = tmp_path / "run"
+    assert train("--max_steps 2 --resume_checkpoint none", photos, run) == 0
+    for path in (run / "config.json", run / "run000002.json"):
+        stored = json.loads(path.read_text())
+        settings = stored.get("config", stored)["train"]
+        settings["compile"] = False
+        del settings["tf32"]
+        path.write_text(json.dumps(stored))
+    assert train("--max_steps 4 --resume_checkpoint none", photos, run) == 0  # the same command, from a scheduler
+    assert not list(run.glob("before_*")) and train("--max_steps 6", photos, run) == 0 and steps(run) == [2, 4, 6]
+    settings = json.loads((run / "config.json").read_text())["train"]
+    assert (settings["compile"], settings["tf32"]) == ("auto", True)
+
+
+def test_a_run_goes_on_multiplying_as_it_was_begun(photos, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(devices, "set_float32_products", lambda *, tf32: chosen.append(tf32))
+    assert train("--max_steps 2 --tf32 False", photos, tmp_path / "run") == 0
+    assert train("--max_steps 4", photos, tmp_path / "run") == 0
+    assert chosen == [False, False, True, False]  # by the flags, then by the configuration
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["tf32"] is False
 
 
 def test_damaged_saves(photos, tmp_path, capsys):
