@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_norm_kernels import DTYPES, SIZES, TRITON, WAYS, answer, exactly, inputs, like
+from test_norm_kernels import DTYPES, TRITON, WAYS, answer, exactly, inputs, like, rounding
 
 from guided_diffusion.models.kernels import norm
 
@@ -82,12 +82,12 @@ def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
     assert len(said) == 2 * (4 * 4 * 2 + 2 * 4 * 4 + 4)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu  # every size and dtype is compiled, which takes a second or two: no more of them than show a difference
 @needs_triton
-@pytest.mark.parametrize("size", [*SIZES, (4, 384, 32, 32), (1, 256, 256, 256)], ids=str)
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", list(WAYS))
-def test_on_a_gpu_as_written_out(size: tuple[int, ...], dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [(3, 192, 5, 7), (1, 32, 130, 65), (4, 384, 32, 32)], ids=str)
+def test_on_a_gpu_as_written_out(size: tuple[int, ...], way: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from guided_diffusion.models.kernels import norm_triton
 
     assert not TRITON
@@ -98,5 +98,7 @@ def test_on_a_gpu_as_written_out(size: tuple[int, ...], dtype: str, way: str, mo
     step = max(2e-5, torch.finfo(DTYPES[dtype]).eps)
     torch.testing.assert_close(y.double(), want, rtol=step, atol=step)
     g = like(size).to("cuda", DTYPES[dtype])
-    for ours, theirs in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(want, exact, g.double())):
-        torch.testing.assert_close(ours.double(), theirs, rtol=2 * step, atol=2 * step * float(theirs.abs().max()))
+    expected = torch.autograd.grad(want, exact, g.double())
+    bounds = rounding(expected, given, 2 * step)
+    for ours, theirs, atol in zip(torch.autograd.grad(y, given, g), expected, bounds):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2 * step, atol=atol)
