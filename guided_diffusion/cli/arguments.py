@@ -59,9 +59,8 @@ class _ImportProgram(argparse.Action):
         try:
             importlib.import_module(program)
         except ModuleNotFoundError as error:
-            if not f"{program}.".startswith(
-                f"{error.name}."
-            ):  # what is missing is not the program, but what it imports
+            # What is missing may not be the program, but what it imports.
+            if not f"{program}.".startswith(f"{error.name}."):
                 raise
             raise ValueError(f"--import {program}: there is no such module; give FILE.py or an installed one") from None
 
@@ -145,9 +144,8 @@ def parse(
     arguments, unknown = parser.parse_known_args(_present_names(argv, known))
     if unknown:
         raise ValueError(_unknown(unknown[0], known))
-    typed = {
-        key: value for key, value in vars(arguments).items() if key != "config"
-    }  # defaults are suppressed in `_add`
+    # Defaults are suppressed in `_add`.
+    typed = {key: value for key, value in vars(arguments).items() if key != "config"}
     if arguments.config:
         stored, typed_now = _from_file(arguments.config, known), typed
         typed = laid_over(stored, typed_now)

@@ -78,8 +78,9 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     from ..runtime.doctor import FAIL, OK, WARN, Finding, check_disk, planned_saves
     from ..runtime.world import World
     from ..training import checks
-    from ..training.memory import StepPlan
+    from ..training.memory import StepPlan, set_recompute
     from ..weights.continuing import with_classes, with_global_batch
+    from ..weights.probe import forward_of
 
     try:
         train.check_start(parsed, kind)
@@ -121,7 +122,8 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     def build_step() -> tuple[nn.Module, Callable[[], Any]]:
         """The network on the device instead of the meta device, and its forward pass on as many images as fit."""
         on_device = build_network(config.model, config.diffusion, seed=0, device=world.device)
-        return on_device, partial(forward_of(config, on_device, plan.recompute, world.device), plan.images)
+        set_recompute(on_device, plan.recompute)
+        return on_device, partial(forward_of(config, on_device, world.device), plan.images)
 
     if parsed.flags["measure"] and memory.status != FAIL:
         run = {"last_step": options.last_step, "own_batch": local_batch}
@@ -142,43 +144,18 @@ def check_norms(device: torch.device, precision: str) -> list[Finding]:
         return []
     if norm.works(device, DTYPES[precision]):
         return [Finding(OK, "norms", "fused, by Triton")]
-    why = (
-        "it does not run on this GPU, as a warning says"
-        if norm.available()
-        else "it is not installed: pip install triton"
-    )
-    return [
-        Finding(WARN, "norms", f"by torch's kernels, which turn every feature map's layout, and not by Triton's: {why}")
-    ]
-
-
-def forward_of(config: RunConfig, net: nn.Module, recompute: str, device: torch.device) -> Callable[[int], Any]:
-    """A function that runs `net` (perhaps on the meta device) on n images of noise, as training on `device` with `recompute` would."""
-    import torch
-
-    from ..models.kernels import norm
-    from ..runtime.devices import choose_precision, compute_in
-    from ..training.memory import set_recompute
-    from ..weights.probe import conditions
-
-    model, net_device = config.model, next(net.parameters()).device
-    if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
-        net.set_fused_norm(False)  # type: ignore[operator]
-    compute_in(net, choose_precision(config.train.precision, model.fp16, device))
-    set_recompute(net, recompute)
-
-    def forward(count: int) -> Any:
-        x = torch.randn(count, model.image_channels, *model.size, device=net_device)
-        return net(x.contiguous(memory_format=torch.channels_last), x.new_zeros(count), **conditions(model, x))
-
-    return forward
+    installed = norm.available()
+    why = "it does not run on this GPU, as a warning says" if installed else "it is not installed: pip install triton"
+    text = f"by torch's kernels, which turn every feature map's layout, and not by Triton's: {why}"
+    return [Finding(WARN, "norms", text)]
 
 
 def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, StepPlan]:
     """Check the memory of a forward and backward pass on `images` images. net: on the meta device."""
     from ..runtime.devices import available_memory, choose_precision, used_memory
     from ..training import checks
-    from ..training.memory import attempts, can_recompute, copied_bytes, kept_bytes
+    from ..training.memory import attempts, can_recompute, copied_bytes, kept_bytes, set_recompute
+    from ..weights.probe import forward_of
 
     options, on_gpu = config.train, world.device.type == "cuda"
     free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
@@ -199,7 +176,8 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     copied = copied_bytes(net, choose_precision(options.precision, config.model.fp16, world.device))
 
     def activations(choice: str) -> tuple[int, int]:
-        return kept_bytes(forward_of(config, net, choice, world.device), net.parameters(), copied=copied)
+        set_recompute(net, choice)
+        return kept_bytes(forward_of(config, net, world.device), net.parameters(), copied=copied)
 
     return checks.check_memory(
         cache(activations),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, Section, flag
+from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, flag
 from . import arguments, runs
 
 if TYPE_CHECKING:
@@ -21,20 +21,6 @@ if TYPE_CHECKING:
 
 # Flags of the noise process in which a classifier and the model it guides must agree.
 _SHARED_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
-# Fields of the configurations that are not copied into the receipt, and why. All others are, also those added later.
-NOT_IN_RECEIPT = frozenset(
-    (
-        "model_path classifier_path weights "  # recorded instead: the file's hash, and which of its weights were taken
-        "precision classifier_precision use_fp16 classifier_use_fp16 "  # recorded instead: the precision of each network
-        "num_samples batch_size grid "  # image i does not depend on them
-        "compile cuda_graphs "  # the same computation up to rounding
-        "seed classes labels "  # added by the job
-        "use_ddim "  # an older flag for sampler, which is recorded
-        "dropout use_checkpoint use_kl rescale_learned_sigmas"  # for training only
-    ).split()
-)
-# Flags that receipts name only where they differ from the default: earlier versions had none of them, and their jobs go on.
-_LATER = ("tf32", "deterministic")
 M = TypeVar("M", bound="Making")
 
 log = logging.getLogger(__name__)
@@ -146,6 +132,7 @@ class Setup:
         from ..runtime.devices import describe_products
         from ..sampling.jobs import Job
         from ..sampling.pipeline import DETERMINISTIC_BATCH, largest_batch
+        from ..sampling.receipts import receipt_of
 
         options, model, classifier, world = self.options, self.model, self.classifier, self.world
         out, chosen = world.broadcast_object(runs.run_folder(options.out, kind), name=f"folder of {kind}")
@@ -165,19 +152,20 @@ class Setup:
         log.info("%s, into %s (%s)", what, out, chosen)
         not_stored = ("out", "device", "debug", "requests")  # where and how this command runs, not what it makes
         typed = {name: value for name, value in options.typed.items() if name not in not_stored}
+        flags = {name: getattr(options, name) for name in SampleConfig.names()}
         return Job(
             request,
             out,
             model.shape,
             batch_size,
-            receipt={**receipt_of(options, model, classifier), **receipt},
+            receipt={**receipt_of(flags, options.method, model, classifier), **receipt},
             about={
                 "model": model.path,
                 "classifier": classifier and classifier.path,
                 "device": str(world.device),
                 "float32 products": describe_products(world.device),
             },
-            config={**{name: getattr(options, name) for name in SampleConfig.names()}, **typed},
+            config={**flags, **typed},
             grid=options.grid,
             class_names=self.class_names,
         )
@@ -204,40 +192,3 @@ def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
     names |= set(NETWORKS[kind].names())
     flags = {name: value for name, value in typed.items() if name in names and value is not None}
     return load(path, kind=kind, flags=flags, device=world.device, precision=precision, weights=weights)
-
-
-def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -> dict[str, Any]:
-    """All that images depend on besides seed and labels: the configurations of model, process, classifier and sampler."""
-    from ..diffusion.samplers import SAMPLERS
-
-    return {
-        **{
-            name: value
-            for name, value in _in_receipt(config, SampleConfig.names()).items()
-            if name not in _LATER or value != getattr(SampleConfig, name)
-        },
-        "sampler": config.method,
-        "eta": config.eta if "eta" in SAMPLERS[config.method].options else None,
-        "steps": len(model.process),
-        "model": {**_identity(model), **_in_receipt(model.config.model)},
-        "diffusion": _in_receipt(model.config.diffusion),
-        # Without the classifier's own noise process: it gets the model's noisy images and times.
-        "classifier": {**_identity(classifier), **_in_receipt(classifier.config.model)} if classifier else None,
-        "classifier_scale": config.classifier_scale if classifier else 0.0,
-    }
-
-
-def _in_receipt(section: Section, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The receipt's entries of a section: all, or those in `names`."""
-    values = section.to_dict()  # leaves out --architecture for U-Nets: their receipts equal those of older versions
-    return {name: values[name] for name in names or values if name not in NOT_IN_RECEIPT}
-
-
-def _identity(loaded: Loaded) -> dict[str, Any]:
-    from ..runtime import storage
-
-    # Hash a local file anew: the hash in the JSON beside it may be of an earlier content.
-    recorded = loaded.sha256 if storage.is_remote(loaded.path) else ""
-    precision = str(getattr(loaded.net, "dtype", "torch.float32")).removeprefix("torch.")
-    identity = {"sha256": recorded or storage.sha256_of(loaded.path), "step": loaded.step, "precision": precision}
-    return {**identity, **({"weights": loaded.weights} if loaded.weights else {})}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,14 +103,10 @@ def read_requests(path: str, options: Sampling) -> tuple[Entry, ...]:
 
     ValueError naming file, line (in a list: entry) and field.
     """
-    try:
-        text = storage.read_bytes(path).decode("utf-8-sig")  # some editors begin a file with a byte-order mark
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--requests {path}: there is no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"--requests {path} is no text file: {error}") from None
+    from ..sampling.requests import objects
+
     entries: dict[str, Entry] = {}
-    for number, (where, value) in enumerate(_objects(path, text), start=1):
+    for number, (where, value) in enumerate(objects(path), start=1):
         entry = _entry(value, f"{number:04d}", f"--requests {path}, {where}", options)
         key = entry.name.casefold()  # for some file systems Cats and cats are the same folder
         if key in entries:
@@ -122,25 +117,6 @@ def read_requests(path: str, options: Sampling) -> tuple[Entry, ...]:
     if not entries:
         raise ValueError(f"--requests {path} holds no requests; write one JSON object per line, or a list of them")
     return tuple(entries.values())
-
-
-def _objects(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    """("line 3" or "entry 3", value) of each request in the file."""
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"--requests {path} starts with [ but is not valid JSON: {error}") from None
-        yield from ((f"entry {number}", value) for number, value in enumerate(values, start=1))
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"--requests {path}, line {number} is no JSON ({error}); write one object per line, or a list"
-                ) from None
 
 
 def _entry(value: Any, name: str, where: str, options: Sampling) -> Entry:

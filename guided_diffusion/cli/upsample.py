@@ -122,9 +122,8 @@ def cascade(argv: Sequence[str], program: str) -> int:
     with making.session(options) as (world, stop):
         out = world.broadcast_object(out, name="folder of the cascade")
         npz = sample.make(replace(options, out=storage.join(out, "base"), typed=typed), world, stop)
-        with float32_products(
-            tf32=second.tf32, deterministic=second.deterministic
-        ):  # --upsampler_flags may ask for another
+        # --upsampler_flags may ask for other arithmetic.
+        with float32_products(tf32=second.tf32, deterministic=second.deterministic):
             make(replace(second, out=storage.join(out, "upsampled"), base_samples=npz), world, stop)
     return 0
 

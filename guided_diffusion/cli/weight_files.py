@@ -46,10 +46,9 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """The lines that `inspect` prints."""
     from ..data.samples import open_images
     from ..runtime.doctor import format_bytes
-    from ..training.memory import kept_bytes
+    from ..training.memory import kept_bytes, set_recompute
     from ..weights import identify, load, probe
     from ..weights.files import read_weights
-    from .doctor import forward_of
 
     file = load.find(args.path, weights=args.weights)
     tensors, _ = read_weights(file.path, which=args.weights)
@@ -73,8 +72,8 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     flops, net = probe.forward_flops(config)
     yield f"arithmetic  {flops / 1e9:.4g} GFLOP per image and forward pass (2 per multiply-add)"
     plain = replace(config, train=replace(config.train, precision="fp32"))
-    recompute = "all" if getattr(plain.model, "use_checkpoint", False) else "none"
-    forward = forward_of(plain, net, recompute, next(net.parameters()).device)
+    set_recompute(net, "all" if getattr(plain.model, "use_checkpoint", False) else "none")
+    forward = probe.forward_of(plain, net, next(net.parameters()).device)
     _, per_image = kept_bytes(forward, net.parameters())
     stored = 4 * sum(p.numel() for p in net.parameters())
     yield (

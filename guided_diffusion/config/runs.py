@@ -196,7 +196,7 @@ class SampleConfig(Section):
     use_ddim: bool = flag(False, "sample with DDIM instead of the ancestral chain")
     sampler: str = flag("", "empty = by --use_ddim", choices=("", "ancestral", "ddim", "heun", "dpm_solver"))
     eta: float = flag(0.0, "noise of DDIM: 0 = none, 1 = as much as the ancestral chain", low=0.0, high=1.0)
-    seed: int = flag(0, "image i is the same for a seed, whatever the batch size", low=0)
+    seed: int = flag(0, "image i depends on the seed and i; other batch sizes change it by rounding only", low=0)
     classes: str = flag("", "only these classes, by number or name: 3,7")
     labels: str = flag("random", "how classes are assigned to images", choices=("random", "balanced"))
     precision: str = flag("", "arithmetic of the networks; empty = by --use_fp16", choices=PRECISIONS)
@@ -214,7 +214,9 @@ class SampleConfig(Section):
         choices=tuple(SWITCH),
     )
     tf32: bool = flag(True, TF32_HELP)
-    deterministic: bool = flag(False, "image i is the same to the bit for every batch size: 8 images at a time")
+    deterministic: bool = flag(
+        False, "image i is the same to the bit for every --batch_size, as networks always get 8 images at a time"
+    )
 
     @property
     def method(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,17 @@ def undo(*nets: nn.Module) -> None:
     """Let networks run uncompiled."""
     for net in nets:
         net._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def uncompiled(net: nn.Module) -> Iterator[None]:
+    """Inside, `net` runs uncompiled."""
+    compiled = net._compiled_call_impl
+    undo(net)
+    try:
+        yield
+    finally:
+        net._compiled_call_impl = compiled
 
 
 def reason(error: Exception) -> str:

@@ -53,8 +53,10 @@ def float32_products(*, tf32: bool = True, deterministic: bool = False) -> Itera
     deterministic: no TF32, and for each operation the algorithm that gives the same result every time. Where torch has none for an
     operation, it warns.
     """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+    workspace = "CUBLAS_WORKSPACE_CONFIG"  # which cuBLAS asks for, before its first product
+    set_here = deterministic and workspace not in os.environ
+    if set_here:
+        os.environ[workspace] = ":4096:8"
     before = [(holder, name, getattr(holder, name)) for holder, name, _ in _products(tf32)]
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -70,6 +72,8 @@ def float32_products(*, tf32: bool = True, deterministic: bool = False) -> Itera
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         for holder, name, value in before:
             setattr(holder, name, value)
+        if set_here:
+            os.environ.pop(workspace, None)
 
 
 def set_float32_products(*, tf32: bool) -> None:

@@ -18,7 +18,7 @@ from ..diffusion import guidance as guidances
 from ..diffusion.denoiser import Denoiser, make_denoiser
 from ..diffusion.process import Process, respace, space_timesteps
 from ..diffusion.samplers import SAMPLERS, NotFinite, Step, last
-from ..models.layers import lay_out_convolution
+from ..models.layers import hooked, lay_out_convolution
 from ..models.network import Network
 from ..runtime import compiler
 from ..runtime.devices import float32_products
@@ -74,11 +74,11 @@ def sample(
     num_images  default: as many as labels or `low_res`; if more, these are repeated
     sampler     one of `SAMPLERS`; `eta` is the noise of ddim
     steps       how many of the process's steps, or which: "ddim25", "90,60,60,20,20"; None = those of the model
-    seed        image i depends on (seed, i) only, whatever the batch size
+    seed        image i depends on (seed, i) only; other batch sizes change it by rounding
     low_res     the small images for an upsampler, uint8 `[N, h, w, C]`, repeated like labels
 
     With `deterministic` an image is the same to the bit whatever the batch size, as by --deterministic.
-    `cuda_graphs`: steps as CUDA graphs on a GPU; "auto" = where batches are small.
+    `cuda_graphs`: steps as CUDA graphs on a GPU; "auto" = where batches are small and no hook looks on.
 
     ValueError if the model needs labels or `low_res` and they are missing, or if it does not take them.
     """
@@ -158,7 +158,8 @@ def make_pipeline(
     process  default: the model's; on the sampling device
     clip     keep every predicted clean image within [-1, 1]
     compile  compile network and guidance of a step as one graph, by torch.compile; "auto" = on CUDA, once it is known that it pays
-    graphs   on CUDA, record them (compiled or not) as one CUDA graph; "auto" = where batches are small and chains have 20 steps
+    graphs   on CUDA, record them (compiled or not) as one CUDA graph; "auto" = where batches are
+             small, chains have 20 steps and networks no hooks
 
     Guidance shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233), else the score (algorithm 2).
     With `compile` or `graphs`, every batch size has its own graph.
@@ -187,6 +188,8 @@ def make_pipeline(
 
     if compile == "auto" and steps.device.type != "cuda":
         compile = False
+    if graphs == "auto" and any(hooked(*each.net.modules()) for each in networks):
+        graphs = False  # a hook of the user is called by each step, and a graph would leave it out
     compile_each = partial(compiler.compile_or_leave, [each.net for each in networks])
     execution = Execution(make, compile=compile, graphs=graphs, on_failure=compile_each)
     return ImagePipeline(networks, chain, len(steps), execution)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..diffusion.samplers import NotFinite
 from ..diffusion.timesteps import Drawn
-from ..runtime import storage
+from ..runtime import compiler, storage
 from ..runtime.log import Log
 from ..runtime.streams import EVALUATE, Streams
 from . import batching
@@ -69,7 +69,9 @@ class SampleGrid:
                 return
             net.eval()
             try:
-                self._draw(net, path)
+                # For a few images compiling takes longer than it saves; and if it failed, this process would train uncompiled.
+                with compiler.uncompiled(net):
+                    self._draw(net, path)
                 _log.info(f"wrote {path}{f' (EMA {decay})' if decay else ''}")
             except NotFinite as error:  # no reason to end training: `Trainer` checks the losses itself
                 _log.warning(f"no picture of samples at step {trainer.steps_done}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from .. import build
 from ..config import ModelConfig, Network, RunConfig, SuperResConfig, classes_of
+from ..models.kernels import norm
+from ..runtime.devices import choose_precision, compute_in
 from ..runtime.streams import EVALUATE, Streams
 from .identify import flag_line, flags_of
 from .load import network_of
@@ -111,6 +113,20 @@ def conditions(model: Network, x: Tensor) -> dict[str, Tensor]:
         every = model.large_size // model.small_size
         found["low_res"] = x[:, :, ::every, ::every].contiguous()
     return found
+
+
+def forward_of(config: RunConfig, net: nn.Module, device: torch.device) -> Callable[[int], Any]:
+    """A function that runs `net` (perhaps on the meta device) on n images of noise, as training on `device` would."""
+    model, net_device = config.model, next(net.parameters()).device
+    if device.type == "cuda" and hasattr(net, "set_fused_norm") and not norm.available():
+        net.set_fused_norm(False)  # type: ignore[operator]
+    compute_in(net, choose_precision(config.train.precision, model.fp16, device))
+
+    def forward(count: int) -> Any:
+        x = torch.randn(count, model.image_channels, *model.size, device=net_device)
+        return net(x.contiguous(memory_format=torch.channels_last), x.new_zeros(count), **conditions(model, x))
+
+    return forward
 
 
 def forward_flops(config: RunConfig) -> tuple[int, nn.Module]:

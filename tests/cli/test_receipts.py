@@ -15,7 +15,6 @@ import torch
 from checkpoint_files import BASE, CRITIC, filled
 
 import guided_diffusion as gd
-from guided_diffusion.cli import making
 from guided_diffusion.cli.main import main, script
 from guided_diffusion.config import (
     NETWORKS,
@@ -27,6 +26,7 @@ from guided_diffusion.config import (
     SuperResConfig,
 )
 from guided_diffusion.sampling import jobs as g
+from guided_diffusion.sampling import receipts
 from guided_diffusion.weights.load import Loaded
 
 LARGE = {**{name: value for name, value in BASE.items() if name != "image_size"}, "large_size": 16, "small_size": 8}
@@ -42,6 +42,10 @@ def loaded(tmp_path: Path, model: Any, diffusion: Any = None, content: bytes = b
     net: Any = SimpleNamespace(dtype=more.pop("dtype", torch.float32))
     config = RunConfig(model=model, diffusion=diffusion or DiffusionConfig())
     return Loaded(net, range(1000), config, str(path), **more)  # type: ignore[arg-type]
+
+
+def receipt_of(config: SampleConfig, model: Loaded, classifier: Loaded | None) -> dict[str, Any]:
+    return receipts.receipt_of(config.to_dict(), config.method, model, classifier)
 
 
 def other(field: Any, value: Any) -> Any:
@@ -61,7 +65,7 @@ def test_every_field_reaches_the_receipt_or_says_why_not(section: Any, tmp_path:
         denoiser = parts.get(SuperResConfig) or parts.get(ModelConfig, ModelConfig())
         model = loaded(tmp_path, denoiser, parts.get(DiffusionConfig))
         classifier = loaded(tmp_path, parts.get(ClassifierConfig, ClassifierConfig()))
-        return making.receipt_of(parts.get(SampleConfig, SampleConfig()), model, classifier)
+        return receipt_of(parts.get(SampleConfig, SampleConfig()), model, classifier)
 
     for field in fields(section):
         base = section
@@ -70,12 +74,12 @@ def test_every_field_reaches_the_receipt_or_says_why_not(section: Any, tmp_path:
         same = receipt(replace(base, **{field.name: other(field, getattr(base, field.name))})) == receipt(base)
         if field.name == "use_ddim" or (field.name, type(section)) == ("eta", SampleConfig):
             continue  # seen through `sampler`, below
-        assert same == (field.name in making.NOT_IN_RECEIPT), field.name
+        assert same == (field.name in receipts.NOT_IN_RECEIPT), field.name
 
 
 def test_receipts_of_a_unet_are_those_from_before_there_were_other_architectures(tmp_path: Path) -> None:
     """Else a job that an earlier version began could not go on."""
-    found = making.receipt_of(SampleConfig(), loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig()))
+    found = receipt_of(SampleConfig(), loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig()))
     assert not [name for part in ("model", "classifier") for name in found[part] if "arch" in name]
 
 
@@ -83,21 +87,21 @@ def test_what_stands_there_in_another_form(tmp_path: Path) -> None:
     model, classifier = loaded(tmp_path, ModelConfig()), loaded(tmp_path, ClassifierConfig())
     config = SampleConfig(use_ddim=True)
     seen = [
-        making.receipt_of(config, model, classifier),
-        making.receipt_of(replace(config, use_ddim=False), model, classifier),
-        making.receipt_of(replace(config, eta=0.5), model, classifier),
-        making.receipt_of(config, model, None),
-        making.receipt_of(config, loaded(tmp_path, ModelConfig(), content=b"v"), classifier),
-        making.receipt_of(config, loaded(tmp_path, ModelConfig(), weights="ema"), classifier),
-        making.receipt_of(config, loaded(tmp_path, ModelConfig(), dtype=torch.bfloat16), classifier),
-        making.receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), content=b"v")),
-        making.receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), dtype=torch.float16)),
+        receipt_of(config, model, classifier),
+        receipt_of(replace(config, use_ddim=False), model, classifier),
+        receipt_of(replace(config, eta=0.5), model, classifier),
+        receipt_of(config, model, None),
+        receipt_of(config, loaded(tmp_path, ModelConfig(), content=b"v"), classifier),
+        receipt_of(config, loaded(tmp_path, ModelConfig(), weights="ema"), classifier),
+        receipt_of(config, loaded(tmp_path, ModelConfig(), dtype=torch.bfloat16), classifier),
+        receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), content=b"v")),
+        receipt_of(config, model, loaded(tmp_path, ClassifierConfig(), dtype=torch.float16)),
     ]
     assert len({json.dumps(receipt, sort_keys=True) for receipt in seen}) == len(seen)
     # Spellings of one thing, and values that do nothing, do not part what belongs together.
-    assert seen[0] == making.receipt_of(SampleConfig(sampler="ddim"), model, classifier)
-    assert seen[1] == making.receipt_of(SampleConfig(eta=0.5), model, classifier)
-    assert seen[3] == making.receipt_of(replace(config, classifier_scale=3.0), model, None)
+    assert seen[0] == receipt_of(SampleConfig(sampler="ddim"), model, classifier)
+    assert seen[1] == receipt_of(SampleConfig(eta=0.5), model, classifier)
+    assert seen[3] == receipt_of(replace(config, classifier_scale=3.0), model, None)
 
 
 def test_the_job_adds_seed_and_classes(tmp_path: Path) -> None:

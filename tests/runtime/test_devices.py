@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,3 +116,16 @@ def test_a_process_s_own_choice_does_not_reach_a_command(monkeypatch: pytest.Mon
     finally:
         for (holder, name, _), value in zip(devices._products(True), before):
             setattr(holder, name, value)
+
+
+@pytest.mark.parametrize("own", ["", ":16:8"])
+def test_the_environment_is_the_process_s_again_after(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(name, own)
+    if not own:
+        monkeypatch.delenv(name)
+    for _ in range(2):
+        with pytest.raises(KeyError), devices.float32_products(deterministic=True):
+            assert os.environ[name] == (own or ":4096:8")
+            raise KeyError
+        assert os.environ.get(name, "") == own

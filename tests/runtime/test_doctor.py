@@ -10,7 +10,7 @@ from PIL import Image
 
 from guided_diffusion.build import build_network
 from guided_diffusion.cli import train
-from guided_diffusion.cli.doctor import check_norms, forward_of, main
+from guided_diffusion.cli.doctor import check_norms, main
 from guided_diffusion.config import RunConfig
 from guided_diffusion.models.architectures import ARCHITECTURES
 from guided_diffusion.models.kernels import norm
@@ -18,7 +18,8 @@ from guided_diffusion.runtime import devices, doctor
 from guided_diffusion.runtime.doctor import FAIL, OK, WARN, Finding, check_disk, format_bytes, report
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training.checks import check_speed
-from guided_diffusion.training.memory import StepPlan, kept_bytes
+from guided_diffusion.training.memory import StepPlan, kept_bytes, set_recompute
+from guided_diffusion.weights.probe import forward_of
 
 SMALL = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8"}
 TINY = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
@@ -183,7 +184,8 @@ def counted(device="cpu", recompute="none", **flags):
     config = config_of(**flags)
     with torch.device("meta"):
         net = build_network(config.model, config.diffusion)
-    return kept_bytes(forward_of(config, net, recompute, torch.device(device)), net.parameters())
+    set_recompute(net, recompute)
+    return kept_bytes(forward_of(config, net, torch.device(device)), net.parameters())
 
 
 def test_counted_memory_is_what_autograd_keeps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import guided_diffusion as gd
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import SampleConfig
 from guided_diffusion.diffusion.samplers import SAMPLERS
+from guided_diffusion.sampling import execution
 
 LARGE = {**{name: value for name, value in BASE.items() if name != "image_size"}, "large_size": 8, "small_size": 4}
 PLAIN = {**BASE, "class_cond": False, "num_classes": 0}
@@ -95,6 +97,28 @@ def test_a_classifier_of_other_images_is_refused(loaded: dict[str, Any]) -> None
 def test_flag_and_room_offer_the_same_samplers() -> None:
     choices = SampleConfig.__dataclass_fields__["sampler"].metadata["choices"]
     assert [name for name in choices if name] == list(SAMPLERS)
+
+
+@pytest.mark.parametrize(("graphs", "recorded", "calls"), [("auto", 0, 20), (True, 1, 1), (False, 0, 20)])
+def test_a_hook_is_called_at_each_step(
+    graphs: Any, recorded: int, calls: int, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph runs no Python, so that a hook in it would see the step that is recorded and no other."""
+    made: list[Any] = []
+
+    def record(run: Any) -> Any:
+        made.append(run())
+        return made[-1], lambda: None
+
+    monkeypatch.setattr(execution, "Graphed", partial(execution.Graphed, record=record))
+    seen: list[int] = []
+    gd.sample(loaded["base"], labels=[0, 1], steps=20, cuda_graphs=graphs)
+    assert len(made) == (graphs is not False)
+    made.clear()
+    hook = loaded["base"].net.input_blocks[0].register_forward_hook(lambda *args: seen.append(1))
+    gd.sample(loaded["base"], labels=[0, 1], steps=20, cuda_graphs=graphs)
+    hook.remove()
+    assert (len(made), len(seen)) == (recorded, calls)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from guided_diffusion.diffusion.samplers import NotFinite
 from guided_diffusion.runtime import compiler
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training import compiling
+from guided_diffusion.training.callbacks import SampleGrid
 from guided_diffusion.training.compiling import CompileWhenItPays, compile_training
 
 from .toys import ToyNet, batches, make, toy_net, weights_of
@@ -134,3 +137,19 @@ def test_a_gpu_goes_on_compiled() -> None:
         trainer.run(3)
     for a, b in zip(*map(weights_of, trainers)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_pictures_are_drawn_uncompiled_and_training_goes_on_compiled(counter: Any, tmp_path: Path) -> None:
+    """Else each picture's shape would be compiled, and a failure there would leave one process alone uncompiled."""
+    drawn: list[bool] = []
+
+    def draw(net: Any, path: str) -> None:
+        drawn.append(net._compiled_call_impl is None)
+        raise NotFinite(0, "no picture")
+
+    trainer = make(callbacks=[(1, SampleGrid(draw, str(tmp_path)))])
+    compile_training(trainer, next(batches()))
+    compiled = trainer.net._compiled_call_impl
+    trainer.run(2)
+    assert drawn == [True, True] and compiled is not None and trainer.net._compiled_call_impl is compiled
+    assert counter.frame_count == 1
