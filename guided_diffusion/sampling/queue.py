@@ -1,4 +1,4 @@
-"""Requests -> full batches -> images. Image `i` depends on (seed, i) only, not on batches, processes or other requests.
+"""Requests -> full batches -> images. Image `i` depends on (seed, i); batches, processes and other requests change it by rounding only.
 
 The images of all requests form one queue, which is cut into batches of one size; the last batch is padded. So shapes never
 change: nothing is compiled twice, and recorded CUDA graphs stay valid.
