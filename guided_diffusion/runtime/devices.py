@@ -53,10 +53,11 @@ def float32_products(*, tf32: bool = True, deterministic: bool = False) -> Itera
     deterministic: no TF32, and for each operation the algorithm that gives the same result every time. Where torch has none for an
     operation, it warns.
     """
-    workspace = "CUBLAS_WORKSPACE_CONFIG"  # which cuBLAS asks for, before its first product
-    set_here = deterministic and workspace not in os.environ
-    if set_here:
-        os.environ[workspace] = ":4096:8"
+    # cuBLAS asks for the first before its first product; torch sets the second when it is asked for deterministic algorithms.
+    names = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR")
+    unset = [name for name in names if deterministic and name not in os.environ]
+    if deterministic:
+        os.environ.setdefault(names[0], ":4096:8")
     before = [(holder, name, getattr(holder, name)) for holder, name, _ in _products(tf32)]
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -72,8 +73,8 @@ def float32_products(*, tf32: bool = True, deterministic: bool = False) -> Itera
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         for holder, name, value in before:
             setattr(holder, name, value)
-        if set_here:
-            os.environ.pop(workspace, None)
+        for name in unset:
+            os.environ.pop(name, None)
 
 
 def set_float32_products(*, tf32: bool) -> None:

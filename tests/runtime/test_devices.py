@@ -120,12 +120,13 @@ def test_a_process_s_own_choice_does_not_reach_a_command(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("own", ["", ":16:8"])
 def test_the_environment_is_the_process_s_again_after(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "CUBLAS_WORKSPACE_CONFIG"
-    monkeypatch.setenv(name, own)
-    if not own:
-        monkeypatch.delenv(name)
+    names = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR")
+    for name in names:
+        monkeypatch.setenv(name, own)
+        if not own:
+            monkeypatch.delenv(name)
     for _ in range(2):
         with pytest.raises(KeyError), devices.float32_products(deterministic=True):
-            assert os.environ[name] == (own or ":4096:8")
+            assert os.environ[names[0]] == (own or ":4096:8")
             raise KeyError
-        assert os.environ.get(name, "") == own
+        assert [os.environ.get(name, "") for name in names] == [own, own]
