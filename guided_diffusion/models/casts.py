@@ -45,8 +45,8 @@ class WeightCopies:
         """Copy the weights as they are now, and let layers use the copies inside the block."""
         casts = self._casts.values()
         for cast in casts:
-            if not cast.copies:
-                cast.copies.extend(_empty_like(tensor, cast.dtype) for tensor in cast.given)
+            if [copy.device for copy in cast.copies] != [tensor.device for tensor in cast.given]:
+                cast.copies[:] = [_empty_like(tensor, cast.dtype) for tensor in cast.given]
         if casts:
             with torch.no_grad():
                 given = [tensor for cast in casts for tensor in cast.given]

@@ -141,14 +141,15 @@ def norm_conv(
     assert isinstance(norm, nn.GroupNorm)
     if resize is not None:
         between.append(resize)
+    keeps_inputs = recompute and all(map(_repeats, between))
+    keeps_inputs = keeps_inputs and norm_kernels.kernels_for(x, norm.weight, norm.bias, *scale_shift) is not None
     apart = type(conv) is Conv2d and conv.bias is not None and not hooked(conv) and norm_kernels.takes_bias(x)
 
     def normalise(x: Tensor, *scale_shift: Tensor) -> Tensor:
         return norm_kernels.norm_silu(x, norm, scale_shift, offset)
 
-    drops = any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0 for layer in between)
     last, bias = (conv.without_bias, conv.bias) if isinstance(conv, Conv2d) and apart else (conv, None)
-    h = in_turn([normalise, *between, last], x, *scale_shift, recompute=recompute, keeps_inputs=not drops)
+    h = in_turn([normalise, *between, last], x, *scale_shift, recompute=recompute, keeps_inputs=keeps_inputs)
     return h, bias
 
 
@@ -159,11 +160,13 @@ def in_turn(
     backward, but computed again there.
 
     keeps_inputs: the norm keeps nothing for backward but its inputs, and every step is a function of its input. Then the rest need
-    not run again, nor within a context such as that of `recomputed`, which costs the host more than small images cost a GPU.
+    not run again, nor within a context such as that of `recomputed`, which costs the host more than small images cost a GPU. Where
+    others have hooks on saved tensors, such as an activation checkpoint around all this, `recomputed` respects those.
     """
     if not recompute:
         return _run(steps, *inputs)
-    if not keeps_inputs or not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+    others = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not keeps_inputs or others or not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
         return recomputed(partial(_run, steps), *inputs)
     y = steps[0](*inputs)
     compute = norm_kernels.again(y) or partial(steps[0], *inputs)
@@ -199,17 +202,24 @@ def _after(step: Callable[[Tensor], Tensor], compute: Callable[[], Tensor]) -> T
     return step(compute())
 
 
+def _repeats(layer: nn.Module) -> bool:
+    """Whether the layer gives the same again for the same input, which those of the user may not."""
+    kind = type(layer)
+    return kind in (nn.Identity, Upsample, Downsample) or (kind is nn.Dropout and not (layer.training and layer.p > 0))
+
+
 def takes_any_dtype(layers: nn.Module) -> bool:
-    """Whether `layers` compute in the dtype of their input, which layers that the user has put in their place may not."""
-    return isinstance(layers, nn.Sequential) and all(
-        isinstance(layer, _CastAtUse | GroupNorm32 | nn.SiLU) for layer in layers
-    )
+    """Whether `layers` compute in the dtype of their input, which code that the user has put in their place may not."""
+    ours = (Conv1d, Conv2d, Conv3d, GroupNorm32, nn.SiLU)
+    return type(layers) is nn.Sequential and not hooked(*layers) and all(type(layer) in ours for layer in layers)
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether any of the modules has a hook."""
-    for m in modules:  # noqa: SIM110  runs for every block at every call, and any() is slower
+    """Whether any of the modules has a hook, or a `forward` that replaces that of its class."""
+    for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if "forward" in m.__dict__:
             return True
     return False
 

@@ -129,7 +129,7 @@ def fit(
         if limit_gb and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * _GIB / total), device)
-        plan = choose(plans, need, room - _state_bytes(trainer), fits if _can_try(device) else None)
+        plan = choose(plans, need, room, fits if _can_try(device) else None)
     finally:
         if limit_gb and device.type == "cuda":  # the limit holds for these attempts, not for training
             torch.cuda.set_per_process_memory_fraction(1.0, device)
@@ -222,7 +222,7 @@ def _usable_bytes(trainer: Trainer, limit_gb: float) -> float:
     """Bytes that a step may add on the rank that has least: what `limit_gb` leaves, else a share of what is free."""
     device, sharers = trainer.device, max(1, trainer.world.local_size)
     free = _USABLE * (available_memory(device) or math.inf) / sharers
-    mine = limit_gb * _GIB - used_memory(device) if limit_gb else free
+    mine = (limit_gb * _GIB - used_memory(device) if limit_gb else free) - _state_bytes(trainer)
     return float(min(trainer.world.all_gather_object(mine, "how much memory is free?")))
 
 

@@ -244,6 +244,8 @@ class Trainer:
         clock = batching.Clock(self.world.is_main and self.progress, self.steps_done, target)
         outcome: Literal["finished", "stopped"] = "finished"
         try:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()  # an interrupted save of the last state may still be written, from these tensors
             while target is None or self.steps_done < target:
                 if self._should_stop():
                     outcome = "stopped"
@@ -337,10 +339,8 @@ class Trainer:
             raise ValueError("this trainer has no checkpoints to save to; pass checkpoints=Checkpoints(folder)")
         state = self.state_dict()
         self._saved_at = self.steps_done
-        net, ema, moments = (state.pop(name) for name in ("net", "ema", "optimizer"))
-        self.checkpoints.save(
-            self.steps_done, model=net, ema=ema, optimizer=moments, state=state, background=background
-        )
+        parts = {part: state.pop(name) for part, name in (("model", "net"), ("ema", "ema"), ("optimizer", "optimizer"))}
+        self.checkpoints.save(self.steps_done, **parts, state=state, background=background)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, by name. Tensors are not copied. A collective: call it on all processes."""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..runtime import storage
 from .files import load_weights
-from .writing import map_tensors, on_host, write_tensors
+from .writing import begun, map_tensors, on_host, write_tensors
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
@@ -100,12 +100,14 @@ def save_run(
     ema_parts = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
     parts = {**ema_parts, **({} if optimizer is None else {"opt": optimizer}), "model": model}
     checksums = {}  # of the files that are complete; the JSON with all of them comes last
-    with ThreadPoolExecutor(1) as copying:  # from a GPU, the next file while one is written
-        copies = [copying.submit(map_tensors, dict(content), on_host) for content in parts.values()]
-        for role in parts:
-            name = file_name(role, step)
-            size, sha256 = write_tensors(storage.join(directory, name), copies.pop(0).result())
-            checksums[name] = {"bytes": size, "sha256": sha256}
+    copies = (begun(map_tensors, dict(content), on_host) for content in parts.values())
+    coming = next(copies)
+    for role in parts:
+        content = coming.result()
+        coming = next(copies, coming)  # from a GPU, the next file while this one is written
+        name = file_name(role, step)
+        size, sha256 = write_tensors(storage.join(directory, name), content)
+        checksums[name] = {"bytes": size, "sha256": sha256}
 
     run = {
         "format": FORMAT,

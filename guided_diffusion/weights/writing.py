@@ -5,17 +5,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Any, cast
+from concurrent.futures import Future
+from typing import IO, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..runtime import storage
 
+T = TypeVar("T")
 _SMALL = 1 << 16  # bytes: less is not worth another thread
 _SENT_AT_ONCE = 128 << 20  # bytes that go to the disk while the next ones are written
+
+
+def begun(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """The result, to come, of a call in a thread of its own; at the end of the interpreter, which waits for a save, of a call now."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run).start()
+    except RuntimeError:  # no thread begins any more
+        run()
+    return future
 
 
 def write_tensors(path: str, content: dict[str, Any]) -> tuple[int, str]:
@@ -62,7 +81,6 @@ class _Hashing:
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha, self.bytes = file, hashlib.sha256(), 0
         self.error: OSError | None = None
-        self._threads = ThreadPoolExecutor(2)
         self._unsent = 0
         self._sending: Future[None] | None = None
 
@@ -71,7 +89,7 @@ class _Hashing:
         if len(data) < _SMALL:
             self.sha.update(data)
             return self._written(data)
-        hashed = self._threads.submit(self.sha.update, data)
+        hashed = begun(self.sha.update, data)
         try:
             return self._written(data)
         finally:
@@ -80,8 +98,8 @@ class _Hashing:
     def _written(self, data: Any) -> int:
         try:
             if self._unsent >= _SENT_AT_ONCE and (self._sending is None or self._sending.done()):
-                self._raise_unsent()
-                self._unsent, self._sending = 0, self._threads.submit(os.fsync, self.file.fileno())
+                self.close()
+                self._unsent, self._sending = 0, begun(os.fsync, self.file.fileno())
             count = self.file.write(data)
         except OSError as error:
             self.error = error
@@ -89,15 +107,11 @@ class _Hashing:
         self._unsent += count
         return count
 
-    def _raise_unsent(self) -> None:
-        """Raise what went wrong on the way to the disk: the system reports it once, to the fsync that met it."""
-        if self._sending is not None:
-            self._sending.result()
-
     def flush(self) -> None:
         self.file.flush()
 
     def close(self) -> None:
-        """End the threads. The file stays open. OSError if something did not reach the disk."""
-        self._threads.shutdown()
-        self._raise_unsent()
+        """Wait for what is on the way to the disk; the file stays open. OSError if it did not arrive: the system reports that
+        once, to the fsync that met it."""
+        if self._sending is not None:
+            self._sending.result()

@@ -181,6 +181,16 @@ def test_a_copy_or_a_file_of_the_network_has_no_copies_of_weights() -> None:
     assert all(value.dtype == torch.float32 for value in net.state_dict().values())
 
 
+def test_copies_follow_a_network_to_another_device() -> None:
+    """`Module.to` leaves the parameters the same objects, between a CPU and a GPU."""
+    net = warm(network())
+    for cast in net._copies._casts.values():
+        cast.copies[:] = [torch.empty_like(tensor, device="meta") for tensor in cast.given]
+    with net.weights_cast_once():
+        assert {copy.device.type for cast in net._copies._casts.values() for copy in cast.copies} == {"cpu"}
+        assert casts_of(lambda: net(X, T)) == 0
+
+
 def test_transforms_and_other_weights_pass_by() -> None:
     net = warm(network())
     weights = {name: 2 * p.detach() for name, p in net.named_parameters()}

@@ -222,9 +222,9 @@ def test_scale_and_shift_weight_and_bias_get_their_gradients(batch: int, dtype: 
 def test_scale_and_shift_of_different_batches_take_torchs_operators() -> None:
     own, x = GroupNorm32(32, 32), channels_last(like((3, 32, 2, 2)))
     one, three = like((1, 32, 1, 1), 1), like((3, 32, 1, 1), 2)
-    assert norm._kernels(x, three, three) is not None
+    assert norm.kernels_for(x, three, three) is not None
     for scale, shift in ((one, three), (three, one)):
-        assert norm._kernels(x, scale, shift) is None
+        assert norm.kernels_for(x, scale, shift) is None
         want = torch.nn.functional.silu(own(x) * (1 + scale) + shift)
         torch.testing.assert_close(norm.norm_silu(x, own, (scale, shift)), want)
 
@@ -234,12 +234,12 @@ def test_a_gpu_takes_as_many_images_as_its_grid_counts(monkeypatch: pytest.Monke
     monkeypatch.setattr(norm, "works", lambda device, dtype: True)
     monkeypatch.setitem(sys.modules, "guided_diffusion.models.kernels.norm_triton", ModuleType("norm_triton"))
     for batch, taken in ((65535, True), (65536, False)):
-        assert (norm._kernels(channels_last(torch.empty(batch, 1, 1, 1))) is not None) == taken
+        assert (norm.kernels_for(channels_last(torch.empty(batch, 1, 1, 1))) is not None) == taken
 
 
 def _norm_silu(x: Tensor, own: GroupNorm32, both: Tensor, kernels: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "_kernels", lambda *_: kernels)
+        patch.setattr(norm, "kernels_for", lambda *_: kernels)
         return norm.norm_silu(x, own, both.chunk(2, dim=1))
 
 

@@ -203,6 +203,16 @@ def test_trials_leave_no_trace(limit: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(a, b)
 
 
+def test_all_processes_plan_with_the_room_of_the_one_that_has_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step needs in any case differs too: EMA copies that are divided. Other plans would wait for others' numbers for ever."""
+    rooms: list[float] = []
+    monkeypatch.setattr(memory, "choose", lambda plans, need, room, trial: rooms.append(room) or plans[0])
+    trainer = trainer_of(unet(), 8)
+    monkeypatch.setattr(trainer.world, "all_gather_object", lambda value, name: [value, 5.0])
+    fit(trainer, batch_of(8), recompute=True, shrink=True)
+    assert rooms == [5.0]
+
+
 PLANS = memory.attempts(("none", "norms", "all"), 64, shrink=True)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -289,6 +290,17 @@ def test_the_last_state_is_written_from_where_it_lies(tmp_path, monkeypatch):
         assert copied == set(range(2, last, 2))
     for name in ("model000004.pt", "opt000004.pt", "ema_0.9_000004.pt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_save_that_is_still_written_from_the_weights_is_waited_for_before_they_change(tmp_path, monkeypatch):
+    """A notebook's user interrupted the last save twice, and trains on."""
+    trainer = make(checkpoints=Checkpoints(str(tmp_path)))
+    writing = trainer.checkpoints._thread = threading.Thread(target=time.sleep, args=(0.3,))
+    writing.start()
+    trainer.callbacks.append((1, lambda trainer: alive.append(writing.is_alive())))
+    alive: list[bool] = []
+    trainer.run(1)
+    assert alive == [False]
 
 
 def test_keep_last_and_keep_every(tmp_path):

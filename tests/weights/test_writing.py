@@ -3,13 +3,17 @@
 import errno
 import hashlib
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
 from guided_diffusion.runtime import storage
 from guided_diffusion.weights import writing
-from guided_diffusion.weights.writing import copied_to_host, map_tensors, on_host, write_tensors
+from guided_diffusion.weights.runs import load_run
+from guided_diffusion.weights.writing import begun, copied_to_host, map_tensors, on_host, write_tensors
 
 
 def content():
@@ -81,3 +85,29 @@ def test_tensors_of_a_gpu_are_written_as_those_of_main_memory(tmp_path):
     on_gpu = map_tensors(content(), lambda value: value.detach().cuda())
     found = [map_tensors(tensors, on_host) for tensors in (on_gpu, content())]
     assert write_tensors(str(tmp_path / "a.pt"), found[0]) == write_tensors(str(tmp_path / "b.pt"), found[1])
+
+
+def test_a_save_is_whole_although_the_main_thread_has_ended(tmp_path):
+    """A script that saves and ends. The interpreter then begins no thread any more."""
+    script = """
+import sys, threading, torch
+from guided_diffusion.weights.runs import save_run
+content = {f"weight {k}": torch.zeros(1 << 18) for k in range(60)}
+save = lambda: threading.main_thread().join() or save_run(sys.argv[1], kind="diffusion", step=1, model=content, state={})
+threading.Thread(target=save).start()
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    assert load_run(str(tmp_path)).step == 1
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_call_that_was_begun_answers_or_raises(threads, monkeypatch):
+    if not threads:
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: _refuse())
+    assert begun(divmod, 7, 2).result() == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        begun(divmod, 7, 0).result()
+
+
+def _refuse():
+    raise RuntimeError("can't create new thread at interpreter shutdown")

@@ -36,7 +36,7 @@ def norm_silu(
 
     scale_shift: both [N or 1, C, 1, ...], or none. offset: [C] or [N, C].
     """
-    kernels = _kernels(x, norm.weight, norm.bias, *scale_shift)
+    kernels = kernels_for(x, norm.weight, norm.bias, *scale_shift)
     if offset is not None and (kernels is None or not on_gpu(x)):
         x, offset = shifted(x, offset), None
     if kernels is not None:
@@ -49,7 +49,9 @@ def norm_silu(
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """`norm` of x [N, C, ...] in the dtype and memory layout of x; statistics are accumulated in float32."""
     if fuses(x, norm):
-        return FusedNorm.apply(x, _kernels(x), norm.num_groups, norm.eps, False, *Lines(None, norm.weight, norm.bias))
+        return FusedNorm.apply(
+            x, kernels_for(x), norm.num_groups, norm.eps, False, *Lines(None, norm.weight, norm.bias)
+        )
     weight: Tensor = norm.weight
     bias: Tensor = norm.bias
     if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
@@ -83,7 +85,7 @@ def fuses(x: Tensor, norm: Any) -> bool:
 
 def takes_bias(x: Tensor, *others: Tensor) -> bool:
     """Whether kernels of a GPU take images like x [N, C, H, W] with the `others`, and so can add a bias on the way."""
-    return on_gpu(x) and _kernels(x, *others) is not None
+    return on_gpu(x) and kernels_for(x, *others) is not None
 
 
 def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ class _FusedSum(torch.autograd.Function):
         return g, g, g.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtype) if wanted else None
 
 
-def _kernels(x: Tensor, *others: Tensor) -> Any:
+def kernels_for(x: Tensor, *others: Tensor) -> Any:
     """The module with the kernels for x [N, C, ...] and the `others` (weight, bias, scale, shift); None = use torch's operators."""
     if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *others):
         return None
