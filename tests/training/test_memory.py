@@ -208,7 +208,7 @@ def test_all_processes_plan_with_the_room_of_the_one_that_has_least(monkeypatch:
     rooms: list[float] = []
     monkeypatch.setattr(memory, "choose", lambda plans, need, room, trial: rooms.append(room) or plans[0])
     trainer = trainer_of(unet(), 8)
-    monkeypatch.setattr(trainer.world, "all_gather_object", lambda value, name: [value, 5.0])
+    monkeypatch.setattr(type(trainer.world), "all_gather_object", lambda world, value, name: [value, 5.0])
     fit(trainer, batch_of(8), recompute=True, shrink=True)
     assert rooms == [5.0]
 
