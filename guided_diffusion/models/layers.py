@@ -204,8 +204,9 @@ def _after(step: Callable[[Tensor], Tensor], compute: Callable[[], Tensor]) -> T
 
 def _repeats(layer: nn.Module) -> bool:
     """Whether the layer gives the same again for the same input, which those of the user may not."""
-    kind = type(layer)
-    return kind in (nn.Identity, Upsample, Downsample) or (kind is nn.Dropout and not (layer.training and layer.p > 0))
+    if type(layer) is nn.Dropout:
+        return not (layer.training and layer.p > 0)
+    return type(layer) in (nn.Identity, Upsample, Downsample)
 
 
 def takes_any_dtype(layers: nn.Module) -> bool:
