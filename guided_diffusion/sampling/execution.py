@@ -29,12 +29,12 @@ Auto = Literal["auto"]
 # On an H100 a guided step at 64 px was 8.7 to 12 times as fast from a CUDA graph at batch 4; at 256 px and batch 16 the card is busy
 # without one, so there is nothing to save.
 _GRAPH_PIXELS = 2**18
-_GRAPH_STEPS = 20  # of a chain: a recording takes four
+_GRAPH_STEPS = 20  # a recording takes four
 _log = logging.getLogger(__name__)
 
 
 def worth_recording(pixels: int, steps: int) -> bool:
-    """Whether chains of so many steps on batches of so many pixels (images x height x width) save time by a CUDA graph."""
+    """Whether so many steps on batches of so many pixels (images x height x width) save time by a CUDA graph."""
     return pixels <= _GRAPH_PIXELS and steps >= _GRAPH_STEPS
 
 
@@ -56,14 +56,15 @@ class Execution:
         on_failure: Callable[[Callable[[], object]], object] | None = None,
     ) -> None:
         self._make, self._on_failure, self._graphs = make, on_failure, graphs
-        self._auto, self._batches = compile == "auto", 0
+        self._auto, self._batches, self._steps = compile == "auto", 0, 0
         self._use(make)
         if compile is True:
             self._compile()
 
     def denoiser(self, cond: Cond, *, pixels: int, steps: int) -> Denoiser:
-        """The denoiser of a batch of so many pixels, for a chain of so many steps."""
-        record = self._graphs is True or (self._graphs == "auto" and worth_recording(pixels, steps))
+        """The denoiser of a batch of so many pixels, for a chain of so many steps. Short chains are recorded from a later batch on."""
+        self._steps += steps
+        record = self._graphs is True or (self._graphs == "auto" and worth_recording(pixels, self._steps))
         return (self._recorded if record else self._step)(cond)
 
     def after_batch(self, seconds: float, left: int) -> None:

@@ -159,7 +159,7 @@ def make_pipeline(
     clip     keep every predicted clean image within [-1, 1]
     compile  compile network and guidance of a step as one graph, by torch.compile; "auto" = on CUDA, once it is known that it pays
     graphs   on CUDA, record them (compiled or not) as one CUDA graph; "auto" = where batches are
-             small, chains have 20 steps and networks no hooks
+             small, from 20 steps on, unless networks have hooks
 
     Guidance shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233), else the score (algorithm 2).
     With `compile` or `graphs`, every batch size has its own graph.

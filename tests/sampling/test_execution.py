@@ -281,9 +281,15 @@ def test_graphs_of_the_uncompiled_step_are_dropped(plain_compiler: Any) -> None:
         made.after_batch(1000.0, 100)
     assert steps[0] is steps[1] is not steps[2] is steps[3] and plain_compiler.frame_count == 1
     assert [len(each._recorded) for each in steps[1:3]] == [1, 1]
-    made.denoiser(cond, pixels=192, steps=5)(images(0), i)  # a short chain
     made.denoiser(cond, pixels=2**18 + 1, steps=50)(images(0), i)  # a large batch
     assert [len(each._recorded) for each in steps[1:3]] == [1, 1]
+
+
+def test_short_chains_are_recorded_from_a_later_batch_on(plain_compiler: Any) -> None:
+    made, cond, i = Execution(playful, graphs="auto"), {"y": torch.tensor([0, 1, 2])}, torch.tensor([3, 4, 5])
+    for k in range(4):
+        found = made.denoiser(cond, pixels=192, steps=8)(images(k), i).x0
+        assert apart(found, playful(cond)(images(k), i).x0) < 1e-6 and len(made._recorded._recorded) == (k >= 2)
 
 
 def test_what_is_asked_for_is_done_at_once(plain_compiler: Any) -> None:
