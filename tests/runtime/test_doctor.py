@@ -216,8 +216,8 @@ def test_a_gpu_without_triton_keeps_more_unless_norms_are_recomputed(monkeypatch
         return counted("cuda", recompute)[1]
 
     assert on_a_gpu(True, "none") == counted()[1] < 0.8 * on_a_gpu(False, "none")
-    # the last norm is not recomputed, and keeps less if it is fused
-    assert 0.97 * on_a_gpu(False, "norms") < on_a_gpu(True, "norms") <= on_a_gpu(False, "norms")
+    # Fused, the last norm, which is not recomputed, keeps 2.4 % less; and 0.8 % are not counted, the statistics of all the others.
+    assert 0.96 * on_a_gpu(False, "norms") < on_a_gpu(True, "norms") <= on_a_gpu(False, "norms")
 
 
 @pytest.mark.parametrize(
