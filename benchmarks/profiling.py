@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
 
 def kind_of(name: str) -> str:
     """Which of the KINDS a kernel is; this package's Triton kernels are private functions."""
-    if re.match("_[a-z]|NormSiLU", name):
+    if re.match("_[a-z]|FusedNorm", name):
         return NORM
     if name.startswith("triton_"):
         return COMPILED

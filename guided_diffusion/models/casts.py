@@ -60,9 +60,8 @@ class WeightCopies:
 
     def of(self, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the layer in `dtype`, differentiable; None where they must be cast, as no valid copy is there."""
-        if (
-            recorded() or not self._inside or transformed()
-        ):  # in this order: a compiled graph must not depend on the block
+        # In this order: a compiled graph must not depend on the block.
+        if recorded() or not self._inside or transformed():
             return None
         weight, bias = layer.weight, layer.bias
         given, cast = (weight,) if bias is None else (weight, bias), self._casts.get(id(layer))

@@ -124,9 +124,8 @@ class FusedNorm(torch.autograd.Function):
         x, mean, rstd, *lines = ctx.saved_tensors
         groups, eps, silu = ctx.options
         wanted, of_lines = ctx.needs_input_grad[5:], []
-        if (
-            torch.is_grad_enabled()
-        ):  # under create_graph the gradient must be differentiable, as only torch's operators are
+        if torch.is_grad_enabled():
+            # Under create_graph the gradient must be differentiable, as only torch's operators are.
             y = written_out(x, groups, eps, silu, *lines)
             dx, *of_lines = gradients(y, (x, *lines), (ctx.needs_input_grad[0], *wanted), g.to(y.dtype))
         else:

@@ -34,9 +34,8 @@ from .lines import Lines
 
 _TILE = 4096  # numbers in a tile
 _CHUNKS = 64  # most chunks of a large image
-_WHOLE = (
-    1024  # most rows of a small image, with one program per group; at 64 x 64 chunks are faster, measured on an H100
-)
+# Most rows of a small image, with one program per group; at 64 x 64 chunks are faster, measured on an H100.
+_WHOLE = 1024
 
 
 class _Plan(NamedTuple):
