@@ -281,16 +281,16 @@ def sampler(
     graphs: bool = False,
 ) -> Callable[[], Tensor]:
     """A call that samples `batch` images with `steps` steps of guided DDIM, the way `sample` does."""
-    import torch
 
     import guided_diffusion as gd
+    from guided_diffusion.diffusion.updates import fresh_noise
 
     model, classifier = (ready(shape, kind, device, dtype) for kind in ("diffusion", "classifier"))
     process = gd.build_process(model.config.diffusion, respacing=f"ddim{steps}").to(device)
     guidance = gd.classifier(classifier, scale=1.0)
     sample = gd.make_pipeline(model, process=process, guidance=guidance, sampler="ddim", compile=compile, graphs=graphs)
     x, _, y = inputs(shape, batch, device)
-    return lambda: sample(x, torch.randn_like, {"y": y})
+    return lambda: sample(x, fresh_noise, {"y": y})
 
 
 def updates(shape: Shape, device: str, dtype: str, *, compile: bool = False) -> tuple[Any, Any]:

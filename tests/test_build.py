@@ -224,7 +224,7 @@ def test_every_sampler_runs_guided_and_the_guide_pulls(method: str) -> None:
         source = Streams(2, ids=[0, 0])
         guidance = classifier(critic, scale=scale)
         sample = make_pipeline(model, guidance=guidance, sampler=method, clip=False)
-        return sample(noise, source.randn_like, cond).mean(dim=(1, 2, 3)).tolist()
+        return sample(noise, source.noise, cond).mean(dim=(1, 2, 3)).tolist()
 
     (dark, bright), (same, also_same) = means(3.0), means(0.0)
     assert same == pytest.approx(also_same, abs=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -35,11 +35,14 @@ class Spread(NamedTuple):
 class Denoised:
     """The prediction at (x, i): the clean data x0, and the variance of the step to i-1.
 
-    `spread` may be a function that computes the variance, so that samplers which do not use it do not pay for it.
+    `spread` may be a function that computes the variance, so that samplers which do not use it do not pay for it. `share` says the
+    same for steps of any width: the logarithm of a step's variance is `share` times that of beta plus 1 - `share` times that
+    of the posterior's variance. None where the variance belongs to the process's own steps.
     """
 
     x0: Tensor
     spread: Spread | Callable[[], Spread]
+    share: Tensor | float | None = None
 
     @property
     def variance(self) -> Tensor:
@@ -53,11 +56,36 @@ class Denoised:
         """Variance and log-variance; one call instead of two properties, which may compute it twice."""
         return self.spread if isinstance(self.spread, Spread) else self.spread()
 
+    def moved(self, x0: Tensor) -> Denoised:
+        """The same with another `x0`."""
+        return replace(self, x0=x0)
+
 
 class Denoiser(Protocol):
     """x `[B, C, ...]`, step positions i `[B]` (integer or float) -> Denoised. What samplers call and guidance wraps."""
 
     def __call__(self, x: Tensor, i: Tensor, /) -> Denoised: ...
+
+
+@dataclass(frozen=True)
+class ByLevel:
+    """A denoiser that is another one at each noise level: `make(sigma)` with sigma = sqrt(1/alpha_bar - 1), a number of the host.
+
+    So a guidance is left out, with its networks, where its scale is none. Samplers know their levels beforehand and use `at_level`;
+    called as it is, it reads the level from the device, and waits for it.
+    """
+
+    process: Process
+    make: Callable[[float], Denoiser]
+
+    def __call__(self, x: Tensor, i: Tensor) -> Denoised:
+        sigma = self.process.at("sqrt_recipm1_alpha_bar", i.reshape(-1)[:1], i.reshape(-1)[:1])
+        return self.make(float(sigma))(x, i)
+
+
+def at_level(denoise: Denoiser, sigma: float) -> Denoiser:
+    """What `denoise` is at the noise level `sigma`: itself unless it is a `ByLevel`."""
+    return denoise.make(sigma) if isinstance(denoise, ByLevel) else denoise
 
 
 def make_denoiser(
@@ -82,7 +110,8 @@ def make_denoiser(
         x0 = x0_from_output(process, prediction, x, i, predicts)
         if clip:  # clamping would turn inf into 1 and hide the failure; nan passes through
             x0 = torch.where(x0.isfinite(), x0, torch.nan)
-        return Denoised(bounded(x0, clip, transform_x0), partial(step_spread, process, raw, x, i, variance))
+        spread = partial(step_spread, process, raw, x, i, variance)
+        return Denoised(bounded(x0, clip, transform_x0), spread, variance_share(raw, variance))
 
     return denoise
 
@@ -138,7 +167,14 @@ def step_spread(tables: Tables, raw: Tensor | None, x: Tensor, i: Tensor, varian
         name = {"fixed_small": "posterior", "fixed_large": "fixed_large"}[variance]
         return Spread(tables.at(f"{name}_variance", i, x), tables.at(f"{name}_log_variance", i, x))
     log_variance = raw
-    if variance == "learned_range":
-        share = (raw + 1) / 2
+    share = variance_share(raw, variance)
+    if share is not None:
         log_variance = share * tables.at("log_beta", i, x) + (1 - share) * tables.at("posterior_log_variance", i, x)
     return Spread(log_variance.exp(), log_variance)
+
+
+def variance_share(raw: Tensor | None, variance: Variance) -> Tensor | float | None:
+    """`Denoised.share` of a network with the variance channels `raw` (None if the variance is fixed)."""
+    if raw is None:
+        return 1.0 if variance == "fixed_large" else 0.0
+    return (raw + 1) / 2 if variance == "learned_range" else None

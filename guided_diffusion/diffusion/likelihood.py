@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .densities import discretized_gaussian_log_likelihood, mean_flat, normal_kl, squared_error
 from .process import Process, Tables, add_noise, eps_from_x0, marginal, posterior
-from .updates import Noise
 
 
 def in_bits(nats: Tensor) -> Tensor:
@@ -55,7 +55,9 @@ class Bound(NamedTuple):
 
 
 @torch.no_grad()
-def bits_per_dim(denoise: Denoiser, process: Process, x0: Tensor, *, noise: Noise = torch.randn_like) -> Bound:
+def bits_per_dim(
+    denoise: Denoiser, process: Process, x0: Tensor, *, noise: Callable[[Tensor], Tensor] = torch.randn_like
+) -> Bound:
     """The bound of `x0` `[B, ...]` in [-1, 1], one draw of noise and one evaluation of the network for each step."""
     steps = torch.arange(len(process), device=x0.device)
     rows = []

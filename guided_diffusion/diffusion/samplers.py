@@ -26,6 +26,7 @@ from .updates import (
     ddim_update,
     ddim_weights,
     eps_between,
+    fresh_noise,
 )
 
 # Where solvers start at the latest, as sigma / alpha: beyond it x holds nothing but noise, and second order over the leap from there to the
@@ -92,7 +93,7 @@ def _finite_rows(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ancestral(
-    denoise: Denoiser, x: Tensor, process: Process, *, noise: Noise = torch.randn_like, start: int | None = None
+    denoise: Denoiser, x: Tensor, process: Process, *, noise: Noise = fresh_noise, start: int | None = None
 ) -> Iterator[Step]:
     """Draw x_{i-1} ~ p(x_{i-1} | x_i) down to i = 0 (Ho et al. 2020, algorithm 2); the last step is the mean.
 
@@ -100,11 +101,11 @@ def ancestral(
     """
     tables, steps = tables_of(process.betas), _steps(process, start)
     from_x0, from_x = tables["posterior_mean_x0"].tolist(), tables["posterior_mean_x"].tolist()
-    for k, i in zip(steps, _positions(steps, process, x)):
+    for n, (k, i) in enumerate(zip(steps, _positions(steps, process, x))):
         denoised = denoise(x, i)
         x = torch.add(from_x0[k] * denoised.x0, x, alpha=from_x[k])
         if k > 0:
-            x = ancestral_update(x, denoised.log_variance, noise(x))
+            x = ancestral_update(x, denoised.log_variance, noise(x, n))
         yield Step(k, x, denoised.x0)
 
 
@@ -115,7 +116,7 @@ def ddim(
     process: Process,
     *,
     eta: float = 0.0,
-    noise: Noise = torch.randn_like,
+    noise: Noise = fresh_noise,
     start: int | None = None,
 ) -> Iterator[Step]:
     """Song et al. 2020 (arXiv 2010.02502), eq. 12. `eta` 0 is deterministic and draws nothing; 1 has the noise of ancestral sampling."""
@@ -125,11 +126,11 @@ def ddim(
     sigmas = ddim_sigma(tables["alpha_bar"], tables["alpha_bar_prev"], eta)
     weights = ddim_weights(tables["alpha_bar"], tables["alpha_bar_prev"], sigmas)
     from_x0, from_x, sigma = (column.tolist() for column in (*weights, sigmas))
-    for k, i in zip(steps, _positions(steps, process, x)):
+    for n, (k, i) in enumerate(zip(steps, _positions(steps, process, x))):
         x0 = denoise(x, i).x0
         x = torch.add(x0 * from_x0[k], x, alpha=from_x[k])
         if sigma[k] > 0:
-            x = x + sigma[k] * noise(x)
+            x = x + sigma[k] * noise(x, n)
         yield Step(k, x, x0)
 
 
@@ -211,7 +212,7 @@ def heun(
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     noise_scale: float = 1.0,
-    noise: Noise = torch.randn_like,
+    noise: Noise = fresh_noise,
 ) -> Iterator[Step]:
     """Heun's method with optional churn, two evaluations per step (Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2).
 
@@ -239,7 +240,7 @@ def heun(
     x = x / scale[0]
     for n in range(len(positions)):
         if fresh[n] > 0:
-            x = x + fresh[n] * noise(x)
+            x = x + fresh[n] * noise(x, n)
         here, there = float(raised[n]), float(sigma[n + 1])
         x0 = denoise(x * scale_raised[n], at_raised[n]).x0
         slope = (x - x0) / here

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-Noise = Callable[[Tensor], Tensor]  # standard normal numbers of the shape, dtype and device of its argument
+
+class Noise(Protocol):
+    """Standard normal numbers of `like`'s shape, dtype and device: those of the draw number `draw` at the step number `step` of a chain.
+
+    Steps count from 0, the first one taken. Draws are addressed, not consumed: a step that draws nothing changes no later one.
+    """
+
+    def __call__(self, like: Tensor, /, step: int, draw: int = 0) -> Tensor: ...
+
+
+def fresh_noise(like: Tensor, step: int, draw: int = 0) -> Tensor:
+    """A `Noise` from torch's global generator: each call draws the next numbers."""
+    return torch.randn_like(like)
+
+
 Number = Any  # Tensor, np.ndarray or float: the same formula for all
 
 

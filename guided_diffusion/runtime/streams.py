@@ -41,7 +41,8 @@ class Streams:
         self.device = torch.device(device)
         numbers: Sequence[int] = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
         prefix = key_of(*address)
-        self._generators = [torch.Generator(self.device).manual_seed(key_of(prefix, number)) for number in numbers]
+        self._keys = [key_of(prefix, number) for number in numbers]
+        self._generators = [torch.Generator(self.device).manual_seed(key) for key in self._keys]
 
     @classmethod
     def of(cls, addresses: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> Streams:
@@ -51,7 +52,9 @@ class Streams:
         """
         streams = cls(ids=(), device=device)
         for address in addresses:
-            streams._generators += cls(*address[:-1], ids=address[-1:], device=device)._generators
+            one = cls(*address[:-1], ids=address[-1:], device=device)
+            streams._keys += one._keys
+            streams._generators += one._generators
         return streams
 
     def __len__(self) -> int:
@@ -72,9 +75,20 @@ class Streams:
         return out
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers of `x`'s shape and dtype; row `k` comes from stream `k`. A sampler's `noise=` argument."""
+        """Standard normal numbers of `x`'s shape and dtype; row `k` comes from stream `k`."""
+        self._check(x)
+        return self.normal(x.shape[1:], x.dtype)
+
+    def noise(self, like: Tensor, step: int, draw: int = 0) -> Tensor:
+        """As `randn_like`, but of the address (step, draw) in each stream, and without advancing it. A sampler's `noise=` argument."""
+        self._check(like)
+        out, generator = torch.empty_like(like), torch.Generator(self.device)
+        for row, key in zip(out, self._keys):
+            row.normal_(generator=generator.manual_seed(key_of(key, step, draw)))
+        return out
+
+    def _check(self, x: Tensor) -> None:
         if x.shape[0] != len(self):
             raise ValueError(
                 f"a batch of {x.shape[0]} asked for noise from {len(self)} streams; make one stream per example"
             )
-        return self.normal(x.shape[1:], x.dtype)

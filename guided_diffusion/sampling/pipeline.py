@@ -18,6 +18,7 @@ from ..diffusion import guidance as guidances
 from ..diffusion.denoiser import Denoiser, make_denoiser
 from ..diffusion.process import Process, respace, space_timesteps
 from ..diffusion.samplers import SAMPLERS, NotFinite, Step, last
+from ..diffusion.updates import Noise, fresh_noise
 from ..models.layers import hooked, lay_out_convolution
 from ..models.network import Network
 from ..runtime import compiler
@@ -182,8 +183,8 @@ def make_pipeline(
             denoise = guide(denoise, steps, gradient, guided.scale)
         return denoise
 
-    def chain(denoise: Denoiser, noise: Tensor, randn_like: Callable[[Tensor], Tensor]) -> Iterator[Step]:
-        values = {"eta": eta, "noise": randn_like}
+    def chain(denoise: Denoiser, noise: Tensor, fresh: Noise) -> Iterator[Step]:
+        values = {"eta": eta, "noise": fresh}
         return run(denoise, noise, steps, **{name: values[name] for name in options})
 
     if compile == "auto" and steps.device.type != "cuda":
@@ -205,14 +206,14 @@ class ImagePipeline:
     """
 
     networks: Sequence[Loaded]
-    chain: Callable[[Denoiser, Tensor, Callable[[Tensor], Tensor]], Iterator[Step]]
+    chain: Callable[[Denoiser, Tensor, Noise], Iterator[Step]]
     steps: int
     execution: Execution
 
-    def __call__(self, noise: Tensor, randn_like: Callable[[Tensor], Tensor], cond: dict[str, Tensor]) -> Tensor:
+    def __call__(self, noise: Tensor, fresh: Noise, cond: dict[str, Tensor]) -> Tensor:
         denoise = self.execution.denoiser(cond, pixels=noise[:, 0].numel(), steps=self.steps)
         try:
-            return last(self.chain(denoise, noise, randn_like))
+            return last(self.chain(denoise, noise, fresh))
         except NotFinite as error:
             raise NotFinite(error.row, f"{error}; {why_not_finite(self.networks)}") from None
 
@@ -229,7 +230,7 @@ def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int
         cond = {"y": torch.zeros(count, dtype=torch.int64, device=process.device)}
         if model.small_size:
             cond["low_res"] = torch.zeros(count, channels, model.small_size, model.small_size, device=process.device)
-        pipeline(noise, torch.randn_like, cond)
+        pipeline(noise, fresh_noise, cond)
 
     return largest_that_fits(attempt, min(limit, _LARGEST_TRIED))
 

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from ..data.images import to_uint8
 from ..diffusion.samplers import NotFinite, check_finite
+from ..diffusion.updates import Noise
 from ..runtime import storage
 from ..runtime.streams import SAMPLE, Streams
 from ..runtime.world import World
 from .jobs import LOCK, Job, Request, Shape, assemble, keep, prepare
 
 # (noise [B, C, H, W], source of further noise, conditioning of the network) -> images in [-1, 1], [B, C, H, W]
-Pipeline = Callable[[Tensor, Callable[[Tensor], Tensor], dict[str, Tensor]], Tensor]
+Pipeline = Callable[[Tensor, Noise, dict[str, Tensor]], Tensor]
 
 
 class Interrupted(Exception):
@@ -99,7 +100,7 @@ def draw(pipeline: Pipeline, batch: Sequence[Place], *, shape: Shape, device: to
         raise ValueError(f"request {name!r} names no classes and others of its batch do; give all of them classes")
     cond = {name: torch.cat([each[name] for each in inputs]).to(device) for name in inputs[0]}
     try:
-        images = pipeline(streams.normal(shape), streams.randn_like, cond)
+        images = pipeline(streams.normal(shape), streams.noise, cond)
         check_finite(images)
     except NotFinite as error:
         raise NotFinite(error.row, f"{batch[error.row]}: {error}") from None

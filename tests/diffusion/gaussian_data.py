@@ -58,4 +58,4 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def seeded(seed: int):
     """A `noise=` function with a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    return lambda x, step=0, draw=0: torch.randn(x.shape, dtype=x.dtype, generator=generator)

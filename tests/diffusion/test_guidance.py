@@ -31,13 +31,19 @@ def test_guided_score_samples_the_posterior() -> None:
     assert abs(x.var().item() - R / (1 + R)) < 0.03
 
 
+def no_noise(like: torch.Tensor, step: int, draw: int = 0) -> torch.Tensor:
+    return torch.zeros_like(like)
+
+
 def test_guided_mean_reaches_the_posterior_as_steps_grow_smaller() -> None:
     """The chain is affine, so noise-free from 0 it is the mean of the samples; the shift is right to first order in the step."""
     errors = []
     for keep in ("250", "1000"):
         process = exact_process(keep=keep)
         guided = guidance.classifier_mean(ideal(process, *UNIT), process, gradient_of_observation)
-        steps = samplers.ancestral(guided, torch.zeros(1, 1, dtype=torch.float64), process, noise=torch.zeros_like)
+        steps = samplers.ancestral(
+            guided, torch.zeros(1, 1, dtype=torch.float64), process, noise=lambda x, step, draw=0: torch.zeros_like(x)
+        )
         errors.append(abs(samplers.last(steps).item() - Y / (1 + R)))
     assert errors[1] < 0.015 and 3 < errors[0] / errors[1] < 5
 

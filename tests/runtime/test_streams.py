@@ -69,6 +69,21 @@ def test_shapes_types_and_the_error():
         streams.randn_like(torch.zeros(3, 1))
 
 
+def test_addressed_noise_depends_on_image_step_and_draw_alone():
+    x = torch.zeros(2, 5)
+    streams = Streams(7, ids=[1, 2])
+    first = streams.noise(x, 3)
+    streams.normal((4,))  # what is drawn in between changes nothing
+    others = [streams.noise(x, 4), streams.noise(x, 3, 1), Streams(8, ids=[1, 2]).noise(x, 3)]
+    assert torch.equal(first, streams.noise(x, 3)) and not any(torch.equal(first, other) for other in others)
+    assert torch.equal(first[1:], Streams.of([(7, 2)]).noise(x[1:].double().float(), 3))
+    many = torch.stack([Streams(0, ids=range(200)).noise(torch.zeros(200, 20), step) for step in range(3)])
+    assert stats.kstest(many.flatten().numpy(), "norm").pvalue > 1e-3
+    assert abs(torch.corrcoef(many.reshape(3, -1))[0, 1:]).max() < 0.07  # sd 1/63
+    with pytest.raises(ValueError, match="3 asked for noise from 2"):
+        streams.noise(torch.zeros(3, 1), 0)
+
+
 def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     draws(range(3), 5)

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 
-def chain(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
+def chain(noise: Tensor, fresh: Any, cond: dict[str, Tensor]) -> Tensor:
     """Some steps that use their noise, each image for itself."""
     x = noise
-    for _ in range(3):
-        x = 0.8 * x + 0.1 * randn_like(x)
+    for k in range(3):
+        x = 0.8 * x + 0.1 * fresh(x, k)
     if "y" in cond:
         x = x + 0.1 * cond["y"].reshape(-1, 1, 1, 1)
     return x.clamp(-1, 1)

@@ -18,6 +18,7 @@ from guided_diffusion import build
 from guided_diffusion.config import RunConfig
 from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, respace, space_timesteps
+from guided_diffusion.diffusion.updates import fresh_noise
 from guided_diffusion.runtime import compiler
 from guided_diffusion.runtime.devices import float32_products
 from guided_diffusion.sampling import execution, pipeline
@@ -80,10 +81,10 @@ def test_guided_sampling_is_that_of_the_equations() -> None:
     sample = make_pipeline(model, process=steps, guidance=classifier(guide), sampler="ddim")
     assert model.net.middle_block[0].in_layers[2].weight.is_contiguous(memory_format=torch.channels_last)
     # In norm, not by pixel: over 25 steps an untrained network magnifies the rounding of single pixels (the largest seen: 1.2e-4).
-    assert (sample(noise(), torch.randn_like, {"y": labels()}) - plain).norm() < 1e-4 * plain.norm()
+    assert (sample(noise(), fresh_noise, {"y": labels()}) - plain).norm() < 1e-4 * plain.norm()
     last = respace(build.build_process(SHAPE.diffusion), [0])
     one = ddim_by_the_equations(generator(SHAPE), last, noise(), labels())
-    ours = make_pipeline(model, process=last, sampler="ddim")(noise(), torch.randn_like, {"y": labels()})
+    ours = make_pipeline(model, process=last, sampler="ddim")(noise(), fresh_noise, {"y": labels()})
     torch.testing.assert_close(ours, one, rtol=0, atol=1e-5)
 
 
@@ -181,10 +182,10 @@ def test_a_step_that_cannot_be_compiled_whole_has_its_networks_compiled(
     monkeypatch.setattr(compiler, "compile_network", compiled.append)
     model, guide = loaded(shape=SMALLEST)
     options: dict[str, Any] = {"guidance": classifier(guide), "sampler": "ddim"}
-    expected = make_pipeline(model, **options)(noise(), torch.randn_like, {"y": labels()})
+    expected = make_pipeline(model, **options)(noise(), fresh_noise, {"y": labels()})
     sample = make_pipeline(model, compile=True, **options)
     for _ in range(2):
-        assert torch.equal(sample(noise(), torch.randn_like, {"y": labels()}), expected)
+        assert torch.equal(sample(noise(), fresh_noise, {"y": labels()}), expected)
     (told,) = [text for text in caplog.messages if "each network is compiled by itself" in text]
     assert "not today" in told and compiled == [model.net, guide.net]
 
@@ -228,7 +229,7 @@ def test_cuda_graphs_make_the_same_images(method: str) -> None:
         for shift in (0, 1):
             torch.manual_seed(0)
             cond = {"y": (labels(device="cuda") + shift) % 10}
-            results.append(sample(noise(device="cuda"), torch.randn_like, cond))
+            results.append(sample(noise(device="cuda"), fresh_noise, cond))
     for eager, found in zip(results[:2], results[2:]):  # cuDNN may choose another algorithm while it is recorded
         assert (found - eager).norm() < 1e-4 * eager.norm()
     assert (results[0] - results[1]).norm() > 1e-2 * results[0].norm()  # the labels of each batch are heard
@@ -245,7 +246,7 @@ def test_a_cuda_graph_of_a_compiled_step_makes_the_same_images() -> None:
         sample = make_pipeline(model, guidance=classifier(guide), sampler="ddim", **options)
         for shift in (0, 1):
             cond = {"y": (labels(device="cuda") + shift) % 10}
-            results.append(sample(noise(device="cuda"), torch.randn_like, cond))
+            results.append(sample(noise(device="cuda"), fresh_noise, cond))
     for eager, found in zip(results[:2], results[2:]):
         assert (
             found - eager
@@ -258,7 +259,7 @@ def test_guided_sampling_does_not_wait_for_the_gpu(graphs: bool) -> None:
     model, guide = loaded("cuda")
     sample = make_pipeline(model, guidance=classifier(guide), sampler="dpm_solver", graphs=graphs)
     cond = {"y": labels(device="cuda")}
-    sample(noise(device="cuda"), torch.randn_like, cond)
+    sample(noise(device="cuda"), fresh_noise, cond)
     from guided_diffusion.diffusion import guidance, samplers
     from guided_diffusion.diffusion.denoiser import make_denoiser
 

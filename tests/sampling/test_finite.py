@@ -75,8 +75,8 @@ def test_scales_that_are_none_are_refused(scale: float) -> None:
             SampleConfig(**{name: scale}).validate()
 
 
-def broken(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
-    images = chain(noise, randn_like, cond)
+def broken(noise: Tensor, fresh: Any, cond: dict[str, Tensor]) -> Tensor:
+    images = chain(noise, fresh, cond)
     images[-1, 0, 0, 0] = NAN
     return images
 

@@ -40,11 +40,11 @@ class Counted:
     sizes: list[int] = field(default_factory=list)
     dies_at: int = 0
 
-    def __call__(self, noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
+    def __call__(self, noise: Tensor, fresh: Any, cond: dict[str, Tensor]) -> Tensor:
         self.sizes.append(len(noise))
         if len(self.sizes) == self.dies_at:
             raise KeyboardInterrupt
-        return chain(noise, randn_like, cond)
+        return chain(noise, fresh, cond)
 
 
 def request(name: str, count: int, seed: int, *classes: int, balanced: bool = False) -> j.Request:
@@ -335,9 +335,9 @@ def test_killed_before_the_npz_was_put_together(
 def test_files_are_written_as_soon_as_their_last_image_is_made(tmp_path: Path) -> None:
     there: list[int] = []
 
-    def looks(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
+    def looks(noise: Tensor, fresh: Any, cond: dict[str, Tensor]) -> Tensor:
         there.append(len(list(tmp_path.glob("*/*.npz"))))
-        return chain(noise, randn_like, cond)
+        return chain(noise, fresh, cond)
 
     together(tmp_path, looks)
     assert there == [0, 2, 2, 2, 4, 4]  # last images at 3, 4, 14, 16, 22 of batches of 4
@@ -420,10 +420,10 @@ def test_two_requests_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_second_job_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_LOCK_WAIT_S", 0.1)
 
-    def meets(noise: Tensor, randn_like: Any, cond: dict[str, Tensor]) -> Tensor:
+    def meets(noise: Tensor, fresh: Any, cond: dict[str, Tensor]) -> Tensor:
         with pytest.raises(ValueError, match="another job writes to"):
             together(tmp_path)
-        return chain(noise, randn_like, cond)
+        return chain(noise, fresh, cond)
 
     together(tmp_path, meets, requests=REQUESTS[:1])
     assert [path.parent.name for path in tmp_path.glob("*/*.npz")] == ["sevens"]
