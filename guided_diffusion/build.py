@@ -19,6 +19,7 @@ from .config import (
     SuperResConfig,
     TrainConfig,
     classes_of,
+    label_rows,
 )
 from .data.listing import Records
 from .data.loader import Batches, make_batches
@@ -49,7 +50,7 @@ def network_options(model: Network, diffusion: DiffusionConfig | None = None) ->
         sizes: dict[str, Any] = {"model_channels": model.classifier_width, "num_res_blocks": model.classifier_depth}
         same = {name: getattr(model, f"classifier_{name}") for name in _CLASSIFIER_OPTIONS}
     else:
-        sizes = {"model_channels": model.num_channels, "num_classes": classes_of(model) or None}
+        sizes = {"model_channels": model.num_channels, "num_classes": label_rows(model) or None}
         same = {name: getattr(model, name) for name in _DENOISER_OPTIONS}
     return {**_shape_of(model, diffusion), **levels, **sizes, **same}
 
@@ -70,7 +71,7 @@ def build_model(model: Network, diffusion: DiffusionConfig | None = None) -> Any
     if model.size[0] != model.size[1]:
         shape["image_size"] = model.size
     if not isinstance(model, ClassifierConfig):
-        shape["num_classes"] = classes_of(model) or None
+        shape["num_classes"] = label_rows(model) or None
     return make_network(model.architecture, model.options, prefix=model.prefix, **shape)
 
 
@@ -147,6 +148,8 @@ def loss_options(config: RunConfig) -> dict[str, Any]:
         if train.min_snr_gamma
         else named_weight(train.loss_weight),
         "class_cond": config.model.class_cond,
+        "class_dropout": train.class_dropout,
+        "null_label": classes_of(config.model),
         **config.diffusion.reading,
     }
 

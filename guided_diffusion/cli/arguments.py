@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         if default is False:
             self.add_argument(f"--{name}", action="store_true", help=help)
         else:
-            help += f" (default {default})" if default != "" else ""
+            help += f" (default {default})" if default not in ("", None) else ""
             self.add_argument(f"--{name}", default=default, help=help, **{"type": type(default), **options})
 
     def error(self, message: str) -> NoReturn:

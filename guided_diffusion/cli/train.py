@@ -151,7 +151,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     from ..data.classes import some
     from ..runtime.devices import require_compiler, set_float32_products
     from ..training.checks import check_same_everywhere
-    from ..weights.continuing import already_begun, with_classes, with_global_batch
+    from ..weights.continuing import already_begun, require_same_rows, with_classes, with_global_batch
 
     resume = parsed.flags["resume_checkpoint"] or "auto"
     config, saved, start = configured(parsed, kind, world, folder, script=script)
@@ -165,6 +165,7 @@ def _plan(parsed: arguments.Parsed, kind: str, world: World, folder: str, *, scr
     names = records.class_names if records.labels is not None else ()
     if start is not None and start.tensors is not None:  # only the weights are used, and training starts at step 0
         saved = None
+    require_same_rows(saved, config)
     if resume == "none":
         # A scheduler may restart the same command, which then continues the run that its first start has begun.
         saved = already_begun(folder, config, world)
@@ -260,7 +261,7 @@ def _network(plan: _Plan) -> nn.Module:
     else:
         net = build.build_empty(config.model, config.diffusion, device=device)
     if of_file is not None:
-        fill(net, of_file, plan.names)
+        fill(net, of_file, plan.names, null_row=getattr(config.model, "null_row", False))
     return net
 
 

@@ -13,7 +13,7 @@ from ..config import WEIGHTS, WEIGHTS_HELP
 from ..runtime import storage
 from ..weights.released import PRESETS, Preset, fetch, get
 from . import runs
-from .arguments import Parser
+from .arguments import Parser, str2bool
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ def inspect(argv: Sequence[str], program: str) -> int:
     parser.flag("probe", "", images, metavar="FOLDER")
     parser.flag("probe_images", 4, "how many of them are used")
     parser.flag("image_size", 0, "for --probe, where the channel multipliers belong to no standard size")
+    last = "whether the last row of the label embedding stands for no class, where the file does not say"
+    parser.flag("null_row", None, last, type=str2bool, metavar="bool")
     parser.flag("weights", "", WEIGHTS_HELP, choices=WEIGHTS)
     parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
@@ -57,13 +59,15 @@ def report(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     yield f"file        {file.path}"
     yield f"tensors     {len(tensors)}, {millions:.2f} million parameters, {dtypes}"
     config, shapes = file.config, {name: tuple(value.shape) for name, value in tensors.items()}
+    told = {} if args.null_row is None else {"null_row": args.null_row}
     if args.probe and (config is None or config.kind != "classifier"):
-        known = probe.known_of(file.path, shapes, args.image_size)
+        size = {"image_size": args.image_size} if args.image_size else {}
+        known = probe.known_of(file.path, shapes, {**told, **size})
         images = open_images(args.probe, int(known["image_size"]), int(known["image_channels"]), labels="none")
         x0 = images.low_res(range(min(args.probe_images, len(images))))["low_res"].to(device)
         yield probe.verdict(probe.probe(load.fitted(tensors), known, x0))
         return
-    config = config or identify.identify(file.path, shapes)
+    config = config or identify.identify(file.path, shapes, flags=told)
     yield f"kind        {config.kind}" + (f", after {file.step} training steps" if file.step is not None else "")
     if names := file.class_names:
         yield f"classes     {len(names)}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"

@@ -17,6 +17,7 @@ from .networks import Network as Network
 from .networks import SuperResConfig as SuperResConfig
 from .networks import classes_of as classes_of
 from .networks import default_multipliers as default_multipliers
+from .networks import label_rows as label_rows
 from .runs import PRECISIONS as PRECISIONS
 from .runs import TF32_HELP as TF32_HELP
 from .runs import WEIGHTS as WEIGHTS

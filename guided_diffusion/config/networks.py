@@ -77,8 +77,10 @@ class _Role(Section):
         return tuple(self.sample_size // int(resolution) for resolution in resolutions)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; for a U-Net without the architecture flags, so that its files stay equal to those of older versions."""
-        left_out = (f"{self.prefix}architecture", f"{self.prefix}arch_options") if self.architecture == UNET else ()
+        """All fields; without the architecture flags of a U-Net and a null row that there is not, so that files and receipts stay
+        equal to those of older versions."""
+        left_out = [f"{self.prefix}architecture", f"{self.prefix}arch_options"] if self.architecture == UNET else []
+        left_out += [] if getattr(self, "null_row", False) else ["null_row"]
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def _check(self) -> None:
@@ -148,11 +150,21 @@ class _DenoiserConfig(_UNetFlags, _Role):
     class_cond: bool = flag(False, "whether the network is conditioned on the class")
     use_fp16: bool = flag(False, "compute in float16 on a GPU; --precision says more")
     num_classes: int = flag(0, "number of classes; 0 = counted in the data", low=0)
+    null_row: bool = flag(
+        False, "the label embedding ends with a row that stands for no class, as --class_dropout trains it"
+    )
     image_channels: int = flag(3, "1 = grey, 3 = colour", low=1)
     architecture: str = flag(
         UNET, "what computes: unet, or a network of yours", table="models.architectures:ARCHITECTURES"
     )
     arch_options: str = flag("", "arguments of a network of yours, such as depth=6,width=384")
+
+    def _check(self) -> None:
+        super()._check()
+        if self.null_row and not self.class_cond:
+            raise ValueError(
+                "--null_row is True, but --class_cond is False: a network without classes has no label embedding"
+            )
 
 
 @dataclass(frozen=True)
@@ -245,3 +257,8 @@ CLASSES_OF_2021 = 1000
 def classes_of(model: Network) -> int:
     """The number of classes, 0 if the network uses none; where the configuration does not say, ImageNet's, as in 2021."""
     return (model.num_classes or CLASSES_OF_2021) if getattr(model, "class_cond", True) else 0
+
+
+def label_rows(model: Network) -> int:
+    """The rows of the label embedding: one for each class and, after them, the null row if there is one; 0 without classes."""
+    return classes_of(model) + getattr(model, "null_row", False)

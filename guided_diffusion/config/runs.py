@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .fields import SWITCH, Section, flag, numbers
@@ -139,6 +139,12 @@ class TrainConfig(Section):
         "", "weight of the squared error by noise level; empty = none", table="diffusion.weighting:WEIGHTS"
     )
     min_snr_gamma: float = flag(0.0, "as --loss_weight min_snr, with this gamma; 0 = no such weight", low=0.0)
+    class_dropout: float = flag(
+        0.0,
+        "probability of training on an image without its class, for classifier-free guidance by one network: 0.1",
+        low=0.0,
+        high=1.0,
+    )
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
@@ -244,8 +250,13 @@ class RunConfig:
         return self.model.kind
 
     def _check_sections(self) -> RunConfig:
-        """Return self. ValueError if flags of different sections contradict each other."""
+        """Return self, with a null row if classes are dropped. ValueError if flags of different sections contradict each other."""
         train = self.train
+        if train.class_dropout and not getattr(self.model, "class_cond", False):
+            raise ValueError(
+                f"--class_dropout is {train.class_dropout:g}, but the network is not conditioned on a class; leave it out, or give "
+                "a diffusion model or upsampler --class_cond True"
+            )
         weight = (
             f"--min_snr_gamma {train.min_snr_gamma:g}" if train.min_snr_gamma else f"--loss_weight {train.loss_weight}"
         )
@@ -265,7 +276,8 @@ class RunConfig:
                 f"--recompute {train.recompute!r} lets no block recompute as a whole, --use_checkpoint True all of them; "
                 "give one of the two"
             )
-        return self
+        model: Any = self.model
+        return replace(self, model=replace(model, null_row=True)) if train.class_dropout else self
 
     @classmethod
     def sections(cls, kind: str) -> dict[str, type[Section]]:

@@ -46,10 +46,13 @@ def diffusion_loss(
     loss: Loss = "mse",
     weight: Weight | None = None,
     class_cond: bool = False,
+    class_dropout: float = 0.0,
+    null_label: int = 0,
 ) -> LossFn:
     """The loss of a denoising network on a batch; `process` on the training device.
 
-    The network is given `batch.labels` if `class_cond`, and `batch.low_res` where there is one.
+    The network is given `batch.labels` if `class_cond`, and `batch.low_res` where there is one. With the probability `class_dropout`
+    an image has `null_label` instead (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1).
     """
 
     def of_batch(net: Any, batch: Any, streams: Streams) -> Losses:
@@ -57,6 +60,8 @@ def diffusion_loss(
         i, importance = timesteps.draw(streams.uniform().to(x0.device))
         noise = streams.normal(x0.shape[1:])
         cond: dict[str, Tensor] = {"y": batch.labels} if class_cond else {}
+        if class_dropout:  # drawn last: steps and noise stay those of a run without it
+            cond["y"] = torch.where(streams.uniform().to(x0.device) < class_dropout, null_label, batch.labels)
         if getattr(batch, "low_res", None) is not None:
             cond["low_res"] = batch.low_res
         terms = training_losses(

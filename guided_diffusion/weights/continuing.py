@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..build import build_empty
@@ -115,18 +116,23 @@ def _with_classes(config: RunConfig, typed: Mapping[str, Any], path: str, new_cl
         refuse(path, contradictions(config, typed), remedy)
         return replace(config, model=replace(config.model, num_classes=classes_of(config.model)))
     wanted = {"num_classes": 0, "class_cond": True, **typed}
+    if not wanted["class_cond"]:
+        wanted["null_row"] = False
     of_data = {name: value for name, value in wanted.items() if name in config.model.names()}
     return replace(config, model=replace(config.model, **of_data).validate())
 
 
-def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
+def fill(net: nn.Module, start: Origin, class_names: Sequence[str], *, null_row: bool = False) -> None:
     """Load the weights of the file into `net`. With --new_classes, a class that the file has by name takes its rows (of the label
-    embedding, or of a classifier's last layer) from the file; the rows of other classes stay as `net` was initialised."""
+    embedding, or of a classifier's last layer) from the file; the rows of other classes stay as `net` was initialised. Without it,
+    a null row that the file lacks begins as the mean of its rows."""
     assert start.tensors is not None
     tensors = dict(start.tensors)
+    had_null_row = getattr(start.old, "null_row", False)
     if start.new_classes:
         old_row = {name: row for row, name in enumerate(start.class_names)}
         kept = {row: old_row[name] for row, name in enumerate(class_names) if name in old_row}  # new row -> old row
+        kept |= {-1: -1} if had_null_row and null_row else {}
         fresh = net.state_dict()
         for name in _class_tensors(start.old):
             before = tensors.pop(name, None)
@@ -137,8 +143,14 @@ def fill(net: nn.Module, start: Origin, class_names: Sequence[str]) -> None:
         had = classes_of(start.old)
         _log.info(
             "%s has %d classes%s; %d of the %d of this run are among them by name and keep what was learned, the others start anew",
-            start.path, had, "" if start.class_names or not had else " without names", len(kept), len(class_names),
+            start.path, had, "" if start.class_names or not had else " without names", len(kept.keys() - {-1}), len(class_names),
         )  # fmt: skip
+    elif null_row and not had_null_row:
+        for name in _class_tensors(start.old):
+            tensors[name] = torch.cat([tensors[name], tensors[name].mean(dim=0, keepdim=True)])
+        _log.info(
+            "--class_dropout: the network gets a row for images without a class, which begins as the mean of the others"
+        )
     load_weights_into(net, tensors, start.path)
     _log.info("starting from the weights of %s, at step 0", start.path)
 
@@ -174,6 +186,17 @@ def configuration(
         for sentence in changed(stored, typed, flags):
             _log.info(sentence)
     return RunConfig.from_flags(kind, {**flags, "resume_checkpoint": ""})
+
+
+def require_same_rows(saved: SavedRun | None, config: RunConfig) -> None:
+    """ValueError if the save that is continued whole has no null row, and --class_dropout asks for one."""
+    of_save = (saved.config or {}).get("model", {}) if saved is not None else {}
+    if saved is not None and getattr(config.model, "null_row", False) and of_save and not of_save.get("null_row"):
+        raise ValueError(
+            f"--class_dropout is {config.train.class_dropout:g}, but the network of {saved.directory} was begun without a row for images "
+            f"without a class. Start from its weights (--resume_checkpoint {saved.directory} --resume_from ema, and another "
+            "--out), or leave --class_dropout out"
+        )
 
 
 def already_begun(folder: str, config: RunConfig, world: World) -> SavedRun | None:

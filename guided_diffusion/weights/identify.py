@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
 from ..config.fields import numbers
+from ..config.networks import CLASSES_OF_2021
 from .recognise import OPEN, SIZE_OF_MULTIPLIERS, Layout, Shapes, inspect_shapes, signature
 from .released import PRESETS, SIGNATURES, Preset
 
@@ -61,7 +62,7 @@ def identify(
     unchecked = {*FREE, *(DiffusionConfig.names() if kind == "classifier" else ())}
     usage = {name: value for name, value in flags.items() if name in names & unchecked}
     typed = {name: value for name, value in flags.items() if name in names - unchecked}
-    known = flags_of(layout, flags)
+    known = flags_of(layout, flags, path)
     preset, name_agrees = released_as(path, shapes) or (None, False)
     if preset is not None and preset.kind != kind:
         preset, name_agrees = None, False
@@ -90,8 +91,11 @@ def identify(
     return RunConfig.from_flags(kind, {**preset.flags, **usage})
 
 
-def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Every flag that the layout fixes, with the image sizes in `flags`, or else the image size that has these multipliers by default."""
+def flags_of(layout: Layout, flags: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Every flag that the layout fixes, with the image sizes in `flags`, or else the image size that has these multipliers by default.
+
+    `null_row` in `flags` says what the last row of the label embedding is; ValueError if it is missing where a file may well have one.
+    """
     known, upsampler = dict(layout.flags), layout.kind == "super_resolution"
     prefix, size_flag = "classifier_" * (layout.kind == "classifier"), "large_size" if upsampler else "image_size"
     size: Any = known.get("image_size") or flags.get(size_flag) or SIZE_OF_MULTIPLIERS.get(layout.multipliers)
@@ -103,6 +107,15 @@ def flags_of(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
     if size:
         known[size_flag] = size
         known[f"{prefix}attention_resolutions"] = ",".join(str(size // ds) for ds in layout.attention_ds)
+    if known.get("class_cond"):
+        rows: Any = known["num_classes"]
+        if rows == CLASSES_OF_2021 + 1 and "null_row" not in flags and flags.get("num_classes") != rows:
+            raise ValueError(
+                f"the label embedding of {path} has {rows} rows: {rows} classes, or {rows - 1} classes and a row for images without "
+                "a class? Nothing in the file tells. Give --null_row False for the former, --null_row True for the latter"
+            )
+        if flags.get("null_row"):
+            known |= {"num_classes": rows - 1, "null_row": True}
     known[f"{prefix}channel_mult"] = ",".join(f"{m:g}" for m in layout.multipliers)
     return known
 

@@ -187,8 +187,13 @@ class Loaded:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the network knows; 0 = none."""
+        """How many classes the network knows; 0 = none. The null row is none of them."""
         return classes_of(self.config.model)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class (--class_dropout), which comes after those of the classes; None if there is none."""
+        return self.num_classes if getattr(self.config.model, "null_row", False) else None
 
     @property
     def inputs(self) -> tuple[str, ...]:

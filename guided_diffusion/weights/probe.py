@@ -30,12 +30,12 @@ class Trial(NamedTuple):
     flags: dict[str, object]
 
 
-def known_of(path: str, shapes: Shapes, image_size: int = 0) -> dict[str, Any]:
-    """The flags that a diffusion model's shapes fix, with the image size (0: the one that has these multipliers by default)."""
+def known_of(path: str, shapes: Shapes, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The flags that a diffusion model's shapes fix, and of `flags` what `identify.flags_of` reads (`image_size`, `null_row`)."""
     layout = inspect_shapes(shapes)
     if layout.kind != "diffusion":
         raise ValueError(f"--probe compares denoising losses of a diffusion model; {path} is a {layout.kind} network")
-    known = flags_of(layout, {"image_size": image_size} if image_size else {})
+    known = flags_of(layout, flags or {}, path)
     if "image_size" not in known:
         raise ValueError("the channel multipliers belong to no standard image size; give --image_size")
     return known
