@@ -22,18 +22,33 @@ if TYPE_CHECKING:
     from .config import SuperResConfig as SuperResConfig
     from .config import TrainConfig as TrainConfig
     from .data.sources import SOURCES as SOURCES
+    from .diffusion import grids as grids
     from .diffusion import guidance as guidance
     from .diffusion.denoiser import Denoised as Denoised
     from .diffusion.denoiser import make_denoiser as make_denoiser
     from .diffusion.process import Process as Process
+    from .diffusion.process import at_nodes as at_nodes
     from .diffusion.process import make_process as make_process
     from .diffusion.process import respace as respace
     from .diffusion.process import space_timesteps as space_timesteps
+    from .diffusion.samplers import adams as adams
     from .diffusion.samplers import ancestral as ancestral
+    from .diffusion.samplers import ancestral_euler as ancestral_euler
     from .diffusion.samplers import ddim as ddim
+    from .diffusion.samplers import deis as deis
+    from .diffusion.samplers import dpm2 as dpm2
+    from .diffusion.samplers import dpm_sde as dpm_sde
     from .diffusion.samplers import dpm_solver as dpm_solver
+    from .diffusion.samplers import dpm_solver_s as dpm_solver_s
+    from .diffusion.samplers import euler as euler
     from .diffusion.samplers import heun as heun
+    from .diffusion.samplers import ipndm as ipndm
     from .diffusion.samplers import last as last
+    from .diffusion.samplers import plms as plms
+    from .diffusion.samplers import restart as restart
+    from .diffusion.samplers import sa as sa
+    from .diffusion.samplers import sde_dpm_solver as sde_dpm_solver
+    from .diffusion.samplers import unipc as unipc
     from .diffusion.schedules import SCHEDULES as SCHEDULES
     from .diffusion.weighting import WEIGHTS as WEIGHTS
     from .models.architectures import ARCHITECTURES as ARCHITECTURES
@@ -59,8 +74,11 @@ _API = {
         "TrainConfig",
     ),
     "diffusion.denoiser": ("Denoised", "make_denoiser"),
-    "diffusion.process": ("Process", "make_process", "respace", "space_timesteps"),
-    "diffusion.samplers": ("ancestral", "ddim", "dpm_solver", "heun", "last"),
+    "diffusion.process": ("Process", "at_nodes", "make_process", "respace", "space_timesteps"),
+    "diffusion.samplers": (
+        "adams", "ancestral", "ancestral_euler", "ddim", "deis", "dpm2", "dpm_sde", "dpm_solver", "dpm_solver_s", "euler",
+        "heun", "ipndm", "last", "plms", "restart", "sa", "sde_dpm_solver", "unipc",
+    ),
     "data.sources": ("SOURCES",),
     "diffusion.schedules": ("SCHEDULES",),
     "diffusion.weighting": ("WEIGHTS",),
@@ -72,7 +90,11 @@ _API = {
     "weights.load": ("Loaded", "load", "save"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _API.items() for name in names}
-_MODULES = {"guidance": "diffusion.guidance", "presets": "weights.released"}  # names of modules themselves
+_MODULES = {
+    "grids": "diffusion.grids",
+    "guidance": "diffusion.guidance",
+    "presets": "weights.released",
+}  # names of modules themselves
 
 
 def __getattr__(name: str) -> Any:

@@ -208,6 +208,34 @@ def respaced_betas(betas: np.ndarray, keep: Iterable[int]) -> np.ndarray:
     return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
+def position_of(process: Process, log_snr: np.ndarray) -> np.ndarray:
+    """The (fractional) step positions with these values of log alpha_bar / (1 - alpha_bar); outside the process, its ends."""
+    table = tables_of(process.betas)["log_snr"]
+    return np.interp(-log_snr, -table, np.arange(len(table), dtype=np.float64))
+
+
+class Nodes(Protocol):
+    """The nodes of a `grids.Grid`: falling positions and log(alpha / sigma) there."""
+
+    @property
+    def positions(self) -> np.ndarray: ...
+    @property
+    def lam(self) -> np.ndarray: ...
+
+
+def at_nodes(process: Process, grid: Nodes) -> Process:
+    """The process whose own steps 0..N-1 are the nodes of a grid of `process`: `respace`, also between steps."""
+    positions, lam = grid.positions[::-1], grid.lam[::-1]
+    if (positions == positions.round()).all():
+        return respace(process, positions.astype(int).tolist())
+    exact = process.to("cpu", torch.float64)
+    time = exact.time_at(torch.from_numpy(positions.copy()))
+    alpha_bar = 1 / (1 + np.exp(-2 * lam))
+    betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    made = _process(betas, time, process.time_span, process.device, process.beta.dtype)
+    return replace(made, whole=process.whole or process)
+
+
 def space_timesteps(num_steps: int, sections: str | int | Iterable[int]) -> list[int]:
     """Which of `num_steps` steps to keep, rising.
 

@@ -64,7 +64,12 @@ def check_order(order: int) -> None:
         raise ValueError(f"order={order!r} must be a whole number from 1 to 4")
 
 
+def adams_bashforth_weights(order: int) -> tuple[float, ...]:
+    """Weights of the last 1 to 4 values, newest first, in the mean over the next of even steps."""
+    return _ADAMS_BASHFORTH[order - 1]
+
+
 def adams_bashforth(past: list[Tensor]) -> Tensor:
     """The mean of eps over the next step, extrapolated from its last 1 to 4 values `past` (oldest first)."""
-    weights = _ADAMS_BASHFORTH[len(past) - 1]
+    weights = adams_bashforth_weights(len(past))
     return sum((weight * eps for weight, eps in zip(weights[1:], reversed(past[:-1]))), weights[0] * past[-1])

@@ -167,7 +167,7 @@ def make_pipeline(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    run, options = SAMPLERS[sampler]
+    entry = SAMPLERS[sampler]
     steps = model.process if process is None else process
     guided = guidance if guidance is not None and guidance.scale else None
     networks = [model, guided.classifier] if guided else [model]
@@ -184,8 +184,8 @@ def make_pipeline(
         return denoise
 
     def chain(denoise: Denoiser, noise: Tensor, fresh: Noise) -> Iterator[Step]:
-        values = {"eta": eta, "noise": fresh}
-        return run(denoise, noise, steps, **{name: values[name] for name in options})
+        options: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
+        return entry.run(denoise, noise, steps, **options, **({"noise": fresh} if entry.noise else {}))
 
     if compile == "auto" and steps.device.type != "cuda":
         compile = False

@@ -193,7 +193,7 @@ def test_errors() -> None:
     for wrong, text in (
         (samplers.ddim(*arguments, eta=1.5), "eta=1.5"),
         (samplers.heun(*arguments, churn=-1), "churn=-1"),
-        (samplers.heun(*arguments, num_steps=1), "num_steps=1"),
+        (samplers.heun(*arguments, num_steps=1), "steps=1"),
         (samplers.plms(*arguments, order=5), "order=5"),
         (iter(()), "no step"),
     ):
