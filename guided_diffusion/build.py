@@ -24,7 +24,7 @@ from .config import (
 from .data.listing import Records
 from .data.loader import Batches, make_batches
 from .diffusion.process import Process, make_process, rescale_time, respace, space_timesteps
-from .diffusion.schedules import named_betas
+from .diffusion.schedules import named_betas, zero_terminal_snr
 from .diffusion.timesteps import LossSecondMoment, Timesteps, UniformTimesteps
 from .diffusion.weighting import min_snr, named_weight
 from .models.architectures import make_network
@@ -117,7 +117,8 @@ def build_empty(
 
 def build_process(diffusion: DiffusionConfig, *, respacing: str | None = None) -> Process:
     """The noise process, on the CPU; `respacing` replaces the config's own ("" = every step)."""
-    process = make_process(named_betas(diffusion.noise_schedule, diffusion.diffusion_steps))
+    betas = named_betas(diffusion.noise_schedule, diffusion.diffusion_steps)
+    process = make_process(zero_terminal_snr(betas) if diffusion.zero_terminal_snr else betas)
     if diffusion.rescale_timesteps:
         process = rescale_time(process)
     sections = diffusion.timestep_respacing if respacing is None else respacing

@@ -37,6 +37,15 @@ class DiffusionConfig(Section):
         False, "variance of a step, where not learned: the posterior's (small) instead of beta (large)"
     )
 
+    zero_terminal_snr: bool = flag(
+        False, "shift the schedule so that nothing of the image is left at the last step; needs --predict v or x0"
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; without zero_terminal_snr where it is False, so that files and receipts stay equal to those of older versions."""
+        left_out = () if self.zero_terminal_snr else ("zero_terminal_snr",)
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
+
     def _check(self) -> None:
         if self.predict and self.predict_xstart and self.predict != "x0":
             raise ValueError(
@@ -252,6 +261,15 @@ class RunConfig:
     def _check_sections(self) -> RunConfig:
         """Return self, with a null row if classes are dropped. ValueError if flags of different sections contradict each other."""
         train = self.train
+        if (
+            self.diffusion.zero_terminal_snr
+            and self.diffusion.reading["predicts"] == "eps"
+            and self.kind != "classifier"
+        ):
+            raise ValueError(
+                "--zero_terminal_snr True leaves nothing of the image at the last step, so a network that predicts the noise says nothing "
+                "about the image there; give --predict v or --predict x0"
+            )
         if train.class_dropout and not getattr(self.model, "class_cond", False):
             raise ValueError(
                 f"--class_dropout is {train.class_dropout:g}, but the network is not conditioned on a class; leave it out, or give "

@@ -34,6 +34,23 @@ def cosine_betas(num_steps: int) -> np.ndarray:
     return betas_for_alpha_bar(num_steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
+LAST_ALPHA_BAR = 1e-9
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """The schedule shifted and scaled so that nothing of the data is left at the last step (arXiv 2305.08891, algorithm 1).
+
+    sqrt(alpha_bar) becomes 0 at the last step and stays what it was at the first. To keep every table finite, alpha_bar is not 0 there
+    but `LAST_ALPHA_BAR`, or half of the step before if that is less: sqrt(alpha_bar) differs from 0 by at most 3.2e-5.
+    """
+    if len(betas) < 2:
+        raise ValueError(f"--zero_terminal_snr True needs at least 2 steps; --diffusion_steps is {len(betas)}")
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alpha_bar[-1] = min(LAST_ALPHA_BAR, alpha_bar[-2] / 2)
+    return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
 # Name -> function of the number of steps. Programs may add entries before they train or load.
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
 

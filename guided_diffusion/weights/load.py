@@ -269,7 +269,7 @@ def check_pair(model: Loaded, classifier: Loaded) -> None:
     if model.num_classes:
         pairs["number of classes"] = (model.num_classes, classifier.num_classes)
     if model.certain and classifier.certain:
-        for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps"):
+        for name in ("noise_schedule", "diffusion_steps", "rescale_timesteps", "zero_terminal_snr"):
             pairs[name] = (getattr(ours.diffusion, name), getattr(theirs.diffusion, name))
     wrong = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
     if model.class_names and classifier.class_names and model.class_names != classifier.class_names:

@@ -112,6 +112,23 @@ def test_min_snr_weighs_every_prediction_alike(gamma: float) -> None:
         assert torch.equal(terms["mse"], plain["loss"])
 
 
+def test_p2_weighs_every_prediction_alike() -> None:
+    """It is defined on the error of eps: 1 / (1 + SNR) = 1 - alpha_bar; with other k and gamma, (k + SNR)^-gamma."""
+    x = p.add_noise(PROCESS, X0, I, NOISE)
+    alpha_bar = PROCESS.alpha_bar[I]
+    snr = alpha_bar / (1 - alpha_bar)
+    error = snr * ((0.4 * x.tanh() - X0) ** 2).mean(dim=(1, 2, 3))
+    for predicts in ("eps", "x0", "v"):
+        for weight, expected in (
+            (WEIGHTS["p2"], (1 - alpha_bar) * error),
+            (partial(WEIGHTS["p2"], k=0.5, gamma=2.0), error / (0.5 + snr) ** 2),
+            (partial(WEIGHTS["p2"], gamma=0.0), error),  # the simple loss
+        ):
+            options = {"predicts": predicts, "variance": "fixed_small", "weight": weight}
+            terms = training_losses(reader_of(predicts), PROCESS, X0, I, NOISE, **options)
+            torch.testing.assert_close(terms["loss"], expected)
+
+
 def test_conditions_reach_the_network() -> None:
     weight = 0.3 * normal(4, 2, seed=5)
     one, other = (

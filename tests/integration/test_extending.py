@@ -56,16 +56,19 @@ def test_a_schedule(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_weight_of_the_loss(photos: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "--import", example("p2.py", tmp_path)]
+    words = [*SMALL, "--import", example("soft.py", tmp_path)]
     plain = train(photos, tmp_path / "plain", *SMALL, steps=1)
-    weighted = train(photos, tmp_path / "p2", *words, "--loss_weight", "p2", steps=1)
+    weighted = train(photos, tmp_path / "soft", *words, "--loss_weight", "soft_min_snr", steps=1)
     assert plain["mse"] == weighted["mse"] == plain["loss"] and weighted["loss"] < plain["loss"]
     process = gd.build_process(gd.DiffusionConfig())
     i = torch.tensor([100, 500, 999])
     alpha_bar = process.alpha_bar[i].double()
-    for predicts, factor in (("eps", 1), ("x0", alpha_bar / (1 - alpha_bar)), ("v", alpha_bar)):
-        expected = (1 - alpha_bar) * factor  # 1 / (1 + SNR) = 1 - alpha_bar
-        torch.testing.assert_close(gd.WEIGHTS["p2"](process, i, predicts).double(), expected, rtol=1e-4, atol=0)
+    snr = alpha_bar / (1 - alpha_bar)
+    for predicts, factor in (("eps", 1), ("x0", snr), ("v", alpha_bar)):
+        expected = factor * 4 / (snr + 4)  # SNR / (1 + SNR) = alpha_bar
+        torch.testing.assert_close(
+            gd.WEIGHTS["soft_min_snr"](process, i, predicts).double(), expected, rtol=1e-4, atol=0
+        )
 
 
 def test_a_backbone(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

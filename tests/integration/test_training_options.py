@@ -1,0 +1,50 @@
+"""Options of training from the command line to images: what is stored with the weights, and that sampling follows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import guided_diffusion as gd
+from guided_diffusion.cli.main import main
+
+NETWORK = (
+    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 4 --device cpu "
+    "--batch_size 4 --lr 1e-3 --ema_rate 0.9 --sample_interval -1 --progress False"
+).split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for n in range(8):
+        (folder / "ab"[n % 2]).mkdir(exist_ok=True)
+        pixels = np.random.RandomState(n).randint(0, 255, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "ab"[n % 2] / f"{n}.png")
+    return folder
+
+
+def train(images: Path, out: Path, words: str) -> int:
+    return main(["train", "--data_dir", str(images), "--out", str(out), *NETWORK, *words.split()])
+
+
+def test_velocity_without_a_trace_of_the_image_at_the_end(images: Path, tmp_path: Path) -> None:
+    chosen = (
+        "--predict v --zero_terminal_snr True --learn_sigma True --class_cond True --class_dropout 0.1 --loss_weight p2"
+    )
+    assert train(images, tmp_path / "run", f"{chosen} --max_steps 3") == 0
+    assert train(images, tmp_path / "run", f"{chosen} --max_steps 4") == 0  # and goes on
+    model = gd.load(str(tmp_path / "run"))
+    assert model.reading["predicts"] == "v" and float(model.process.alpha_bar[-1]) < 1e-8 and model.null_label == 2
+    for method in ("ancestral", "ddim", "heun", "dpm_solver"):
+        where = tmp_path / method
+        words = f"--num_samples 2 --batch_size 2 --timestep_respacing 5 --sampler {method} --device cpu".split()
+        assert main(["sample", "--model_path", str(tmp_path / "run"), "--out", str(where), *words]) == 0
+        pixels = np.load(next(where.glob("*.npz")))["arr_0"]
+        assert pixels.shape == (2, 8, 8, 3) and len(np.unique(pixels)) > 8
+    receipt = json.loads((tmp_path / "ddim" / "sampling.json").read_text())
+    assert receipt["settings"]["diffusion"]["zero_terminal_snr"] is True
