@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from .data.sources import SOURCES as SOURCES
     from .diffusion import grids as grids
     from .diffusion import guidance as guidance
+    from .diffusion.combining import interval as interval
     from .diffusion.denoiser import Denoised as Denoised
     from .diffusion.denoiser import make_denoiser as make_denoiser
+    from .diffusion.guidance import GUIDANCES as GUIDANCES
     from .diffusion.process import Process as Process
     from .diffusion.process import at_nodes as at_nodes
     from .diffusion.process import make_process as make_process
@@ -73,7 +75,9 @@ _API = {
         "ClassifierConfig", "DataConfig", "DiffusionConfig", "ModelConfig", "RunConfig", "SampleConfig", "SuperResConfig",
         "TrainConfig",
     ),
+    "diffusion.combining": ("interval",),
     "diffusion.denoiser": ("Denoised", "make_denoiser"),
+    "diffusion.guidance": ("GUIDANCES",),
     "diffusion.process": ("Process", "at_nodes", "make_process", "respace", "space_timesteps"),
     "diffusion.samplers": (
         "adams", "ancestral", "ancestral_euler", "ddim", "deis", "dpm2", "dpm_sde", "dpm_solver", "dpm_solver_s", "euler",

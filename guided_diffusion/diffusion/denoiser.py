@@ -108,8 +108,8 @@ def make_denoiser(
     def denoise(x: Tensor, i: Tensor) -> Denoised:
         prediction, raw = split_variance(net(x, process.time_at(i), **named), x, variance)
         x0 = x0_from_output(process, prediction, x, i, predicts)
-        if clip:  # clamping would turn inf into 1 and hide the failure; nan passes through
-            x0 = torch.where(x0.isfinite(), x0, torch.nan)
+        if clip:
+            x0 = failures_kept(x0)
         spread = partial(step_spread, process, raw, x, i, variance)
         return Denoised(bounded(x0, clip, transform_x0), spread, variance_share(raw, variance))
 
@@ -148,6 +148,11 @@ _X0_FROM: dict[Predicts, Callable[[Tables, Tensor, Tensor, Tensor], Tensor]] = {
 def x0_from_output(tables: Tables, prediction: Tensor, x: Tensor, i: Tensor, predicts: Predicts) -> Tensor:
     """The clean data x0 implied by a network's prediction."""
     return _X0_FROM[predicts](tables, x, i, prediction)
+
+
+def failures_kept(x0: Tensor) -> Tensor:
+    """`x0` with nan in place of inf: clamping would turn inf into 1 and hide the failure; nan passes through."""
+    return torch.where(x0.isfinite(), x0, torch.nan)
 
 
 def bounded(x0: Tensor, clip: bool, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -1,121 +1,249 @@
-"""Guidance: Denoiser -> Denoiser. No sampler knows it is guided."""
+"""Guidance: Denoiser -> Denoiser. No sampler knows it is guided. `GUIDANCES` holds every kind by name, in the order of application."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
 
-import torch
-from torch import Tensor
+from .combining import (
+    Interval,
+    Scale,
+    Watched,
+    apg,
+    check_scale,
+    classifier_free,
+    clipped,
+    interval,
+    matched,
+    pag,
+    rescaled,
+    sag,
+    scale_at,
+    scale_eps,
+    threshold,
+)
+from .denoiser import Denoiser
+from .gradients import (
+    GradLogProb,
+    GradOfClean,
+    classifier,
+    classifier_mean,
+    classifier_x0,
+    classifier_x0_mean,
+    clean_gradient,
+    log_prob_gradient,
+    mean_shift,
+    score_shifted_eps,
+)
 
-from .denoiser import Denoised, Denoiser, Net, Spread
-from .process import Process, Tables
+__all__ = [
+    "GUIDANCES", "GradLogProb", "GradOfClean", "Guide", "Interval", "Kind", "Scale", "Watched", "apg", "chain", "check_scale",
+    "check_together", "classifier", "classifier_free", "classifier_mean", "classifier_x0", "classifier_x0_mean", "clean_gradient",
+    "clipped", "interval", "log_prob_gradient", "matched", "mean_shift", "pag", "rescaled", "sag", "scale_at", "scale_eps",
+    "score_shifted_eps", "threshold",
+]  # fmt: skip
 
-# (x [B, ...], time [B]) -> gradient of a log-probability with respect to x, the shape of x. Time, as the classifier takes it.
-GradLogProb = Callable[[Tensor, Tensor], Tensor]
+# (process, source, scale, **options) -> guidance; see `Kind`.
+Make = Callable[..., Callable[[Denoiser], Denoiser]]
 
 
-def log_prob_gradient(net: Net, labels: Tensor) -> GradLogProb:
-    """The gradient of log p(labels | x) under a classifier `net(x, time) -> logits [B, classes]`; `labels` int64 `[B]`.
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of guidance.
 
-    Works under `no_grad` and with frozen weights; the weights never receive a gradient. It can be part of a compiled graph.
+    stage      2: each network's own prediction. 3: predictions are combined. 4: a gradient. 5: the prediction is corrected
+    make       (process, source, scale, **options) -> guidance. `scale` is a number, a tensor that broadcasts to x, or a function of the
+               noise level
+    needs      what `source` is: "classifier" a `GradLogProb`, "clean" a `GradOfClean`, "weak" the denoiser of a second prediction,
+               "watched" the prediction with an attention map (`Watched`); "" nothing
+    excludes   the name of a group of which a chain takes one
+    neutral    the scale at which it does nothing, and `source` is not called; None: it has no such scale
+    scale      the usual scale
+    options    what `make` takes besides, and the defaults
+    source     the same for what makes the source: `log_prob_gradient`, `clean_gradient`, or the layers whose attention is changed
+    by_size    defaults that differ for images of this size
+    mean       as `make`, but shifts the mean of a step: for ancestral sampling
+    state      the option that, unless it is 0, makes a denoiser depend on its last call: it cannot be recorded
     """
 
-    def total(x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        log_probs = net(x, time).float().log_softmax(dim=-1)
-        return log_probs.gather(-1, labels.view(-1, 1)).sum()
-
-    def gradient(x: Tensor, time: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # can be followed in this form; outside of a compiler it is the slower one
-            return torch.func.grad(total)(x, time, labels)
-        with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            # backward keeps no tensor of inference mode
-            inputs = (value.clone() if value.is_inference() else value for value in (time, labels))
-            return torch.autograd.grad(total(x, *inputs), x)[0]
-
-    return gradient
-
-
-def classifier(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:
-    """Guide the score: eps - sqrt(1 - alpha_bar) * scale * gradient (Dhariwal & Nichol 2021, algorithm 2). For DDIM and other solvers."""
-    check_scale(scale)
-
-    def guided(x: Tensor, i: Tensor) -> Denoised:
-        plain = denoise(x, i)
-        gradient = grad_log_prob(x, process.time_at(i))
-        # Where eps moves by -sqrt(1 - alpha_bar) gradient, x0 moves by (1 - alpha_bar) / sqrt(alpha_bar) gradient.
-        return Denoised(torch.addcmul(plain.x0, process.at("score_to_x0", i, x), gradient, value=scale), plain.spread)
-
-    return guided
+    stage: int
+    make: Make
+    help: str
+    cost: str
+    needs: str = ""
+    excludes: str = ""
+    neutral: float | None = 1.0
+    scale: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    by_size: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    mean: Make | None = None
+    state: str = ""
 
 
-def check_scale(scale: float) -> float:
-    """`scale`, or ValueError where it is no finite number."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} of the guidance must be a finite number; 0 is none")
-    return scale
+def _with_source(function: Callable[..., Denoiser]) -> Make:
+    """Of a function (denoiser, process, source, scale)."""
+    return lambda process, source, scale, **options: (
+        lambda denoise: function(denoise, process, source, scale, **options)
+    )
 
 
-def score_shifted_eps(tables: Tables, eps: Tensor, x: Tensor, i: Tensor, gradient: Tensor) -> Tensor:
-    """eps after the score has moved by `gradient` (Song et al. 2020, arXiv 2011.13456): less by sqrt(1 - alpha_bar) gradient."""
-    return torch.addcmul(eps, (1 - tables.at("alpha_bar", i, x)).sqrt(), gradient, value=-1)
+def _combining(function: Callable[..., Denoiser]) -> Make:
+    """Of a function (denoiser, second denoiser, scale, process)."""
+    return lambda process, source, scale, **options: (
+        lambda denoise: function(denoise, source, scale, process, **options)
+    )
 
 
-def classifier_mean(denoise: Denoiser, process: Process, grad_log_prob: GradLogProb, scale: float = 1.0) -> Denoiser:
-    """Guide the mean of a step: mean + variance * scale * gradient (Dhariwal & Nichol 2021, algorithm 1). For ancestral sampling.
+def _apg(process: Any, source: Any, scale: Any, **options: Any) -> Callable[[Denoiser], Denoiser]:
+    # a memory for each denoiser that is guided, of which a chain has one
+    return lambda denoise: apg(denoise, source, scale, process, memory={}, **options)
 
-    Carried by x0, which moves by what shifts the posterior mean so far; x0 may therefore leave [-1, 1].
+
+_RESCALE = {"rescale": 0.0}
+GUIDANCES: dict[str, Kind] = {
+    "epsilon_scaling": Kind(
+        stage=2,
+        make=lambda process, source, scale, **options: lambda denoise: scale_eps(denoise, process, scale, **options),
+        options={"slope": 0.0},
+        help="divide the predicted noise of each network by the scale, plus slope times the number of the step",
+        cost="nothing",
+    ),
+    "sag": Kind(
+        stage=3,
+        make=_with_source(sag),
+        needs="watched",
+        excludes="perturbed",
+        neutral=0.0,
+        scale=0.1,
+        options={"blur": 3.0, "kernel": 31},
+        source={"layers": ("output_blocks.8.1",)},
+        by_size={256: {"scale": 0.5, "blur": 9.0, "layers": ("output_blocks.2.1",)}},
+        help="away from the prediction for an image blurred where it is attended to",
+        cost="two calls of the network instead of one",
+    ),
+    "pag": Kind(
+        stage=3,
+        make=_combining(pag),
+        needs="weak",
+        excludes="perturbed",
+        neutral=0.0,
+        scale=3.0,
+        options=_RESCALE,
+        source={"layers": ("middle_block.1",)},
+        by_size={256: {"layers": ("input_blocks.14.1", "input_blocks.16.1", "input_blocks.17.1", "middle_block.1")}},
+        help="away from the prediction with some attention layers switched off; others call 1 + scale the scale",
+        cost="two calls of the network instead of one",
+    ),
+    "classifier_free": Kind(
+        stage=3,
+        make=_combining(classifier_free),
+        needs="weak",
+        excludes="second prediction",
+        options=_RESCALE,
+        help="from an unconditional network to and past the conditional one; rescale: share of its deviation that is restored",
+        cost="one call of the second network",
+    ),
+    "random_label": Kind(
+        stage=3,
+        make=_combining(classifier_free),
+        needs="weak",
+        excludes="second prediction",
+        options=_RESCALE,
+        help="as classifier_free, by the same network with a random label",
+        cost="two calls of the network instead of one",
+    ),
+    "autoguidance": Kind(
+        stage=3,
+        make=_combining(classifier_free),
+        needs="weak",
+        excludes="second prediction",
+        scale=2.0,
+        options=_RESCALE,
+        help="away from a weaker network for the same label",
+        cost="one call of the second network",
+    ),
+    "apg": Kind(
+        stage=3,
+        make=_apg,
+        needs="weak",
+        excludes="second prediction",
+        options={"eta": 0.0, "norm": 0.0, "momentum": 0.0, **_RESCALE},
+        state="momentum",
+        help="classifier_free without the part of the difference along the prediction (eta keeps some), cut to a norm, with momentum",
+        cost="one call of the second network",
+    ),
+    "classifier_x0": Kind(
+        stage=4,
+        make=lambda process, source, scale, gamma=0.0: lambda denoise: classifier_x0(denoise, process, source, scale),
+        mean=_with_source(classifier_x0_mean),
+        needs="clean",
+        neutral=0.0,
+        options={"gamma": 0.3},
+        source={"tau1": 1.0, "tau2": 0.5},
+        help="by the gradient of a classifier of clean images, for the predicted clean image",
+        cost="one call of the classifier and its gradient",
+    ),
+    "classifier": Kind(
+        stage=4,
+        make=_with_source(classifier),
+        mean=_with_source(classifier_mean),
+        needs="classifier",
+        neutral=0.0,
+        source={"entropy": False, "cap": 20.0},
+        help="by the gradient of a classifier of noised images",
+        cost="one call of the classifier and its gradient",
+    ),
+    "clip": Kind(
+        stage=5,
+        make=lambda process, source, scale: clipped,
+        excludes="correction",
+        neutral=None,
+        help="clamp the prediction to [-1, 1]",
+        cost="nothing",
+    ),
+    "threshold": Kind(
+        stage=5,
+        make=lambda process, source, scale: lambda denoise: threshold(denoise, scale),
+        excludes="correction",
+        neutral=None,
+        scale=0.995,
+        help="clamp the prediction to this quantile of its absolute values, where that is above 1, and divide by it",
+        cost="one sort of the prediction",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """One guidance of a chain: `name` is its key in `GUIDANCES`, `apply` what its `make` returned, or a function of the user like it."""
+
+    name: str
+    apply: Callable[[Denoiser], Denoiser]
+
+
+def chain(guides: Iterable[Guide]) -> Callable[[Denoiser], Denoiser]:
+    """The guidances one after the other, in the order of `GUIDANCES`, whatever order they are given in.
+
+    ValueError for an unknown name, or two that exclude each other. A guidance in `Guide("epsilon_scaling", ...)` sees the first network
+    only: wrap a second one in it by hand.
     """
-    check_scale(scale)
-
-    def guided(x: Tensor, i: Tensor) -> Denoised:
-        plain = denoise(x, i)
-        gradient = grad_log_prob(x, process.time_at(i)) * scale
-        spread = plain.both()
-        shift = mean_shift(spread.variance, gradient)
-        return Denoised(plain.x0 + shift / process.at("posterior_mean_x0", i, x), spread)
-
-    return guided
+    guides = list(guides)
+    check_together([guide.name for guide in guides])
+    ordered = sorted(guides, key=lambda guide: list(GUIDANCES).index(guide.name))
+    return lambda denoise: reduce(lambda inner, guide: guide.apply(inner), ordered, denoise)
 
 
-def mean_shift(variance: Tensor, gradient: Tensor) -> Tensor:
-    """How far a gradient moves the mean of a normal step, to first order (Sohl-Dickstein et al. 2015)."""
-    return variance * gradient.float()
-
-
-def classifier_free(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
-    """From the unconditional prediction towards and past the conditional one; 0 is the former, 1 the latter (Ho & Salimans 2022).
-
-    `unconditional` may be any weaker model (autoguidance, Karras et al. 2024). The variance is the conditional one's.
-    """
-    check_scale(scale)
-
-    def guided(x: Tensor, i: Tensor) -> Denoised:
-        strong, weak = conditional(x, i), unconditional(x, i)
-        return Denoised(torch.lerp(weak.x0, strong.x0, scale), strong.spread)
-
-    return guided
-
-
-def interval(guided: Denoiser, plain: Denoiser, process: Process, *, sigma_min: float, sigma_max: float) -> Denoiser:
-    """`guided` where sigma_min < sigma <= sigma_max, else `plain`; sigma = sqrt(1/alpha_bar - 1) (Kynkäänniemi et al. 2024).
-
-    Both are evaluated: choosing only one would mean waiting for the device to read the step.
-    """
-    if not 0 <= sigma_min < sigma_max:
-        raise ValueError(
-            f"an interval of noise levels needs 0 <= sigma_min < sigma_max; got {sigma_min} and {sigma_max}"
-        )
-
-    def choose(x: Tensor, i: Tensor) -> Denoised:
-        sigma = process.at("sqrt_recipm1_alpha_bar", i, x)
-        inside = (sigma > sigma_min) & (sigma <= sigma_max)
-        yes, no = guided(x, i), plain(x, i)
-
-        def spread() -> Spread:
-            return Spread(*(torch.where(inside, *pair) for pair in zip(yes.both(), no.both())))
-
-        return Denoised(torch.where(inside, yes.x0, no.x0), spread)
-
-    return choose
+def check_together(names: Sequence[str]) -> None:
+    """ValueError unless all are names of `GUIDANCES` and no two of them exclude each other."""
+    chosen: dict[str, str] = {}
+    for name in names:
+        if name not in GUIDANCES:
+            raise ValueError(f"guidance {name!r} is not one of {', '.join(GUIDANCES)}")
+        group = GUIDANCES[name].excludes
+        if group and group in chosen:
+            others = ", ".join(other for other, kind in GUIDANCES.items() if kind.excludes == group)
+            raise ValueError(f"guidance {chosen[group]} and {name} exclude each other: give one of {others}")
+        chosen[group] = name

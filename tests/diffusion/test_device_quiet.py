@@ -41,9 +41,7 @@ def guided(process: Process, labels: Tensor) -> Denoiser:
     denoise = make_denoiser(lambda x, time, y: torch.cat([x * time.view(-1, 1, 1, 1), x], 1), process, {"y": labels})
     gradient = guidance.log_prob_gradient(lambda x, time: x.flatten(1)[:, :5] * time[:, None], labels)
     free = guidance.classifier_free(denoise, denoise, 2.0)
-    return guidance.interval(
-        guidance.classifier_mean(free, process, gradient), denoise, process, sigma_min=0.1, sigma_max=9.0
-    )
+    return guidance.classifier_mean(free, process, gradient)
 
 
 SAMPLERS = {

@@ -7,8 +7,8 @@ import torch
 from gaussian_data import exact_process, ideal, normal
 
 from guided_diffusion.diffusion import guidance, samplers
-from guided_diffusion.diffusion.denoiser import Denoised, Spread, make_denoiser
-from guided_diffusion.diffusion.process import add_noise, make_process, posterior_mean
+from guided_diffusion.diffusion.denoiser import Denoised, Spread, at_level, make_denoiser
+from guided_diffusion.diffusion.process import make_process, posterior_mean
 from guided_diffusion.diffusion.schedules import named_betas
 
 FULL = exact_process()
@@ -129,11 +129,24 @@ def test_interval() -> None:
     process = exact_process()
     one, two = (ideal(process, torch.full((1,), m, dtype=torch.float64), UNIT[1]) for m in (0.0, 1.0))
     sigma = process.sqrt_recipm1_alpha_bar
-    limited = guidance.interval(two, one, process, sigma_min=sigma[300].item(), sigma_max=sigma[600].item())
-    i = torch.tensor([300, 301, 600, 601])
-    x = add_noise(process, normal(4, 1), i, normal(4, 1, seed=1))
-    expected = torch.stack([one(x, i).x0[0], two(x, i).x0[1], two(x, i).x0[2], one(x, i).x0[3]])
-    out = limited(x, i)
-    assert torch.equal(out.x0, expected) and out.log_variance.shape == (4, 1)
-    with pytest.raises(ValueError, match="sigma_min"):
-        guidance.interval(two, one, process, sigma_min=2.0, sigma_max=1.0)
+    called = []
+
+    def counted(x: torch.Tensor, i: torch.Tensor) -> Denoised:
+        called.append(int(i[0]))
+        return one(x, i)
+
+    scale = guidance.interval(3.0, sigma[300].item(), sigma[600].item())
+    limited = guidance.classifier_free(two, counted, scale, process)
+    full = guidance.classifier_free(two, one, 3.0)
+    for step in (300, 301, 600, 601):
+        i = torch.full((4,), step)
+        x, inside = normal(4, 1), step in (301, 600)
+        out = at_level(limited, sigma[step].item())(x, i)
+        assert torch.equal(out.x0, (full if inside else two)(x, i).x0) and out.log_variance.shape == (4, 1)
+        assert torch.equal(limited(x, i).x0, out.x0)  # called as it is, it reads the level itself
+    assert called == [301, 301, 600, 600]
+    assert repr(guidance.interval(2.0, 0.5, 5.0)) == "Interval(value=2.0, low=0.5, high=5.0)"
+    with pytest.raises(ValueError, match="low < high"):
+        guidance.interval(2.0, 2.0, 1.0)
+    with pytest.raises(ValueError, match="give process="):
+        guidance.classifier_free(two, one, scale)
