@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .denoiser import ByLevel, Denoised, Denoiser, at_level, bounded, failures_kept
+from .denoiser import ByLevel, Denoised, Denoiser, Net, at_level, bounded, failures_kept
 from .process import Process
 
 # The strength of a guidance: a number, a tensor that broadcasts to x, or a function of the noise level sigma = sqrt(1/alpha_bar - 1),
@@ -178,8 +178,24 @@ def apg(
     return by_level(make, scale, 1.0, process, conditional, unconditional)
 
 
-# (x, i) -> (the prediction, the attention that each pixel of a layer's feature map receives [B, h, w]: mean over heads, sum over queries).
+# (x, i) -> (the prediction, the attention that each of T pixels receives [B, T]: mean over heads, sum over queries).
 Watched = Callable[[Tensor, Tensor], tuple[Denoised, Tensor]]
+
+
+def watching(make: Callable[[Net], Denoiser], net: Callable[..., tuple[Tensor, Tensor]]) -> Watched:
+    """A `Watched` from `net(x, time, **cond) -> (output, attention)` and from `make`, which reads a network as a denoiser."""
+
+    def predict(x: Tensor, i: Tensor) -> tuple[Denoised, Tensor]:
+        seen: list[Tensor] = []
+
+        def plain(*args: Any, **cond: Any) -> Tensor:
+            output, attention = net(*args, **cond)
+            seen.append(attention)
+            return output
+
+        return make(plain)(x, i), seen[0]
+
+    return predict
 
 
 def sag(
@@ -200,7 +216,10 @@ def sag(
     def make(scale: Any, denoise: Denoiser) -> Denoiser:
         def guided(x: Tensor, i: Tensor) -> Denoised:
             plain, attention = watched(x, i)
-            mask = F.interpolate((attention[:, None] > 1).to(x.dtype), x.shape[2:], mode="nearest")
+            height, width = x.shape[2:]
+            rows = round(math.sqrt(attention.shape[1] * height / width))
+            mask = (attention > 1).to(x.dtype).view(len(x), 1, rows, -1)
+            mask = F.interpolate(mask, (height, width), mode="nearest")
             clean = plain.x0.clamp(-1, 1)
             mixed = torch.lerp(clean, blurred(clean, blur, kernel), mask)
             # The eps that belongs to the prediction is kept: x moves by sqrt(alpha_bar) times what x0 moves by.

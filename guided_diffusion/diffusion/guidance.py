@@ -23,6 +23,7 @@ from .combining import (
     scale_at,
     scale_eps,
     threshold,
+    watching,
 )
 from .denoiser import Denoiser
 from .gradients import (
@@ -42,7 +43,7 @@ __all__ = [
     "GUIDANCES", "GradLogProb", "GradOfClean", "Guide", "Interval", "Kind", "Scale", "Watched", "apg", "chain", "check_scale",
     "check_together", "classifier", "classifier_free", "classifier_mean", "classifier_x0", "classifier_x0_mean", "clean_gradient",
     "clipped", "interval", "log_prob_gradient", "matched", "mean_shift", "pag", "rescaled", "sag", "scale_at", "scale_eps",
-    "score_shifted_eps", "threshold",
+    "score_shifted_eps", "threshold", "watching",
 ]  # fmt: skip
 
 # (process, source, scale, **options) -> guidance; see `Kind`.

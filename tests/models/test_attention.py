@@ -7,10 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_networks import images, times, unet
 from torch import Tensor, nn
 
 from guided_diffusion.models import attention as room
-from guided_diffusion.models.attention import QKVAttention, QKVAttentionLegacy, attention, plain_attention
+from guided_diffusion.models.attention import (
+    QKVAttention,
+    QKVAttentionLegacy,
+    attention,
+    attention_layers,
+    perturbed,
+    plain_attention,
+    watched,
+)
 from guided_diffusion.models.pools import AttentionPool2d
 from guided_diffusion.models.unet import AttentionBlock
 
@@ -97,3 +106,73 @@ def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
         AttentionBlock(64, num_heads=5)
     with pytest.raises(ValueError, match="4 heads"):
         QKVAttention(4)(torch.randn(1, 30, 2))
+
+
+LAYERS = ["input_blocks.3.1", "middle_block.1", "output_blocks.0.1", "output_blocks.1.1"]
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_perturbed_attention_gives_the_values_and_watched_attention_its_map(new_order: bool) -> None:
+    """Against attention written out: softmax(q k' / sqrt(D)) where it is kept, the identity where it is perturbed."""
+    net = unet(use_new_attention_order=new_order).double()
+    layers, x, t = LAYERS[1:3], images().double(), times().double()
+    maps: dict[str, Tensor] = {}
+
+    def written_out(name: str):
+        def forward(qkv: Tensor) -> Tensor:
+            heads = net.get_submodule(name).num_heads
+            shape = (len(qkv), 3, heads, -1, qkv.shape[-1]) if new_order else (len(qkv), heads, 3, -1, qkv.shape[-1])
+            q, k, v = qkv.reshape(shape).unbind(1 if new_order else 2)
+            weights = torch.softmax(torch.einsum("nhdq,nhdk->nhqk", q, k) / math.sqrt(q.shape[2]), -1)
+            maps[name] = weights.mean(1).sum(1)
+            if name in layers:
+                weights = torch.eye(qkv.shape[-1], dtype=qkv.dtype).expand_as(weights)
+            return torch.einsum("nhqk,nhdk->nhdq", weights, v).flatten(1, 2)
+
+        return forward
+
+    plain = net(x, t)
+    changed, seeing = perturbed(net, layers), watched(net, "middle_block.1")
+    found, (output, received) = changed(x, t), seeing(x, t)
+    assert torch.equal(net(x, t), plain) and torch.equal(output, plain)  # the network itself is as it was
+    for name in LAYERS:
+        net.get_submodule(name).attention.forward = written_out(name)
+    torch.testing.assert_close(found, net(x, t))
+    assert not torch.allclose(found, plain, atol=1e-3)
+    layers = []
+    net(x, t)
+    torch.testing.assert_close(received, maps["middle_block.1"].float())
+    torch.testing.assert_close(received.mean(1), torch.ones(2))
+    with torch.no_grad():
+        net.out[2].weight.zero_()
+    assert torch.equal(changed(x, t)[0, 0], net.out[2].bias[0].expand(8, 8))  # the weights are shared
+    assert list(changed.state_dict()) == list(net.state_dict())
+
+
+def test_layers_without_attention_are_refused_with_those_that_have_it() -> None:
+    assert attention_layers(unet()) == LAYERS
+    with pytest.raises(
+        ValueError, match=r"no attention in the layer input_blocks.1.1; .*middle_block.1, output_blocks.0.1"
+    ):
+        perturbed(unet(), ["middle_block.1", "input_blocks.1.1"])
+    with pytest.raises(ValueError, match="none named"):
+        perturbed(unet(), [])
+    with pytest.raises(ValueError, match="no layer of it has any"):
+        watched(nn.Linear(2, 2), "middle_block.1")
+
+
+def test_the_copies_follow_a_network_that_computes_in_less_precision() -> None:
+    net = unet()
+    net.set_compute_dtype(torch.bfloat16, store=True)
+    x, t = images(), times()
+    output, received = watched(net, "middle_block.1")(x, t)
+    assert torch.equal(output, net(x, t)) and received.dtype == torch.float32
+    assert perturbed(net, ["middle_block.1"])(x, t).isfinite().all()
+
+
+def test_watched_attention_is_part_of_one_graph() -> None:
+    seeing = watched(unet(channel_mult=(1,), attention_resolutions=()), "middle_block.1")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(seeing, backend="eager", fullgraph=True)(images(), times())
+        torch.testing.assert_close(found, seeing(images(), times()))
