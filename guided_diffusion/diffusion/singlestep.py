@@ -21,6 +21,8 @@ from .multistep import ancestral_levels, check_eta, from_limit
 from .process import Process, position_of
 from .updates import Noise, fresh_noise
 
+Restart = tuple[int, int, float, float]  # nodes, times, low, high
+
 
 def _levels(
     denoise: Denoiser, process: Process, x: Tensor, s: np.ndarray, positions: np.ndarray | None = None
@@ -80,7 +82,7 @@ def restart(
     process: Process,
     grid: Grid | None = None,
     *,
-    restart: str | Sequence[tuple[int, int, float, float]] = (),
+    restart: str | Sequence[Restart] = (),
     noise_scale: float = 1.0,
     rho: float = 7.0,
     noise: Noise = fresh_noise,
@@ -144,7 +146,7 @@ def _churned(process: Process, grid: Grid, churn: float, low: float, high: float
     return _Visits(s, grid.positions, raised, places, np.sqrt(np.maximum(raised**2 - s**2, 0)) * noise_scale)
 
 
-def parse_restart(text: str | Sequence[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:
+def parse_restart(text: str | Sequence[Restart]) -> list[Restart]:
     """(nodes, times, low, high) of each restart, from "n,K,low,high;..."; ValueError where that is not what it says."""
     entries = [entry.split(",") for entry in text.split(";") if entry.strip()] if isinstance(text, str) else text
     try:
@@ -159,43 +161,36 @@ def parse_restart(text: str | Sequence[tuple[int, int, float, float]]) -> list[t
     return parsed
 
 
-def _restarted(
-    process: Process, grid: Grid, restarts: Sequence[tuple[int, int, float, float]], noise_scale: float, rho: float
-) -> _Visits:
-    if not math.isfinite(noise_scale):
-        raise ValueError(f"noise_scale={noise_scale} must be finite")
+# A restart may miss the ends of the grid by this part: published levels have three digits.
+_NEAR = 0.05
+
+
+def _restarted(process: Process, grid: Grid, restarts: Sequence[Restart], noise_scale: float, rho: float) -> _Visits:
+    if not restarts or not math.isfinite(noise_scale):
+        raise ValueError(
+            f"restart={restarts} and noise_scale={noise_scale}: give one n,K,low,high at least, as in '3,2,0.3,2', and a finite number"
+        )
     main = np.exp(-grid.lam)
-    after: dict[int, list[tuple[int, int, float, float]]] = {}
-    for entry in restarts:
-        n, times, low, high = entry
-        if low < main[-1] * (1 - _NEAR) or high > main[0] * (1 + _NEAR):
+    after: dict[int, list[Restart]] = {}
+    for n, times, low, high in restarts:
+        k = int(np.abs(main - low).argmin())
+        if low < main[-1] * (1 - _NEAR) or high > main[0] * (1 + _NEAR) or high <= main[k]:
             raise ValueError(
-                f"restart {n},{times},{low:g},{high:g} leaves the grid, whose levels go from {main[0]:.5g} to {main[-1]:.3g}"
+                f"restart {n},{times},{low:g},{high:g} must lie within the grid, whose levels go from {main[0]:.5g} to {main[-1]:.3g}, "
+                "with a node between"
             )
-        after.setdefault(int(np.abs(main - low).argmin()), []).append(entry)
-    s: list[float] = []
-    raised: list[float] = []
-    fresh: list[float] = []
-
-    def visit(level: float, up: float | None = None, noise: float = 0.0) -> None:
-        s.append(level)
-        raised.append(level if up is None else up)
-        fresh.append(noise)
-
+        after.setdefault(k, []).append((n, times, low, high))
+    # (level, level it is raised to, fresh noise)
+    visits: list[tuple[float, float, float]] = []
     for k, level in enumerate(main.tolist()):
-        visit(level)
-        for n, times, low, high in after.get(k, ()):
-            down = np.linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho
+        visits.append((level, level, 0.0))
+        for n, times, _, high in after.get(k, ()):
+            down = np.linspace(high ** (1 / rho), level ** (1 / rho), n)[1:] ** rho
             for _ in range(times):
-                raised[-1], fresh[-1] = high, noise_scale * math.sqrt(high**2 - low**2)
-                for between in down[1:].tolist():
-                    visit(between)
-    levels, tops = np.array(s), np.array(raised)
-    places = position_of(process, -2 * np.log(levels))
-    return _Visits(levels, places, tops, position_of(process, -2 * np.log(tops)), np.array(fresh))
-
-
-_NEAR = 0.05  # a restart may miss the ends of the grid by rounding: published levels have three digits
+                visits[-1] = (visits[-1][0], high, noise_scale * math.sqrt(high**2 - level**2))
+                visits += [(between, between, 0.0) for between in down.tolist()]
+    s, raised, fresh = np.array(visits).T
+    return _Visits(s, position_of(process, -2 * np.log(s)), raised, position_of(process, -2 * np.log(raised)), fresh)
 
 
 @torch.no_grad()
