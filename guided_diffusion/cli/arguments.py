@@ -40,7 +40,8 @@ MEASURING = {
 TRAINING = {
     "data": "data_dir val_data_dir val_fraction labels new_classes random_crop random_flip on_error noised",
     "optimization": "lr weight_decay lr_anneal_steps anneal_lr warmup_steps iterations max_steps batch_size global_batch_size grad_clip "
-    "ema_rate dropout schedule_sampler min_snr_gamma loss_weight class_dropout use_kl rescale_learned_sigmas seed fp16_scale_growth",
+    "ema_rate ema_sigma_rel dropout class_dropout schedule_sampler min_snr_gamma loss_weight use_kl rescale_learned_sigmas seed "
+    "fp16_scale_growth",
     "speed and memory": "microbatch recompute memory_limit_gb use_checkpoint device precision "
     "use_fp16 classifier_use_fp16 compile tf32 workers shard_optimizer shard_ema compress_gradients static_graph timeout_s",
     "files and log": "out resume_checkpoint resume_from weights config save_interval keep_last keep_every log_interval eval_interval "

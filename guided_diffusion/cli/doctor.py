@@ -168,7 +168,7 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     shrink = options.microbatch == 0 and (on_gpu or auto)
     state = checks.state_bytes(
         sum(p.numel() for p in net.parameters()),
-        averages=len(options.ema_rates),
+        averages=len(options.ema_rates) + len(options.ema_sigma_rels),
         processes=world.size,
         shard_optimizer=options.shard_optimizer,
         shard_ema=options.shard_ema,

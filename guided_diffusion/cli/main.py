@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "data": ("data:main", {}, "look at a folder of images, or pack it"),
     "inspect": ("weight_files:inspect", {}, "what a file of weights is"),
     "convert": ("weight_files:convert", {}, "weights to and from safetensors and diffusers; measures the difference"),
+    "ema": ("weight_files:ema", {}, "averages of weights of any length, after training"),
     "features": ("weight_files:features", {}, "what a classifier sees in images, as an npz that can be scored"),
     "zoo": ("weight_files:zoo", {}, "the models released in 2021: list, show, get"),
     "reproduce": ("reproduce:main", {}, "a published figure, from released weights to the score"),

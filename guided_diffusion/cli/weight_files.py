@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import WEIGHTS, WEIGHTS_HELP
+from ..config import WEIGHTS, WEIGHTS_HELP, relative_lengths
 from ..runtime import storage
 from ..weights.released import PRESETS, Preset, fetch, get
 from . import runs
@@ -105,6 +105,28 @@ def convert(argv: Sequence[str], program: str) -> int:
         args.source, args.target, form, noise_schedule=args.noise_schedule, weights=args.weights
     )
     print(f"{args.source} -> {args.target} ({form}); largest output difference on the same input: {difference:.3g}")
+    return 0
+
+
+def ema(argv: Sequence[str], program: str) -> int:
+    """Make averages of a run's weights, of any length, from the snapshots that training with --ema_sigma_rel kept."""
+    parser = Parser(program, ema.__doc__)
+    parser.flag("run", "", "run folder", required=True)
+    parser.flag("sigma_rel", "", "lengths as shares of the training, such as 0.05,0.10,0.15", required=True)
+    parser.flag("step", 0, "the step at which they end; 0 = the newest with snapshots")
+    parser.flag("out", "", "folder for the files of weights; empty = ema in the run folder")
+    args = parser.parse_args(argv)
+    lengths = relative_lengths(args.sigma_rel, "sigma_rel")
+
+    from ..runtime.log import setup_messages
+    from ..weights.averaging import reconstruct
+
+    setup_messages()
+    folder = storage.expand(args.run)
+    for path, error in reconstruct(
+        folder, lengths, storage.expand(args.out) or storage.join(folder, "ema"), step=args.step
+    ):
+        print(f"{path}: profile within {error:.2%}")
     return 0
 
 

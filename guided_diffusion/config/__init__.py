@@ -30,3 +30,4 @@ from .runs import SampleConfig as SampleConfig
 from .runs import TrainConfig as TrainConfig
 from .runs import changed as changed
 from .runs import laid_over as laid_over
+from .runs import relative_lengths as relative_lengths

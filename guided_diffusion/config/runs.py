@@ -85,6 +85,15 @@ class DataConfig(Section):
     on_error: str = flag("raise", "what an unreadable image does", choices=("raise", "skip"))
 
 
+def relative_lengths(text: str, flag: str) -> tuple[float, ...]:
+    """ "0.05,0.1" -> (0.05, 0.1): lengths of averages as shares of the training. ValueError names the flag."""
+    lengths = tuple(float(length) for length in numbers(text, flag))
+    # The longest average, of all weights alike, has 1 / sqrt(12).
+    if any(not 0 < length < 12**-0.5 for length in lengths) or len(set(lengths)) < len(lengths):
+        raise ValueError(f"--{flag} is {text!r}; it must be different numbers between 0 and 0.288, such as 0.05,0.1")
+    return lengths
+
+
 @dataclass(frozen=True)
 class TrainConfig(Section):
     """How a denoising network is trained."""
@@ -110,6 +119,9 @@ class TrainConfig(Section):
         0.0, "GB (2^30 bytes) for --recompute auto: of a GPU, or of this whole process; 0 = what is free", low=0.0
     )
     ema_rate: str = flag("0.9999", "decays of the EMA weights, separated by commas")
+    ema_sigma_rel: str = flag(
+        "", "also keep averages over these shares of the training, from which the command ema makes any other: 0.05,0.1"
+    )
     log_interval: int = flag(10, "steps between two lines of the log", low=1)
     save_interval: int = flag(10000, "steps between two checkpoints", low=1)
     resume_checkpoint: str = flag(
@@ -163,12 +175,16 @@ class TrainConfig(Section):
         return rates
 
     @property
+    def ema_sigma_rels(self) -> tuple[float, ...]:
+        return relative_lengths(self.ema_sigma_rel, "ema_sigma_rel")
+
+    @property
     def last_step(self) -> int:
         """The number of updates after which training ends: by --max_steps, or with a learning rate of 0; 0 = never."""
         return min(filter(None, (self.max_steps, self.lr_anneal_steps)), default=0)
 
     def _check(self) -> None:
-        _ = self.ema_rates
+        _ = self.ema_rates, self.ema_sigma_rels
         if self.memory_limit_gb and self.recompute != "auto":
             raise ValueError(
                 f"--memory_limit_gb {self.memory_limit_gb:g} is kept by --recompute auto only, and --recompute is {self.recompute!r}; "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.world import World
+from ..weights.power_ema import decay_at, gamma_of
 
 
 @torch.no_grad()
@@ -22,12 +23,14 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
 class EMA:
     """Averaged copies of a network's parameters; its buffers are not averaged.
 
-    An average of decay 0.9999 spans about `1 / (1 - decay)` = 10,000 updates. Each of the `decays` costs one float32 model
-    of memory on every process. With `world` each copy is sharded: a rank keeps the averages of its share of the parameters,
-    and they are gathered on rank 0 to be saved or drawn from.
+    An average of decay 0.9999 spans about `1 / (1 - decay)` = 10,000 updates; one of `sigma_rels` has a width of that share of
+    all updates so far (`weights.power_ema`). Each costs one float32 model of memory on every process. With `world` each copy is
+    sharded: a rank keeps the averages of its share of the parameters, and they are gathered on rank 0 to be saved or drawn from.
     """
 
-    def __init__(self, net: nn.Module, decays: Sequence[float], *, world: World | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, decays: Sequence[float], sigma_rels: Sequence[float] = (), *, world: World | None = None
+    ) -> None:
         for decay in decays:
             if not 0.0 <= decay < 1.0:
                 raise ValueError(f"the EMA decay {decay} is not in [0, 1); usual ones are 0.999 to 0.99995")
@@ -38,13 +41,19 @@ class EMA:
         self._params = [(name, p) for name, p in net.named_parameters()]
         self._owners = _owners_of([p.numel() for _, p in self._params], self._world.size)
         self._mine = [k for k, owner in enumerate(self._owners) if owner == self._world.rank]
-        self.copies: dict[str, list[Tensor]] = {str(decay): [] for decay in decays}
-        """This process's averages by decay: of all parameters in order or, when sharded, of its share of them."""
+        self._gammas = {f"rel{sigma_rel}": gamma_of(sigma_rel) for sigma_rel in sigma_rels}
+        self.copies: dict[str, list[Tensor]] = {name: [] for name in (*map(str, decays), *self._gammas)}
+        """This process's averages by name: of all parameters in order or, when sharded, of its share of them."""
         self.reset()
 
     @property
     def decays(self) -> tuple[str, ...]:
         """The decays as written in file names: `("0.9999",)`."""
+        return tuple(name for name in self.copies if name not in self._gammas)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All averages as written in file names: `("0.9999", "rel0.05")`."""
         return tuple(self.copies)
 
     def reset(self) -> None:
@@ -52,11 +61,14 @@ class EMA:
         for decay in self.copies:
             self.copies[decay] = [self._params[k][1].detach().clone() for k in self._mine]
 
-    def update(self) -> None:
-        """One step of every average. Called once per training step, also when the optimizer step was skipped."""
+    def update(self, step: int = 1) -> None:
+        """One step of every average, after update `step`, counted from 1: averages of `sigma_rels` depend on it.
+
+        Called once per training step, also when the optimizer step was skipped.
+        """
         sources = [self._params[k][1].detach() for k in self._mine]
-        for decay, targets in self.copies.items():
-            update_ema(targets, sources, float(decay))
+        for name, targets in self.copies.items():
+            update_ema(targets, sources, decay_at(self._gammas[name], step) if name in self._gammas else float(name))
 
     def state_dict_of(self, decay: str) -> dict[str, Tensor]:
         """State dict of averaged parameters and the network's buffers, in the network's order; tensors are not copied.

@@ -38,7 +38,7 @@ class Checkpoints:
     """The saves of one run in one folder. Make it on every process; only the main one touches files.
 
     `keep_last`: how many of the newest saves to keep, 0 = all. Saves at multiples of `keep_every` steps and the save
-    `last_good` are always kept.
+    `last_good` are always kept, and so are snapshots of averages (`weights.power_ema`).
     The state is copied to main memory and written from there by a thread, so one more copy must fit; not so the last state.
     """
 
@@ -273,11 +273,12 @@ def _load(saved: SavedRun, net: nn.Module, ema: EMA, optimizer: Optimizer, param
     load_weights_into(net, read(saved.model), saved.model)
     lines = [f"resuming from {saved.directory} at step {saved.step}", f"weights: {saved.model}"]
     ema.reset()
-    for decay in ema.decays:
-        if decay in saved.ema:
-            ema.load_state_dict_of(decay, read(saved.ema[decay]))
-        lines.append(f"EMA {decay}: {saved.ema.get(decay, 'not saved, starts from the weights')}")
-    lines += [f"EMA {decay}: saved, but not kept by this run" for decay in saved.ema if decay not in ema.decays]
+    averages = {**saved.ema, **saved.power_ema}
+    for name in ema.names:
+        if name in averages:
+            ema.load_state_dict_of(name, read(averages[name]))
+        lines.append(f"EMA {name}: {averages.get(name, 'not saved, starts from the weights')}")
+    lines += [f"EMA {name}: saved, but not kept by this run" for name in averages if name not in ema.names]
     if saved.optimizer is not None:
         load_state(optimizer, load_object(saved.optimizer), params)
     return [*lines, f"optimizer: {saved.optimizer or 'not saved, starts afresh'}"]

@@ -57,6 +57,7 @@ class Trainer:
         shard_optimizer: bool = False,
         shard_ema: bool = False,
         ema_rates: Sequence[float] = (0.9999,),
+        ema_sigma_rels: Sequence[float] = (),
         precision: str = "fp32",
         fp16_scale_growth: float = 1e-3,
         batch_size: int | None = None,
@@ -105,7 +106,7 @@ class Trainer:
         else:
             shard = shard_optimizer and several
             self.optimizer = optimizer.make_adamw(self.params, lr=lr, weight_decay=weight_decay, shard=shard)
-        self.ema = EMA(unwrapped(net), ema_rates, world=self.world if shard_ema else None)
+        self.ema = EMA(unwrapped(net), ema_rates, ema_sigma_rels, world=self.world if shard_ema else None)
         self.lr, self.lr_anneal_steps, self.lr_warmup_steps = lr, lr_anneal_steps, lr_warmup_steps
         self.batch_size, self.microbatch = batch_size, microbatch
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
@@ -166,7 +167,7 @@ class Trainer:
                 all_losses.append(losses)
         loss = torch.cat([losses.loss.detach() for losses in all_losses]).float().mean()
         grad_norm, bad = self._update(loss)
-        self.ema.update()
+        self.ema.update(self.steps_done + 1)
         self._update_schedule_sampler(positions, all_losses)
         self._interval.count_step(grad_norm, bad)
         self.steps_done += 1
@@ -346,7 +347,7 @@ class Trainer:
         """Everything a resumed run needs, by name. Tensors are not copied. A collective: call it on all processes."""
         return {
             "net": unwrapped(self.net).state_dict(),
-            "ema": {decay: self.ema.state_dict_of(decay) for decay in self.ema.decays},
+            "ema": {name: self.ema.state_dict_of(name) for name in self.ema.names},
             "optimizer": optimizer.full_state_dict(self.optimizer, self.world.is_main),
             "precision": self.precision.state_dict(),
             "feedback": None if self.schedule_sampler is None else self.schedule_sampler.state_dict(),
@@ -360,8 +361,8 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a result of `state_dict`."""
         load_weights_into(unwrapped(self.net), state["net"])
-        for decay in self.ema.decays:
-            self.ema.load_state_dict_of(decay, state["ema"][decay])
+        for name in self.ema.names:
+            self.ema.load_state_dict_of(name, state["ema"][name])
         optimizer.load_state(self.optimizer, state["optimizer"], self.params)
         self._load_counters(state)
 

@@ -64,7 +64,7 @@ def find(path: str, *, weights: str = "") -> Found:
 
 def _newest_in_run(folder: str, weights: str) -> tuple[str, int]:
     """(file of weights, step) of the newest save in a run folder."""
-    saved = find_latest(folder, unread=("opt",))
+    saved = find_latest(folder, unread=("opt", "ema_rel"))
     if saved is None or saved.model is None:
         raise ValueError(f"{folder} holds no save of a run; give a folder that training wrote, or a .pt file")
     decay = None if weights == "model" else max(saved.ema, key=float, default=None)

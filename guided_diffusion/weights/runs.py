@@ -4,6 +4,7 @@ A save at step 10000 ("step" = updates completed) is, in this order of writing,
 
     ema_0.9999_010000.pt   opt010000.pt   model010000.pt   run010000.json
 
+and, with --ema_sigma_rel 0.05, ema_rel0.05_010000.pt, a snapshot of an average for `averaging`,
 each written under a temporary name and renamed when complete. The JSON comes last: a save without it was interrupted. It holds
 the configuration, the counters, and size and SHA-256 of the other files. The `.pt` files are what 2021 code writes and
 reads: plain state dicts, float32.
@@ -49,6 +50,12 @@ def parse_name(path: str) -> tuple[str, int] | None:
     return match[1] or f"ema_{match[2]}", int(match[3])
 
 
+def power_name(role: str) -> str:
+    """The name "rel0.05" of the average in a file of the role "ema_rel0.05", which `averaging` reads; "" for any other role."""
+    name = role.removeprefix("ema_")
+    return name if role.startswith("ema_rel") and _is_decay(name.removeprefix("rel")) else ""
+
+
 @dataclass(frozen=True)
 class SavedRun:
     """One save of a run on disk: the paths of its large files, and the content of its JSON file."""
@@ -66,6 +73,8 @@ class SavedRun:
     """Counters, loss scale and the like; None or empty for saves of 2021 and of `load.save`, which have none."""
     started_from: str = ""
     """What --resume_checkpoint was when the run began: empty, none, or another run's file. A record: no later start reads that file."""
+    power_ema: dict[str, str] = field(default_factory=dict)
+    """Snapshots of averages: names like "rel0.05" to paths."""
 
     @property
     def is_unet(self) -> bool:
@@ -81,7 +90,7 @@ def save_run(
     directory: str,
     *,
     step: int,
-    model: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | None,
     ema: Mapping[str, Mapping[str, Tensor]] | None = None,
     optimizer: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -93,12 +102,13 @@ def save_run(
     """Write one save and return the path of its JSON file. Call it on one process only. Raises OSError if it cannot write.
 
     Tensors of a GPU are copied to main memory; others are written from where they lie.
-    `ema` maps decays, spelled as in the file name, to state dicts. `state` may hold numbers, strings, lists, dicts,
-    tensors and arrays; all are restored exactly.
+    `ema` maps decays and names like "rel0.05", spelled as in the file name, to state dicts. Without `model` no run can continue from it.
+    `state` may hold numbers, strings, lists, dicts, tensors and arrays; all are restored exactly.
     """
     storage.makedirs(directory)
     ema_parts = {f"ema_{rate}": weights for rate, weights in (ema or {}).items()}
-    parts = {**ema_parts, **({} if optimizer is None else {"opt": optimizer}), "model": model}
+    others = {"opt": optimizer, "model": model}
+    parts = {**ema_parts, **{role: part for role, part in others.items() if part is not None}}
     checksums = {}  # of the files that are complete; the JSON with all of them comes last
     copies = (begun(map_tensors, dict(content), on_host) for content in parts.values())
     coming = next(copies)
@@ -151,6 +161,7 @@ def read_run_json(path: str) -> dict[str, Any] | None:
 def remove_save(path: str) -> None:
     """Delete the JSON file `path` of a save and the files that it lists: first the JSON, so that a half-deleted save never looks whole.
 
+    Snapshots of averages (`power_name`) stay, as later reconstructions need them.
     If the JSON is damaged nothing is deleted, since the files of the save are unknown.
     """
     try:
@@ -160,7 +171,7 @@ def remove_save(path: str) -> None:
         return
     storage.remove(path)
     for name in names:
-        if parse_name(name) is not None:
+        if (parsed := parse_name(name)) is not None and not power_name(parsed[0]):
             storage.remove(storage.join(os.path.dirname(path), name))
 
 
@@ -180,7 +191,8 @@ def last_before_bad_steps(directory: str, step: int) -> int | None:
 def find_latest(directory: str, *, unread: Collection[str] = ()) -> SavedRun | None:
     """The newest complete save in a folder, or None. Damaged and interrupted saves are skipped; the log says why.
 
-    `unread`: roles ("opt") of files that the caller will not read; of these only the size is checked, as hashing takes seconds.
+    `unread`: how the roles begin ("opt", "ema_rel") of files that the caller will not read; of these only the size is checked, as
+    hashing takes seconds.
     Folders written by 2021 code have no JSON; there it is the newest `model*.pt` that can be read.
     """
     saves = saves_in(directory)
@@ -235,7 +247,7 @@ def _open_complete(directory: str, step: int, unread: Collection[str] = ()) -> S
         if storage.size(path) != (noted := run["files"][name]["bytes"]):
             raise ValueError(f"{path} has {storage.size(path)} bytes instead of {noted}")
     files = {(parse_name(name) or (name,))[0]: path for name, path in paths.items()}
-    hashed = [name for name, path in paths.items() if path not in {files.get(role) for role in unread}]
+    hashed = [name for name in paths if not name.startswith(tuple(unread))]
     with ThreadPoolExecutor(4) as threads:  # gigabytes take seconds
         for name, found in zip(hashed, threads.map(storage.sha256_of, [paths[name] for name in hashed])):
             if found != run["files"][name]["sha256"]:
@@ -260,7 +272,8 @@ def _saved_run(directory: str, step: int, files: Mapping[str, str], **about: Any
     """The `SavedRun` of these files, {role: path}; `about`: its other fields, which saves of 2021 lack."""
     decays = {role.removeprefix("ema_"): path for role, path in files.items() if role.startswith("ema_")}
     ema = {decay: path for decay, path in decays.items() if _is_decay(decay)}  # ema_mine_000010.pt is not of training
-    return SavedRun(directory, step, files.get("model"), ema, files.get("opt"), **about)
+    power_ema = {name: path for role, path in files.items() if (name := power_name(role))}
+    return SavedRun(directory, step, files.get("model"), ema, files.get("opt"), power_ema=power_ema, **about)
 
 
 def _is_decay(text: str) -> bool:

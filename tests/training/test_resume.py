@@ -35,6 +35,10 @@ def test_resume_is_exact_with_microbatches_and_float16(tmp_path):
     run_twice(tmp_path, microbatch=3, precision="fp16", max_grad_norm=0.5)
 
 
+def test_resume_is_exact_for_averages_that_depend_on_the_step(tmp_path):
+    run_twice(tmp_path, ema_rates=(0.9,), ema_sigma_rels=(0.05, 0.1))
+
+
 def test_resume_through_memory():
     whole, first, second = make(), make(), make()
     whole.run(6)

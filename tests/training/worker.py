@@ -68,14 +68,15 @@ def proofs(folder, world):
 
     # Divided averages are those of undivided ones, bit for bit, also after a resume.
     owners = [
-        trainer_of(folder / name, world, shard_ema=shard) for name, shard in (("undivided", False), ("divided", True))
+        trainer_of(folder / name, world, shard_ema=shard, ema_sigma_rels=(0.1,))
+        for name, shard in (("undivided", False), ("divided", True))
     ]
     for trainer in owners:
         trainer.run(4)
-    resumed = trainer_of(folder / "divided2", world, shard_ema=True)
+    resumed = trainer_of(folder / "divided2", world, shard_ema=True, ema_sigma_rels=(0.1,))
     resumed.restore(resumed.checkpoints.find(str(folder / "divided")))
     held = 0
-    for rate in owners[0].ema.decays:
+    for rate in owners[0].ema.names:
         undivided, divided, loaded = (trainer.ema.state_dict_of(rate) for trainer in (*owners, resumed))
         if world.is_main:
             assert all(torch.equal(undivided[k], divided[k]) and torch.equal(divided[k], loaded[k]) for k in undivided)
