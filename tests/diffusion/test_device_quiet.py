@@ -51,6 +51,11 @@ SAMPLERS = {
     "ddim_invert": samplers.ddim_invert,
     "plms": samplers.plms,
     "dpm_solver": lambda *a: samplers.dpm_solver(*a, num_steps=5),
+    "unipc": samplers.unipc,
+    "sa": samplers.sa,
+    "dpm2": samplers.dpm2,
+    "dpm_solver_s": samplers.dpm_solver_s,
+    "dpm_sde": samplers.dpm_sde,
     "heun": lambda *a: samplers.heun(*a, num_steps=5, churn=4),
 }
 
