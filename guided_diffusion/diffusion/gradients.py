@@ -36,8 +36,8 @@ def log_prob_gradient(net: Net, labels: Tensor, entropy: bool = False, cap: floa
         found, log_probs = _gradient_of(total, x, time, labels)
         if not entropy:
             return found
-        amount = -(log_probs.exp() * log_probs).sum(dim=-1)
-        factor = (math.log(log_probs.shape[-1]) / amount).clamp(max=cap)
+        most, amount = math.log(log_probs.shape[-1]), -(log_probs.exp() * log_probs).sum(dim=-1)
+        factor = most / amount.clamp(min=most / cap)
         return found * factor.to(found.dtype).view(-1, *(1,) * (found.ndim - 1))
 
     return gradient

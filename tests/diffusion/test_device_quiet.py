@@ -69,6 +69,29 @@ def test_no_step_waits_for_the_device(name: str) -> None:
         assert len(list(steps)) >= 4
 
 
+@pytest.mark.parametrize("name", guidance.GUIDANCES)
+def test_no_guidance_waits_for_the_device(name: str) -> None:
+    process, x = short_process(), torch.empty(2, 3, 8, 8, device="meta")
+    kind, i, scale = (
+        guidance.GUIDANCES[name],
+        torch.empty(2, device="meta", dtype=torch.long),
+        torch.empty((), device="meta"),
+    )
+    denoise = make_denoiser(lambda x, time: x, process, variance="fixed_small", clip=False)
+    weak = guidance.matched(denoise, process, process)
+    sources = {
+        "classifier": lambda x, time: x,
+        "clean": lambda x0: x0,
+        "weak": weak,
+        "watched": lambda x, i: (denoise(x, i), torch.empty(2, 16, device="meta")),
+    }
+    for make in filter(None, (kind.make, kind.mean)):
+        strength = kind.scale if kind.neutral is None else scale
+        guided = make(process, sources.get(kind.needs), strength, **kind.options)(denoise)
+        with Quiet():
+            assert guided(x, i).x0.shape == x.shape
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_one_small_copy_before_the_first_step(name: str) -> None:
     process, x = short_process(), torch.empty(2, 3, 4, 4, device="meta")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models.network_recipe import fill
 
-from guided_diffusion.diffusion import guidance
-from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread
+from guided_diffusion.diffusion import guidance, samplers
+from guided_diffusion.diffusion.denoiser import Denoised, Denoiser, Spread, make_denoiser
+from guided_diffusion.diffusion.grids import Grid
+from guided_diffusion.diffusion.process import make_process
+from guided_diffusion.diffusion.schedules import named_betas
+from guided_diffusion.models.unet import EncoderUNetModel, UNetModel
 
 FOLDER = Path(__file__).parent.parent / "golden" / "samplers"
 FIGURES: dict[str, Any] = json.loads((FOLDER / "samplers.json").read_text())
@@ -48,3 +55,41 @@ def test_predictions_are_combined_as_recorded(name: str) -> None:
             found = torch.from_numpy(unconditional) + w * difference
     tolerance = case["tolerance"] * max(1.0, float(np.abs(ARRAYS[name]).max()))
     np.testing.assert_allclose(found.numpy(), ARRAYS[name], rtol=0, atol=tolerance)
+
+
+NETS = FIGURES["net"]
+
+
+@lru_cache(maxsize=3)
+def network(kind: str) -> torch.nn.Module:
+    make = EncoderUNetModel if kind == "classifier" else UNetModel
+    classes = {"num_classes": 1000} if kind == "conditional" else {}
+    return fill(make(**NETS["classifier" if kind == "classifier" else "unet"], **classes)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FIGURES["cases"] if re.match(r"net/euler\|linear/respaced/8\|(classifier3|cfg2)\|", name)]
+)
+def test_guided_networks_sample_as_recorded(name: str) -> None:
+    """`clip` before: each prediction, which is then guided; after: the guided prediction, once."""
+    case = FIGURES["cases"][name]
+    recorded = FIGURES["grids"][case["grid"]]
+    grid = Grid(np.array(recorded["i"]), np.array(recorded["lam"]))
+    process = make_process(named_betas(case["grid"].split("/")[0], 1000))
+    y, before = torch.tensor(NETS["y"]), case["clip"] == "before"
+
+    def reading(kind: str) -> Denoiser:
+        cond = {"y": y} if kind == "conditional" else {}
+        return make_denoiser(network(kind), process, cond, predicts=case["predicts"], clip=before)
+
+    denoise, scale = reading("conditional"), case["guidance"]["scale"]
+    if case["guidance"]["kind"] == "cfg":
+        denoise = guidance.classifier_free(denoise, reading("unconditional"), scale)
+    else:
+        denoise = guidance.classifier(denoise, process, guidance.log_prob_gradient(network("classifier"), y), scale)
+    if not before:
+        denoise = guidance.clipped(denoise)
+    x = torch.from_numpy(np.random.RandomState(NETS["x_seed"]).standard_normal(NETS["shape"]).astype(np.float32))
+    found = samplers.last(samplers.euler(denoise, x, process, grid))
+    tolerance = case["tolerance"] * max(1.0, case["max"])
+    np.testing.assert_allclose(found[..., ::2, ::2].numpy(), ARRAYS[name], rtol=0, atol=tolerance)
