@@ -51,6 +51,26 @@ def own(process: Process, *, sigma_max: float | None = None) -> Grid:
     return Grid(steps[::-1].copy(), lam[::-1].copy())
 
 
+def from_limit(process: Process) -> Grid:
+    """Every step of the process up to SIGMA_MAX: where samplers other than `ancestral` and `ddim` start unless given a grid."""
+    return own(process, sigma_max=SIGMA_MAX)
+
+
+def from_step(process: Process, start: int | None) -> Grid:
+    """Every step of the process from `start` on, the last by default."""
+    first = len(process) - 1 if start is None else start
+    if not 0 <= first < len(process):
+        raise ValueError(f"start={start} is not a step of this process; it has steps 0..{len(process) - 1}")
+    whole = own(process)
+    return Grid(whole.positions[-first - 1 :], whole.lam[-first - 1 :])
+
+
+def alpha_bar_of(process: Process, grid: Grid) -> np.ndarray:
+    """alpha_bar of the nodes, at whole steps exactly that of the process."""
+    table, whole = tables_of(process.betas)["alpha_bar"], grid.positions == grid.positions.round()
+    return np.where(whole, table[grid.positions.astype(int)], grid.alpha**2)
+
+
 def respaced(process: Process, steps: int, *, sigma_max: float | None = SIGMA_MAX, sigma_min: float = 0.0) -> Grid:
     """Whole steps, evenly from the first to the last, as --timestep_respacing "25" chooses them."""
     return _whole(process, str(check_steps(steps)), sigma_max, sigma_min)

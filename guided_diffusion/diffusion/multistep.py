@@ -7,7 +7,8 @@ the one before one more. On evenly respaced steps the last move spans more than 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import grids, rules
 from .chain import Step, final, on_device
 from .denoiser import Denoiser, at_level
-from .grids import SIGMA_MAX, Grid
+from .grids import Grid, alpha_bar_of, from_limit, from_step
 from .process import Process, tables_of
 from .rules import Row
 from .updates import Noise, adams_bashforth_weights, ddim_sigma, ddim_weights, fresh_noise
@@ -154,10 +155,8 @@ def dpm_solver(
     check_choice("form", form, get_args(Form))
     moves = rules.data_moves(grid) if form == "data" else rules.noise_moves(grid)
 
-    def predict(n: int) -> np.ndarray:
-        at = rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order))
-        return moves[n].factor * rules.dpm_weights(at, moves[n].exponent, solver == "taylor", exact)
-
+    rule = partial(rules.dpm_weights, taylor=solver == "taylor", third_exact=exact)
+    predict = _predictor(grid, moves, order, final_order, rule)
     rows = rules.merged(moves, predict)
     yield from _run(denoise, x, process, grid, rows if form == "data" else rules.of_noise(rows, grid), form=form)
 
@@ -183,10 +182,8 @@ def sde_dpm_solver(
     check_choice("solver", solver, ("midpoint", "taylor"))
     moves = rules.data_moves(grid, eta)
 
-    def predict(n: int) -> np.ndarray:
-        at = rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order))
-        return moves[n].factor * rules.dpm_weights(at, moves[n].exponent, solver == "taylor", exact)
-
+    rule = partial(rules.dpm_weights, taylor=solver == "taylor", third_exact=exact)
+    predict = _predictor(grid, moves, order, final_order, rule)
     yield from _run(denoise, x, process, grid, rules.merged(moves, predict), noise=noise)
 
 
@@ -212,9 +209,7 @@ def unipc(
     check_choice("form", form, get_args(Form))
     moves, bh1 = rules.data_moves(grid) if form == "data" else rules.noise_moves(grid), variant == "bh1"
 
-    def predict(n: int) -> np.ndarray:
-        at = rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order))
-        return moves[n].factor * rules.unipc_predictor(at, moves[n].exponent, bh1)
+    predict = _predictor(grid, moves, order, final_order, partial(rules.unipc_predictor, bh1=bh1))
 
     def correct(n: int) -> np.ndarray:
         at = rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order) + 1, new=True)
@@ -251,16 +246,11 @@ def sa(
         raise ValueError(f"corrector={corrector} must be a whole number of points from 0 to 5")
     moves = rules.data_moves(grid, tau**2)
 
-    def weights(n: int, at: np.ndarray) -> np.ndarray:
+    def correct(n: int) -> np.ndarray:
+        at = rules.points(n, grid.lam, min(corrected, n + 2, len(grid) - 1 - n + final_order), new=True)
         return moves[n].factor * rules.exact(at, moves[n].exponent)
 
-    def predict(n: int) -> np.ndarray:
-        return weights(n, rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order)))
-
-    def correct(n: int) -> np.ndarray:
-        count = min(corrected, n + 2, len(grid) - 1 - n + final_order)
-        return weights(n, rules.points(n, grid.lam, count, new=True))
-
+    predict = _predictor(grid, moves, order, final_order, rules.exact)
     rows = rules.merged(moves, predict, correct if corrected else None)
     yield from _run(denoise, x, process, grid, rows, noise=noise)
 
@@ -273,11 +263,8 @@ def deis(
     check_order(order, grid, 3, final_order)
     moves = rules.noise_moves(grid)
 
-    def predict(n: int) -> np.ndarray:
-        at = rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order))
-        return moves[n].factor * rules.exact(at, moves[n].exponent)
-
-    yield from _run(denoise, x, process, grid, rules.of_noise(rules.merged(moves, predict), grid), form="noise")
+    rows = rules.of_noise(rules.merged(moves, _predictor(grid, moves, order, final_order, rules.exact)), grid)
+    yield from _run(denoise, x, process, grid, rows, form="noise")
 
 
 def adams(
@@ -324,6 +311,22 @@ def plms(
     yield from _along_sigma(denoise, x, process, grid, _even(grid, order, final_order), ahead=order > 1)
 
 
+def _predictor(
+    grid: Grid,
+    moves: Sequence[rules.Move],
+    order: int,
+    final_order: int,
+    rule: Callable[[np.ndarray, float], np.ndarray],
+) -> rules.Weights:
+    """The weights of `rule(nodes, exponent)` for every move, of as many nodes as its order allows."""
+
+    def weights(n: int) -> np.ndarray:
+        at = rules.points(n, grid.lam, rules.order_of(n, grid, order, final_order))
+        return moves[n].factor * rule(at, moves[n].exponent)
+
+    return weights
+
+
 def _even(grid: Grid, order: int, final_order: int) -> rules.Weights:
     """Means over a move with the weights of even steps."""
     return lambda n: np.array(adams_bashforth_weights(rules.order_of(n, grid, order, final_order)))
@@ -338,26 +341,6 @@ def _along_sigma(
     rows = rules.of_noise(rules.merged(moves, lambda n: width[n] * mean(n)), grid)
     half = (float(width[0] / 2 / grid.sigma[1]), float(-width[0] / 2 / grid.sigma[0])) if ahead and rows else None
     yield from _run(denoise, x, process, grid, rows, form="noise", ahead=half)
-
-
-def from_limit(process: Process) -> Grid:
-    """Every step of the process up to SIGMA_MAX: where samplers other than `ancestral` and `ddim` start unless given a grid."""
-    return grids.own(process, sigma_max=SIGMA_MAX)
-
-
-def from_step(process: Process, start: int | None) -> Grid:
-    """Every step of the process from `start` on, the last by default."""
-    first = len(process) - 1 if start is None else start
-    if not 0 <= first < len(process):
-        raise ValueError(f"start={start} is not a step of this process; it has steps 0..{len(process) - 1}")
-    whole = grids.own(process)
-    return Grid(whole.positions[-first - 1 :], whole.lam[-first - 1 :])
-
-
-def alpha_bar_of(process: Process, grid: Grid) -> np.ndarray:
-    """alpha_bar of the nodes, at whole steps exactly that of the process."""
-    table, whole = tables_of(process.betas)["alpha_bar"], grid.positions == grid.positions.round()
-    return np.where(whole, table[grid.positions.astype(int)], grid.alpha**2)
 
 
 def check_eta(eta: float) -> None:

@@ -27,15 +27,13 @@ from .chain import last as last
 from .chain import on_device
 from .denoiser import Denoiser, at_level
 from .grids import SIGMA_MAX as SIGMA_MAX
-from .grids import Grid
+from .grids import Grid, alpha_bar_of, from_step
 from .multistep import (
     adams,
-    alpha_bar_of,
     ancestral_euler,
     ddim,
     deis,
     dpm_solver,
-    from_step,
     ipndm,
     plms,
     sa,

@@ -16,8 +16,8 @@ from torch import Tensor
 from . import grids
 from .chain import Step, final, on_device
 from .denoiser import Denoiser, at_level
-from .grids import Grid, check_rho
-from .multistep import ancestral_levels, check_eta, from_limit
+from .grids import Grid, check_rho, from_limit
+from .multistep import ancestral_levels, check_eta
 from .process import Process, position_of
 from .updates import Noise, fresh_noise
 
