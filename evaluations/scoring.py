@@ -124,11 +124,13 @@ class Scorer:
         return Side(about, encoded.pool, self._labels(images, role), names, pool, spatial)
 
     def _labels(self, images: ImageSource, role: str) -> np.ndarray | None:
-        """Labels, if scores per class need them; for the Inception Score, which warns of sorted samples, if they can be read."""
+        """Labels, if scores per class need them; if they can be read, for the Inception Score, which warns of sorted samples, and for
+        standard errors, which are smaller where classes are balanced."""
         if self.settings.per_class:
             return images.labels()
         with suppress(ValueError, OSError):
-            return images.labels() if role == "sample" and self.encoder.weight is not None else None
+            wanted = self.settings.errors or self.encoder.weight is not None
+            return images.labels() if role == "sample" and wanted else None
         return None
 
     def _score(self, sample: Side, reference: Side) -> Scored:
@@ -169,6 +171,8 @@ class Scorer:
             if isinstance(result, metrics.KernelDistance):
                 errors[metric] = uncertainty.mean_se(result.influence)
             values[metric] = result.value if isinstance(result, metrics.KernelDistance) else float(result)
+        if sample.labels is not None:
+            errors = {key: uncertainty.within_classes(error, sample.labels) for key, error in errors.items()}
         shown = errors if settings.errors else {}  # some are computed in any case, as they cost little
         scores = tuple(report.Score(key, value, *shown.get(key, ())[:2]) for key, value in values.items())
         line = None

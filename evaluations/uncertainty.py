@@ -44,6 +44,20 @@ def mean_se(influence: np.ndarray, method: str = "infinitesimal jackknife over i
     return Uncertainty(error, method, centred)
 
 
+def within_classes(whole: Uncertainty, labels: np.ndarray) -> Uncertainty:
+    """The standard error of a set with as many images of each class by design, from that of images drawn at random.
+
+    Other samples would have the same number of each class, so the spread between classes is no error: influences are centred
+    within each class (stratified sampling). Unchanged unless `labels` [n], one for each influence, are balanced.
+    """
+    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    count, classes = len(labels), len(counts)
+    if len(whole.influence) != count or classes < 2 or counts.min() < max(2, counts.max() - 1):
+        return whole
+    centred = whole.influence - (np.bincount(index, whole.influence) / counts)[index]
+    return mean_se(centred * np.sqrt((count - 1) / (count - classes)), f"{whole.method}, within balanced classes")
+
+
 def group_jackknife_se(by_group: np.ndarray) -> Uncertainty:
     """Standard error of recall or coverage over the samples.
 

@@ -1,8 +1,6 @@
 """`guided-diffusion demo`: train a diffusion model and a classifier on handwritten digits, sample, score; without a download.
 
-The 1,797 digits of 8x8 pixels that scikit-learn ships (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
-Digits, UCI Machine Learning Repository, 1998; CC BY 4.0) are written as image files. Training and sampling then are commands that
-a user could type.
+The digits that scikit-learn ships are written as image files. Training and sampling then are commands that a user could type.
 """
 
 from __future__ import annotations
@@ -11,14 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.digits import write_digits
 from ..runtime import storage
-from . import runs
 from .arguments import Parser
 
-SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
-SCORES = ("fd", "precision", "recall", "accuracy")
-HELD_OUT = 5  # every fifth digit is kept from training, for the classifier's validation
-# Flags of the three commands; tuned so that two CPU cores need less than ten minutes of training.
+# Flags of the commands; tuned so that two CPU cores need less than ten minutes of training.
 PLAN = {
     "train": "--image_size 8 --image_channels 1 --class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 "
     "--attention_resolutions 4 --num_head_channels 16 --resblock_updown True --use_scale_shift_norm True "
@@ -30,13 +25,13 @@ PLAN = {
     "--classifier_pool attention --noise_schedule cosine --diffusion_steps 1000 --random_flip False --random_crop False "
     "--batch_size 64 --lr 1e-3 --iterations 1000 --anneal_lr True --weight_decay 0.05 --save_interval 1000 "
     "--log_interval 50 --eval_interval 50",
-    "sample": "--num_samples 400 --batch_size 100 --timestep_respacing 50 --labels balanced --grid 50",
+    "sweep": "--samplers ancestral --steps 50 --scales 0,1,2,4,8 --num_samples 400 --batch_size 100 --labels balanced --grid 50",
 }
 # Flags that --quick appends; of a flag given twice, the last value counts.
 QUICK = {
     "train": "--lr_anneal_steps 60 --save_interval 30 --sample_interval 60 --log_interval 10 --batch_size 16",
     "train-classifier": "--iterations 60 --save_interval 60 --log_interval 10 --eval_interval 30",
-    "sample": "--num_samples 60 --batch_size 30 --timestep_respacing ddim10",
+    "sweep": "--num_samples 60 --batch_size 30 --steps 12",
 }
 
 
@@ -49,6 +44,10 @@ def main(argv: Sequence[str], program: str) -> int:
     parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
 
+    from evaluations.plots import draw_progress
+    from evaluations.tradeoffs import draw, table
+
+    from ..sampling.sweeps import read_rows, write_picture
     from .main import main as command_line
 
     out, began = Path(args.out), time.monotonic()
@@ -62,7 +61,7 @@ def main(argv: Sequence[str], program: str) -> int:
     def run(command: str, *flags: str) -> None:
         """Print a guided-diffusion command as a user would type it, and run it in this process."""
         plan = PLAN[command] + (f" {QUICK[command]}" if args.quick else "")
-        words = [command, *flags, "--seed", str(args.seed), "--device", args.device, *plan.split()]
+        words = [command, "--seed", str(args.seed), "--device", args.device, *plan.split(), *flags]
         print("\n$ guided-diffusion " + " ".join(words), flush=True)
         if code := command_line(words):
             raise SystemExit(code)
@@ -74,124 +73,21 @@ def main(argv: Sequence[str], program: str) -> int:
     lap("diffusion model trained")
     run("train-classifier", *data, "--val_data_dir", val_dir, "--out", f"{out}/classifier")
     lap("noisy-image classifier trained")
-    networks = ("--model_path", f"{out}/diffusion", "--classifier_path", f"{out}/classifier")
-    for scale in SCALES:
-        run("sample", *networks, "--classifier_scale", str(scale), "--out", samples_of(out, scale))
-        lap(f"sampled at scale {scale:g}")
-    table = score(out, train_dir, args.device)
-    lap("scored")
-    for scale in SCALES:
-        write_picture(out, scale)
-    write_plots(out, table)
-    print_table(table)
-    storage.write_json_atomic(out / "scores.json", {"scores": table, "seconds": seconds})
-    print(f"everything is in {out}: grid_scale_*.png, curves.png, trade.png, scores.json")
+    networks = ("--model_path", f"{out}/diffusion", "--classifier_path", f"{out}/classifier", "--data_dir", train_dir)
+    run("sweep", *networks, "--out", f"{out}/samples")
+    lap("sampled at five scales, scored")
+    few = ("--samplers", "dpm_solver", "--steps", "4" if args.quick else "17", "--scales", "1")
+    run("sweep", *networks, *few, "--out", f"{out}/few_calls")
+    lap("sampled with a third of the calls, scored")
+    rows = [row for name in ("samples", "few_calls") for row in read_rows(f"{out}/{name}/sweep.json").values()]
+    for row in rows[:-1]:
+        write_picture(row, f"{out}/grid_scale_{row['scale']:g}.png")  # a column per digit
+    curves = {"diffusion": "mse_q0 mse_q1 mse_q2 mse_q3", "classifier": "train_acc@1 val_acc@1"}
+    draw_progress({f"{out}/{name}/progress.csv": columns for name, columns in curves.items()}, out / "curves.png")
+    draw(rows, out)
+    print("\n" + table(rows))
+    storage.write_json_atomic(out / "scores.json", {"scores": rows, "seconds": seconds})
+    print(
+        f"everything is in {out}: grid_scale_*.png, curves.png, scores.json, and in samples frontier.png, pictures.png"
+    )
     return 0
-
-
-def samples_of(out: Path, scale: float) -> str:
-    """The folder of the samples at a scale."""
-    return str(out / "samples" / f"scale_{scale:g}")
-
-
-def write_digits(folder: Path) -> tuple[str, str]:
-    """Write the digits as 8x8 grey PNG files, `train/DIGIT/NNNN.png` and `val/DIGIT/NNNN.png`; returns both folders."""
-    from PIL import Image
-
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the demo's digits come with scikit-learn: pip install 'guided-diffusion[demo]'") from None
-
-    digits = load_digits()
-    for index, (pixels, label) in enumerate(zip(digits.images, digits.target)):
-        split = "val" if index % HELD_OUT == 0 else "train"
-        path = folder / split / str(label) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(path)
-    return str(folder / "train"), str(folder / "val")
-
-
-def score(out: Path, data_dir: str, device: str) -> list[dict[str, float]]:
-    """Rows (scale, fd, precision, recall, accuracy) of the samples against the training digits, in the classifier's features.
-
-    The distance is Frechet's as in FID, over the classifier's features instead of Inception's: "FID-like".
-    """
-    from evaluations.metrics import frechet_distance_of_features
-    from evaluations.neighbours import neighbours
-
-    from ..sampling.features import classifier_features, read_images
-    from ..sampling.jobs import finished_npz
-    from ..weights.load import load
-
-    rows = []
-    with runs.session(device) as here:
-        classifier = load(str(out / "classifier"), kind="classifier", device=here.device)
-        real, _ = classifier_features(classifier, read_images(data_dir, classifier, 100)[0])
-        for scale in SCALES:
-            images, labels = read_images(finished_npz(samples_of(out, scale)), classifier, 100)
-            made, predicted = classifier_features(classifier, images)
-            near, accuracy = neighbours(made, real), float((predicted == labels).mean())
-            scores = (frechet_distance_of_features(made, real), near.precision, near.recall, accuracy)
-            rows.append({"scale": scale, **{name: round(value, 4) for name, value in zip(SCORES, scores)}})
-    return rows
-
-
-def print_table(rows: list[dict[str, float]]) -> None:
-    """Print the scores by guidance scale: fidelity (precision) against diversity (recall), as in the paper."""
-    print("\n scale  FD (lower is better)  precision  recall  classifier accuracy")
-    for row in rows:
-        scale, fd, precision, recall, accuracy = row.values()
-        print(f"{scale:6g}  {fd:20.3f}  {precision:9.3f}  {recall:6.3f}  {accuracy:19.3f}")
-
-
-def write_picture(out: Path, scale: float) -> None:
-    """`grid_scale_*.png`: a column per digit, enlarged with bicubic interpolation."""
-    import numpy as np
-    from PIL import Image
-
-    from ..sampling.jobs import finished_npz
-    from ..sampling.writers import write_grid
-
-    with np.load(finished_npz(samples_of(out, scale)), allow_pickle=False) as held:
-        images, labels = held["arr_0"], held["arr_1"]
-    of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
-    chosen = [column[row] for row in range(6) for column in of_digit if row < len(column)]
-    large = [Image.fromarray(images[k, ..., 0]).resize((64, 64), Image.Resampling.BICUBIC) for k in chosen]
-    pixels = np.stack([np.asarray(picture) for picture in large])[..., None]
-    write_grid(str(out / f"grid_scale_{scale:g}.png"), pixels, [str(labels[k]) for k in chosen], columns=10)
-
-
-def write_plots(out: Path, rows: list[dict[str, float]]) -> None:
-    """Write `curves.png` (both training runs) and `trade.png` (scores by guidance scale), if matplotlib is installed."""
-    import csv
-
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots without matplotlib: pip install 'guided-diffusion[demo]'")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    curves = {"diffusion": (left, "mse_q0 mse_q1 mse_q2 mse_q3"), "classifier": (right, "train_acc@1 val_acc@1")}
-    for run_name, (axes, columns) in curves.items():
-        with open(out / run_name / "progress.csv", newline="", encoding="utf-8") as lines:
-            table = list(csv.DictReader(lines))
-        for column in columns.split():
-            points = [(float(row["step"]), float(row[column])) for row in table if row.get(column)]
-            if points:
-                axes.plot(*zip(*points), label=column, linewidth=1)
-        axes.set(title=run_name, xlabel="step")
-        axes.legend()
-    left.set_yscale("log")
-    figure.savefig(out / "curves.png", dpi=110)
-
-    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for column in SCORES[1:]:
-        axes.plot([row["scale"] for row in rows], [row[column] for row in rows], marker="o", label=column)
-    axes.set(xlabel="classifier scale", title="what guidance trades")
-    axes.legend()
-    figure.savefig(out / "trade.png", dpi=110)
-    plt.close("all")

@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "train-classifier": ("train:main", {"kind": "classifier"}, "train a classifier of noised images, for guidance"),
     "train-upsampler": ("train:main", {"kind": "super_resolution"}, "train a model that enlarges images"),
     "sample": ("sample:main", {}, "make images from weights, with or without guidance"),
+    "sweep": ("sweep:main", {}, "samplers, steps and scales compared: samples, scores, table, pictures"),
+    "noise-levels": ("sweep:noise_levels", {}, "where a classifier can guide: accuracy and gradient by noise level"),
     "upsample": ("upsample:main", {}, "enlarge samples or a folder of images"),
     "cascade": ("upsample:cascade", {}, "small images from noise, then enlarged, in one command"),
     "nll": ("likelihood:main", {}, "bits per dimension of images, with an error bar"),

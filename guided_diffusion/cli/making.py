@@ -72,18 +72,19 @@ class Setup:
     guidance: ClassifierGuidance | None = None
 
     @classmethod
-    def read(cls, options: Making, world: World) -> Setup:
-        """Read the weights; ValueError if model and classifier do not fit together."""
+    def read(cls, options: Making, world: World, known: dict[str, Loaded] | None = None) -> Setup:
+        """Read the weights; ValueError if model and classifier do not fit together. known: networks that were read, and will be."""
         from ..runtime.devices import require_compiler
         from ..sampling import pipeline
         from ..weights.load import check_pair
 
         if options.compile == "on":
             require_compiler(world.device)
-        model = _load(options.model_path, options.kind, options, world)
+        known = {} if known is None else known
+        model = _load(options.model_path, options.kind, options, world, known)
         if not (options.classifier_path and options.classifier_scale):
             return cls(options, world, model)
-        classifier = _load(options.classifier_path, "classifier", options, world)
+        classifier = _load(options.classifier_path, "classifier", options, world, known)
         check_pair(model, classifier)
         log.info("guided by %s at scale %g", classifier.path, options.classifier_scale)
         return cls(options, world, model, pipeline.classifier(classifier, scale=options.classifier_scale))
@@ -180,7 +181,7 @@ class Setup:
         return generate_all(pipeline, jobs, folder, **options)
 
 
-def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
+def _load(path: str, kind: str, options: Making, world: World, known: dict[str, Loaded]) -> Loaded:
     from ..weights.load import load
 
     typed, names = dict(options.typed), set(DiffusionConfig.names())
@@ -191,4 +192,8 @@ def _load(path: str, kind: str, options: Making, world: World) -> Loaded:
         precision, weights = options.classifier_precision or precision, ""
     names |= set(NETWORKS[kind].names())
     flags = {name: value for name, value in typed.items() if name in names and value is not None}
-    return load(path, kind=kind, flags=flags, device=world.device, precision=precision, weights=weights)
+    asked: dict[str, Any] = {"kind": kind, "flags": flags, "precision": precision, "weights": weights}
+    key = repr((path, asked))
+    if key not in known:
+        known[key] = load(path, device=world.device, **asked)
+    return known[key]

@@ -61,18 +61,16 @@ def run(options: Sampling) -> None:
         if entries:
             make_all(entries, options, world, stop)
         else:
-            make(options, world, stop)
+            make(making.Setup.read(options, world), stop)
 
 
-def make(options: making.Making, world: World, stop: Stop) -> str:
-    """Sample and return the path of the npz. Called on every process."""
+def make(setup: making.Setup, stop: Stop) -> tuple[str, int]:
+    """Sample; returns the path of the npz and how many images were not there yet. Called on every process."""
     from ..sampling.jobs import Request
 
-    setup = making.Setup.read(options, world)
-    request = Request("", options.num_samples, options.seed, setup.labels())
+    request = Request("", setup.options.num_samples, setup.options.seed, setup.labels())
     job = setup.job(request, "samples")
-    setup.make([job], job.out, stop)
-    return job.npz
+    return job.npz, setup.make([job], job.out, stop).images
 
 
 def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: Stop) -> None:

@@ -121,7 +121,8 @@ def cascade(argv: Sequence[str], program: str) -> int:
     typed = {name: value for name, value in options.typed.items() if not name.startswith("upsampler_")}
     with making.session(options) as (world, stop):
         out = world.broadcast_object(out, name="folder of the cascade")
-        npz = sample.make(replace(options, out=storage.join(out, "base"), typed=typed), world, stop)
+        first = replace(options, out=storage.join(out, "base"), typed=typed)
+        npz, _ = sample.make(making.Setup.read(first, world), stop)
         # --upsampler_flags may ask for other arithmetic.
         with float32_products(tf32=second.tf32, deterministic=second.deterministic):
             make(replace(second, out=storage.join(out, "upsampled"), base_samples=npz), world, stop)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import io
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import WEIGHTS, WEIGHTS_HELP, relative_lengths
 from ..runtime import storage
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 FORMS = ("safetensors", "pt", "diffusers")  # a copy of weights.convert.FORMS, whose import would load torch
-log = logging.getLogger(__name__)
 
 
 def inspect(argv: Sequence[str], program: str) -> int:
@@ -141,23 +138,13 @@ def features(argv: Sequence[str], program: str) -> int:
     parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
 
-    import numpy as np
-
-    from ..sampling.features import classifier_features, read_images
+    from ..sampling.features import write_features
     from ..weights.load import load
 
     with runs.session(args.device) as world:
         classifier = load(args.classifier_path, kind="classifier", device=world.device)
-        images, labels = read_images(args.images, classifier, args.batch_size)
-        values, predicted = classifier_features(classifier, images)
-        arrays: dict[str, Any] = {"features": values, "predicted": predicted}
-        if labels is not None:
-            arrays["arr_1"] = labels
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
         if world.is_main:
-            storage.write_bytes_atomic(args.out, buffer.getvalue())
-            log.info("%s: %d features of %d images", args.out, values.shape[1], values.shape[0])
+            write_features(classifier, args.images, args.out, args.batch_size)
     return 0
 
 

@@ -31,3 +31,5 @@ from .runs import TrainConfig as TrainConfig
 from .runs import changed as changed
 from .runs import laid_over as laid_over
 from .runs import relative_lengths as relative_lengths
+from .sweeps import SweepConfig as SweepConfig
+from .sweeps import each_setting as each_setting

@@ -82,7 +82,9 @@ class Streams:
     def noise(self, like: Tensor, step: int, draw: int = 0) -> Tensor:
         """As `randn_like`, but of the address (step, draw) in each stream, and without advancing it. A sampler's `noise=` argument."""
         self._check(like)
-        out, generator = torch.empty_like(like), torch.Generator(self.device)
+        # Not `empty_like`: in another memory layout, such as channels last, the same draws would come to other places.
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        generator = torch.Generator(self.device)
         for row, key in zip(out, self._keys):
             row.normal_(generator=generator.manual_seed(key_of(key, step, draw)))
         return out

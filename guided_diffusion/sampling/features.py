@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..data.images import to_float
 from ..data.samples import open_images
 from ..diffusion.samplers import NotFinite, check_finite
+from ..runtime import storage
 from ..weights.load import Loaded
 from .pipeline import why_not_finite
 
@@ -56,3 +59,23 @@ def classifier_features(classifier: Loaded, batches: Iterable[np.ndarray]) -> tu
     finally:
         hook.remove()
     return np.concatenate(features), np.concatenate(predicted).astype(np.int64)
+
+
+def write_features(classifier: Loaded, images: str, path: str, batch_size: int = 64) -> np.ndarray | None:
+    """Write a classifier's features of a folder or npz of images as an npz that the evaluation suite scores (`--features npz`):
+    `features`, `predicted` (classes), and the labels `arr_1` if the images have any.
+
+    Returns for each image whether it is called rightly, bool `[N]`; None without labels.
+    """
+    batches, labels = read_images(images, classifier, batch_size)
+    features, predicted = classifier_features(classifier, batches)
+    arrays: dict[str, Any] = {
+        "features": features,
+        "predicted": predicted,
+        **({} if labels is None else {"arr_1": labels}),
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    storage.write_bytes_atomic(path, buffer.getvalue())
+    log.info("%s: %d features of %d images", path, features.shape[1], len(features))
+    return None if labels is None else np.asarray(predicted == labels)

@@ -41,11 +41,17 @@ def class_captions(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
 
 
 def write_grid(
-    path: str, images: np.ndarray, captions: Sequence[str] | None = None, *, columns: int | None = None
+    path: str,
+    images: np.ndarray,
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    smooth: bool = False,
 ) -> None:
     """Write images (uint8 `[N, H, W, C]`, C of 1 or 3, N > 0) side by side as one PNG, each with its caption below.
 
-    Images of other channel counts show their first one.
+    Images of other channel counts show their first one. With as many captions as lines, each is that of a line. `smooth`: small images
+    are enlarged with bicubic interpolation, else pixel by pixel.
     """
     from PIL import Image, ImageDraw
 
@@ -55,13 +61,16 @@ def write_grid(
     factor = max(1, _TILE // max(height, width))
     tile_height, tile_width = height * factor, width * factor
     line = 12 if captions else 0
+    per_line = columns if captions and len(captions) == rows else 1
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     picture = Image.new("RGB", (columns * (tile_width + 2) + 2, rows * (tile_height + line + 2) + 2), (255, 255, 255))
     draw = ImageDraw.Draw(picture)
     for k, pixels in enumerate(images):
         tile = Image.fromarray(pixels if channels == 3 else pixels[..., 0]).convert("RGB")
         x, y = 2 + k % columns * (tile_width + 2), 2 + k // columns * (tile_height + line + 2)
-        picture.paste(tile.resize((tile_width, tile_height), Image.Resampling.NEAREST), (x, y))
-        if captions:
-            draw.text((x, y + tile_height), captions[k][: max(1, tile_width // 6)], fill=(0, 0, 0))
+        picture.paste(tile.resize((tile_width, tile_height), method), (x, y))
+        if captions and k % per_line == 0:
+            text = captions[k // per_line][: max(1, per_line * tile_width // 6)]
+            draw.text((x, y + tile_height), text, fill=(0, 0, 0))
     with storage.atomic_write(path) as file:
         picture.save(file, format="PNG")

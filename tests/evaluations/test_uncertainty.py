@@ -125,3 +125,24 @@ def test_matched_sets_cancel_what_they_share() -> None:
     c = uncertainty.frechet_se(statistics.from_features(other), REFERENCE_STATISTICS)
     error, paired = uncertainty.paired_difference_se(a, c)
     assert not paired and error == pytest.approx(np.hypot(a.error, c.error))
+
+
+def test_balanced_classes_are_no_error() -> None:
+    """Sets with as many images of each class vary less than sets drawn at random: measured over many sets."""
+    rng = np.random.RandomState(0)
+    centres = 4 * rng.randn(5, 3)
+    reference = statistics.from_features((centres[np.arange(3000) % 5] + rng.randn(3000, 3)).astype(np.float32))
+    labels = np.repeat(np.arange(5), 40)
+    values, predicted, at_random = [], [], []
+    for _ in range(60):
+        sample = statistics.from_features((centres[labels] + 0.3 + 1.1 * rng.randn(200, 3)).astype(np.float32))
+        values.append(metrics.frechet_distance(sample, reference))
+        whole = uncertainty.frechet_se(sample, reference)
+        predicted.append(uncertainty.within_classes(whole, labels).error)
+        at_random.append(whole.error)
+    assert np.mean(predicted) == pytest.approx(np.std(values), rel=0.3)
+    assert np.mean(at_random) > 2 * np.std(values)
+    # Drawn labels, one class and influences of groups are left as they are.
+    assert uncertainty.within_classes(whole, rng.randint(0, 5, 200)) is whole
+    assert uncertainty.within_classes(whole, np.zeros(200, int)) is whole
+    assert uncertainty.within_classes(uncertainty.mean_se(np.arange(20.0)), labels).influence.shape == (20,)

@@ -69,6 +69,13 @@ def test_shapes_types_and_the_error():
         streams.randn_like(torch.zeros(3, 1))
 
 
+def test_addressed_noise_does_not_depend_on_the_memory_layout():
+    x = torch.zeros(2, 3, 8, 8)
+    assert torch.equal(
+        Streams(7, ids=[1, 2]).noise(x.to(memory_format=torch.channels_last), 3), Streams(7, ids=[1, 2]).noise(x, 3)
+    )
+
+
 def test_addressed_noise_depends_on_image_step_and_draw_alone():
     x = torch.zeros(2, 5)
     streams = Streams(7, ids=[1, 2])

@@ -1,0 +1,97 @@
+"""`sweep`: compare samplers, numbers of steps and scales of guidance. `noise-levels`: in which noise a classifier can guide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from ..config import ClassifierConfig, DiffusionConfig, ModelConfig, SweepConfig, each_setting
+from ..runtime import storage
+from . import arguments, making, runs, sample
+
+
+def main(argv: Sequence[str], program: str) -> int:
+    """Make the same images by every combination of samplers, numbers of steps and scales of guidance, and score them: sweep.json,
+    a table, pictures. Other flags are those of `sample`. The same command again goes on where it stopped."""
+    flags, typed = arguments.parse(
+        argv,
+        (SweepConfig, making.Making, ModelConfig, DiffusionConfig, ClassifierConfig),
+        program=program,
+        description=str(main.__doc__),
+        defaults={"num_samples": 400},
+        groups={"the sweep": " ".join(SweepConfig.names()), **arguments.SAMPLING},
+    )
+    asked, out = SweepConfig.from_flags(flags), flags["out"]
+    options = {
+        setting: making.Making.of(arguments.Parsed(own, own_typed))
+        for setting, own, own_typed in each_setting(asked, flags, typed)
+    }
+
+    from evaluations import tradeoffs
+    from evaluations.settings import Settings
+
+    from ..sampling import sweeps
+    from ..weights.load import load
+
+    reference, right, known = asked.reference, [], {}  # type: ignore[var-annotated]
+    with making.session(next(iter(options.values()))) as (world, stop):
+        rows, makers = [], []
+        for setting, option in options.items():
+            try:
+                setup = making.Setup.read(option, world, known)
+                rows.append(sweeps.row_of(setting.name, setting._asdict(), setup.pipeline()))
+            except ValueError as error:
+                raise ValueError(f"{setting.name}: {error}") from None
+            makers.append(partial(sample.make, setup, stop))
+        sweeps.make(rows, makers, storage.join(out, "sweep.json"), world.is_main)
+        sets = [row["samples"] for row in rows]
+        if asked.data_dir and not reference and world.is_main:
+            classifier = load(flags["classifier_path"], kind="classifier", device=world.device)
+            reference, sets, right = sweeps.features_of(rows, classifier, asked.data_dir, out)
+    features, device = "npz" if right else "inception", None if flags["device"] == "auto" else flags["device"]
+    settings = Settings(asked.inception or None, asked.allow_other_weights, features, device=device, errors=True)
+    report = tradeoffs.add_scores(rows, reference, sets, settings, right) if reference else None
+    if world.is_main:
+        about = {
+            "reference": asked.reference or asked.data_dir,
+            "features": flags["classifier_path"] if right else features,
+        }
+        sweeps.write_rows(storage.join(out, "sweep.json"), rows, scored=about if report else None)
+        sweeps.write_pictures(rows, storage.join(out, "pictures.png"))
+        print("\n".join(tradeoffs.conclude(rows, report, out)))
+    return 0
+
+
+def noise_levels(argv: Sequence[str], program: str) -> int:
+    """A classifier's accuracy and the norm of its gradient by noise level, from images that it was not trained on: where it sees nothing,
+    guidance can do nothing."""
+    parser = arguments.Parser(program, noise_levels.__doc__)
+    parser.flag("classifier_path", "", "weights of a classifier, or the folder of its run", required=True)
+    parser.flag("data_dir", "", "labelled images", required=True)
+    parser.flag("labels", "auto", "where classes come from: auto, folders, prefix, or a csv or json file")
+    parser.flag("num_samples", 500, "how many images at most")
+    parser.flag("levels", 10, "how many noise levels, even in log-SNR")
+    parser.flag("batch_size", 50, "images per pass")
+    parser.flag("out", "", "folder for noise_levels.json and noise_levels.png; empty = only the table is printed")
+    parser.flag("seed", 0, "seed of the noise and of the choice of images")
+    parser.flag("device", "auto", "auto, cpu or cuda")
+    args = parser.parse_args(argv)
+
+    from evaluations.plots import draw_levels
+
+    from ..sampling import noise_levels as measuring
+    from ..weights.load import load
+
+    with runs.session(args.device) as world:
+        if world.is_main:
+            classifier = load(args.classifier_path, kind="classifier", device=world.device)
+            counts = {"count": args.num_samples, "levels": args.levels, "batch_size": args.batch_size}
+            found = measuring.measure(classifier, args.data_dir, labels=args.labels, seed=args.seed, **counts)
+            print(measuring.table(found))
+            if args.out:
+                rows = [level._asdict() for level in found]
+                storage.write_json_atomic(
+                    storage.join(args.out, "noise_levels.json"), {**vars(args), "noise_levels": rows}
+                )
+                draw_levels(rows, storage.join(args.out, "noise_levels.png"))
+    return 0
