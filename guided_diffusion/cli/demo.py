@@ -87,7 +87,5 @@ def main(argv: Sequence[str], program: str) -> int:
     draw(rows, out)
     print("\n" + table(rows))
     storage.write_json_atomic(out / "scores.json", {"scores": rows, "seconds": seconds})
-    print(
-        f"everything is in {out}: grid_scale_*.png, curves.png, scores.json, and in samples frontier.png, pictures.png"
-    )
+    print(f"everything is in {out}: grid_scale_*.png, curves.png, frontier.png, calls.png, scores.json")
     return 0
