@@ -14,9 +14,19 @@ from .arguments import Parsed, Parser, int_or_auto
 
 
 def targets() -> dict[str, tuple[Preset, Recipe]]:
-    """Short name -> model and way of sampling of each published score: imagenet256-guided, imagenet256-guided-ddim25, lsun-cat …"""
+    """Short name -> model and way of sampling of each published score: imagenet256-guided, imagenet256-guided-ddim25, lsun-cat …
+
+    Two stages, such as imagenet512-stack-guided-250-ddim25, have the upsampler's; the steps are named where they are not 250.
+    """
     named: dict[str, tuple[Preset, Recipe]] = {}
-    for preset in (preset for preset in PRESETS.values() if preset.kind == "diffusion"):
+    for preset in PRESETS.values():
+        for recipe in preset.recipes:
+            if first := recipe.base:
+                both = f"-{first.respacing}-{recipe.respacing}" * (recipe.respacing != "250")
+                name = f"imagenet{preset.flags['large_size']}-stack-{'guided' if first.scale else 'unguided'}{both}"
+                named[name] = preset, recipe
+        if preset.kind != "diffusion":
+            continue
         lsun = preset.name.startswith("lsun_")
         plain = "-uncond" if preset.name.endswith("_uncond") else ""
         base = preset.name.replace("_", "-") if lsun else f"imagenet{preset.flags['image_size']}{plain}"
@@ -41,6 +51,7 @@ def main(argv: Sequence[str], program: str) -> int:
     parser.flag("allow_other_weights", False, "accept Inception weights other than the original ones")
     parser.flag("model_path", "", "the released model (default: from the cache, or downloaded)")
     parser.flag("classifier_path", "", "the released classifier (default: likewise)")
+    parser.flag("upsampler_path", "", "the released upsampler, for two stages (default: likewise)")
     parser.flag("precision", "", "fp32, bf16 or fp16 (default: as released)")
     parser.flag("out", "", "folder (default runs/reproduce/NAME)")
     parser.flag("seed", 0, "seed of noise and labels")
@@ -53,12 +64,16 @@ def main(argv: Sequence[str], program: str) -> int:
 
     from ..runtime import storage
     from ..sampling.jobs import finished_npz
-    from . import sample
+    from . import sample, upsample
 
     flags = {"out": str(out), **_flags(preset, recipe, args)}
-    sample.run(sample.Sampling.of(Parsed(flags, flags)))
-    npz = finished_npz(str(out))
-    manifest = {"recipe": args.name, "model": preset.file, **_manifest(flags, out, npz)}
+    if recipe.base:
+        upsample.cascade([f"--{flag}={value}" for flag, value in flags.items()], program)
+    else:
+        sample.run(sample.Sampling.of(Parsed(flags, flags)))
+    stages = [out / "base", out / "upsampled"] if recipe.base else [out]
+    npz = finished_npz(str(stages[-1]))
+    manifest = {"recipe": args.name, "model": preset.file, **_manifest(flags, stages, npz)}
     if args.reference:
         evaluation = _evaluate(npz, out, args)
         if not evaluation:  # only the main process has the report
@@ -73,10 +88,17 @@ def main(argv: Sequence[str], program: str) -> int:
 
 
 def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `sample` for a published score. Downloads weights that are neither given nor in the cache."""
+    """The flags of `sample`, or of `cascade`, for a published score. Downloads weights that are neither given nor in the cache."""
     from ..runtime import storage
 
     cache = storage.cache_folder()
+    if recipe.base:
+        second = {
+            "upsampler_path": args.upsampler_path or fetch(preset, cache),
+            "upsampler_timestep_respacing": recipe.respacing,
+            "upsampler_use_ddim": recipe.use_ddim,
+        }
+        return {**_flags(get(recipe.small), recipe.base, args), **second}
     flags = {
         "model_path": args.model_path or fetch(preset, cache),
         "batch_size": 0 if args.batch_size == "auto" else args.batch_size,
@@ -90,18 +112,20 @@ def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str
     return flags
 
 
-def _manifest(flags: dict[str, Any], out: Path, npz: str) -> dict[str, Any]:
-    """Flags, receipt (weights, seed, precision ...), label draw, quantisation, versions and hardware of this run."""
+def _manifest(flags: dict[str, Any], stages: Sequence[Path], npz: str) -> dict[str, Any]:
+    """Flags, receipt of each stage's folder (weights, seed, precision ...), label draw, quantisation, versions and hardware of this run."""
     import numpy
     import torch
 
     from ..runtime import storage
     from ..sampling.jobs import RECEIPT
 
+    # As in the folder of the run: sampling.json, or base/sampling.json and upsampled/sampling.json.
+    receipts = {RECEIPT if len(stages) == 1 else f"{stage.name}/{RECEIPT}": stage / RECEIPT for stage in stages}
     processor = platform.processor() or platform.machine()
     return {
         "flags": [word for flag, value in flags.items() for word in (f"--{flag}", str(value))],
-        "sampling": {RECEIPT: json.loads((out / RECEIPT).read_text(encoding="utf-8"))},
+        "sampling": {name: json.loads(path.read_text(encoding="utf-8")) for name, path in receipts.items()},
         "label_draw": "uniform over the classes, one draw per image from the image's own stream",
         "quantisation": "((x + 1) * 127.5) clamped to [0, 255] and truncated, as in 2021",
         "samples_sha256": storage.sha256_of(npz),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import WEIGHTS, WEIGHTS_HELP, relative_lengths
 from ..runtime import storage
+from ..weights.later import listing
 from ..weights.released import PRESETS, Preset, fetch, get
 from . import runs
 from .arguments import Parser, str2bool
@@ -149,15 +150,18 @@ def features(argv: Sequence[str], program: str) -> int:
 
 
 def zoo(argv: Sequence[str], program: str) -> int:
-    """List, describe or download the fifteen models released in 2021: what they are, their files, their published scores."""
+    """List, describe or download the fifteen models released in 2021: what they are, their files, their published scores.
+
+    `later`: scores that others published for them since, by other sampling or guidance.
+    """
     parser = Parser(program, zoo.__doc__)
-    actions = ("list", "show", "get")
+    actions = ("list", "show", "get", "later")
     parser.add_argument("action", nargs="?", default="list", choices=actions, help="what to do (default list)")
     parser.add_argument("name", nargs="?", default="", help="a model's name, for show and get")
     parser.flag("cache", "", "folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)")
     args = parser.parse_args(argv)
-    if args.action == "list":
-        print(table())
+    if args.action in ("list", "later"):
+        print(table() if args.action == "list" else listing())
         return 0
     if not args.name:
         raise ValueError(f"zoo {args.action} needs a name; there are {', '.join(PRESETS)}")
@@ -180,10 +184,13 @@ def table() -> str:
         named = f"{preset.name:26s} {preset.title:34s}"
         lines += [] if preset.recipes else [named]
         for recipe in preset.recipes:
-            classifier = preset.classifier if recipe.scale else "-"
             steps = recipe.respacing or str(preset.flags["diffusion_steps"])
+            guided, by = recipe, preset
+            if recipe.base:  # of a stack the base is guided
+                guided, by, steps = recipe.base, get(recipe.small), f"{recipe.base.respacing} + {steps}"
+            classifier = by.classifier if guided.scale else "-"
             scores = "".join(f" {value:{width}.2f}" for value, width in zip(recipe.expected or (), (6, 6, 5, 5)))
-            lines.append(f"{named} {classifier:20s} {recipe.scale:5g} {steps:>15s}{scores}")
+            lines.append(f"{named} {classifier:20s} {guided.scale:5g} {steps:>15s}{scores}")
     lines.append(f"files: {next(iter(PRESETS.values())).url.rpartition('/')[0]}/NAME.pt")
     return "\n".join(lines)
 
@@ -195,6 +202,10 @@ def card(preset: Preset) -> str:
     for recipe in preset.recipes:
         how = f"{'DDIM, ' if recipe.use_ddim else ''}{recipe.respacing or preset.flags['diffusion_steps']} steps"
         guide = f"{preset.classifier} at scale {recipe.scale:g}" if recipe.scale else "unguided"
+        if base := recipe.base:
+            small = get(recipe.small)
+            guide = f"of images by {small.name}, {'DDIM, ' if base.use_ddim else ''}{base.respacing} steps, "
+            guide += f"{small.classifier} at scale {base.scale:g}" if base.scale else "unguided"
         scores, note = "no published figure", f" ({recipe.note})" if recipe.note else ""
         if e := recipe.expected:
             scores = f"FID {e.fid}, sFID {e.sfid}, precision {e.precision}, recall {e.recall}"

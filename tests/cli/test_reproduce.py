@@ -33,8 +33,49 @@ def test_every_published_figure_has_a_name() -> None:
     assert recipe["imagenet256-guided-ddim25"].use_ddim
     assert recipe["imagenet128-unguided"].scale == 0
     assert recipe["lsun-bedroom-sweep"].respacing == "90,60,60,20,20"
-    recipes = sum(len(preset.recipes) for preset in PRESETS.values() if preset.kind == "diffusion")
-    assert len(known) == recipes
+    assert len(known) == sum(len(preset.recipes) for preset in PRESETS.values())
+
+
+def test_every_result_of_two_stages_has_a_name() -> None:
+    """Table 6 of the paper."""
+    stacks = {name: recipe for name, (_, recipe) in reproduce.targets().items() if "stack" in name}
+    assert {name: recipe.expected.fid for name, recipe in stacks.items() if recipe.expected} == {
+        "imagenet256-stack-guided": 3.94,
+        "imagenet256-stack-unguided": 7.49,
+        "imagenet512-stack-guided": 3.85,
+        "imagenet512-stack-unguided": 9.96,
+        "imagenet512-stack-guided-250-ddim25": 4.11,
+        "imagenet512-stack-guided-ddim25-ddim25": 5.96,
+    }
+    for recipe in stacks.values():
+        assert recipe.scale == 0 and recipe.base is not None  # only the base is guided
+        # The base as in its own row of the paper.
+        alone = [
+            r
+            for r in PRESETS[recipe.small].recipes
+            if (r.respacing, r.scale) == (recipe.base.respacing, recipe.base.scale)
+        ]
+        assert [r.use_ddim for r in alone] == [recipe.base.use_ddim]
+
+
+def test_two_stages_run_one_after_the_other(tmp_path: Path) -> None:
+    gd.save(filled("diffusion", {**SMALL, "image_size": 8}), str(tmp_path / "model"))
+    gd.save(
+        filled("classifier", {**CRITIC, "image_size": 8, "classifier_attention_resolutions": "4"}),
+        str(tmp_path / "critic"),
+    )
+    large = {name: value for name, value in SMALL.items() if name != "image_size"}
+    gd.save(filled("super_resolution", {**large, "large_size": 16, "small_size": 8}), str(tmp_path / "upsampler"))
+    words = "--num_samples 2 --batch_size 2 --precision fp32 --device cpu".split()
+    paths = {"out": "out", "model_path": "model", "classifier_path": "critic", "upsampler_path": "upsampler"}
+    words += [f"--{flag}={tmp_path / name}" for flag, name in paths.items()]
+    assert main(["reproduce", "imagenet512-stack-guided-ddim25-ddim25", *words]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    base, second = (manifest["sampling"][f"{stage}/sampling.json"]["settings"] for stage in ("base", "upsampled"))
+    assert (base["sampler"], base["steps"], base["classifier_scale"]) == ("ddim", 25, 1.25) and base["classifier"]
+    assert (second["sampler"], second["steps"], second["classifier"]) == ("ddim", 25, None)
+    with np.load(tmp_path / "out" / "upsampled" / "samples_2x16x16x3.npz") as found:
+        assert found["arr_0"].shape == (2, 16, 16, 3) and found["arr_1"].shape == (2,)
 
 
 def test_unknown_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:

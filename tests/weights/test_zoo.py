@@ -19,6 +19,7 @@ from guided_diffusion.cli.main import main
 from guided_diffusion.config import flatten
 from guided_diffusion.weights import identify
 from guided_diffusion.weights import released as presets
+from guided_diffusion.weights.later import LATER
 
 NAME = "256x256_diffusion_uncond"
 
@@ -126,6 +127,34 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "show", "128x128_diffusion"]) == 0
     card = capsys.readouterr().out
     assert "--num_heads 4" in card and "FID 2.97" in card and "scale 0.5" in card
+
+
+def test_results_of_two_stages_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" 3.94   6.14  0.83  0.53")]
+    assert row.startswith("64_256_upsampler") and "64x64_classifier" in row and "250 + 250" in row
+    assert main(["zoo", "show", "128_512_upsampler"]) == 0
+    card = capsys.readouterr().out
+    assert (
+        "DDIM, ddim25 steps, of images by 128x128_diffusion, 250 steps, 128x128_classifier at scale 0.5: FID 4.11"
+        in card
+    )
+
+
+def test_what_was_published_later(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "later"]) == 0
+    told = capsys.readouterr().out
+    for name, later in LATER.items():
+        assert name in told and later.source in told and later.caveat in told
+        preset = presets.PRESETS[later.model]
+        assert later.expected["fid"] > 0 and (later.before is None or later.before > later.expected["fid"])
+        assert not later.guided or preset.classifier
+        words = later.flags.split()
+        assert all(word.startswith("--") for word in words[::2])
+        # What was published in 2021 for as many steps is the paper's figure.
+        published = {recipe.expected.fid for recipe in preset.recipes if recipe.expected}
+        assert "--timestep_respacing 250" not in later.flags or later.before in published
+    assert LATER["imagenet64-churn"].expected["fid"] == 1.55 and not LATER["imagenet64-churn"].guided
 
 
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
