@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..config import ModelConfig, Network, RunConfig
+from ..config import ModelConfig, Network, RunConfig, label_rows
 from ..runtime import storage
 from ..runtime.streams import EVALUATE, Streams
 from .identify import flag_line
@@ -164,7 +164,7 @@ def arguments_for_unet2d(model: Any, *, learn_sigma: bool) -> dict[str, Any]:
         "flip_sin_to_cos": True,  # our embedding lists cosines first
         "freq_shift": 0,
         "dropout": model.dropout,
-        "num_class_embeds": model.num_classes if model.class_cond else None,
+        "num_class_embeds": label_rows(model) or None,
     }
 
 

@@ -15,6 +15,7 @@ import guided_diffusion as gd
 from guided_diffusion import build
 from guided_diffusion.cli.main import main
 from guided_diffusion.config import RunConfig
+from guided_diffusion.weights import convert
 from guided_diffusion.weights.identify import identify
 from guided_diffusion.weights.runs import load_weights, save_run
 
@@ -124,6 +125,16 @@ def test_a_bare_file_of_1001_rows_is_not_guessed() -> None:
     assert (model.null_row, model.num_classes) == (True, 10)
     with pytest.raises(ValueError, match="num_classes 10; you asked for 11"):
         identify("mine.pt", shapes(11), flags={**TYPED, "null_row": True, "num_classes": 11})
+
+
+def test_it_is_converted(place: Path, tmp_path: Path) -> None:
+    before = gd.load(str(place / "tuned"))
+    assert convert.arguments_for_unet2d(before.config.model, learn_sigma=True)["num_class_embeds"] == 5
+    pytest.importorskip("safetensors")
+    assert main(["convert", str(place / "tuned"), str(tmp_path / "one.safetensors")]) == 0
+    after = gd.load(str(tmp_path / "one.safetensors"))
+    assert (after.null_label, after.num_classes, after.class_names) == (4, 4, NAMES)
+    assert torch.equal(after.net.state_dict()[ROWS], before.net.state_dict()[ROWS])
 
 
 def test_inspect_takes_the_flag(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
