@@ -54,10 +54,12 @@ if TYPE_CHECKING:
     from .diffusion.schedules import SCHEDULES as SCHEDULES
     from .diffusion.weighting import WEIGHTS as WEIGHTS
     from .models.architectures import ARCHITECTURES as ARCHITECTURES
+    from .sampling.guiding import Guidance as Guidance
+    from .sampling.guiding import classifier as classifier
+    from .sampling.guiding import threshold as threshold
     from .sampling.jobs import Job as Job
     from .sampling.jobs import LabelPlan as LabelPlan
     from .sampling.jobs import Request as Request
-    from .sampling.pipeline import classifier as classifier
     from .sampling.pipeline import make_pipeline as make_pipeline
     from .sampling.pipeline import sample as sample
     from .sampling.queue import answers as answers
@@ -88,7 +90,8 @@ _API = {
     "diffusion.weighting": ("WEIGHTS",),
     "models.architectures": ("ARCHITECTURES",),
     "sampling.jobs": ("Job", "LabelPlan", "Request"),
-    "sampling.pipeline": ("classifier", "make_pipeline", "sample"),
+    "sampling.guiding": ("Guidance", "classifier", "threshold"),
+    "sampling.pipeline": ("make_pipeline", "sample"),
     "sampling.queue": ("answers", "generate"),
     "training.trainer": ("Trainer",),
     "weights.load": ("Loaded", "load", "save"),

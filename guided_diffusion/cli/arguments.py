@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib.util
 import json
 import os
-import pkgutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..config import Section, changed, flag, flatten, laid_over
-from ..config.fields import RENAMED, SWITCH, SWITCHES
+from ..config.fields import SWITCH, SWITCHES, present_name
 from ..runtime import launchers, storage
 
 _HELP = partial(argparse.HelpFormatter, max_help_position=36, width=120)
@@ -24,11 +25,13 @@ LAST = "for weights that carry no configuration"  # the last group of a command 
 # Groups of --help: title -> flags. A command lists those of its own; all its flags in no group come into the last one.
 SAMPLING = {
     "what is made": "num_samples seed classes labels base_samples requests",
-    "guidance": "classifier_path classifier_scale upsampler_classifier_path upsampler_classifier_scale",
-    "sampler": "sampler use_ddim eta timestep_respacing clip_denoised upsampler_use_ddim upsampler_timestep_respacing",
+    "guidance": "classifier_path classifier_scale guidance guidance_scale guidance_interval guidance_options guide_path entropy_scale "
+    "rescale epsilon_scale threshold clip upsampler_classifier_path upsampler_classifier_scale",
+    "sampler": "sampler use_ddim steps grid nodes timestep_respacing sigma_max sigma_min rho order final_order exact eta tau churn "
+    "churn_min churn_max noise_scale restart clip_denoised upsampler_use_ddim upsampler_timestep_respacing",
     "speed": "batch_size upsampler_batch_size device precision classifier_precision use_fp16 classifier_use_fp16 compile cuda_graphs "
     "tf32 deterministic",
-    "files": "model_path weights upsampler_path out grid config upsampler_flags debug",
+    "files": "model_path weights upsampler_path out picture config upsampler_flags debug",
     LAST: "",
 }
 MEASURING = {
@@ -138,6 +141,8 @@ def parse(
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names.split() or [name for name in known if name not in grouped]:
+            if f"--{name}" in parser._option_string_actions:
+                continue  # a group before has it
             if name == "config":
                 group.add_argument("--config", metavar="FILE", help="JSON file with values for these flags")
             elif name in known:
@@ -199,7 +204,7 @@ def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
         field.metadata[key] for key in ("help", "choices", "auto", "no_auto", "table")
     )
     if in_help and table:
-        choices = tuple(pkgutil.resolve_name(f"{__package__.rpartition('.')[0]}.{table}"))
+        choices = tuple(name for each in table.split() for name in _keys(each))
     listed = f" [{', '.join(str(choice) or 'empty' for choice in choices)}]" if choices else ""
     if isinstance(default, bool):  # a bare --flag means True
         options: dict[str, Any] = {"type": str2bool, "metavar": "bool", "nargs": "?", "const": True}
@@ -213,14 +218,31 @@ def _add(group: Any, field: Field[Any], default: Any, in_help: bool) -> None:
     group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
 
 
+def _keys(table: str) -> list[str]:
+    """The keys of a dict given as MODULE:NAME. A module that is not loaded is read as text, for its import may take seconds."""
+    module, _, name = table.partition(":")
+    module = f"{__package__.rpartition('.')[0]}.{module}"
+    if module in sys.modules:
+        return list(getattr(sys.modules[module], name))
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if getattr(target, "id", "") == name:
+                return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
+    raise AssertionError(f"{table} is no dict with its keys written out")
+
+
 def _present_names(argv: Sequence[str], known: Mapping[str, Field[Any]]) -> list[str]:
     """Replace hyphens in flag names by underscores, and earlier names of renamed flags by the present ones; values stay."""
     words = []
-    for word in argv:
+    for word, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = word.partition("=")
         if name.startswith("--") and " " not in name:  # with a space it is the quoted value of --upsampler_flags
             name = name[2:].replace("-", "_")
-            name = "--" + (RENAMED[name] if RENAMED.get(name) in known else name)
+            present = present_name(name, value if equals else following)
+            name = "--" + (present if present in known else name)
         words.append(name + equals + value)
     return words
 

@@ -25,7 +25,7 @@ PLAN = {
     "--classifier_pool attention --noise_schedule cosine --diffusion_steps 1000 --random_flip False --random_crop False "
     "--batch_size 64 --lr 1e-3 --iterations 1000 --anneal_lr True --weight_decay 0.05 --save_interval 1000 "
     "--log_interval 50 --eval_interval 50",
-    "sweep": "--samplers ancestral --steps 50 --scales 0,1,2,4,8 --num_samples 400 --batch_size 100 --labels balanced --grid 50",
+    "sweep": "--samplers ancestral --steps 50 --scales 0,1,2,4,8 --num_samples 400 --batch_size 100 --labels balanced --picture 50",
 }
 # Flags that --quick appends; of a flag given twice, the last value counts.
 QUICK = {

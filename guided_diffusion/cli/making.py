@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, flag
+from ..config.fields import numbers
 from . import arguments, runs
 
 if TYPE_CHECKING:
     from ..runtime.signals import Stop
     from ..runtime.world import World
+    from ..sampling.chains import Chain
+    from ..sampling.guiding import Guidance, Guided
     from ..sampling.jobs import Job, LabelPlan, Request
-    from ..sampling.pipeline import ClassifierGuidance, ImagePipeline
+    from ..sampling.pipeline import ImagePipeline
     from ..sampling.queue import Saving
     from ..weights.load import Loaded
 
@@ -49,7 +52,12 @@ class Making(SampleConfig, arguments.Common):
     @classmethod
     def of(cls: type[M], parsed: arguments.Parsed) -> M:
         """The options of a parsed command line. ValueError for an impossible value."""
-        return replace(cls.from_flags(parsed.flags), typed=parsed.typed)
+        made = replace(cls.from_flags(parsed.flags), typed=parsed.typed)
+        where = [name for name in ("timestep_respacing", "steps", "nodes") if parsed.typed.get(name)]
+        if len(where) > 1:
+            said = " and ".join(f"--{name} {parsed.typed[name]}" for name in where)
+            raise ValueError(f"{said} are two ways to say where steps are; leave one of the two out")
+        return made
 
 
 @contextmanager
@@ -64,43 +72,50 @@ def session(options: Making) -> Iterator[tuple[World, Stop]]:
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a command samples with: its flags, the model, and guidance by a classifier if the flags ask for it."""
+    """All that a command samples with: its flags, the model with its guidances, and the chain."""
 
     options: Making
     world: World
-    model: Loaded
-    guidance: ClassifierGuidance | None = None
+    guided: Guided
+    chain: Chain
 
     @classmethod
     def read(cls, options: Making, world: World, known: dict[str, Loaded] | None = None) -> Setup:
-        """Read the weights; ValueError if model and classifier do not fit together. known: networks that were read, and will be."""
+        """Read the weights; ValueError if networks, guidances and sampler do not fit together. known: networks read, and to be added to."""
         from ..runtime.devices import require_compiler
-        from ..sampling import pipeline
-        from ..weights.load import check_pair
+        from ..sampling.chains import make_chain
+        from ..sampling.guiding import guided
 
         if options.compile == "on":
             require_compiler(world.device)
         known = {} if known is None else known
+        guidances = _guidances(options, world, known)  # errors in flags come before the model is read
         model = _load(options.model_path, options.kind, options, world, known)
-        if not (options.classifier_path and options.classifier_scale):
-            return cls(options, world, model)
-        classifier = _load(options.classifier_path, "classifier", options, world, known)
-        check_pair(model, classifier)
-        log.info("guided by %s at scale %g", classifier.path, options.classifier_scale)
-        return cls(options, world, model, pipeline.classifier(classifier, scale=options.classifier_scale))
+        clip = "none" if not options.clip_denoised else options.clip or True
+        chosen = guided(model, guidances, clip=clip, mean=options.method == "ancestral")
+        for guide in chosen.guides:
+            by = f" by {guide.network.path}" if guide.network else ""
+            log.info("guidance %s%s, scale %s", guide.name, by, guide.scale)
+        chain = make_chain(
+            chosen.model.process,
+            options.method,
+            steps=options.steps or None,
+            grid=options.grid or None,
+            options=options.chain_options,
+        )
+        return cls(options, world, chosen, chain)
 
     @property
-    def classifier(self) -> Loaded | None:
-        return self.guidance.classifier if self.guidance else None
+    def model(self) -> Loaded:
+        return self.guided.model
 
     @property
     def num_classes(self) -> int:
-        """The number of classes of the model, else of the classifier; 0 if neither has classes."""
-        return self.model.num_classes or (self.classifier.num_classes if self.classifier else 0)
+        return self.guided.num_classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.model.class_names or (self.classifier.class_names if self.classifier else ())
+        return self.guided.class_names
 
     def labels(self, options: Making | None = None, where: str = "--classes") -> LabelPlan:
         """How images get classes: those of `--classes` (empty = all), assigned as `--labels` says. ValueError beginning with `where`."""
@@ -113,17 +128,10 @@ class Setup:
 
     def pipeline(self) -> ImagePipeline:
         """The sampler that the flags ask for."""
-        from ..sampling.pipeline import make_pipeline
+        from ..sampling.pipeline import pipeline_of
 
-        return make_pipeline(
-            self.model,
-            guidance=self.guidance,
-            sampler=self.options.method,
-            eta=self.options.eta,
-            clip=self.options.clip_denoised,
-            compile=not self.options.deterministic and SWITCH[self.options.compile],
-            graphs=SWITCH[self.options.cuda_graphs],
-        )
+        compile = not self.options.deterministic and SWITCH[self.options.compile]
+        return pipeline_of(self.guided, self.chain, compile=compile, graphs=SWITCH[self.options.cuda_graphs])
 
     def job(self, request: Request, kind: str, **receipt: Any) -> Job:
         """The job of a request. kind: begins the folder's name where --out gives none. receipt: further entries of its receipt.
@@ -135,19 +143,19 @@ class Setup:
         from ..sampling.pipeline import DETERMINISTIC_BATCH, largest_batch
         from ..sampling.receipts import receipt_of
 
-        options, model, classifier, world = self.options, self.model, self.classifier, self.world
+        options, model, world = self.options, self.model, self.world
         out, chosen = world.broadcast_object(runs.run_folder(options.out, kind), name=f"folder of {kind}")
         batch_size = DETERMINISTIC_BATCH if options.deterministic else options.batch_size
         if not batch_size:
             limit = max(1, -(-request.num_samples // world.size))
-            fitting = largest_batch(model, self.guidance, limit) if world.is_main else 0
+            fitting = largest_batch(self.guided, limit) if world.is_main else 0
             batch_size = world.broadcast_object(fitting, name="images that fit")
             if not batch_size:
                 raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
             log.info("--batch_size auto: %d images at a time", batch_size)
         (_, height, width), classes = model.shape, len(request.labels.classes)
         what = f"{request.name}, " if request.name else ""
-        what += f"{request.num_samples} images of {height}x{width}, {options.method}, {len(model.process)} steps"
+        what += f"{request.num_samples} images of {height}x{width}, {self.chain.sampler}, {len(self.chain.nodes)} steps"
         what += f", {classes} classes" if classes else ""
         what += "" if request.name else f", seed {options.seed}"
         log.info("%s, into %s (%s)", what, out, chosen)
@@ -159,15 +167,15 @@ class Setup:
             out,
             model.shape,
             batch_size,
-            receipt={**receipt_of(flags, options.method, model, classifier), **receipt},
+            receipt={**receipt_of(flags, self.chain, self.guided), **receipt},
             about={
                 "model": model.path,
-                "classifier": classifier and classifier.path,
+                "guided by": [network.path for network in self.guided.networks[1:]],
                 "device": str(world.device),
                 "float32 products": describe_products(world.device),
             },
             config={**flags, **typed},
-            grid=options.grid,
+            grid=options.picture,
             class_names=self.class_names,
         )
 
@@ -181,16 +189,90 @@ class Setup:
         return generate_all(pipeline, jobs, folder, **options)
 
 
+def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[Guidance]:
+    """The guidances that the flags ask for, in any order. ValueError for flags that no guidance has, or that contradict each other."""
+    from ..config.fields import options as parse
+    from ..diffusion.guidance import GUIDANCES, check_together, interval
+    from ..sampling.guiding import Guidance
+
+    names = [name.strip() for name in options.guidance.split(",") if name.strip()]
+    if options.classifier_path and not options.guidance:
+        names.append("classifier")
+    if options.epsilon_scale != "1":
+        names.append("epsilon_scaling")
+    if options.threshold:
+        names.append("threshold")
+    check_together(names)
+    needs = {GUIDANCES[name].needs for name in names}
+    unused = {
+        "classifier_path": (options.classifier_path and "classifier" not in needs, "classifier"),
+        "guide_path": (options.guide_path and "weak" not in needs, "classifier_free, or autoguidance"),
+        "guidance_scale": (options.guidance_scale and not needs & {"weak", "watched"}, "classifier_free"),
+        "guidance_interval": (options.guidance_interval and not needs - {""}, "classifier"),
+    }
+    for flag_, (without_use, remedy) in unused.items():
+        if without_use:
+            raise ValueError(
+                f"--{flag_} is {getattr(options, flag_)!r}, and no guidance here uses it; add --guidance {remedy}"
+            )
+    more = parse(options.guidance_options, "guidance_options")
+    more |= {"entropy": True} if options.entropy_scale else {}
+    more |= {"rescale": options.rescale} if options.rescale else {}
+    if isinstance(more.get("layers"), str):
+        more["layers"] = tuple(more["layers"].split("+"))
+    has = {name: {**GUIDANCES[name].options, **GUIDANCES[name].source} for name in names}
+    for option in more:
+        if not any(option in each for each in has.values()):
+            having = [name for name, kind in GUIDANCES.items() if option in {**kind.options, **kind.source}]
+            flag = {"entropy": "--entropy_scale", "rescale": "--rescale"}.get(option, f"--guidance_options {option}")
+            raise ValueError(f"{flag} is of guidance {' and '.join(having) or 'none'}; give --guidance {having[0]}")
+    between = _numbers(options, "guidance_interval", 2) if options.guidance_interval else ()
+    made = []
+    for name in names:
+        kind = GUIDANCES[name]
+        scale: Any = options.classifier_scale if kind.stage == 4 else None
+        if kind.stage == 3 and options.guidance_scale:
+            (scale,) = _numbers(options, "guidance_scale", 1)
+        if name == "epsilon_scaling":
+            *slope, scale = _numbers(options, "epsilon_scale", 1, 2)
+            more |= {"slope": slope[0]} if slope else {}
+        if name == "threshold":
+            scale = options.threshold
+        if between and kind.stage in (3, 4):
+            if scale is None:
+                raise ValueError("--guidance_interval is for a scale that is given; give --guidance_scale too")
+            scale = interval(scale, *between)
+        network = None
+        if kind.needs == "classifier" and options.classifier_path and scale != 0:
+            network = _load(options.classifier_path, "classifier", options, world, known)
+        elif kind.needs == "weak" and options.guide_path and "layers" not in kind.source and name != "random_label":
+            network = _load(options.guide_path, options.kind, options, world, known)
+        if kind.needs == "classifier" and scale == 0:
+            log.info("--classifier_scale 0: the classifier is not read")
+            continue
+        made.append(Guidance(name, scale, network, {n: v for n, v in more.items() if n in has[name]}))
+    return made
+
+
+def _numbers(options: Making, name: str, *counts: int) -> tuple[float, ...]:
+    """The numbers of a flag; ValueError unless there are as many as one of `counts`."""
+    values = numbers(getattr(options, name), name)
+    if len(values) not in counts:
+        raise ValueError(f"--{name} is {getattr(options, name)!r}; it must be {' or '.join(map(str, counts))} numbers")
+    return values
+
+
 def _load(path: str, kind: str, options: Making, world: World, known: dict[str, Loaded]) -> Loaded:
     from ..weights.load import load
 
-    typed, names = dict(options.typed), set(DiffusionConfig.names())
+    typed, names = dict(options.typed), set(DiffusionConfig.names()) | set(NETWORKS[kind].names())
     precision, weights = options.precision, options.weights
     if kind == "classifier":
-        names = set(_SHARED_PROCESS)  # the other diffusion flags, such as respacing, concern the generator only
+        names = set(_SHARED_PROCESS) | set(NETWORKS[kind].names())  # other diffusion flags concern the generator only
         typed["image_size"] = typed.get("large_size", typed.get("image_size"))
         precision, weights = options.classifier_precision or precision, ""
-    names |= set(NETWORKS[kind].names())
+    elif path == options.guide_path:  # the flags are those of the model
+        typed, weights = {}, ""
     flags = {name: value for name, value in typed.items() if name in names and value is not None}
     asked: dict[str, Any] = {"kind": kind, "flags": flags, "precision": precision, "weights": weights}
     key = repr((path, asked))

@@ -103,7 +103,7 @@ class Cascade(making.Making):
 
 # Flags of the first stage that apply to both stages.
 _SHARED = (
-    "num_samples batch_size seed precision clip_denoised timestep_respacing grid device compile cuda_graphs tf32 deterministic"
+    "num_samples batch_size seed precision clip_denoised timestep_respacing steps picture device compile cuda_graphs tf32 deterministic"
 ).split()
 
 

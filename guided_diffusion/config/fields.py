@@ -35,7 +35,7 @@ def flag(
 
     auto     the number that the word auto stands for on a command line
     no_auto  the error for the word auto, where users expect it and there is none
-    table    MODULE:NAME of the dict whose keys are the choices. Programs may add more, so the value is checked when it is used
+    table    MODULE:NAME of the dict whose keys are the choices, or several. Programs may add more, so the value is checked when it is used
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "low": low, "high": high}
     metadata |= {"auto": auto, "no_auto": no_auto, "table": table}
@@ -137,6 +137,11 @@ def as_now(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags by their present names and values, where `flags` may have those of an earlier version."""
     words = {True: "on", False: "off"}
     return {
-        RENAMED.get(name, name): words[value] if name in SWITCHES and isinstance(value, bool) else value
+        present_name(name, value): words[value] if name in SWITCHES and isinstance(value, bool) else value
         for name, value in flags.items()
     }
+
+
+def present_name(name: str, value: Any) -> str:
+    """The flag that an earlier version called `name`; `value` as typed or stored, as --grid with a number is --picture now."""
+    return "picture" if name == "grid" and str(value).isdecimal() else RENAMED.get(name, name)

@@ -25,7 +25,7 @@ class Setting(NamedTuple):
     @property
     def flags(self) -> dict[str, Any]:
         """The flags of `sample` that it stands for."""
-        return {"sampler": self.sampler, "timestep_respacing": str(self.steps), "classifier_scale": float(self.scale)}
+        return {"sampler": self.sampler, "steps": self.steps, "classifier_scale": float(self.scale)}
 
 
 @dataclass(frozen=True)

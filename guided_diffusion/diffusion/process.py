@@ -237,8 +237,10 @@ class Nodes(Protocol):
 def at_nodes(process: Process, grid: Nodes) -> Process:
     """The process whose own steps 0..N-1 are the nodes of a grid of `process`: `respace`, also between steps."""
     positions, lam = grid.positions[::-1], grid.lam[::-1]
-    if (positions == positions.round()).all():
-        return respace(process, positions.astype(int).tolist())
+    steps = positions.round().astype(int)
+    # Levels of another process may lie beyond the ends of this one, at positions that are whole and yet not theirs.
+    if (positions == steps).all() and np.allclose(lam, tables_of(process.betas)["log_snr"][steps] / 2):
+        return respace(process, steps.tolist())
     exact = process.to("cpu", torch.float64)
     time = exact.time_at(torch.from_numpy(positions.copy()))
     alpha_bar = 1 / (1 + np.exp(-2 * lam))

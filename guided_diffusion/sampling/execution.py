@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Denoised, Denoiser, Spread
+from ..diffusion.denoiser import ByLevel, Denoised, Denoiser, Spread
+from ..diffusion.process import Process
 from ..runtime import compiler
 
 Cond = Mapping[str, Tensor]
 Conditioned = Callable[
     [Cond], Denoiser
 ]  # the conditioning of one batch (labels, low-resolution images) -> its denoiser
+Scales = tuple[float, ...]
 Auto = Literal["auto"]
 # On an H100 a guided step at 64 px was 8.7 to 12 times as fast from a CUDA graph at batch 4; at 256 px and batch 16 the card is busy
 # without one, so there is nothing to save.
@@ -41,6 +44,8 @@ def worth_recording(pixels: int, steps: int) -> bool:
 class Execution:
     """How the steps of a job are executed, which may change between two batches.
 
+    make        without `levels`: conditioning -> denoiser. With it: (what `levels` returns, conditioning) -> denoiser
+    levels      noise level sigma/alpha -> the scales of the guidance there. The steps of each set of scales are compiled or recorded apart
     compile     True: compiled; "auto": compiled once the speed of the second batch says that it pays. A caller that has "auto" work
                 calls `after_batch`
     graphs      True: replayed from a CUDA graph; "auto": where that is `worth_recording`
@@ -49,15 +54,18 @@ class Execution:
 
     def __init__(
         self,
-        make: Conditioned,
+        make: Callable[..., Denoiser],
         *,
+        levels: Callable[[float], Scales] | None = None,
+        process: Process | None = None,
         compile: bool | Auto = False,
         graphs: bool | Auto = False,
         on_failure: Callable[[Callable[[], object]], object] | None = None,
     ) -> None:
-        self._make, self._on_failure, self._graphs = make, on_failure, graphs
-        self._auto, self._batches, self._steps = compile == "auto", 0, 0
-        self._use(make)
+        self._make, self._levels, self._process = make, levels, process
+        self._on_failure, self._graphs = on_failure, graphs
+        self._auto, self._compiled, self._batches, self._steps = compile == "auto", False, 0, 0
+        self._ways: dict[Scales | None, tuple[Conditioned, Conditioned]] = {}  # scales -> (step, recorded step)
         if compile is True:
             self._compile()
 
@@ -65,7 +73,17 @@ class Execution:
         """The denoiser of a batch of so many pixels, for a chain of so many steps. Short chains are recorded from a later batch on."""
         self._steps += steps
         record = self._graphs is True or (self._graphs == "auto" and worth_recording(pixels, self._steps))
-        return (self._recorded if record else self._step)(cond)
+        if self._levels is None or self._process is None:
+            return self._way(None)[record](cond)
+        levels, made = self._levels, dict[Scales, Denoiser]()
+
+        def at(sigma: float) -> Denoiser:
+            scales = levels(sigma)
+            if scales not in made:
+                made[scales] = self._way(scales)[record](cond)
+            return made[scales]
+
+        return ByLevel(self._process, at)
 
     def after_batch(self, seconds: float, left: int) -> None:
         """To be called after each batch with the time it took and the number of batches still to be made."""
@@ -78,11 +96,15 @@ class Execution:
 
     def _compile(self) -> None:
         compiler.begin()
-        self._use(Compiled(self._make, on_failure=self._on_failure))
+        self._compiled, self._ways = True, {}  # graphs of the steps as they were are dropped
 
-    def _use(self, step: Conditioned) -> None:
-        """Execute `step` from now on; graphs of the earlier one are dropped."""
-        self._step, self._recorded = step, Graphed(step)
+    def _way(self, scales: Scales | None) -> tuple[Conditioned, Conditioned]:
+        if scales not in self._ways:
+            step: Conditioned = self._make if scales is None else partial(self._make, scales)
+            if self._compiled:
+                step = Compiled(step, on_failure=self._on_failure)
+            self._ways[scales] = step, Graphed(step)
+        return self._ways[scales]
 
 
 class Compiled:

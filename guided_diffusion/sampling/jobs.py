@@ -25,7 +25,7 @@ from ..runtime.streams import LABELS, key_of
 from . import writers
 
 PARTS, RECEIPT, LOCK, PICTURE = "parts", "sampling.json", "sampling.lock", "samples.png"
-FORMAT = 2  # of the receipt; from 2 on it lists everything that an image depends on
+FORMAT = 3  # of the receipt; it lists everything that an image depends on. Before 3, noise was drawn in another order
 _PART = re.compile(r"^images_(\d+)_(\d+)\.npy$")
 
 Shape = tuple[int, int, int]  # channels, height, width

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,22 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from ..data.images import to_float
-from ..diffusion import guidance as guidances
-from ..diffusion.denoiser import Denoiser, make_denoiser
-from ..diffusion.process import Process, respace, space_timesteps
-from ..diffusion.samplers import SAMPLERS, NotFinite, Step, last
+from ..diffusion.grids import Grid
+from ..diffusion.process import Process, respace
+from ..diffusion.samplers import NotFinite, last
 from ..diffusion.updates import Noise, fresh_noise
 from ..models.layers import hooked, lay_out_convolution
 from ..models.network import Network
 from ..runtime import compiler
 from ..runtime.devices import float32_products
 from ..runtime.streams import key_of
-from ..weights.load import Loaded, check_pair
+from ..weights.load import Loaded
+from .chains import Chain, make_chain
 from .execution import Auto, Execution
+from .guiding import Guidance, Guided, guided
 from .jobs import LabelPlan, Request
 from .queue import answers
 from .writers import class_captions, write_grid
 
+_log = logging.getLogger(__name__)
 # Base model and upsampler use one seed; without this their first noise would begin with the same numbers.
 NOISE_OF_UPSAMPLERS = 256
 BATCH_ON_CPU = 16  # default images per pass on a CPU, where larger batches are not faster
@@ -37,44 +40,31 @@ DETERMINISTIC_BATCH = 8  # images per pass with --deterministic: how sums are ro
 _LARGEST_TRIED = 1024
 
 
-@dataclass(frozen=True)
-class ClassifierGuidance:
-    """Guidance towards the class of each image, by the gradient of a classifier of noised images."""
-
-    classifier: Loaded
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        guidances.check_scale(self.scale)
-
-
-def classifier(classifier: Loaded, *, scale: float = 1.0) -> ClassifierGuidance:
-    """Guidance for `sample`: towards the class of each image, as `classifier` sees it. `scale` 0 = none, below 0 = away from it."""
-    return ClassifierGuidance(classifier, scale)
-
-
 def sample(
     model: Loaded,
     *,
     labels: Sequence[int] | np.ndarray | Tensor | None = None,
     num_images: int | None = None,
-    guidance: ClassifierGuidance | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
     sampler: str = "ancestral",
     steps: int | str | None = None,
+    grid: str | Grid | None = None,
     seed: int = 0,
-    eta: float = 0.0,
     batch_size: int = 16,
-    clip: bool = True,
+    clip: bool | str = True,
     low_res: np.ndarray | None = None,
     deterministic: bool = False,
     cuda_graphs: bool | Auto = "auto",
+    **options: Any,
 ) -> np.ndarray:
     """Images of a model, uint8 `[N, H, W, C]`: the same as from the command `sample` (or `upsample`).
 
     labels      the class of each image, for models with classes and for guidance
     num_images  default: as many as labels or `low_res`; if more, these are repeated
-    sampler     one of `SAMPLERS`; `eta` is the noise of ddim
-    steps       how many of the process's steps, or which: "ddim25", "90,60,60,20,20"; None = those of the model
+    guidance    such as `gd.classifier(...)`, or several; `clip`: see `guided`
+    sampler     a key of `SAMPLERS`; `options` are its own (order, eta, churn ...) and those of the grid (sigma_max, rho, nodes ...)
+    steps       how many, placed by `grid`; or which: "ddim25", "90,60,60,20,20"; None = those of the model
+    grid        a key of `GRIDS`; None = as fits the sampler
     seed        image i depends on (seed, i) only; other batch sizes change it by rounding
     low_res     the small images for an upsampler, uint8 `[N, h, w, C]`, repeated like labels
 
@@ -83,16 +73,16 @@ def sample(
 
     ValueError if the model needs labels or `low_res` and they are missing, or if it does not take them.
     """
-    needed = {"labels": "y" in model.inputs or guidance is not None, "low_res": "low_res" in model.inputs}
+    whole = guided(model, guidance, clip=clip, mean=sampler == "ancestral")
+    model = whole.model
+    needed = {"labels": "y" in model.inputs or whole.classifier is not None, "low_res": "low_res" in model.inputs}
     for (name, needs), value in zip(needed.items(), (labels, low_res)):
         if needs != (value is not None):
             raise ValueError(f"{name} is {'missing: give' if needs else 'given, but this model takes no'} {name}")
     count = num_images or max(len(values) for values in (labels, low_res, ()) if values is not None)
     if not count:
         raise ValueError("num_images is missing; give it, or labels")
-    if guidance is not None:
-        check_pair(model, guidance.classifier)
-    classes = model.num_classes or (guidance.classifier.num_classes if guidance else 0)
+    classes = whole.num_classes
     plan = LabelPlan() if labels is None else LabelPlan.fixed(np.asarray(labels))
     if plan.classes and not 0 <= plan.classes[0] <= plan.classes[-1] < classes:
         ends = sorted({plan.classes[0], plan.classes[-1]})
@@ -102,9 +92,8 @@ def sample(
         assert low_res is not None
         return {"low_res": to_float(torch.from_numpy(low_res[[i % len(low_res) for i in ids]]))}
 
-    process = model.process if steps is None else respaced(model.process, steps)
-    options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip, "graphs": cuda_graphs}
-    pipeline = make_pipeline(model, process=process, guidance=guidance, **options)
+    chain = make_chain(model.process, sampler, steps=steps, grid=grid, options=options)
+    pipeline = pipeline_of(whole, chain, graphs=cuda_graphs)
     request = Request("", count, noise_seed(model, seed), plan, None if low_res is None else small_images)
     size = DETERMINISTIC_BATCH if deterministic else batch_size
     with float32_products(deterministic=True) if deterministic else contextlib.nullcontext():
@@ -123,7 +112,7 @@ def write_preview(model: Loaded, path: str, *, steps: str, seed: int = 0, count:
         captions = class_captions(labels, model.class_names)
     chosen: str | None = steps
     try:
-        respaced(model.process, steps)
+        make_chain(model.process, "ddim", steps=steps)
     except ValueError:
         chosen = None
     # Without CUDA graphs: they take memory of their own beside that of training.
@@ -137,93 +126,98 @@ def noise_seed(model: Loaded, seed: int) -> int:
     return key_of(seed, NOISE_OF_UPSAMPLERS) if "low_res" in model.inputs else seed
 
 
-def respaced(process: Process, steps: int | str) -> Process:
-    """`steps` of the whole process, as `--timestep_respacing` gives them."""
-    whole = process.whole or process
-    return respace(whole, space_timesteps(len(whole), str(steps)))
-
-
 def make_pipeline(
     model: Loaded,
     *,
     process: Process | None = None,
-    guidance: ClassifierGuidance | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
     sampler: str = "ancestral",
-    eta: float = 0.0,
-    clip: bool = True,
+    steps: int | str | None = None,
+    grid: str | Grid | None = None,
+    clip: bool | str = True,
     compile: bool | Auto = False,
     graphs: bool | Auto = False,
+    **options: Any,
 ) -> ImagePipeline:
     """(noise, source of noise, conditioning) -> images in [-1, 1].
 
     process  default: the model's; on the sampling device
-    clip     keep every predicted clean image within [-1, 1]
     compile  compile network and guidance of a step as one graph, by torch.compile; "auto" = on CUDA, once it is known that it pays
     graphs   on CUDA, record them (compiled or not) as one CUDA graph; "auto" = where batches are
              small, from 20 steps on, unless networks have hooks
 
-    Guidance shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233), else the score (algorithm 2).
-    With `compile` or `graphs`, every batch size has its own graph.
+    The other arguments are those of `sample`. A classifier shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233),
+    else the score (algorithm 2). With `compile` or `graphs`, every batch size has its own graph.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    entry = SAMPLERS[sampler]
-    steps = model.process if process is None else process
-    guided = guidance if guidance is not None and guidance.scale else None
-    networks = [model, guided.classifier] if guided else [model]
+    whole = guided(model, guidance, clip=clip, mean=sampler == "ancestral")
+    chain = make_chain(process or whole.model.process, sampler, steps=steps, grid=grid, options=options)
+    return pipeline_of(whole, chain, compile=compile, graphs=graphs)
+
+
+def pipeline_of(
+    guided: Guided, chain: Chain, *, compile: bool | Auto = False, graphs: bool | Auto = False
+) -> ImagePipeline:
+    """The pipeline of a guided model and a chain; `compile` and `graphs` as in `make_pipeline`."""
+    networks = guided.networks
     for each in networks:
         make_ready(each.net)
-
-    def make(cond: Mapping[str, Tensor]) -> Denoiser:
-        inputs = {name: cond[name] for name in model.inputs}
-        denoise = make_denoiser(model.net, steps, inputs, clip=clip, **model.reading)
-        if guided:
-            guide = guidances.classifier_mean if sampler == "ancestral" else guidances.classifier
-            gradient = guidances.log_prob_gradient(guided.classifier.net, cond["y"])
-            denoise = guide(denoise, steps, gradient, guided.scale)
-        return denoise
-
-    def chain(denoise: Denoiser, noise: Tensor, fresh: Noise) -> Iterator[Step]:
-        options: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
-        return entry.run(denoise, noise, steps, **options, **({"noise": fresh} if entry.noise else {}))
-
-    if compile == "auto" and steps.device.type != "cuda":
+    levels = chain.levels()
+    for name, count in guided.calls(levels).items():
+        if not count:
+            _log.warning(
+                f"guidance {name} is never applied: no step of this chain has a noise level in its interval; "
+                f"the levels go from {max(levels):.4g} to {min(levels):.4g}"
+            )
+    make = guided.on(chain.process)
+    if compile == "auto" and chain.process.device.type != "cuda":
         compile = False
     if graphs == "auto" and any(hooked(*each.net.modules()) for each in networks):
         graphs = False  # a hook of the user is called by each step, and a graph would leave it out
+    if not all(guide.recordable for guide in guided.guides):
+        compile = graphs = False
     compile_each = partial(compiler.compile_or_leave, [each.net for each in networks])
-    execution = Execution(make, compile=compile, graphs=graphs, on_failure=compile_each)
-    return ImagePipeline(networks, chain, len(steps), execution)
+    execution = Execution(
+        make if guided.varies else partial(make, guided.scales(1.0)),
+        levels=guided.scales if guided.varies else None,
+        process=chain.process,
+        compile=compile,
+        graphs=graphs,
+        on_failure=compile_each,
+    )
+    return ImagePipeline(guided, chain, len(levels), execution)
 
 
 @dataclass(frozen=True)
 class ImagePipeline:
     """A `queue.Pipeline`: (noise, source of noise, conditioning) -> images in [-1, 1].
 
-    networks   all that take part, for error messages
-    chain      (denoiser, noise, source of noise) -> the sampler's steps, `steps` of them
-    execution  how the denoiser's calls are executed; its `after_batch` is for `generate`
+    calls      of the denoiser, for each chain
+    execution  how they are executed; its `after_batch` is for `generate`
     """
 
-    networks: Sequence[Loaded]
-    chain: Callable[[Denoiser, Tensor, Noise], Iterator[Step]]
-    steps: int
+    guided: Guided
+    chain: Chain
+    calls: int
     execution: Execution
 
     def __call__(self, noise: Tensor, fresh: Noise, cond: dict[str, Tensor]) -> Tensor:
-        denoise = self.execution.denoiser(cond, pixels=noise[:, 0].numel(), steps=self.steps)
+        cond = {**cond, **self.guided.drawn(noise, fresh)}
+        denoise = self.execution.denoiser(cond, pixels=noise[:, 0].numel(), steps=self.calls)
         try:
-            return last(self.chain(denoise, noise, fresh))
+            return last(self.chain.steps(denoise, noise, fresh))
         except NotFinite as error:
-            raise NotFinite(error.row, f"{error}; {why_not_finite(self.networks)}") from None
+            raise NotFinite(error.row, f"{error}; {why_not_finite(self.guided.networks)}") from None
 
 
-def largest_batch(model: Loaded, guidance: ClassifierGuidance | None, limit: int) -> int:
+def largest_batch(guided: Guided, limit: int) -> int:
     """The largest batch, up to `limit`, of which one step fits into the device's memory, by trial on a GPU; 0 if none."""
+    model = guided.model
     process, (channels, height, width) = model.process, model.shape
     if process.device.type == "cpu":
         return min(limit, BATCH_ON_CPU)
-    pipeline = make_pipeline(model, process=respace(process, [len(process) - 1]), guidance=guidance)
+    # A level within the interval of every guidance, or there would be less to fit.
+    always = replace(guided, guides=tuple(replace(g, scale=1.5) if callable(g.scale) else g for g in guided.guides))
+    pipeline = pipeline_of(always, make_chain(respace(process, [len(process) - 1]), "ddim"))
 
     def attempt(count: int) -> None:
         noise = torch.randn(count, channels, height, width, device=process.device)

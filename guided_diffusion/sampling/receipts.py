@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..diffusion.samplers import SAMPLERS
 from ..runtime import storage
 from ..weights.load import Loaded
+from .chains import Chain
+from .guiding import Guided
 
 # Fields of the configurations that are not copied into the receipt, and why. All others are, also those added later.
 NOT_IN_RECEIPT = frozenset(
     (
-        "model_path classifier_path weights "  # recorded instead: the file's hash, and which of its weights were taken
+        "model_path classifier_path guide_path weights "  # recorded instead: the file's hash, and which of its weights were taken
         "precision classifier_precision use_fp16 classifier_use_fp16 "  # recorded instead: the precision of each network
-        "num_samples batch_size grid "  # image i does not depend on them
+        "num_samples batch_size picture "  # image i does not depend on them
         "compile cuda_graphs "  # the same computation up to rounding
         "seed classes labels "  # added by the job
-        "use_ddim "  # an older flag for sampler, which is recorded
+        "sampler use_ddim steps grid nodes timestep_respacing sigma_max sigma_min rho "  # recorded instead: sampler and nodes
+        "order final_order exact eta tau churn churn_min churn_max noise_scale restart "  # recorded instead: the sampler's options
+        "guidance classifier_scale guidance_scale guidance_interval guidance_options entropy_scale rescale "  # each guidance
+        "epsilon_scale threshold clip clip_denoised "  # recorded with the guidances
         "dropout use_checkpoint use_kl rescale_learned_sigmas"  # for training only
     ).split()
 )
@@ -25,22 +29,18 @@ NOT_IN_RECEIPT = frozenset(
 _LATER = {"tf32": True, "deterministic": False}
 
 
-def receipt_of(flags: Mapping[str, Any], method: str, model: Loaded, classifier: Loaded | None) -> dict[str, Any]:
-    """The configurations of model, process, classifier and sampler. flags: of `SampleConfig`; method: the sampler that they choose."""
+def receipt_of(flags: Mapping[str, Any], chain: Chain, guided: Guided) -> dict[str, Any]:
+    """The settings of networks, noise process, sampler and guidance, with the number of calls of each network. flags: of `SampleConfig`."""
     own = {name: value for name, value in _in_receipt(flags).items() if name not in _LATER or value != _LATER[name]}
     return {
         **own,
-        "sampler": method,
-        "eta": flags["eta"] if "eta" in SAMPLERS[method].options else None,
-        "steps": len(model.process),
-        # `to_dict` leaves out --architecture for U-Nets: their receipts equal those of older versions.
-        "model": {**_identity(model), **_in_receipt(model.config.model.to_dict())},
-        "diffusion": _in_receipt(model.config.diffusion.to_dict()),
-        # Without the classifier's own noise process: it gets the model's noisy images and times.
-        "classifier": {**_identity(classifier), **_in_receipt(classifier.config.model.to_dict())}
-        if classifier
-        else None,
-        "classifier_scale": flags["classifier_scale"] if classifier else 0.0,
+        **chain.describe(),
+        # Network and classifier: their configurations (`to_dict` leaves out --architecture for U-Nets).
+        "model": {**_identity(guided.model), **_in_receipt(guided.model.config.model.to_dict())},
+        "diffusion": _in_receipt(guided.model.config.diffusion.to_dict()),
+        # Of another network without its own noise process: see `guiding`.
+        **guided.describe(lambda network: {**_identity(network), **_in_receipt(network.config.model.to_dict())}),
+        "calls": guided.calls(chain.levels()),
     }
 
 

@@ -8,12 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..diffusion.denoiser import Denoised, Spread
-from ..diffusion.samplers import last
-from ..diffusion.updates import fresh_noise
 from ..runtime import storage
 from ..weights.load import Loaded
 from .features import write_features
@@ -24,22 +19,9 @@ Row = dict[str, Any]  # a setting and what is known of its images, as in sweep.j
 
 
 def row_of(name: str, setting: Mapping[str, Any], pipeline: ImagePipeline) -> Row:
-    """A row with the calls of network and classifier per image. ValueError if the sampler refuses its options or its steps."""
-    calls, guided = count_calls(pipeline), len(pipeline.networks) > 1
-    return {"name": name, **setting, "calls": calls, "classifier_calls": calls if guided else 0}
-
-
-def count_calls(pipeline: ImagePipeline) -> int:
-    """How often the sampler evaluates the denoiser for an image, counted in a run on one pixel without a network."""
-    calls = 0
-
-    def denoise(x: Tensor, i: Tensor) -> Denoised:
-        nonlocal calls
-        calls += 1
-        return Denoised(x * 0, Spread(x * 0, x * 0), 0.0)
-
-    last(pipeline.chain(denoise, torch.zeros(1, 1, 1, 1, device=pipeline.networks[0].process.device), fresh_noise))
-    return calls
+    """A row with the calls of network and classifier per image."""
+    calls = pipeline.guided.calls(pipeline.chain.levels())
+    return {"name": name, **setting, "calls": calls["model"], "classifier_calls": calls.get("classifier", 0)}
 
 
 def make(rows: Sequence[Row], makers: Sequence[Callable[[], tuple[str, int]]], path: str, write: bool) -> None:

@@ -72,8 +72,9 @@ def test_two_stages_run_one_after_the_other(tmp_path: Path) -> None:
     assert main(["reproduce", "imagenet512-stack-guided-ddim25-ddim25", *words]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     base, second = (manifest["sampling"][f"{stage}/sampling.json"]["settings"] for stage in ("base", "upsampled"))
-    assert (base["sampler"], base["steps"], base["classifier_scale"]) == ("ddim", 25, 1.25) and base["classifier"]
-    assert (second["sampler"], second["steps"], second["classifier"]) == ("ddim", 25, None)
+    assert [(guide["name"], guide["scale"]) for guide in base["guidance"]] == [("classifier", 1.25)]
+    assert (base["sampler"], base["steps"]) == (second["sampler"], second["steps"]) == ("ddim", 25)
+    assert second["guidance"] == []
     with np.load(tmp_path / "out" / "upsampled" / "samples_2x16x16x3.npz") as found:
         assert found["arr_0"].shape == (2, 16, 16, 3) and found["arr_1"].shape == (2,)
 
@@ -117,8 +118,9 @@ def test_from_weights_to_the_score(inception: Path, tmp_path: Path, capsys: pyte
     assert rows["sfid"]["measured"] == scores["sFID"] and np.isfinite(scores["sFID"])
 
     settings = manifest["sampling"]["sampling.json"]["settings"]
-    assert settings["sampler"] == "ddim" and settings["steps"] == 25 and settings["classifier_scale"] == 2.5
-    assert settings["seed"] == 0 and len(settings["model"]["sha256"]) == len(settings["classifier"]["sha256"]) == 64
+    assert settings["sampler"] == "ddim" and settings["steps"] == 25 and settings["guidance"][0]["scale"] == 2.5
+    critic = settings["guidance"][0]["network"]
+    assert settings["seed"] == 0 and len(settings["model"]["sha256"]) == len(critic["sha256"]) == 64
     assert {"flags", "label_draw", "quantisation", "samples_sha256", "versions", "hardware"} <= set(manifest)
     assert manifest["evaluation"]["reference"]["sha256"]
     with np.load(tmp_path / "out" / "samples_6x16x16x3.npz") as found:

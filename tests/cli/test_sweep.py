@@ -53,7 +53,7 @@ def test_settings_are_what_sample_makes_and_scores_are_the_evaluators(
     printed = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == SETTINGS
     alone = f"--model_path {models}/base --classifier_path {models}/critic --classifier_scale 2 --sampler heun"
-    alone += f" --timestep_respacing 3 --num_samples 5 --batch_size 4 --device cpu --out {tmp_path}/alone"
+    alone += f" --steps 3 --num_samples 5 --batch_size 4 --device cpu --out {tmp_path}/alone"
     assert main(["sample", *alone.split()]) == 0
     receipts = [
         json.loads((folder / "sampling.json").read_text()) for folder in (out / SETTINGS[3], tmp_path / "alone")

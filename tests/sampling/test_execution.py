@@ -277,7 +277,7 @@ def test_graphs_of_the_uncompiled_step_are_dropped(plain_compiler: Any) -> None:
     for k in range(4):
         found = made.denoiser(cond, pixels=192, steps=50)(images(k), i).x0
         assert apart(found, playful(cond)(images(k), i).x0) < 1e-6
-        steps.append(made._recorded)
+        steps.append(made._way(None)[1])
         made.after_batch(1000.0, 100)
     assert steps[0] is steps[1] is not steps[2] is steps[3] and plain_compiler.frame_count == 1
     assert [len(each._recorded) for each in steps[1:3]] == [1, 1]
@@ -289,13 +289,13 @@ def test_short_chains_are_recorded_from_a_later_batch_on(plain_compiler: Any) ->
     made, cond, i = Execution(playful, graphs="auto"), {"y": torch.tensor([0, 1, 2])}, torch.tensor([3, 4, 5])
     for k in range(4):
         found = made.denoiser(cond, pixels=192, steps=8)(images(k), i).x0
-        assert apart(found, playful(cond)(images(k), i).x0) < 1e-6 and len(made._recorded._recorded) == (k >= 2)
+        assert apart(found, playful(cond)(images(k), i).x0) < 1e-6 and len(made._way(None)[1]._recorded) == (k >= 2)
 
 
 def test_what_is_asked_for_is_done_at_once(plain_compiler: Any) -> None:
     made = Execution(playful, compile=True, graphs=True)
     made.denoiser({"y": torch.tensor([0, 1, 2])}, pixels=2**20, steps=1)(images(0), torch.tensor([3, 4, 5]))
-    assert plain_compiler.frame_count == 1 and len(made._recorded._recorded) == 1
+    assert plain_compiler.frame_count == 1 and len(made._way(None)[1]._recorded) == 1
     made = Execution(playful)
     made.denoiser({"y": torch.tensor([0, 1, 2])}, pixels=1, steps=100)(images(0), torch.tensor([3, 4, 5]))
-    assert plain_compiler.frame_count == 1 and not made._recorded._recorded
+    assert plain_compiler.frame_count == 1 and not made._way(None)[1]._recorded

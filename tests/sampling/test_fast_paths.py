@@ -23,8 +23,9 @@ from guided_diffusion.runtime import compiler
 from guided_diffusion.runtime.devices import float32_products
 from guided_diffusion.sampling import execution, pipeline
 from guided_diffusion.sampling.execution import Compiled, Graphed
+from guided_diffusion.sampling.guiding import classifier
 from guided_diffusion.sampling.jobs import Job, LabelPlan, Request
-from guided_diffusion.sampling.pipeline import classifier, make_pipeline
+from guided_diffusion.sampling.pipeline import make_pipeline
 from guided_diffusion.sampling.queue import generate
 from guided_diffusion.weights.load import Loaded
 

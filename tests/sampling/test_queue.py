@@ -27,7 +27,8 @@ from guided_diffusion.runtime import storage
 from guided_diffusion.runtime.world import World
 from guided_diffusion.sampling import jobs as j
 from guided_diffusion.sampling import queue as q
-from guided_diffusion.sampling.pipeline import classifier, make_pipeline
+from guided_diffusion.sampling.guiding import classifier
+from guided_diffusion.sampling.pipeline import make_pipeline
 from guided_diffusion.weights.load import Loaded
 
 SHAPE = (3, 4, 6)
