@@ -13,13 +13,18 @@ from . import arguments, making, runs, sample
 def main(argv: Sequence[str], program: str) -> int:
     """Make the same images by every combination of samplers, numbers of steps and scales of guidance, and score them: sweep.json,
     a table, pictures. Other flags are those of `sample`. The same command again goes on where it stopped."""
+    own = SweepConfig.names()
+    others = {
+        title: " ".join(name for name in names.split() if name not in own)
+        for title, names in arguments.SAMPLING.items()
+    }
     flags, typed = arguments.parse(
         argv,
         (SweepConfig, making.Making, ModelConfig, DiffusionConfig, ClassifierConfig),
         program=program,
         description=str(main.__doc__),
         defaults={"num_samples": 400},
-        groups={"the sweep": " ".join(SweepConfig.names()), **arguments.SAMPLING},
+        groups={"the sweep": " ".join(own), **others},
     )
     asked, out = SweepConfig.from_flags(flags), flags["out"]
     options = {

@@ -114,6 +114,7 @@ def test_a_killed_sweep_goes_on(models: Path, tmp_path: Path, monkeypatch: pytes
         ({"steps": "2.5"}, "--steps has 2.5; it must be whole numbers"),
         ({"more": ["--scales", "1,x"]}, "--scales is '1,x'"),
         ({"more": ["--classifier_scale", "1"]}, "--classifier_scale is one for all images; for a sweep give --scales"),
+        ({"samplers": "heun,ddim", "more": ["--eta", "0.5"]}, "heun-3-scale_0: --eta is of ddim"),
         ({"more": ["--classifier_path", ""]}, "--scales is '0,2', but nothing guides"),
         ({"more": ["--classifier_path", "", "--scales", "0", "--data_dir", "x"]}, "--data_dir is 'x'"),
     ],
