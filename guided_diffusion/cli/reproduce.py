@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..weights.released import PRESETS, Preset, Recipe, fetch, get
-from .arguments import Parsed, Parser, int_or_auto
+from ..weights.later import LATER, Later
+from ..weights.released import PRESETS, Preset, Recipe, Scores, fetch, get
+from .arguments import Parser, int_or_auto
 
 
-def targets() -> dict[str, tuple[Preset, Recipe]]:
+def targets() -> dict[str, tuple[Preset, Recipe | Later]]:
     """Short name -> model and way of sampling of each published score: imagenet256-guided, imagenet256-guided-ddim25, lsun-cat …
 
     Two stages, such as imagenet512-stack-guided-250-ddim25, have the upsampler's; the steps are named where they are not 250.
+    Scores published later, such as imagenet64-churn, have the names of `LATER`.
     """
-    named: dict[str, tuple[Preset, Recipe]] = {}
+    named: dict[str, tuple[Preset, Recipe | Later]] = {}
     for preset in PRESETS.values():
         for recipe in preset.recipes:
             if first := recipe.base:
@@ -36,7 +38,7 @@ def targets() -> dict[str, tuple[Preset, Recipe]]:
             if steps and (lsun or steps != "250"):
                 name += f"-{steps}" if steps == "250" or steps.startswith("ddim") else "-sweep"
             named[name] = preset, recipe
-    return named
+    return named | {name: (get(later.model), later) for name, later in LATER.items() if later.flags}
 
 
 def main(argv: Sequence[str], program: str) -> int:
@@ -67,19 +69,20 @@ def main(argv: Sequence[str], program: str) -> int:
     from . import sample, upsample
 
     flags = {"out": str(out), **_flags(preset, recipe, args)}
-    if recipe.base:
-        upsample.cascade([f"--{flag}={value}" for flag, value in flags.items()], program)
-    else:
-        sample.run(sample.Sampling.of(Parsed(flags, flags)))
-    stages = [out / "base", out / "upsampled"] if recipe.base else [out]
+    two = isinstance(recipe, Recipe) and recipe.base
+    (upsample.cascade if two else sample.main)([f"--{flag}={value}" for flag, value in flags.items()], program)
+    stages = [out / "base", out / "upsampled"] if two else [out]
     npz = finished_npz(str(stages[-1]))
-    manifest = {"recipe": args.name, "model": preset.file, **_manifest(flags, stages, npz)}
+    source, caveat = (recipe.source, recipe.caveat) if isinstance(recipe, Later) else (_PAPER, recipe.note)
+    told = {"source": source, "caveat": caveat}
+    manifest = {"recipe": args.name, "model": preset.file, **told, **_manifest(flags, stages, npz)}
     if args.reference:
         evaluation = _evaluate(npz, out, args)
         if not evaluation:  # only the main process has the report
             return 0
         manifest |= {"evaluation": evaluation, "comparison": _compare(recipe, evaluation)}
         print(comparison_table(manifest["comparison"]))
+        print("\n".join(f"{what:10s} {text}" for what, text in told.items() if text))
     else:
         print("not scored: no --reference was given")
     storage.write_json_atomic(out / "manifest.json", manifest)
@@ -87,27 +90,28 @@ def main(argv: Sequence[str], program: str) -> int:
     return 0
 
 
-def _flags(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+def _flags(preset: Preset, recipe: Recipe | Later, args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `sample`, or of `cascade`, for a published score. Downloads weights that are neither given nor in the cache."""
     from ..runtime import storage
 
     cache = storage.cache_folder()
-    if recipe.base:
+    if isinstance(recipe, Recipe) and recipe.base:
         second = {
             "upsampler_path": args.upsampler_path or fetch(preset, cache),
             "upsampler_timestep_respacing": recipe.respacing,
             "upsampler_use_ddim": recipe.use_ddim,
         }
         return {**_flags(get(recipe.small), recipe.base, args), **second}
-    flags = {
-        "model_path": args.model_path or fetch(preset, cache),
-        "batch_size": 0 if args.batch_size == "auto" else args.batch_size,
-        "timestep_respacing": recipe.respacing,
-        "use_ddim": recipe.use_ddim,
-        "classifier_scale": float(recipe.scale),
-        **{name: getattr(args, name) for name in ("num_samples", "seed", "device", "precision")},
-    }
-    if recipe.scale:
+    flags = {name: getattr(args, name) for name in ("num_samples", "batch_size", "seed", "device", "precision")}
+    flags["model_path"] = args.model_path or fetch(preset, cache)
+    if isinstance(recipe, Later):
+        words = recipe.flags.split()
+        flags |= {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2])}
+        guided = recipe.guided
+    else:
+        flags |= {"timestep_respacing": recipe.respacing, "use_ddim": recipe.use_ddim, "classifier_scale": recipe.scale}
+        guided = bool(recipe.scale)
+    if guided:
         flags["classifier_path"] = args.classifier_path or fetch(get(preset.classifier), cache)
     return flags
 
@@ -153,18 +157,20 @@ def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     return dict(json.loads(evaluation.to_json()))
 
 
-# Field of `Recipe.expected` -> the evaluator's name of the score.
+# Where the scores of `Recipe` are from; and a field of its `expected` -> the evaluator's name of the score.
+_PAPER = "Dhariwal & Nichol 2021 (arXiv 2105.05233), tables 5, 6 and 14"
 _NAMES = {"fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 
 
-def _compare(recipe: Recipe, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def _compare(recipe: Recipe | Later, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows: metric, published value, measured value, and the standard error of the latter, if any."""
     scores = {score["name"]: score for score in evaluation["sets"][0]["scores"]}
-    rows = []
-    for metric, published in (recipe.expected._asdict() if recipe.expected else {}).items():
-        score = scores[_NAMES[metric]]
-        rows.append({"metric": metric, "published": published, "measured": score["value"], "error": score["error"]})
-    return rows
+    expected = recipe.expected._asdict() if isinstance(recipe.expected, Scores) else recipe.expected or {}
+    return [
+        {"metric": metric, "published": published, "measured": found["value"], "error": found["error"]}
+        for metric, published in expected.items()
+        for found in [scores[_NAMES[metric]]]
+    ]
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -42,7 +42,7 @@ _EDM = "Karras et al. 2022 (arXiv 2206.00364), abstract; values as five other co
 _ES = "Ning et al. 2024, ADM-ES (arXiv 2308.15321), picture in its repository"
 _SAG = "Hong et al. 2023 (arXiv 2210.00939), its repository"
 _EDS = "Zheng et al. 2022, entropy-driven sampling (arXiv 2206.11474)"
-_EULER = "Ma et al. 2024, EluCD (ICLR 2024), its repository"
+_EULER = "Ma et al. 2023, EluCD (arXiv 2310.11311), its repository"
 
 
 def _epsilon(size: int, steps: int, before: float, fid: float, scale: str, guide: str = "") -> Later:
@@ -104,7 +104,7 @@ _ALL = (
     Later(
         "imagenet256-discriminator", "256x256_diffusion", "discriminator guidance (ADM-G++)",
         "with the classifier; a small discriminator of real and made images is trained", 4.59, {"fid": 3.18, "sfid": 4.53},
-        "250 and 250 of the discriminator", "Kim et al. 2023 (arXiv 2211.17091), abstract and repository", "tuned for recall 4.45",
+        "250 and 250 of the discriminator", "Kim et al. 2023 (arXiv 2211.17091), its repository", "tuned for recall 4.45",
     ),
     Later(
         "imagenet256-entropy-ect", "256x256_diffusion", "classifier scaled by the entropy of its answer",
@@ -144,6 +144,7 @@ def listing() -> str:
     """The text of `zoo later`."""
     lines = [
         "Published later for the released models, without training them; nothing here was measured with this package.",
+        "`guided-diffusion reproduce NAME` runs those that have flags.",
         "",
     ]
     for later in LATER.values():
