@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import against, evaluating, execution, feeding, files, networks, profiling, shapes
+from . import against, chains, evaluating, execution, feeding, files, networks, profiling, shapes
 from .timing import Plan, Report, Row, machine, rates
 
 GPU_BUDGET = 540.0
@@ -25,6 +25,7 @@ PER_SHAPE = {
     "compiled-training": networks.compiled_training,
     "blocks": execution.blocks,
     "batches": execution.batches,
+    "chains": chains.chains,
     "diffusers": networks.diffusers,
 }
 ONCE = {
