@@ -221,7 +221,7 @@ def float32_convolutions() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("float32_convolutions")
-@pytest.mark.parametrize("method", ["ddim", "ancestral", "heun", "dpm_solver"])
+@pytest.mark.parametrize("method", ["ddim", "ancestral", "heun", "dpm_solver", "unipc", "ipndm"])
 def test_cuda_graphs_make_the_same_images(method: str) -> None:
     model, guide = loaded("cuda")
     steps, results = process(device="cuda"), []

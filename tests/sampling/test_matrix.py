@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from chains import again
 from checkpoint_files import BASE, CRITIC, filled
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ import guided_diffusion as gd
 from guided_diffusion.diffusion.grids import GRIDS
 from guided_diffusion.diffusion.guidance import GUIDANCES
 from guided_diffusion.diffusion.samplers import SAMPLERS
+from guided_diffusion.sampling import execution
 from guided_diffusion.sampling.chains import Chain, make_chain
 from guided_diffusion.sampling.guiding import Guided, guided
 from guided_diffusion.sampling.pipeline import pipeline_of
@@ -132,6 +135,41 @@ def test_calls_are_as_counted_and_none_outside_an_interval(networks: dict[str, A
     whole = guided(networks["model"], guides, mean=sampler == "ancestral")
     assert whole.calls(levels) == {"model": len(levels), "classifier_free": inside, "classifier": inside}
     assert counted(networks, chain, whole) == {"network 0": len(levels), "network 1": inside, "classifier": inside}
+
+
+@pytest.mark.parametrize("name", ["classifier", "classifier_free", "random_label", "threshold", "sag", "pag"])
+def test_recorded_steps_make_the_same_images(
+    networks: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two recordings, where an interval has steps on both of its sides; each is replayed with the batch's own labels."""
+    scale = SCALES[name] if name == "threshold" else gd.interval(2.0, 0.2, 2.0)
+    model = networks["real" if name in IN_ATTENTION else "model"]
+    options: dict[str, Any] = {
+        "labels": [1, 3, 0],
+        "sampler": "unipc",
+        "steps": 6,
+        "guidance": guide(name, networks, scale),
+    }
+    plain = gd.sample(model, batch_size=2, cuda_graphs=False, **options)
+    monkeypatch.setattr(execution, "Graphed", partial(execution.Graphed, record=again))
+    assert np.abs(gd.sample(model, batch_size=2, cuda_graphs=True, **options).astype(int) - plain).max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["classifier", "classifier_free", "random_label", "threshold", "sag", "pag"])
+def test_recorded_steps_on_a_gpu(name: str) -> None:
+    plain = {**BASE, "class_cond": False, "num_classes": 0}
+    kinds = {"model": ("diffusion", BASE), "classifier": ("classifier", CRITIC), "plain": ("diffusion", plain)}
+    found = {key: filled(*kind) for key, kind in kinds.items()}
+    on_gpu = {key: replace(each, net=each.net.cuda(), process=each.process.to("cuda")) for key, each in found.items()}
+    scale = SCALES[name] if name == "threshold" else gd.interval(2.0, 0.2, 2.0)
+    guides = gd.Guidance(name, scale, on_gpu["plain"]) if name == "classifier_free" else guide(name, on_gpu, scale)
+    for sampler in ("unipc", "sde_dpm_solver"):
+        options: dict[str, Any] = {"labels": [1, 3, 0], "sampler": sampler, "steps": 6, "guidance": guides}
+        eager, recorded = (
+            gd.sample(on_gpu["model"], batch_size=2, cuda_graphs=graphs, **options) for graphs in (False, True)
+        )
+        assert eager.std() > 5 and np.abs(eager.astype(int) - recorded).mean() < 1
 
 
 def test_an_interval_without_steps_is_named(networks: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
