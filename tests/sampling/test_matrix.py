@@ -155,6 +155,16 @@ def test_recorded_steps_make_the_same_images(
     assert np.abs(gd.sample(model, batch_size=2, cuda_graphs=True, **options).astype(int) - plain).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["classifier", "classifier_free", "random_label", "epsilon_scaling", "threshold"])
+def test_a_guided_step_compiles_as_one_graph(networks: dict[str, Any], name: str) -> None:
+    whole, chain = guided(networks["model"], guide(name, networks)), chain_of(networks, "unipc", steps=6)
+    make = partial(whole.on(chain.process), whole.scales(1.0))
+    cond = {"y": torch.tensor([1, 3]), "y_random": torch.tensor([0, 2])}
+    x, i = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 3])
+    found = execution.Compiled(make, backend="aot_eager")(cond)(x, i)  # raises where there is a graph break
+    torch.testing.assert_close(found.x0, make(cond)(x, i).x0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["classifier", "classifier_free", "random_label", "threshold", "sag", "pag"])
 def test_recorded_steps_on_a_gpu(name: str) -> None:
