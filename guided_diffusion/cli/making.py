@@ -202,11 +202,13 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
         names.append("epsilon_scaling")
     if options.threshold:
         names.append("threshold")
+    names = list(dict.fromkeys(names))
     check_together(names)
     needs = {GUIDANCES[name].needs for name in names}
+    second = [name for name in names if GUIDANCES[name].needs == "weak" and name not in ("pag", "random_label")]
     unused = {
         "classifier_path": (options.classifier_path and "classifier" not in needs, "classifier"),
-        "guide_path": (options.guide_path and "weak" not in needs, "classifier_free, or autoguidance"),
+        "guide_path": (options.guide_path and not second, "classifier_free, or autoguidance"),
         "guidance_scale": (options.guidance_scale and not needs & {"weak", "watched"}, "classifier_free"),
         "guidance_interval": (options.guidance_interval and not needs - {""}, "classifier"),
     }
@@ -224,8 +226,13 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
     for option in more:
         if not any(option in each for each in has.values()):
             having = [name for name, kind in GUIDANCES.items() if option in {**kind.options, **kind.source}]
+            if not having:
+                there = ", ".join(
+                    sorted(set().union(*({**kind.options, **kind.source} for kind in GUIDANCES.values())))
+                )
+                raise ValueError(f"--guidance_options has {option!r}, and no guidance has it; there are {there}")
             flag = {"entropy": "--entropy_scale", "rescale": "--rescale"}.get(option, f"--guidance_options {option}")
-            raise ValueError(f"{flag} is of guidance {' and '.join(having) or 'none'}; give --guidance {having[0]}")
+            raise ValueError(f"{flag} is of guidance {' and '.join(having)}; give --guidance {having[0]}")
     between = _numbers(options, "guidance_interval", 2) if options.guidance_interval else ()
     made = []
     for name in names:
@@ -237,15 +244,15 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
             *slope, scale = _numbers(options, "epsilon_scale", 1, 2)
             more |= {"slope": slope[0]} if slope else {}
         if name == "threshold":
-            scale = options.threshold
-        if between and kind.stage in (3, 4):
+            scale = options.threshold or None
+        if between and kind.stage in (3, 4) and scale != kind.neutral:
             if scale is None:
                 raise ValueError("--guidance_interval is for a scale that is given; give --guidance_scale too")
             scale = interval(scale, *between)
         network = None
         if kind.needs == "classifier" and options.classifier_path and scale != 0:
             network = _load(options.classifier_path, "classifier", options, world, known)
-        elif kind.needs == "weak" and options.guide_path and "layers" not in kind.source and name != "random_label":
+        elif name in second and options.guide_path:
             network = _load(options.guide_path, options.kind, options, world, known)
         if kind.needs == "classifier" and scale == 0:
             log.info("--classifier_scale 0: the classifier is not read")

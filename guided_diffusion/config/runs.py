@@ -279,7 +279,11 @@ class SampleConfig(Section):
         1, "order of the move into the last step at most; lower is safer where steps are few", low=1
     )
     exact: bool = flag(False, "dpm_solver of order 3 with exact weights instead of the published ones")
-    eta: float = flag(0.0, "fresh noise: 0 = none, 1 = as much as the ancestral chain", low=0.0)
+    eta: float = flag(
+        -1.0,
+        "fresh noise: 0 = none, 1 = as much as the ancestral chain; -1 = 0 for ddim, 1 for other samplers",
+        low=-1.0,
+    )
     tau: float = flag(1.0, "fresh noise of sa: 0 = none, 1 = as much as the reverse process", low=0.0)
     churn: float = flag(0.0, "noise added again before each step of heun or euler (S_churn of EDM)", low=0.0)
     churn_min: float = flag(0.0, "only from this noise level on", low=0.0)
@@ -328,6 +332,13 @@ class SampleConfig(Section):
             other = f"--steps {self.steps}" if self.steps else f"--grid {self.grid!r}"
             raise ValueError(
                 f"--nodes {self.nodes!r} and {other} are two ways to say where steps are; leave one of the two out"
+            )
+        if self.grid in ("sections", "nodes"):
+            instead = "--nodes 999,850,736" if self.grid == "nodes" else "--timestep_respacing 90,60,60,20,20"
+            raise ValueError(f"--grid {self.grid} is said with its steps: give {instead} instead")
+        if not self.clip_denoised and self.clip not in ("", "none"):
+            raise ValueError(
+                f"--clip_denoised False and --clip {self.clip!r} contradict each other; leave one of the two out"
             )
         if self.grid and not self.steps:
             raise ValueError(f"--grid is {self.grid!r}, and --steps is 0; say how many steps, as in --steps 25")
@@ -429,7 +440,7 @@ _OVERRIDES = {
     "predict": ("predict_xstart",),
     "predict_xstart": ("predict",),
     "use_ddim": ("sampler",),
-    "sampler": ("use_ddim",),
+    "sampler": ("use_ddim", "eta"),
     "steps": ("timestep_respacing", "nodes"),
     "nodes": ("timestep_respacing", "steps", "grid"),
     "timestep_respacing": ("steps", "grid", "nodes"),

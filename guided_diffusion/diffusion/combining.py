@@ -212,6 +212,8 @@ def sag(
     `watched` is `denoise` and the attention of one layer. Pixels count as attended where the attention is above its mean, 1. `blur`
     is the deviation of the Gaussian kernel in pixels, `kernel` its width. Costs one call of each. 0 is none. Unclipped predictions.
     """
+    if not (blur > 0 and kernel >= 1):
+        raise ValueError(f"blur={blur} must be above 0, and kernel={kernel} at least 1")
 
     def make(scale: Any, denoise: Denoiser) -> Denoiser:
         def guided(x: Tensor, i: Tensor) -> Denoised:

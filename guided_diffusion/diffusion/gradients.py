@@ -27,6 +27,8 @@ def log_prob_gradient(net: Net, labels: Tensor, entropy: bool = False, cap: floa
     classifier is sure and its gradient therefore small (Li et al. 2022, arXiv 2206.11474).
     Works under `no_grad` and with frozen weights; the weights never receive a gradient. It can be part of a compiled graph.
     """
+    if not cap >= 1:
+        raise ValueError(f"cap={cap} of the entropy scale must be at least 1, which is no scale")
 
     def total(x: Tensor, time: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = net(x, time).float().log_softmax(dim=-1)

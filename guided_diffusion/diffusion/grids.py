@@ -169,9 +169,9 @@ GRIDS: dict[str, GridKind] = {
 }
 
 
-def check_steps(steps: int) -> int:
+def check_steps(steps: int | None) -> int:
     """`steps`, or ValueError where it is no number of nodes."""
-    if steps < 2 or steps != int(steps):
+    if steps is None or steps < 2 or steps != int(steps):
         raise ValueError(f"steps={steps}: a chain needs a whole number of nodes, at least 2")
     return int(steps)
 

@@ -66,7 +66,8 @@ class Kind:
     source     the same for what makes the source: `log_prob_gradient`, `clean_gradient`, or the layers whose attention is changed
     by_size    defaults that differ for images of this size
     mean       as `make`, but shifts the mean of a step: for ancestral sampling
-    state      the option that, unless it is 0, makes a denoiser depend on its last call: it cannot be recorded
+    state      the option that, unless it is 0, makes a denoiser depend on its last call: it cannot be recorded, and `make` takes
+               `memory`, an empty dict for each chain
     """
 
     stage: int
@@ -96,11 +97,6 @@ def _combining(function: Callable[..., Denoiser]) -> Make:
     return lambda process, source, scale, **options: (
         lambda denoise: function(denoise, source, scale, process, **options)
     )
-
-
-def _apg(process: Any, source: Any, scale: Any, **options: Any) -> Callable[[Denoiser], Denoiser]:
-    # a memory for each denoiser that is guided, of which a chain has one
-    return lambda denoise: apg(denoise, source, scale, process, memory={}, **options)
 
 
 _RESCALE = {"rescale": 0.0}
@@ -168,7 +164,7 @@ GUIDANCES: dict[str, Kind] = {
     ),
     "apg": Kind(
         stage=3,
-        make=_apg,
+        make=_combining(apg),
         needs="weak",
         excludes="second prediction",
         options={"eta": 0.0, "norm": 0.0, "momentum": 0.0, **_RESCALE},

@@ -209,6 +209,8 @@ def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     sampler, implied = named(name)
     entry, asked = SAMPLERS[sampler], {option: value for option, value in given.items() if value is not None}
+    if asked.get("eta") == 0 and "eta" not in entry.options:
+        del asked["eta"]  # no fresh noise is no wish; earlier versions stored it with the flags of every job
     for option in asked:
         if option not in entry.options:
             having = [other for other, kind in SAMPLERS.items() if option in kind.options]

@@ -37,7 +37,11 @@ from .execution import Cond, Scales
 
 _log = logging.getLogger(__name__)
 BOUNDS = ("before", "after", "none")
-_RANDOM_LABELS = "y_random"  # their name among the conditions of a batch
+_RANDOM_LABELS, _MEMORY = "y_random", "memory"  # names among the conditions of a batch
+_ALLOWED: dict[type, tuple[type, ...]] = {
+    float: (float, int),
+    tuple: (tuple, list),
+}  # for an option whose usual value is of a type
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class Guidance:
         known = {**kind.options, **kind.source}
         if unknown := sorted(set(self.options) - set(known)):
             raise ValueError(f"guidance {self.name} has no option {unknown[0]}; it has {', '.join(known) or 'none'}")
+        for option, value in self.options.items():
+            allowed = _ALLOWED.get(type(known[option]), (type(known[option]),))
+            if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(known[option], bool):
+                raise ValueError(
+                    f"guidance {self.name}: {option} is {value!r}; it must be a value such as {known[option]!r}"
+                )
         if self.scale is not None:
             check_scale(self.scale)
 
@@ -70,13 +80,18 @@ class Guidance:
         kind = GUIDANCES[self.name]
         usual = {"scale": kind.scale, **kind.options, **kind.source, **kind.by_size.get(size, {})}
         scale = usual.pop("scale")
+        if self.scale is None and scale == kind.neutral:
+            raise ValueError(
+                f"guidance {self.name} has no usual scale; give --guidance_scale 2, say (in Python scale=)"
+            )
         return replace(self, scale=scale if self.scale is None else self.scale, options={**usual, **self.options})
 
     @property
     def neutral(self) -> bool:
         """Whether it does nothing at any noise level."""
         kind = GUIDANCES[self.name]
-        return kind.neutral is not None and not callable(self.scale) and bool(self.scale == kind.neutral)
+        none = kind.neutral is not None and not callable(self.scale) and bool(self.scale == kind.neutral)
+        return none and not self.options.get("slope")
 
     @property
     def recordable(self) -> bool:
@@ -124,6 +139,12 @@ class Guided:
         return self.model.num_classes or (self.classifier.num_classes if self.classifier else 0)
 
     @property
+    def labelled(self) -> bool:
+        """Whether images need labels, for the model or for its guidance."""
+        guided = any(GUIDANCES[guide.name].needs in ("classifier", "clean") for guide in self.guides)
+        return guided or "y" in self.model.inputs
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The names of those classes."""
         return self.model.class_names or (self.classifier.class_names if self.classifier else ())
@@ -165,12 +186,14 @@ class Guided:
         ]
         return {"clip": self.bound, "guidance": listed}
 
-    def drawn(self, noise: Tensor, fresh: Noise) -> dict[str, Tensor]:
-        """Further conditions of a batch with the first noise `noise`: the random labels, each from its image's own stream."""
-        if not any(guide.name == "random_label" for guide in self.guides):
-            return {}
-        share = torch.special.ndtr(fresh(noise.new_empty(len(noise), 1), -1)[:, 0])
-        return {_RANDOM_LABELS: (share * self.model.num_classes).long().clamp(max=self.model.num_classes - 1)}
+    def drawn(self, noise: Tensor, fresh: Noise) -> dict[str, Any]:
+        """Further conditions of a batch with the first noise `noise`: the random labels, each from its image's own stream, and an empty
+        memory for guidance with momentum."""
+        drawn: dict[str, Any] = {} if all(guide.recordable for guide in self.guides) else {_MEMORY: {}}
+        if any(guide.name == "random_label" for guide in self.guides):
+            share = torch.special.ndtr(fresh(noise.new_empty(len(noise), 1), -1)[:, 0])
+            drawn[_RANDOM_LABELS] = (share * self.model.num_classes).long().clamp(max=self.model.num_classes - 1)
+        return drawn
 
     def on(self, process: Process) -> Callable[[Scales, Cond], Denoiser]:
         """(scales, conditions of a batch) -> its denoiser, whose positions are those of `process`."""
@@ -185,6 +208,8 @@ class Guided:
         layers = guide.options.get("layers")
         if layers is None:
             return None
+        if GUIDANCES[guide.name].needs == "watched" and len(layers) != 1:
+            raise ValueError(f"guidance {guide.name} looks at one layer; layers is {layers!r}")
         return (
             watched(self.model.net, *layers)
             if GUIDANCES[guide.name].needs == "watched"
@@ -204,6 +229,8 @@ class Guided:
                 source = self._source(guide, other, cond, reading)
                 make = kind.mean if self.mean and kind.mean else kind.make
                 options = {name: guide.options[name] for name in kind.options}
+                # One for the chain: where scales vary, denoisers of several scales follow each other in it.
+                options |= {"memory": cond.get(_MEMORY)} if kind.state else {}
                 guides.append(Guide(guide.name, make(process, source, scale, **options)))
         denoise = chain(guides)(denoise)
         corrected = any(GUIDANCES[guide.name].stage == 5 for guide in self.guides)
@@ -304,7 +331,9 @@ def _conditional_first(model: Loaded, guides: list[Guidance]) -> tuple[Loaded, l
 def _check(model: Loaded, guide: Guidance) -> None:
     """ValueError where a guidance lacks a network, or model and network do not go together."""
     kind, name = GUIDANCES[guide.name], f"guidance {guide.name}"
-    if kind.needs in ("classifier", "clean") and guide.network is None:
+    if kind.needs == "clean" and not callable(guide.network):
+        raise ValueError(f"{name} needs a function of clean images, which only a program can give: network= in Python")
+    if kind.needs == "classifier" and guide.network is None:
         raise ValueError(f"{name} needs a classifier; give --classifier_path (in Python network=)")
     if kind.needs == "classifier":
         check_pair(model, guide.network)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,7 +76,7 @@ def sample(
     """
     whole = guided(model, guidance, clip=clip, mean=sampler == "ancestral")
     model = whole.model
-    needed = {"labels": "y" in model.inputs or whole.classifier is not None, "low_res": "low_res" in model.inputs}
+    needed = {"labels": whole.labelled, "low_res": "low_res" in model.inputs}
     for (name, needs), value in zip(needed.items(), (labels, low_res)):
         if needs != (value is not None):
             raise ValueError(f"{name} is {'missing: give' if needs else 'given, but this model takes no'} {name}")
@@ -84,7 +85,8 @@ def sample(
         raise ValueError("num_images is missing; give it, or labels")
     classes = whole.num_classes
     plan = LabelPlan() if labels is None else LabelPlan.fixed(np.asarray(labels))
-    if plan.classes and not 0 <= plan.classes[0] <= plan.classes[-1] < classes:
+    # A function of clean images does not say how many classes it has.
+    if plan.classes and not 0 <= plan.classes[0] <= plan.classes[-1] < (classes or math.inf):
         ends = sorted({plan.classes[0], plan.classes[-1]})
         raise ValueError(f"labels has {ends}; there are the classes 0 to {classes - 1}")
 

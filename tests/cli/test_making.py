@@ -1,0 +1,75 @@
+"""Flags of sampler and guidance, as `sample` reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import BASE, CRITIC, filled
+
+import guided_diffusion as gd
+from guided_diffusion.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("networks")
+    plain = {**BASE, "class_cond": False, "num_classes": 0}
+    networks = {"model": ("diffusion", BASE), "plain": ("diffusion", plain), "critic": ("classifier", CRITIC)}
+    for name, (kind, flags) in networks.items():
+        gd.save(filled(kind, flags), str(folder / name))
+    return {name: str(folder / name) for name in networks}
+
+
+def sample(files: dict[str, str], out: Path, flags: str) -> tuple[int, dict[str, Any]]:
+    """(exit code, settings of the receipt)"""
+    words = [files.get(word.removeprefix("@"), word) for word in flags.split()]
+    code = main(["sample", "--model_path", files["model"], "--num_samples", "2", "--out", str(out), *words])
+    receipt = out / "sampling.json"
+    return code, json.loads(receipt.read_text())["settings"] if receipt.exists() else {}
+
+
+def test_eta_0_is_not_the_same_as_none_given(files: dict[str, str], tmp_path: Path) -> None:
+    for sampler, usual in (("euler_a", 1), ("sde_dpm_solver", 1), ("ddim", 0)):
+        settings = [
+            sample(files, tmp_path / f"{sampler}{k}", f"--steps 3 --sampler {sampler} {eta}")[1]
+            for k, eta in enumerate(("", "--eta 0"))
+        ]
+        assert [each["options"]["eta"] for each in settings] == [usual, 0]
+    # Flags stored by an earlier version have an eta of 0, which is none for samplers without it, and not one asked for by name.
+    (tmp_path / "before.json").write_text(json.dumps({"config": {"eta": 0.0, "use_ddim": True}}))
+    config = f"--config {tmp_path / 'before.json'} --steps 3"
+    assert sample(files, tmp_path / "unipc", f"{config} --sampler unipc")[0] == 0
+    assert sample(files, tmp_path / "again", f"{config} --sampler euler_a")[1]["options"]["eta"] == 1
+
+
+def test_a_guidance_named_twice_acts_once(files: dict[str, str], tmp_path: Path) -> None:
+    twice = "--steps 3 --guidance classifier,classifier,threshold,epsilon_scaling --threshold 0.9 --epsilon_scale 0.1,1"
+    code, settings = sample(files, tmp_path / "a", f"{twice} --classifier_path @critic")
+    scales = {guide["name"]: guide["scale"] for guide in settings["guidance"]}
+    assert code == 0 and scales == {"epsilon_scaling": 1, "classifier": 1.0, "threshold": 0.9}
+    assert len(settings["guidance"]) == 3 and settings["guidance"][0]["slope"] == 0.1
+    usual = sample(files, tmp_path / "b", "--steps 3 --guidance threshold")[1]
+    assert usual["guidance"][0]["scale"] == 0.995
+
+
+MISTAKES = [
+    ("--guidance_options nothing=3 --threshold 0.9", "--guidance_options has 'nothing', and no guidance has it"),
+    ("--guidance random_label --guidance_scale 2 --guide_path @plain", "--guide_path is .* no guidance here uses it"),
+    ("--guidance pag --guide_path @plain", "--guide_path is .* no guidance here uses it"),
+    ("--guidance apg --guide_path @plain", "apg has no usual scale; give --guidance_scale"),
+    ("--guidance pag --guidance_options layers=3", "pag: layers is 3; it must be a value such as"),
+    ("--clip_denoised False --clip before", "--clip_denoised False and --clip 'before' contradict"),
+    ("--grid sections", "give --timestep_respacing 90,60,60,20,20 instead"),
+    ("--grid nodes", "give --nodes 999,850,736 instead"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_are_named(files: dict[str, str], tmp_path: Path, capsys: Any, flags: str, message: str) -> None:
+    assert sample(files, tmp_path / "out", f"--steps 3 {flags}")[0] == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and re.search(message, error), error
