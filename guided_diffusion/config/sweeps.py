@@ -74,10 +74,12 @@ def each_setting(
             f"--data_dir is {asked.data_dir!r}, for scores in a classifier's features: give --classifier_path; or give --reference"
         )
     shared = {name: value for name, value in typed.items() if name not in SweepConfig.names()}
-    scale = "classifier_scale" if flags["classifier_path"] else "guidance_scale"
     for setting in asked.settings(guided):
         own: dict[str, Any] = {"sampler": setting.sampler, "steps": setting.steps}
-        own |= {scale: float(setting.scale)} if guided else {}
+        if flags["classifier_path"]:
+            own["classifier_scale"] = float(setting.scale)
+        elif guided:
+            own["guidance_scale"] = f"{setting.scale:g}"
         out = f"{flags['out'].rstrip('/')}/{setting.name}"
         yield setting, {**flags, **own, "out": out}, {**shared, **own}
 

@@ -82,6 +82,15 @@ def test_settings_are_what_sample_makes_and_scores_are_the_evaluators(
     assert Image.open(out / "pictures.png").size == (5 * 66 + 2, 4 * 78 + 2)
 
 
+def test_scales_are_those_of_whatever_guides(models: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", f"sweep --model_path {models}/base --guidance random_label --steps 3 --scales 1,2.5"
+    assert main([*words.split(), "--num_samples", "2", "--device", "cpu", "--out", str(out)]) == 0
+    scales = [
+        json.loads((out / f"ddim-3-scale_{name}" / "sampling.json").read_text())["settings"] for name in ("1", "2.5")
+    ]
+    assert [[guide["scale"] for guide in each["guidance"]] for each in scales] == [[], [2.5]]
+
+
 def test_a_killed_sweep_goes_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(words(models, whole)) == 0
