@@ -19,9 +19,10 @@ Row = dict[str, Any]  # a setting and what is known of its images, as in sweep.j
 
 
 def row_of(name: str, setting: Mapping[str, Any], pipeline: ImagePipeline) -> Row:
-    """A row with the calls of network and classifier per image."""
+    """A row with the calls of classifiers, and of all other networks together, per image."""
     calls = pipeline.guided.calls(pipeline.chain.levels())
-    return {"name": name, **setting, "calls": calls["model"], "classifier_calls": calls.get("classifier", 0)}
+    classifiers = calls.pop("classifier", 0) + calls.pop("classifier_x0", 0)
+    return {"name": name, **setting, "calls": sum(calls.values()), "classifier_calls": classifiers}
 
 
 def make(rows: Sequence[Row], makers: Sequence[Callable[[], tuple[str, int]]], path: str, write: bool) -> None:

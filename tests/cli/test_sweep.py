@@ -89,6 +89,8 @@ def test_scales_are_those_of_whatever_guides(models: Path, tmp_path: Path) -> No
         json.loads((out / f"ddim-3-scale_{name}" / "sampling.json").read_text())["settings"] for name in ("1", "2.5")
     ]
     assert [[guide["scale"] for guide in each["guidance"]] for each in scales] == [[], [2.5]]
+    rows = json.loads((out / "sweep.json").read_text())["settings"]
+    assert [(row["calls"], row["classifier_calls"]) for row in rows] == [(3, 0), (6, 0)]
 
 
 def test_a_killed_sweep_goes_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
