@@ -81,6 +81,9 @@ def noise_levels(argv: Sequence[str], program: str) -> int:
     parser.flag("seed", 0, "seed of the noise and of the choice of images")
     parser.flag("device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
+    for name, least in {"num_samples": 1, "levels": 2, "batch_size": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
 
     from evaluations.plots import draw_levels
 

@@ -115,6 +115,8 @@ def ema(argv: Sequence[str], program: str) -> int:
     parser.flag("out", "", "folder for the files of weights; empty = ema in the run folder")
     args = parser.parse_args(argv)
     lengths = relative_lengths(args.sigma_rel, "sigma_rel")
+    if not lengths:
+        raise ValueError(f"--sigma_rel is {args.sigma_rel!r}; give at least one length, such as 0.05,0.1")
 
     from ..runtime.log import setup_messages
     from ..weights.averaging import reconstruct

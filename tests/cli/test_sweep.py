@@ -207,3 +207,6 @@ def test_noise_levels_of_a_linear_classifier(tmp_path: Path, capsys: pytest.Capt
     assert main([*line.split(), "--device", "cpu"]) == 0
     assert "sigma/alpha" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "noise_levels.json").read_text())["noise_levels"]) == 4
+    for wrong, least in (("num_samples", 1), ("levels", 2), ("batch_size", 1)):
+        assert main([*line.split(), f"--{wrong}", "0"]) == 2
+        assert f"--{wrong} is 0; it must be at least {least}" in capsys.readouterr().err

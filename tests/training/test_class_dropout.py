@@ -76,7 +76,7 @@ def test_which_ones_is_of_the_image_not_of_the_batch() -> None:
 def test_the_null_label_learns_the_mean_over_classes() -> None:
     """Of all functions of the label, the class's mean and the mean of all have the least squared error."""
     net = Table()
-    trainer = Trainer(net, loss_of(0.3), (batch_of(60, step) for step in range(10**6)), lr=0.05, ema_rates=())
-    trainer.run(until=200)
+    trainer = Trainer(net, loss_of(0.5), (batch_of(24, step) for step in range(10**6)), lr=0.05, ema_rates=())
+    trainer.run(until=100)
     expected = torch.cat([MEANS, MEANS.mean().view(1)])
     torch.testing.assert_close(net.rows.detach(), expected, atol=0.03, rtol=0)

@@ -171,8 +171,10 @@ def test_an_earlier_step(run: tuple, tmp_path: Path) -> None:
     torch.testing.assert_close(read_own_weights(path)["mix.weight"], start["mix.weight"] * value, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_refused(run: tuple, tmp_path: Path) -> None:
+def test_what_is_refused(run: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(run[0])
+    assert main(["ema", "--run", folder, "--sigma_rel", ""]) == 2
+    assert "--sigma_rel is ''; give at least one length" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--step is 7; .* has snapshots at 12, 24"):
         reconstruct(folder, [0.1], str(tmp_path / "a"), step=7)
     with pytest.raises(ValueError, match="the run folder itself"):
