@@ -42,9 +42,12 @@ def make(rows: Sequence[Row], makers: Sequence[Callable[[], tuple[str, int]]], p
 
 
 def read_rows(path: str) -> dict[str, Row]:
-    """The rows of a sweep.json by name; none if there is no such file."""
-    stored = json.loads(storage.read_bytes(path)) if storage.exists(path) else {"settings": []}
-    return {row["name"]: row for row in stored["settings"]}
+    """The rows of a sweep.json by name; none if there is no such file. ValueError if it is damaged."""
+    try:
+        stored = json.loads(storage.read_bytes(path)) if storage.exists(path) else {"settings": []}
+        return {row["name"]: row for row in stored["settings"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the file of a sweep ({error}); remove it, the images beside it stay") from None
 
 
 def write_rows(path: str, rows: Sequence[Row], **more: Any) -> None:

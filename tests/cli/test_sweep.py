@@ -164,6 +164,9 @@ def test_without_anything_to_score_by_this_is_said(
     line = f"sweep --model_path {models}/base --samplers ancestral --steps 2 --num_samples 2 --device cpu --out {tmp_path}/out"
     assert main(line.split()) == 0
     assert "not scored: give --reference" in capsys.readouterr().out
+    (tmp_path / "out" / "sweep.json").write_text("{cut")
+    assert main(line.split()) == 2
+    assert "sweep.json is not the file of a sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["ancestral-2-scale_0"]
 
 
