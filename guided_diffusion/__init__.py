@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from .diffusion.combining import interval as interval
     from .diffusion.denoiser import Denoised as Denoised
     from .diffusion.denoiser import make_denoiser as make_denoiser
+    from .diffusion.grids import GRIDS as GRIDS
     from .diffusion.guidance import GUIDANCES as GUIDANCES
     from .diffusion.process import Process as Process
     from .diffusion.process import at_nodes as at_nodes
     from .diffusion.process import make_process as make_process
     from .diffusion.process import respace as respace
     from .diffusion.process import space_timesteps as space_timesteps
+    from .diffusion.samplers import SAMPLERS as SAMPLERS
     from .diffusion.samplers import adams as adams
     from .diffusion.samplers import ancestral as ancestral
     from .diffusion.samplers import ancestral_euler as ancestral_euler
@@ -79,9 +81,11 @@ _API = {
     ),
     "diffusion.combining": ("interval",),
     "diffusion.denoiser": ("Denoised", "make_denoiser"),
+    "diffusion.grids": ("GRIDS",),
     "diffusion.guidance": ("GUIDANCES",),
     "diffusion.process": ("Process", "at_nodes", "make_process", "respace", "space_timesteps"),
     "diffusion.samplers": (
+        "SAMPLERS",
         "adams", "ancestral", "ancestral_euler", "ddim", "deis", "dpm2", "dpm_sde", "dpm_solver", "dpm_solver_s", "euler",
         "heun", "ipndm", "last", "plms", "restart", "sa", "sde_dpm_solver", "unipc",
     ),

@@ -26,8 +26,9 @@ RUN = "--image_size 8 --batch_size 2 --diffusion_steps 50 --sample_interval -1 -
 
 @pytest.fixture(autouse=True)
 def _tables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (gd.ARCHITECTURES, gd.SCHEDULES, gd.SOURCES, gd.WEIGHTS):
-        for name in {"dit", "sigmoid", "npz", "p2"} - set(table):
+    tables = (gd.ARCHITECTURES, gd.SCHEDULES, gd.SOURCES, gd.WEIGHTS, gd.SAMPLERS, gd.GRIDS, gd.GUIDANCES)
+    for table in tables:
+        for name in {"dit", "sigmoid", "npz", "p2", "plain_euler", "even", "centred"} - set(table):
             monkeypatch.setitem(table, name, None)  # so that what a test enters is removed after it
             del table[name]
 
@@ -69,6 +70,38 @@ def test_a_weight_of_the_loss(photos: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             gd.WEIGHTS["soft_min_snr"](process, i, predicts).double(), expected, rtol=1e-4, atol=0
         )
+
+
+def test_a_sampler_a_grid_and_a_guidance(photos: Path, tmp_path: Path) -> None:
+    train(photos, tmp_path / "run", *SMALL)
+    words = [
+        "--model_path",
+        str(tmp_path / "run"),
+        "--num_samples",
+        "2",
+        "--batch_size",
+        "2",
+        "--steps",
+        "5",
+        "--device",
+        "cpu",
+    ]
+    own = ["--import", example("chain.py", tmp_path), "--sampler", "plain_euler"]
+    own_guided = [*own, "--guidance", "centred"]
+    # Euler's method is DDIM, on any grid; and what --clip after does once an x0 is combined, ddim is told.
+    nodes: list[str] = []
+    for name, more in (("own", own), ("guided", own_guided)):
+        assert main(["sample", *words, *more, "--out", str(tmp_path / name)]) == 0
+        settings = json.loads((tmp_path / name / "sampling.json").read_text())["settings"]
+        nodes.append(",".join(map(repr, settings["nodes"])))
+    assert settings["guidance"] == [{"name": "centred", "scale": 0.5}] and len(settings["nodes"]) == 5
+    listed = [*words[:-4], "--device", "cpu", "--sampler", "ddim", "--nodes", nodes[0]]
+    assert main(["sample", *listed, "--out", str(tmp_path / "ddim")]) == 0
+    made = {
+        name: np.load(tmp_path / name / "samples_2x8x8x3.npz")["arr_0"].astype(int)
+        for name in ("own", "ddim", "guided")
+    }
+    assert abs(made["own"] - made["ddim"]).max() <= 1 < abs(made["own"] - made["guided"]).max()
 
 
 def test_a_backbone(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
