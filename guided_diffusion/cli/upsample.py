@@ -105,6 +105,7 @@ class Cascade(making.Making):
 _SHARED = (
     "num_samples batch_size seed precision clip_denoised timestep_respacing steps picture device compile cuda_graphs tf32 deterministic"
 ).split()
+_WHERE = {"timestep_respacing", "steps", "nodes"}
 
 
 def cascade(argv: Sequence[str], program: str) -> int:
@@ -135,7 +136,10 @@ def _upsampling_options(options: Cascade) -> Upsampling:
     # --upsampler_flags may come from a --config file, and a configuration file must not be able to run a program.
     if any(word.startswith("--import") for word in words):
         raise ValueError("--upsampler_flags has --import; give it to cascade itself")
+    own = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
     flags = {name: options.typed[name] for name in _SHARED if name in options.typed}
+    if options.upsampler_timestep_respacing or own & _WHERE:  # the second stage has its own way to say where steps are
+        flags = {name: value for name, value in flags.items() if name not in _WHERE}
     flags |= {
         "model_path": options.upsampler_path,
         "use_ddim": options.upsampler_use_ddim,

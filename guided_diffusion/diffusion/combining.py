@@ -277,6 +277,10 @@ def scale_eps(denoise: Denoiser, process: Process, scale: float | Tensor = 1.0, 
         return scaled
 
     check_scale(scale)
+    if not isinstance(scale, Tensor) and min(scale, scale + slope * (len(process) - 1)) <= 0:
+        raise ValueError(
+            f"epsilon_scale={scale}, slope {slope}: noise is divided by it, so it must be above 0, such as 1.004"
+        )
     return wrapped(make, denoise)
 
 

@@ -85,6 +85,10 @@ def make_chain(
     kind, whole, given = SAMPLERS[name], process.whole or process, dict(options or {})
     if isinstance(steps, str):
         process, steps = respace(whole, space_timesteps(len(whole), steps)), None
+    if steps is not None:
+        grids.check_steps(steps)
+    if isinstance(grid, Grid) and steps not in (None, len(grid)):
+        raise ValueError(f"steps={steps}, and the grid has {len(grid)} nodes; leave steps out")
     chosen = grid if isinstance(grid, str) else "nodes" if given.get("nodes") else kind.grid if steps else ""
     if chosen and chosen not in GRIDS:
         raise ValueError(f"grid is {chosen!r}; it must be one of {', '.join(GRIDS)}")

@@ -76,6 +76,8 @@ def sample(
     """
     whole = guided(model, guidance, clip=clip, mean=sampler == "ancestral")
     model = whole.model
+    if labels is not None and guidance is not None and not whole.labelled:  # all guidance has a scale that does nothing
+        num_images, labels = num_images or len(labels), None
     needed = {"labels": whole.labelled, "low_res": "low_res" in model.inputs}
     for (name, needs), value in zip(needed.items(), (labels, low_res)):
         if needs != (value is not None):

@@ -286,6 +286,25 @@ def test_cascade_tells_what_is_missing(models: Path, capsys: pytest.CaptureFixtu
     assert "--upsampler_path is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "respacing"),
+    [
+        ("--steps 5", 5, ""),
+        ("--timestep_respacing 6", 0, "6"),
+        ("--steps 5 --upsampler_timestep_respacing 4", 0, "4"),
+        ("--timestep_respacing 5 --upsampler_flags '--steps 4'", 4, ""),
+        ("--steps 5 --upsampler_flags=--timestep-respacing=7", 0, "7"),
+        ("--steps 5 --upsampler_flags '--nodes 900,500,0'", 0, ""),
+    ],
+)
+def test_each_stage_says_where_its_steps_are(words: str, steps: int, respacing: str) -> None:
+    options = upsample.Cascade.of(
+        upsample.Cascade.flags(["--model_path", "a", "--upsampler_path", "b", *shlex.split(words)], "cascade")
+    )
+    second = upsample._upsampling_options(options)
+    assert (second.steps, second.typed.get("timestep_respacing", "")) == (steps, respacing)
+
+
 def test_what_is_given_to_cascade_wins_over_a_file_of_the_second_stage(tmp_path: Path) -> None:
     """A receipt holds a model, a seed and a number of images of its own; they count where cascade's command line is silent."""
     stored = {"model_path": "other.pt", "num_samples": 7, "seed": 5, "precision": "fp16", "eta": 0.25}

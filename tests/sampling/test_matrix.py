@@ -205,6 +205,8 @@ MISTAKES = [
     ({"sampler": "unipc", "order": 3, "steps": 2}, "order.3 needs at least 3 nodes"),
     ({"sampler": "dpm_solver", "exact": True}, "exact"),
     ({"steps": 1}, "at least 2"),
+    ({"steps": 0}, "at least 2"),
+    ({"guidance": gd.Guidance("epsilon_scaling", -1.0)}, "must be above 0"),
     ({"grid": "log"}, "grid is 'log'; it must be one of respaced"),
     ({"sampler": "unipc", "sigma_min": 9.0, "sigma_max": 2.0}, "sigma_min"),
     ({"clip": "before", "guidance": gd.threshold()}, "exclude each other"),
@@ -220,6 +222,14 @@ MISTAKES = [
 def test_mistakes_are_named(networks: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         images(networks["model"], **{"steps": 5, **options})
+
+
+def test_a_scale_that_does_nothing_takes_labels(networks: dict[str, Any]) -> None:
+    """So that a program may go through scales from 0 on."""
+    flags = filled("diffusion", {**BASE, "class_cond": False, "num_classes": 0}).config
+    plain, off = replace(networks["plain"], config=flags), gd.classifier(networks["classifier"], scale=0.0)
+    none = gd.sample(plain, num_images=2, steps=4)
+    assert (gd.sample(plain, labels=[1, 3], steps=4, guidance=off) == none).all()
 
 
 def test_second_networks_are_checked(networks: dict[str, Any]) -> None:
