@@ -26,10 +26,10 @@ from .runs import ClassifierTrainConfig as ClassifierTrainConfig
 from .runs import DataConfig as DataConfig
 from .runs import DiffusionConfig as DiffusionConfig
 from .runs import RunConfig as RunConfig
-from .runs import SampleConfig as SampleConfig
 from .runs import TrainConfig as TrainConfig
 from .runs import changed as changed
 from .runs import laid_over as laid_over
 from .runs import relative_lengths as relative_lengths
+from .sampling import SampleConfig as SampleConfig
 from .sweeps import SweepConfig as SweepConfig
 from .sweeps import each_setting as each_setting

@@ -25,7 +25,7 @@ from guided_diffusion.config import (
     SampleConfig,
     SuperResConfig,
 )
-from guided_diffusion.config.runs import CHAIN_OPTIONS
+from guided_diffusion.config.sampling import CHAIN_OPTIONS
 from guided_diffusion.diffusion.schedules import named_betas
 from guided_diffusion.sampling import jobs as g
 from guided_diffusion.sampling import receipts
