@@ -16,7 +16,8 @@ from guided_diffusion.data.listing import Records, split_records
 from guided_diffusion.data.loader import Batch
 from guided_diffusion.runtime.devices import choose_precision
 from guided_diffusion.runtime.streams import Streams
-from guided_diffusion.sampling.pipeline import classifier, make_pipeline
+from guided_diffusion.sampling.guiding import classifier
+from guided_diffusion.sampling.pipeline import make_pipeline
 from guided_diffusion.training.losses import classifier_loss, diffusion_loss
 from guided_diffusion.weights.load import Loaded, check_pair
 

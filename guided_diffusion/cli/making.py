@@ -94,8 +94,8 @@ class Setup:
         clip = "none" if not options.clip_denoised else options.clip or True
         chosen = guided(model, guidances, clip=clip, mean=options.method == "ancestral")
         for guide in chosen.guides:
-            by = f" by {guide.network.path}" if guide.network else ""
-            log.info("guidance %s%s, scale %s", guide.name, by, guide.scale)
+            by = f" ({guide.network.path})" if guide.network else ""
+            log.info("guided by %s%s, scale %s", guide.name, by, guide.scale)
         chain = make_chain(
             chosen.model.process,
             options.method,
