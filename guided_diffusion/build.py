@@ -188,16 +188,7 @@ def build_batches(
 
 def trainer_options(train: TrainConfig) -> dict[str, Any]:
     """The keyword arguments of Trainer that are plain values of the config."""
-    same = (
-        "lr",
-        "weight_decay",
-        "ema_rates",
-        "ema_sigma_rels",
-        "fp16_scale_growth",
-        "seed",
-        "shard_optimizer",
-        "shard_ema",
-    )
+    same = "lr weight_decay ema_rates ema_sigma_rels fp16_scale_growth seed shard_optimizer shard_ema".split()
     return {
         **{name: getattr(train, name) for name in same},
         "lr_anneal_steps": train.last_step if getattr(train, "anneal_lr", False) else train.lr_anneal_steps,

@@ -8,6 +8,7 @@ from processes import ROOT
 
 import guided_diffusion as gd
 from guided_diffusion.diffusion.samplers import ALIASES
+from guided_diffusion.sampling.chains import make_chain
 
 
 def rows(page: str, header: str) -> dict[str, list[str]]:
@@ -27,7 +28,10 @@ def test_samplers() -> None:
     assert list(found) == list(gd.SAMPLERS)
     for name, (_, options, grid, calls) in found.items():
         kind = gd.SAMPLERS[name]
-        assert (names(options), grid, int(calls)) == (kind.options, kind.grid, kind.calls(20, {}))
+        assert (names(options), grid) == (kind.options, kind.grid)
+        if name != "restart":  # whose calls depend on what is asked for
+            chain = make_chain(gd.make_process(gd.SCHEDULES["linear"](1000)), name, steps=20)
+            assert int(calls) == len(chain.levels())
         defaults = {option: kind.defaults()[option] for option in kind.options}
         told = dict(re.findall(r"`(\w+)` ([\w.]+)", options))
         assert told == {option: str(value) for option, value in defaults.items() if option in told}

@@ -73,11 +73,11 @@ def by_level(
     return ByLevel(process or levels[0], at)
 
 
-def wrapped(make: Callable[[Denoiser], Denoiser], denoise: Denoiser, process: Process | None = None) -> Denoiser:
-    """`make(denoise)`, at each noise level if `denoise` varies; a denoiser of `process`, if it is another than that of `denoise`."""
+def wrapped(make: Callable[[Denoiser], Denoiser], denoise: Denoiser) -> Denoiser:
+    """`make(denoise)`, at each noise level if `denoise` varies."""
     if not isinstance(denoise, ByLevel):
         return make(denoise)
-    return ByLevel(process or denoise.process, lambda sigma: make(denoise.make(sigma)))
+    return ByLevel(denoise.process, lambda sigma: make(denoise.make(sigma)))
 
 
 def classifier_free(
@@ -247,18 +247,6 @@ def blurred(images: Tensor, deviation: float, kernel: int) -> Tensor:
         line = weights.softmax(0).view(sizes).expand(images.shape[1], -1, -1, -1)
         images = F.conv2d(F.pad(images, padding, mode="reflect"), line, groups=images.shape[1])
     return images
-
-
-def matched(denoise: Denoiser, of: Process, process: Process) -> Denoiser:
-    """`denoise`, a denoiser of the process `of`, as one of `process`: told the position of the same log-SNR.
-
-    So networks trained on different schedules can be combined. The variance stays that of the steps of `of`.
-    """
-
-    def make(denoise: Denoiser) -> Denoiser:
-        return lambda x, i: denoise(x, process.same_level(of, i))
-
-    return wrapped(make, denoise, process)
 
 
 def scale_eps(denoise: Denoiser, process: Process, scale: float | Tensor = 1.0, *, slope: float = 0.0) -> Denoiser:

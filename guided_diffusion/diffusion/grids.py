@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from .process import Process, position_of, space_timesteps, tables_of
+from .process import Process, at_nodes, position_of, space_timesteps, tables_of
 
 # Where chains start at the latest, as sigma / alpha: beyond it x holds nothing but noise, and second order over the leap from there to the
 # next step is worse than none. Linear schedules end at 157, cosine ones at 20,293.
@@ -149,24 +150,34 @@ def nodes(process: Process, steps: int | None = None, *, nodes: str | Sequence[f
 
 
 class GridKind(NamedTuple):
-    """A grid that can be chosen by name: `make(process, steps, **options)`, the options that it takes, and a line of help."""
+    """A grid that can be chosen by name: `make(process, steps, **options)`, and the options that it takes."""
 
     make: Callable[..., Grid]
     options: tuple[str, ...]
-    help: str
 
 
 _CUT = ("sigma_max", "sigma_min")
 
 GRIDS: dict[str, GridKind] = {
-    "respaced": GridKind(respaced, _CUT, "whole steps, even from first to last (2021)"),
-    "strided": GridKind(strided, _CUT, "every k-th step (2021's ddimN)"),
-    "log_snr": GridKind(log_snr, _CUT, "even in log-SNR"),
-    "karras": GridKind(karras, (*_CUT, "rho"), "even in sigma^(1/rho)"),
-    "quadratic": GridKind(quadratic, _CUT, "even in the square root of the step"),
-    "sections": GridKind(sections, (*_CUT, "sections"), "so many whole steps from each equal part: 90,60,60,20,20"),
-    "nodes": GridKind(nodes, ("nodes",), "a list of steps, or of levels after 'sigma:'"),
+    "respaced": GridKind(respaced, _CUT),
+    "strided": GridKind(strided, _CUT),
+    "log_snr": GridKind(log_snr, _CUT),
+    "karras": GridKind(karras, (*_CUT, "rho")),
+    "quadratic": GridKind(quadratic, _CUT),
+    "sections": GridKind(sections, (*_CUT, "sections")),
+    "nodes": GridKind(nodes, ("nodes",)),
 }
+
+
+def with_levels_of(process: Process, other: Process) -> Process:
+    """`other` at the noise levels of `process`: step k of both is one level, and a network trained on `other` is told its own time of it.
+
+    So predictions of networks with different schedules can be combined. Both are taken whole, whatever steps of `other` are kept.
+    """
+    whole, theirs, levels = process.whole or process, other.whole or other, own(process)
+    if np.array_equal(whole.betas, theirs.betas) and torch.equal(whole.time, theirs.time):
+        return process
+    return at_nodes(theirs, _at(theirs, levels.lam)).to(process.device, process.beta.dtype)
 
 
 def check_steps(steps: int | None) -> int:

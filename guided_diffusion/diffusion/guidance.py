@@ -16,7 +16,6 @@ from .combining import (
     classifier_free,
     clipped,
     interval,
-    matched,
     pag,
     rescaled,
     sag,
@@ -42,7 +41,7 @@ from .gradients import (
 __all__ = [
     "GUIDANCES", "GradLogProb", "GradOfClean", "Guide", "Interval", "Kind", "Scale", "Watched", "apg", "chain", "check_scale",
     "check_together", "classifier", "classifier_free", "classifier_mean", "classifier_x0", "classifier_x0_mean", "clean_gradient",
-    "clipped", "interval", "log_prob_gradient", "matched", "mean_shift", "pag", "rescaled", "sag", "scale_at", "scale_eps",
+    "clipped", "interval", "log_prob_gradient", "mean_shift", "pag", "rescaled", "sag", "scale_at", "scale_eps",
     "score_shifted_eps", "threshold", "watching",
 ]  # fmt: skip
 
@@ -72,8 +71,6 @@ class Kind:
 
     stage: int
     make: Make
-    help: str
-    cost: str
     needs: str = ""
     excludes: str = ""
     neutral: float | None = 1.0
@@ -105,8 +102,6 @@ GUIDANCES: dict[str, Kind] = {
         stage=2,
         make=lambda process, source, scale, **options: lambda denoise: scale_eps(denoise, process, scale, **options),
         options={"slope": 0.0},
-        help="divide the predicted noise of each network by the scale, plus slope times the number of the step",
-        cost="nothing",
     ),
     "sag": Kind(
         stage=3,
@@ -118,8 +113,6 @@ GUIDANCES: dict[str, Kind] = {
         options={"blur": 3.0, "kernel": 31},
         source={"layers": ("output_blocks.8.1",)},
         by_size={256: {"scale": 0.5, "blur": 9.0, "layers": ("output_blocks.2.1",)}},
-        help="away from the prediction for an image blurred where it is attended to",
-        cost="two calls of the network instead of one",
     ),
     "pag": Kind(
         stage=3,
@@ -131,8 +124,6 @@ GUIDANCES: dict[str, Kind] = {
         options=_RESCALE,
         source={"layers": ("middle_block.1",)},
         by_size={256: {"layers": ("input_blocks.14.1", "input_blocks.16.1", "input_blocks.17.1", "middle_block.1")}},
-        help="away from the prediction with some attention layers switched off; others call 1 + scale the scale",
-        cost="two calls of the network instead of one",
     ),
     "classifier_free": Kind(
         stage=3,
@@ -140,8 +131,6 @@ GUIDANCES: dict[str, Kind] = {
         needs="weak",
         excludes="second prediction",
         options=_RESCALE,
-        help="from an unconditional network to and past the conditional one; rescale: share of its deviation that is restored",
-        cost="one call of the second network",
     ),
     "random_label": Kind(
         stage=3,
@@ -149,8 +138,6 @@ GUIDANCES: dict[str, Kind] = {
         needs="weak",
         excludes="second prediction",
         options=_RESCALE,
-        help="as classifier_free, by the same network with a random label",
-        cost="two calls of the network instead of one",
     ),
     "autoguidance": Kind(
         stage=3,
@@ -159,8 +146,6 @@ GUIDANCES: dict[str, Kind] = {
         excludes="second prediction",
         scale=2.0,
         options=_RESCALE,
-        help="away from a weaker network for the same label",
-        cost="one call of the second network",
     ),
     "apg": Kind(
         stage=3,
@@ -169,8 +154,6 @@ GUIDANCES: dict[str, Kind] = {
         excludes="second prediction",
         options={"eta": 0.0, "norm": 0.0, "momentum": 0.0, **_RESCALE},
         state="momentum",
-        help="classifier_free without the part of the difference along the prediction (eta keeps some), cut to a norm, with momentum",
-        cost="one call of the second network",
     ),
     "classifier_x0": Kind(
         stage=4,
@@ -180,8 +163,6 @@ GUIDANCES: dict[str, Kind] = {
         neutral=0.0,
         options={"gamma": 0.3},
         source={"tau1": 1.0, "tau2": 0.5},
-        help="by the gradient of a classifier of clean images, for the predicted clean image",
-        cost="one call of the classifier and its gradient",
     ),
     "classifier": Kind(
         stage=4,
@@ -190,16 +171,12 @@ GUIDANCES: dict[str, Kind] = {
         needs="classifier",
         neutral=0.0,
         source={"entropy": False, "cap": 20.0},
-        help="by the gradient of a classifier of noised images",
-        cost="one call of the classifier and its gradient",
     ),
     "clip": Kind(
         stage=5,
         make=lambda process, source, scale: clipped,
         excludes="correction",
         neutral=None,
-        help="clamp the prediction to [-1, 1]",
-        cost="nothing",
     ),
     "threshold": Kind(
         stage=5,
@@ -207,8 +184,6 @@ GUIDANCES: dict[str, Kind] = {
         excludes="correction",
         neutral=None,
         scale=0.995,
-        help="clamp the prediction to this quantile of its absolute values, where that is above 1, and divide by it",
-        cost="one sort of the prediction",
     ),
 }
 

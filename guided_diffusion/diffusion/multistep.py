@@ -96,9 +96,8 @@ def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step
     `x` is clean and taken to be at step 0, nearly so; the last x is at step T-1, where `ddim` starts.
     """
     alpha_bar, whole = tables_of(process.betas)["alpha_bar"], grids.own(process)
-    upward = Grid(
-        whole.positions[:0:-1], whole.lam[:0:-1]
-    )  # no evaluation at T-1, where the chain ends with the noise itself
+    # No evaluation at T-1, where the chain ends with the noise itself.
+    upward = Grid(whole.positions[:0:-1], whole.lam[:0:-1])
     weights = zip(*(column.tolist() for column in ddim_weights(alpha_bar[:-1], alpha_bar[1:])))
     yield from _run(denoise, x, process, upward, [Row(from_x, (from_x0,)) for from_x0, from_x in weights])
 
@@ -149,15 +148,9 @@ def dpm_solver(
     num_steps  a grid of so many nodes, even in log-SNR
     """
     grid = grid or (grids.log_snr(process, num_steps) if num_steps is not None else from_limit(process))
-    check_order(order, grid, 3, final_order)
-    check_exact(exact, order)
-    check_choice("solver", solver, ("midpoint", "taylor"))
     check_choice("form", form, get_args(Form))
     moves = rules.data_moves(grid) if form == "data" else rules.noise_moves(grid)
-
-    rule = partial(rules.dpm_weights, taylor=solver == "taylor", third_exact=exact)
-    predict = _predictor(grid, moves, order, final_order, rule)
-    rows = rules.merged(moves, predict)
+    rows = _dpm_rows(grid, moves, order, final_order, exact, solver)
     yield from _run(denoise, x, process, grid, rows if form == "data" else rules.of_noise(rows, grid), form=form)
 
 
@@ -177,14 +170,19 @@ def sde_dpm_solver(
     """`dpm_solver` for the reverse diffusion ("DPM++ 2M SDE", "3M SDE"): fresh noise in every move, none with `eta` 0."""
     check_eta(eta)
     grid = grid or from_limit(process)
-    check_order(order, grid, 3, final_order)
-    check_exact(exact, order)
-    check_choice("solver", solver, ("midpoint", "taylor"))
-    moves = rules.data_moves(grid, eta)
+    rows = _dpm_rows(grid, rules.data_moves(grid, eta), order, final_order, exact, solver)
+    yield from _run(denoise, x, process, grid, rows, noise=noise)
 
+
+def _dpm_rows(
+    grid: Grid, moves: Sequence[rules.Move], order: int, final_order: int, exact: bool, solver: str
+) -> list[Row]:
+    check_order(order, grid, 3, final_order)
+    check_choice("solver", solver, ("midpoint", "taylor"))
+    if exact and order != 3:
+        raise ValueError(f"exact=True means nothing with order={order}: only order 3 has two forms; leave it out")
     rule = partial(rules.dpm_weights, taylor=solver == "taylor", third_exact=exact)
-    predict = _predictor(grid, moves, order, final_order, rule)
-    yield from _run(denoise, x, process, grid, rules.merged(moves, predict), noise=noise)
+    return rules.merged(moves, _predictor(grid, moves, order, final_order, rule))
 
 
 def unipc(
@@ -356,11 +354,6 @@ def check_order(order: int, grid: Grid, highest: int, final_order: int) -> None:
         raise ValueError(f"final_order={final_order} must be a whole number, at least 1")
     if 1 < len(grid) < order:
         raise ValueError(f"order={order} needs at least {order} nodes; there are {len(grid)}")
-
-
-def check_exact(exact: bool, order: int) -> None:
-    if exact and order != 3:
-        raise ValueError(f"exact=True means nothing with order={order}: only order 3 has two forms; leave it out")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

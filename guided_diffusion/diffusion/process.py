@@ -80,24 +80,13 @@ class Process:
             return _looked_up(self.time, i)
         if self.whole is None:
             return self._interpolated("time", self.time, i)
-        # The two steps of the whole process around this log-SNR; their times are interpolated.
-        time = self.whole.time
-        above, fraction = self.whole._around(self._interpolated("log_snr", self.log_snr, i))
-        between = torch.lerp(time[above - 1], time[above], fraction)
+        # Log-SNR falls with the step: find the two steps of the whole process around it, and interpolate their times.
+        log_snr, time = self.whole.log_snr, self.whole.time
+        target = self._interpolated("log_snr", self.log_snr, i)
+        above = torch.searchsorted(-log_snr, -target).clamp(1, len(time) - 1)
+        fraction = (log_snr[above - 1] - target) / (log_snr[above - 1] - log_snr[above])
+        between = torch.lerp(time[above - 1], time[above], fraction.clamp(0, 1))
         return torch.where(i == i.round(), self._interpolated("time", self.time, i), between)
-
-    def same_level(self, other: Process, i: Tensor) -> Tensor:
-        """The positions in `other`, floats, whose log-SNR is that of this process at `i`; outside of `other`, its ends."""
-        if len(other) == 1:
-            return torch.zeros_like(i, dtype=other.log_snr.dtype)
-        above, fraction = other._around(self.at("log_snr", i, i))
-        return above - 1 + fraction
-
-    def _around(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """The step above each value of log-SNR, and how far from the step below it the value lies, 0..1. Log-SNR falls with the step."""
-        table = self.log_snr
-        above = torch.searchsorted(-table, -log_snr).clamp(1, len(table) - 1)
-        return above, ((table[above - 1] - log_snr) / (table[above - 1] - table[above])).clamp(0, 1)
 
     def _interpolated(self, name: str, table: Tensor, i: Tensor) -> Tensor:
         i = i.clamp(0, len(self) - 1)

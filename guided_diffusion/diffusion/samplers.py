@@ -42,7 +42,7 @@ from .multistep import (
 )
 from .multistep import ddim_invert as ddim_invert
 from .process import Process, tables_of
-from .singlestep import dpm2, dpm_sde, dpm_solver_s, euler, heun, parse_restart, restart
+from .singlestep import dpm2, dpm_sde, dpm_solver_s, euler, heun, restart
 from .updates import Noise, ancestral_update, fresh_noise
 
 
@@ -105,18 +105,6 @@ def _with_variance(
     return mean + math.exp(0.5 * log_variance) * noise
 
 
-def _once(nodes: int, options: Mapping[str, Any]) -> int:
-    return nodes
-
-
-def _twice(nodes: int, options: Mapping[str, Any]) -> int:
-    return 2 * nodes - 1
-
-
-def _calls_of_restart(nodes: int, options: Mapping[str, Any]) -> int:
-    return 2 * nodes - 1 + sum(2 * times * (n - 1) for n, times, _, _ in parse_restart(options.get("restart", ())))
-
-
 @dataclass(frozen=True)
 class Sampler:
     """A sampler that can be chosen by name.
@@ -124,20 +112,15 @@ class Sampler:
     run      (denoise, x, process, grid, **options) -> steps
     options  those that a user can give, beside the grid; defaults are those of `run`
     grid     the name of the grid that it takes where none is chosen
-    calls    (number of nodes, options) -> evaluations of the denoiser
     noise    whether it takes a source of noise
     full     whether it takes every step unless told otherwise
-    inverse  the sampler that runs the chain from data to noise
     """
 
     run: Callable[..., Iterator[Step]]
-    help: str
     options: tuple[str, ...] = ()
     grid: str = "quadratic"
-    calls: Callable[[int, Mapping[str, Any]], int] = _once
     noise: bool = False
     full: bool = False
-    inverse: Callable[..., Iterator[Step]] | None = None
 
     def defaults(self) -> dict[str, Any]:
         """The options with their default values."""
@@ -152,33 +135,24 @@ _CHURN = ("churn", "churn_min", "churn_max", "noise_scale")
 # all cases; `log_snr` where the wide first move of `quadratic` on the cosine schedule is too much (plms), or where the variance is nearer
 # (sde_dpm_solver, sa). Heun as published.
 SAMPLERS: dict[str, Sampler] = {
-    "ancestral": Sampler(ancestral, "the reverse chain of Ho et al.", grid="respaced", noise=True, full=True),
-    "ddim": Sampler(ddim, "first order (2021)", ("eta",), "respaced", noise=True, full=True, inverse=ddim_invert),
-    "dpm_solver": Sampler(dpm_solver, "DPM-Solver++ multistep (2M, 3M)", (*_ORDERS, "exact", "solver", "form")),
-    "unipc": Sampler(unipc, "predictor and corrector in one call per step", (*_ORDERS, "variant", "form")),
-    "deis": Sampler(deis, "exponential Adams-Bashforth, polynomials in log sigma", _ORDERS),
-    "adams": Sampler(adams, "Adams-Bashforth for uneven steps, polynomials in sigma (LMS)", _ORDERS),
-    "ipndm": Sampler(ipndm, "Adams-Bashforth with fixed weights", _ORDERS),
-    "plms": Sampler(plms, "ipndm with a better first step", _ORDERS, "log_snr", lambda n, o: n + (o.get("order", 2) > 1)),
-    "heun": Sampler(heun, "Heun's method with churn (EDM)", _CHURN, "karras", _twice, noise=True),
-    "euler": Sampler(euler, "Euler's method with churn; without it ddim", _CHURN, noise=True),
-    "dpm2": Sampler(dpm2, "midpoint method", (), calls=_twice),
-    "dpm_solver_s": Sampler(
-        dpm_solver_s,
-        "DPM-Solver++ single-step (2S, 3S)",
-        ("order",),
-        calls=lambda n, o: (n - 1) * o.get("order", 2) + 1,
-    ),
-    "sde_dpm_solver": Sampler(
-        sde_dpm_solver, "dpm_solver with fresh noise (2M SDE, 3M SDE)", (*_ORDERS, "exact", "solver", "eta"), "log_snr", noise=True
-    ),
-    "sa": Sampler(sa, "stochastic Adams, predictor and corrector", (*_ORDERS, "corrector", "tau"), "log_snr", noise=True),
-    "ancestral_euler": Sampler(ancestral_euler, "Euler's method with fresh noise", ("eta",), noise=True),
-    "dpm_sde": Sampler(dpm_sde, "midpoint method with fresh noise", ("eta",), calls=_twice, noise=True),
-    "restart": Sampler(
-        restart, "heun that goes back up on its way", ("restart", "noise_scale"), "karras", _calls_of_restart, noise=True
-    ),
-}  # fmt: skip
+    "ancestral": Sampler(ancestral, grid="respaced", noise=True, full=True),
+    "ddim": Sampler(ddim, ("eta",), "respaced", noise=True, full=True),
+    "dpm_solver": Sampler(dpm_solver, (*_ORDERS, "exact", "solver", "form")),
+    "unipc": Sampler(unipc, (*_ORDERS, "variant", "form")),
+    "deis": Sampler(deis, _ORDERS),
+    "adams": Sampler(adams, _ORDERS),
+    "ipndm": Sampler(ipndm, _ORDERS),
+    "plms": Sampler(plms, _ORDERS, "log_snr"),
+    "heun": Sampler(heun, _CHURN, "karras", noise=True),
+    "euler": Sampler(euler, _CHURN, noise=True),
+    "dpm2": Sampler(dpm2),
+    "dpm_solver_s": Sampler(dpm_solver_s, ("order",)),
+    "sde_dpm_solver": Sampler(sde_dpm_solver, (*_ORDERS, "exact", "solver", "eta"), "log_snr", noise=True),
+    "sa": Sampler(sa, (*_ORDERS, "corrector", "tau"), "log_snr", noise=True),
+    "ancestral_euler": Sampler(ancestral_euler, ("eta",), noise=True),
+    "dpm_sde": Sampler(dpm_sde, ("eta",), noise=True),
+    "restart": Sampler(restart, ("restart", "noise_scale"), "karras", noise=True),
+}
 
 # Other programs' names, and "fast": the sampler, and options that the name stands for.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -194,27 +194,37 @@ def _restarted(process: Process, grid: Grid, restarts: Sequence[Restart], noise_
 
 
 @torch.no_grad()
+def _singly(
+    denoise: Denoiser, x: Tensor, process: Process, grid: Grid, move: Callable[[Tensor, Tensor, int], Tensor]
+) -> Iterator[Step]:
+    """The chain whose n-th move takes (x0, x / alpha, n) to x / alpha at the next node; it ends in x0 at the last."""
+    at_node, alpha = _levels(denoise, process, x, np.exp(-grid.lam), grid.positions), grid.alpha.tolist()
+    x = x / alpha[0]
+    for n, position in enumerate(grid.positions.tolist()):
+        x0 = at_node(x, n)
+        if n == len(grid) - 1:
+            yield Step(position, final(x0, x), x0)
+            return
+        step = Step(position, move(x0, x, n) * alpha[n + 1], x0)
+        yield step
+        x = step.x / alpha[n + 1]
+
+
 def dpm2(denoise: Denoiser, x: Tensor, process: Process, grid: Grid | None = None) -> Iterator[Step]:
     """The midpoint method, with the midpoint in log(sigma / alpha): two evaluations per move (Karras et al. 2022, section 3)."""
     grid = grid or from_limit(process)
     s = np.exp(-grid.lam)
     middle = np.sqrt(s[:-1] * s[1:])
-    at_node, at_middle = _levels(denoise, process, x, s, grid.positions), _levels(denoise, process, x, middle)
-    alpha = grid.alpha.tolist()
-    x = x / alpha[0]
-    for n, position in enumerate(grid.positions.tolist()):
-        x0 = at_node(x, n)
-        if n == len(middle):
-            yield Step(position, final(x0, x), x0)
-            return
+    at_middle = _levels(denoise, process, x, middle)
+
+    def move(x0: Tensor, x: Tensor, n: int) -> Tensor:
         between = x + float((middle[n] - s[n]) / s[n]) * (x - x0)
         slope = (between - at_middle(between, n)) / float(middle[n])
-        step = Step(position, (x + float(s[n + 1] - s[n]) * slope) * alpha[n + 1], x0)
-        yield step
-        x = step.x / alpha[n + 1]
+        return x + float(s[n + 1] - s[n]) * slope
+
+    yield from _singly(denoise, x, process, grid, move)
 
 
-@torch.no_grad()
 def dpm_solver_s(
     denoise: Denoiser, x: Tensor, process: Process, grid: Grid | None = None, *, order: int = 2
 ) -> Iterator[Step]:
@@ -222,22 +232,16 @@ def dpm_solver_s(
     if order not in (2, 3):
         raise ValueError(f"order={order} must be 2 or 3")
     grid = grid or from_limit(process)
-    s, h, alpha = np.exp(-grid.lam), np.diff(grid.lam), grid.alpha.tolist()
-    at_node = _levels(denoise, process, x, s, grid.positions)
+    h = np.diff(grid.lam)
     inner = [_levels(denoise, process, x, np.exp(-(grid.lam[:-1] + h * k / order))) for k in range(1, order)]
-    x = x / alpha[0]
-    for n, position in enumerate(grid.positions.tolist()):
-        x0 = at_node(x, n)
-        if n == len(h):
-            yield Step(position, final(x0, x), x0)
-            return
-        width = float(h[n])
-        ahead = x0
+
+    def move(x0: Tensor, x: Tensor, n: int) -> Tensor:
+        width, ahead = float(h[n]), x0
         for k, predict in enumerate(inner, 1):
             ahead = x0 + _slope(k, order, width) * (predict(_toward(ahead, x, width * k / order), n) - x0)
-        step = Step(position, _toward(ahead, x, width) * alpha[n + 1], x0)
-        yield step
-        x = step.x / alpha[n + 1]
+        return _toward(ahead, x, width)
+
+    yield from _singly(denoise, x, process, grid, move)
 
 
 def _toward(x0: Tensor, x: Tensor, h: float) -> Tensor:
@@ -254,7 +258,6 @@ def _slope(k: int, order: int, h: float) -> float:
     return line * (k + 1) / k
 
 
-@torch.no_grad()
 def dpm_sde(
     denoise: Denoiser,
     x: Tensor,
@@ -271,26 +274,21 @@ def dpm_sde(
     """
     check_eta(eta)
     grid = grid or from_limit(process)
-    s, alpha = np.exp(-grid.lam), grid.alpha.tolist()
+    s = np.exp(-grid.lam)
     middle = np.sqrt(s[:-1] * s[1:])
-    at_node, at_middle = _levels(denoise, process, x, s, grid.positions), _levels(denoise, process, x, middle)
+    at_middle = _levels(denoise, process, x, middle)
     half_up, half_down = ancestral_levels(s[:-1], middle, eta)
     up, down = ancestral_levels(s[:-1], s[1:], eta)
     early, late = np.sqrt((s[:-1] - middle) / -np.diff(s)), np.sqrt((middle - s[1:]) / -np.diff(s))
-    x = x / alpha[0]
-    for n, position in enumerate(grid.positions.tolist()):
-        x0 = at_node(x, n)
-        if n == len(middle):
-            yield Step(position, final(x0, x), x0)
-            return
+
+    def move(x0: Tensor, x: Tensor, n: int) -> Tensor:
         between = torch.lerp(x0.to(x.dtype), x, float(half_down[n] / s[n]))
         first = noise(x, n) if eta > 0 else None
         if first is not None:
             between = between + float(half_up[n]) * first
         moved = torch.lerp(at_middle(between, n).to(x.dtype), x, float(down[n] / s[n]))
         if first is not None:
-            both = float(early[n]) * first + float(late[n]) * noise(x, n, draw=1)
-            moved = moved + float(up[n]) * both
-        step = Step(position, moved * alpha[n + 1], x0)
-        yield step
-        x = step.x / alpha[n + 1]
+            moved = moved + float(up[n]) * (float(early[n]) * first + float(late[n]) * noise(x, n, draw=1))
+        return moved
+
+    yield from _singly(denoise, x, process, grid, move)

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Denoiser, make_denoiser
-from ..diffusion.grids import Grid, own
+from ..diffusion.grids import with_levels_of
 from ..diffusion.guidance import (
     GUIDANCES,
     Guide,
@@ -29,7 +28,7 @@ from ..diffusion.guidance import (
     scale_eps,
     watching,
 )
-from ..diffusion.process import Process, at_nodes, position_of
+from ..diffusion.process import Process
 from ..diffusion.updates import Noise
 from ..models.attention import perturbed, watched
 from ..weights.load import Loaded, check_pair
@@ -360,12 +359,3 @@ def _check(model: Loaded, guide: Guidance) -> None:
         pairs["number of classes"] = (model.num_classes, guide.network.num_classes)
     if wrong := [f"{what} {a} and {b}" for what, (a, b) in pairs.items() if a != b]:
         raise ValueError(f"{name}: {model.path} and {guide.network.path} differ in {'; '.join(wrong)}")
-
-
-def with_levels_of(process: Process, other: Process) -> Process:
-    """`other` at the noise levels of `process`: step k of both is one level, and each network is told its own time of it."""
-    whole, theirs, levels = process.whole or process, other.whole or other, own(process)
-    if np.array_equal(whole.betas, theirs.betas) and torch.equal(whole.time, theirs.time):
-        return process
-    positions = position_of(theirs, 2 * levels.lam)
-    return at_nodes(theirs, Grid(positions, levels.lam)).to(process.device, process.beta.dtype)

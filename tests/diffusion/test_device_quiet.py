@@ -78,11 +78,10 @@ def test_no_guidance_waits_for_the_device(name: str) -> None:
         torch.empty((), device="meta"),
     )
     denoise = make_denoiser(lambda x, time: x, process, variance="fixed_small", clip=False)
-    weak = guidance.matched(denoise, process, process)
     sources = {
         "classifier": lambda x, time: x,
         "clean": lambda x0: x0,
-        "weak": weak,
+        "weak": denoise,
         "watched": lambda x, i: (denoise(x, i), torch.empty(2, 16, device="meta")),
     }
     for make in filter(None, (kind.make, kind.mean)):

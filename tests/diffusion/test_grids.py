@@ -12,7 +12,7 @@ from gaussian_data import exact_process
 from golden_mixtures import FIGURES, process_of
 
 from guided_diffusion.diffusion import grids
-from guided_diffusion.diffusion.process import Process, at_nodes, rescale_time, respace, space_timesteps
+from guided_diffusion.diffusion.process import Process, at_nodes, rescale_time, respace, space_timesteps, tables_of
 
 KINDS = {"respaced": "respaced", "lam_uniform": "log_snr", "strided": "strided", "karras80": "karras"}
 
@@ -151,3 +151,15 @@ def test_the_table_names_the_options_of_its_functions() -> None:
     for kind, entry in grids.GRIDS.items():
         keywords = [p.name for p in inspect.signature(entry.make).parameters.values() if p.kind is p.KEYWORD_ONLY]
         assert sorted(keywords) == sorted(entry.options), kind
+
+
+def test_levels_of_another_process() -> None:
+    """Step k is the same noise level in both; beyond the end of the other schedule a network is told its last time."""
+    process, other = process_of("cosine"), process_of("linear")
+    nodes = at_nodes(process, grids.log_snr(process, 9, sigma_max=None))
+    matched = grids.with_levels_of(nodes, other)
+    np.testing.assert_allclose(grids.own(matched).lam, grids.own(nodes).lam, rtol=1e-9)
+    lam = tables_of(other.betas)["log_snr"] / 2
+    np.testing.assert_allclose(matched.time, np.interp(-grids.own(nodes).lam[::-1], -lam, np.arange(1000.0)), atol=1e-6)
+    assert grids.own(nodes).lam[0] < lam[-1] and matched.time[-1] == 999
+    assert grids.with_levels_of(nodes, process) is nodes
