@@ -141,8 +141,6 @@ def parse(
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names.split() or [name for name in known if name not in grouped]:
-            if f"--{name}" in parser._option_string_actions:
-                continue  # a group before has it
             if name == "config":
                 group.add_argument("--config", metavar="FILE", help="JSON file with values for these flags")
             elif name in known:
