@@ -46,11 +46,15 @@ def _run(
     places, kept = on_device(grid.positions, process, x), max((len(row.terms) for row in rows), default=0)
     sigma, alpha = np.exp(-grid.lam).tolist(), grid.alpha.tolist()
 
+    past: list[Tensor] = []  # newest first
+
     def predict(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         x0 = at_level(denoise, sigma[n])(x, places[n]).x0
-        return x0, x0.to(x.dtype) if form == "data" else torch.add(x, x0, alpha=-alpha[n])
+        if form == "data":
+            return x0, x0.to(x.dtype)
+        oldest = past.pop() if len(past) == kept > 1 else None  # to be written over: new memory costs more
+        return x0, torch.add(x, x0, alpha=-alpha[n], out=oldest)
 
-    past: list[Tensor] = []  # newest first
     for n, position in enumerate(grid.positions.tolist()):
         x0, f = predict(x, n)
         if n == len(rows):
