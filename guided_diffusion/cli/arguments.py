@@ -24,7 +24,7 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 LAST = "for weights that carry no configuration"  # the last group of a command that reads weights: all flags in no other group
 # Groups of --help: title -> flags. A command lists those of its own; all its flags in no group come into the last one.
 SAMPLING = {
-    "what is made": "num_samples seed classes labels base_samples requests",
+    "what is made": "num_samples seed classes labels base_samples invert requests",
     "guidance": "classifier_path classifier_scale guidance guidance_scale guidance_interval guidance_options guide_path entropy_scale "
     "rescale epsilon_scale threshold clip upsampler_classifier_path upsampler_classifier_scale",
     "sampler": "sampler use_ddim steps grid nodes timestep_respacing sigma_max sigma_min rho order final_order exact eta tau churn "

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, flag
 from ..config.fields import numbers
+from ..runtime import storage
 from . import arguments, runs
 
 if TYPE_CHECKING:
+    from ..data.images import Size
+    from ..data.samples import Images
     from ..runtime.signals import Stop
     from ..runtime.world import World
     from ..sampling.chains import Chain
@@ -92,7 +95,7 @@ class Setup:
         guidances = _guidances(options, world, known)  # errors in flags come before the model is read
         model = _load(options.model_path, options.kind, options, world, known)
         clip = "none" if not options.clip_denoised else options.clip or True
-        chosen = guided(model, guidances, clip=clip, mean=options.method == "ancestral")
+        chosen = guided(model, guidances, clip=clip, sampler=options.method)
         for guide in chosen.guides:
             by = f" ({guide.network.path})" if guide.network else ""
             log.info("guided by %s%s, scale %s", guide.name, by, guide.scale)
@@ -125,6 +128,34 @@ class Setup:
         options = options or self.options
         classes = choose_classes(options.classes, self.num_classes, self.class_names, where)
         return LabelPlan(classes, options.labels == "balanced", options.seed)
+
+    def images(self, flag: str, size: Size, *, own: bool = False) -> tuple[Images, LabelPlan, LabelPlan]:
+        """The images that a flag names, the classes of what is made of them (those of `--classes`, else their own), and their own
+        classes, which are the same where they have none, or are not asked for. ValueError if the networks cannot use them."""
+        from ..data.samples import open_images
+        from ..sampling.jobs import LabelPlan, class_names_beside
+
+        path, count = getattr(self.options, flag), self.num_classes
+        if not storage.exists(path):
+            raise FileNotFoundError(f"--{flag} {path}: there is no such file or folder")
+        plan = self.labels() if self.options.classes or not count else None
+        try:
+            labels, names = "auto" if own or not plan else "none", class_names_beside(path)
+            images = open_images(path, size, self.model.shape[0], labels=labels, class_names=names)
+            if images.records.labels is None and not plan:
+                raise ValueError(
+                    f"{images.records.root} has no labels (arr_1), and the networks need classes; "
+                    f"give --classes with one or more of 0 to {count - 1}"
+                )
+            if plan and not (own and count and images.records.labels is not None):
+                return images, plan, plan
+            numbers, note = images.labels_for(count, self.class_names, self.model.path)
+        except ValueError as error:
+            raise ValueError(f"--{flag} {error}") from None
+        if note:
+            log.info(note)
+        fixed = LabelPlan.fixed(numbers)
+        return images, plan or fixed, fixed
 
     def pipeline(self) -> ImagePipeline:
         """The sampler that the flags ask for."""
@@ -204,13 +235,13 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
         names.append("threshold")
     names = list(dict.fromkeys(names))
     check_together(names)
-    needs = {GUIDANCES[name].needs for name in names}
+    needs, stages = {GUIDANCES[name].needs for name in names}, {GUIDANCES[name].stage for name in names}
     second = [name for name in names if GUIDANCES[name].needs == "weak" and name not in ("pag", "random_label")]
     unused = {
         "classifier_path": (options.classifier_path and "classifier" not in needs, "classifier"),
         "guide_path": (options.guide_path and not second, "classifier_free, or autoguidance"),
-        "guidance_scale": (options.guidance_scale and not needs & {"weak", "watched"}, "classifier_free"),
-        "guidance_interval": (options.guidance_interval and not needs - {""}, "classifier"),
+        "guidance_scale": (options.guidance_scale and 3 not in stages, "classifier_free"),
+        "guidance_interval": (options.guidance_interval and not stages & {3, 4}, "classifier"),
     }
     for flag_, (without_use, remedy) in unused.items():
         if without_use:

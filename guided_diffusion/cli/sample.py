@@ -14,6 +14,8 @@ from . import making
 from .arguments import near
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..runtime.signals import Stop
     from ..runtime.world import World
 
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 class Sampling(making.Making):
     """Make images from weights."""
 
+    invert: str = flag(
+        "",
+        "images (an npz of samples, or a folder): begin with the noise that they come from, by DDIM backwards and unguided",
+    )
     requests: str = flag("", f"JSON file of many small requests, made in shared batches; fields: {', '.join(FIELDS)}")
 
 
@@ -56,10 +62,14 @@ def main(argv: Sequence[str], program: str, *, script: bool = False, guided: boo
 
 def run(options: Sampling) -> None:
     """Start the processes, and sample one set of images or all requests."""
+    if options.requests and options.invert:
+        raise ValueError("--requests and --invert do not go together; leave one of the two out")
     entries = read_requests(options.requests, options) if options.requests else ()
     with making.session(options) as (world, stop):
         if entries:
             make_all(entries, options, world, stop)
+        elif options.invert:
+            make_inverted(making.Setup.read(options, world), options, stop)
         else:
             make(making.Setup.read(options, world), stop)
 
@@ -71,6 +81,31 @@ def make(setup: making.Setup, stop: Stop) -> tuple[str, int]:
     request = Request("", setup.options.num_samples, setup.options.seed, setup.labels())
     job = setup.job(request, "samples")
     return job.npz, setup.make([job], job.out, stop).images
+
+
+def make_inverted(setup: making.Setup, options: Sampling, stop: Stop) -> None:
+    """Sample from the noise of the images of `--invert`, one image of each unless `--num_samples` is given. Called on every process."""
+    import torch
+
+    from ..sampling.jobs import Request
+    from ..sampling.pipeline import INVERTED
+
+    if setup.chain.draws:
+        raise ValueError(
+            f"--invert: --sampler {setup.chain.sampler} draws fresh noise here, and a random chain has no inverse; "
+            "give --sampler ddim or unipc, or --eta 0, --tau 0, --churn 0 to those that have it"
+        )
+    images, labels, own = setup.images("invert", setup.model.shape[1:], own=True)
+
+    def conditions(ids: Sequence[int]) -> dict[str, Tensor]:
+        classes = own.of(ids)
+        return dict(zip(INVERTED, [images.batch(ids), *([] if classes is None else [torch.from_numpy(classes)])]))
+
+    count = options.num_samples if "num_samples" in options.typed else len(images)
+    log.info("from the noise of %d images of %s (%s)", len(images), options.invert, images.about)
+    request = Request("", count, options.seed, labels, conditions)
+    job = setup.job(request, "samples", inverted=images.identity())
+    setup.make([job], job.out, stop)
 
 
 def make_all(entries: Sequence[Entry], options: Sampling, world: World, stop: Stop) -> None:

@@ -13,10 +13,8 @@ from ..runtime import storage
 from . import making, runs, sample
 
 if TYPE_CHECKING:
-    from ..data.samples import Images
     from ..runtime.signals import Stop
     from ..runtime.world import World
-    from ..sampling.jobs import LabelPlan
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +45,7 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     from ..sampling.pipeline import noise_seed
 
     setup = making.Setup.read(options, world)
-    chosen = setup.labels() if options.classes or not setup.num_classes else None
-    try:
-        small, labels = _small(options, setup, chosen)
-    except ValueError as error:
-        raise ValueError(f"--base_samples {error}") from None
+    small, labels, _ = setup.images("base_samples", setup.model.small_size)
     log.info("enlarging %d images of %s (%s)", len(small), options.base_samples, small.about)
     if every:
         setup = replace(setup, options=replace(options, num_samples=len(small)))
@@ -61,30 +55,6 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     job = setup.job(request, "upsampled", **receipt)
     setup.make([job], job.out, stop)
     return job.npz
-
-
-def _small(options: Upsampling, setup: making.Setup, chosen: LabelPlan | None) -> tuple[Images, LabelPlan]:
-    """The images to enlarge, and their classes: `chosen`, else the labels of the images. ValueError if the networks cannot use them."""
-    from ..data.samples import open_images
-    from ..sampling.jobs import LabelPlan, class_names_beside
-
-    path, model = options.base_samples, setup.model
-    if not storage.exists(path):
-        raise FileNotFoundError(f"--base_samples {path}: there is no such file or folder")
-    labels = "none" if chosen else "auto"
-    names = class_names_beside(path)
-    small = open_images(path, model.small_size, model.shape[0], labels=labels, class_names=names)
-    if chosen:
-        return small, chosen
-    if small.records.labels is None:
-        raise ValueError(
-            f"{small.records.root} has no labels (arr_1), and the networks need classes; "
-            f"give --classes with one or more of 0 to {setup.num_classes - 1}"
-        )
-    numbers, note = small.labels_for(setup.num_classes, setup.class_names, model.path)
-    if note:
-        log.info(note)
-    return small, LabelPlan.fixed(numbers)
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,10 @@ def zoo(argv: Sequence[str], program: str) -> int:
     parser.flag("cache", "", "folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)")
     args = parser.parse_args(argv)
     if args.action in ("list", "later"):
+        if args.name:
+            raise ValueError(
+                f"zoo {args.action} takes no name, and {args.name!r} is given; zoo show has one model's figures"
+            )
         print(table() if args.action == "list" else listing())
         return 0
     if not args.name:

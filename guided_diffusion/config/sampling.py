@@ -8,7 +8,7 @@ from typing import Any
 from .fields import SWITCH, Section, flag
 from .runs import PRECISIONS, TF32_HELP, WEIGHTS, WEIGHTS_HELP
 
-_FEW = 100  # from so many steps on, ancestral sampling is the default of --steps
+_FEW = 100  # from so many steps on, ancestral sampling is the default of --steps and --nodes
 # Flags that are passed on, by these names, to the sampler or the grid that has them.
 CHAIN_OPTIONS = "nodes sigma_max sigma_min rho order final_order exact eta tau churn churn_min churn_max noise_scale restart".split()
 
@@ -47,7 +47,8 @@ class SampleConfig(Section):
     )
     clip: str = flag(
         "",
-        "clip x0 before guidance, after it, or not; empty = before where a classifier alone guides, as in 2021, else after",
+        "clip x0 before guidance, after it, or not; empty = before where a classifier alone guides ancestral or ddim, as in 2021, "
+        "else after",
         choices=("", "before", "after", "none"),
     )
     clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]; False = --clip none")
@@ -58,7 +59,8 @@ class SampleConfig(Section):
     use_ddim: bool = flag(False, "sample with DDIM instead of the ancestral chain")
     sampler: str = flag(
         "",
-        "empty = by --use_ddim, or with --steps: ancestral from 100 steps on, else ddim; fast = few steps, unipc on the quadratic grid",
+        "empty = by --use_ddim, or with --steps or --nodes: ancestral from 100 steps on, else ddim; fast = few steps, unipc on "
+        "the quadratic grid",
         table="diffusion.samplers:SAMPLERS diffusion.samplers:ALIASES",
     )
     steps: int = flag(0, "how many steps, placed by --grid; 0 = those of --timestep_respacing or --nodes", low=0)
@@ -118,7 +120,8 @@ class SampleConfig(Section):
     @property
     def method(self) -> str:
         """The sampler's name, a key of `SAMPLERS`."""
-        return self.sampler or ("ddim" if self.use_ddim or 0 < self.steps < _FEW else "ancestral")
+        count = self.steps or len([node for node in self.nodes.split(",") if node.strip()])
+        return self.sampler or ("ddim" if self.use_ddim or 0 < count < _FEW else "ancestral")
 
     def _check(self) -> None:
         if self.use_ddim and self.sampler not in ("", "ddim"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..runtime import storage
 from .classes import renumber
-from .images import center_crop, to_float
+from .images import Size, center_crop, height_width, to_float
 from .listing import Records, list_records
 from .sources import open_source
 
@@ -37,9 +37,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.records)
 
+    def batch(self, ids: Sequence[int]) -> Tensor:
+        """[B, C, H, W] in [-1, 1], for the samples `ids`: sample i is made of image i % N."""
+        return to_float(torch.from_numpy(np.stack([self.read(i % len(self)) for i in ids])))
+
     def low_res(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """`low_res` [B, C, H, W] in [-1, 1], the input of an upsampler for the samples `ids`: sample i enlarges image i % N."""
-        return {"low_res": to_float(torch.from_numpy(np.stack([self.read(i % len(self)) for i in ids])))}
+        """The input of an upsampler."""
+        return {"low_res": self.batch(ids)}
 
     def identity(self) -> str:
         """SHA-256 of the npz, or of all image files and their names, order and labels."""
@@ -62,7 +66,7 @@ class Images:
 
 
 def open_images(
-    path: str, size: int, channels: int, *, labels: str = "auto", class_names: Sequence[str] = ()
+    path: str, size: Size, channels: int, *, labels: str = "auto", class_names: Sequence[str] = ()
 ) -> Images:
     """The images of an npz, whose labels index `class_names`, or of a folder or archive as training lists it, center-cropped to `size`.
 
@@ -76,7 +80,7 @@ def open_images(
         return Images(records, lambda k: np.asarray(images[k]), about)
     records = list_records(path, labels=labels)
     source = open_source(records.kind, records.root)
-    about = f"cut and scaled to {size}x{size}; labels: {records.label_source}"
+    about = "cut and scaled to {}x{}; labels: {}".format(*height_width(size), records.label_source)
     return Images(records, lambda k: center_crop(source.read(records.paths[k], channels), size), about)
 
 
@@ -90,8 +94,8 @@ def _is_npz(path: str) -> bool:
     return not path.lower().endswith(".tar")
 
 
-def _read_npz(path: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """(images uint8 [N, size, size, channels], memory-mapped if possible; labels int64 [N] or None).
+def _read_npz(path: str, size: Size, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(images uint8 [N, height, width, channels], memory-mapped if possible; labels int64 [N] or None).
 
     ValueError if the file cannot be read, or holds other arrays.
     """
@@ -105,8 +109,9 @@ def _read_npz(path: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarr
             images = arrays["arr_0"] if images is None else images
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as an npz of samples ({error}); sample commands write one") from None
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels) or not len(images):
-        wanted = f"the model takes uint8 images [N, {size}, {size}, {channels}]"
+    shape = (*height_width(size), channels)
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        wanted = f"the model takes uint8 images [N, {', '.join(map(str, shape))}]"
         raise ValueError(f"{path} holds {images.dtype} images {list(images.shape)}; {wanted}")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         held = f"{len(images)} images and labels arr_1 of shape {list(labels.shape)} and type {labels.dtype}"

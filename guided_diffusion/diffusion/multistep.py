@@ -19,7 +19,7 @@ from . import grids, rules
 from .chain import Step, final, on_device
 from .denoiser import Denoiser, at_level
 from .grids import Grid, alpha_bar_of, from_limit, from_step
-from .process import Process, tables_of
+from .process import Process
 from .rules import Row
 from .updates import Noise, adams_bashforth_weights, ddim_sigma, ddim_weights, fresh_noise
 
@@ -94,14 +94,15 @@ def ddim(
     yield from _run(denoise, x, process, grid, rows, noise=noise)
 
 
-def ddim_invert(denoise: Denoiser, x: Tensor, process: Process) -> Iterator[Step]:
+def ddim_invert(denoise: Denoiser, x: Tensor, process: Process, grid: Grid | None = None) -> Iterator[Step]:
     """Data back to the noise that deterministic DDIM would turn into it (arXiv 2010.02502, section 4.3).
 
-    `x` is clean and taken to be at step 0, nearly so; the last x is at step T-1, where `ddim` starts.
+    `x` is clean and taken to be at the last node of the grid, nearly so; the last x is at its first, where `ddim` starts.
     """
-    alpha_bar, whole = tables_of(process.betas)["alpha_bar"], grids.own(process)
-    # No evaluation at T-1, where the chain ends with the noise itself.
-    upward = Grid(whole.positions[:0:-1], whole.lam[:0:-1])
+    grid = grid or grids.own(process)
+    alpha_bar = alpha_bar_of(process, grid)[::-1]
+    # No evaluation at the first node, where the chain ends with the noise itself.
+    upward = Grid(grid.positions[:0:-1], grid.lam[:0:-1])
     weights = zip(*(column.tolist() for column in ddim_weights(alpha_bar[:-1], alpha_bar[1:])))
     yield from _run(denoise, x, process, upward, [Row(from_x, (from_x0,)) for from_x0, from_x in weights])
 
@@ -352,7 +353,7 @@ def check_eta(eta: float) -> None:
 
 def check_order(order: int, grid: Grid, highest: int, final_order: int) -> None:
     """ValueError unless there are rules of this order and nodes enough for it."""
-    if order not in range(1, highest + 1):
+    if not isinstance(order, int) or not 1 <= order <= highest:
         raise ValueError(f"order={order} must be a whole number from 1 to {highest}")
     if final_order < 1 or final_order != int(final_order):
         raise ValueError(f"final_order={final_order} must be a whole number, at least 1")

@@ -39,10 +39,28 @@ class Chain:
         source = {"noise": noise} if kind.noise else {}
         return kind.run(denoise, x, self.process, self.grid, **self.options, **source)
 
+    def inverse(self, denoise: Denoiser, x: Tensor) -> Iterator[Step]:
+        """The steps from images `x` back to pure noise, by DDIM."""
+        return samplers.ddim_invert(denoise, x, self.process, self.grid)
+
     def levels(self) -> list[float]:
         """sigma/alpha of each evaluation of the denoiser, in turn."""
+        return self._tried()[0]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws fresh noise on its way."""
+        return self._tried()[1]
+
+    def _tried(self) -> tuple[list[float], bool]:
+        """`levels` and `draws`, of a run that computes nothing."""
         seen: list[float] = []
+        drawn: list[int] = []
         zero = torch.zeros(1, 1)
+
+        def fresh(like: Tensor, step: int, draw: int = 0) -> Tensor:
+            drawn.append(step)
+            return zero
 
         def at(sigma: float) -> Denoiser:
             seen.append(sigma)
@@ -50,9 +68,9 @@ class Chain:
 
         # Nothing is computed, so the tables may as well be on the CPU.
         on_host = Chain(self.sampler, self.options, self.process.to("cpu"), self.grid, self.nodes)
-        for _ in on_host.steps(ByLevel(on_host.process, at), zero, lambda like, step, draw=0: zero):
+        for _ in on_host.steps(ByLevel(on_host.process, at), zero, fresh):
             pass
-        return seen
+        return seen, bool(drawn)
 
     def describe(self) -> dict[str, Any]:
         """For receipts."""

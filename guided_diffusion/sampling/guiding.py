@@ -285,11 +285,11 @@ def guided(
     guidance: Guidance | Sequence[Guidance] | None = None,
     *,
     clip: bool | str = True,
-    mean: bool = False,
+    sampler: str = "ancestral",
 ) -> Guided:
-    """The model with its guidances, those left out that do nothing. ValueError where they do not go together.
+    """The model with its guidances for a sampler, those left out that do nothing. ValueError where they do not go together.
 
-    clip  one of `BOUNDS`; True: "before" where nothing but classifiers guides, else "after"; False: "none"
+    clip  one of `BOUNDS`; True: "before" where nothing but classifiers guides, by a sampler of 2021, else "after"; False: "none"
     """
     given = [guidance] if isinstance(guidance, Guidance) else list(guidance or ())
     check_together([guide.name for guide in given])
@@ -304,12 +304,13 @@ def guided(
     if isinstance(clip, str) and clip not in BOUNDS:
         raise ValueError(f"clip is {clip!r}; it must be one of {', '.join(BOUNDS)}")
     stages = {GUIDANCES[guide.name].stage for guide in guides}
-    bound = clip if isinstance(clip, str) else "none" if not clip else "after" if stages & {3, 5} else "before"
+    late = stages & ({3, 5} if sampler in ("ancestral", "ddim") else {3, 4, 5})
+    bound = clip if isinstance(clip, str) else "none" if not clip else "after" if late else "before"
     if 5 in stages and bound != "after":
         raise ValueError(
             f"clip {bound!r} and guidance {guides[-1].name}, which corrects x0 at the end, exclude each other; leave one of them out"
         )
-    return Guided(model, tuple(guides), bound, mean)
+    return Guided(model, tuple(guides), bound, mean=sampler == "ancestral")
 
 
 def _conditional_first(model: Loaded, guides: list[Guidance]) -> tuple[Loaded, list[Guidance]]:
@@ -338,6 +339,8 @@ def _check(model: Loaded, guide: Guidance) -> None:
         check_pair(model, guide.network)
     if kind.needs != "weak" or "layers" in kind.source:
         return
+    if guide.network is not None and not isinstance(guide.network, Loaded):
+        raise ValueError(f"{name}: its network is {guide.network!r}; give a loaded one, as from gd.load")
     if guide.network is None:
         if guide.name == "autoguidance":
             raise ValueError(f"{name} needs a weaker network; give --guide_path (in Python network=)")

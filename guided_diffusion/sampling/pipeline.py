@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.images import to_float
-from ..diffusion.grids import Grid
+from ..diffusion.grids import SIGMA_MAX, Grid
 from ..diffusion.process import Process, respace
 from ..diffusion.samplers import NotFinite, last
 from ..diffusion.updates import Noise, fresh_noise
@@ -39,6 +39,8 @@ NOISE_OF_UPSAMPLERS = 256
 BATCH_ON_CPU = 16  # default images per pass on a CPU, where larger batches are not faster
 DETERMINISTIC_BATCH = 8  # images per pass with --deterministic: how sums are rounded depends on that number
 _LARGEST_TRIED = 1024
+# Among the conditions of a batch: images whose noise the chain begins with, and their classes.
+INVERTED = ("inverted", "inverted_y")
 
 
 def sample(
@@ -74,7 +76,7 @@ def sample(
 
     ValueError if the model needs labels or `low_res` and they are missing, or if it does not take them.
     """
-    whole = guided(model, guidance, clip=clip, mean=sampler == "ancestral")
+    whole = guided(model, guidance, clip=clip, sampler=sampler)
     model = whole.model
     if labels is not None and guidance is not None and not whole.labelled:  # all guidance has a scale that does nothing
         num_images, labels = num_images or len(labels), None
@@ -153,7 +155,7 @@ def make_pipeline(
     The other arguments are those of `sample`. A classifier shifts the mean if the sampler is ancestral (algorithm 1 of arXiv 2105.05233),
     else the score (algorithm 2). With `compile` or `graphs`, every batch size has its own graph.
     """
-    whole = guided(model, guidance, clip=clip, mean=sampler == "ancestral")
+    whole = guided(model, guidance, clip=clip, sampler=sampler)
     chain = make_chain(process or whole.model.process, sampler, steps=steps, grid=grid, options=options)
     return pipeline_of(whole, chain, compile=compile, graphs=graphs)
 
@@ -172,6 +174,12 @@ def pipeline_of(
                 f"guidance {name} is never applied: no step of this chain has a noise level in its interval; "
                 f"the levels go from {max(levels):.4g} to {min(levels):.4g}"
             )
+    early = [sigma for sigma in levels if sigma > SIGMA_MAX]
+    if chain.sampler == "ddim" and guided.bound == "before" and guided.calls(early).get("classifier"):
+        _log.warning(
+            f"guided from sigma/alpha {max(early):.4g} on, after clipping as in 2021, DDIM ends far from images unless steps are many; "
+            "give --clip after (in Python clip='after')"
+        )
     make = guided.on(chain.process)
     if compile == "auto" and chain.process.device.type != "cuda":
         compile = False
@@ -205,12 +213,22 @@ class ImagePipeline:
     execution: Execution
 
     def __call__(self, noise: Tensor, fresh: Noise, cond: dict[str, Tensor]) -> Tensor:
-        cond = {**cond, **self.guided.drawn(noise, fresh)}
-        denoise = self.execution.denoiser(cond, pixels=noise[:, 0].numel(), steps=self.calls)
+        own = {name: cond[name] for name in cond if name not in INVERTED}
         try:
+            if INVERTED[0] in cond:
+                noise = self._noise_of(cond)
+            own |= self.guided.drawn(noise, fresh)
+            denoise = self.execution.denoiser(own, pixels=noise[:, 0].numel(), steps=self.calls)
             return last(self.chain.steps(denoise, noise, fresh))
         except NotFinite as error:
             raise NotFinite(error.row, f"{error}; {why_not_finite(self.guided.networks)}") from None
+
+    def _noise_of(self, cond: dict[str, Tensor]) -> Tensor:
+        """The noise that the images in `cond` come from, without guidance."""
+        images, classes = (cond.get(name) for name in INVERTED)
+        assert images is not None
+        plain = replace(self.guided, guides=()).on(self.chain.process)
+        return last(self.chain.inverse(plain((), cond if classes is None else {**cond, "y": classes}), images))
 
 
 def largest_batch(guided: Guided, limit: int) -> int:

@@ -170,7 +170,8 @@ def _text(values: Any, name: str, has: Any, typed: Any) -> str:
         return f"the file has attention at {_listed(has)}; you asked for {_listed(typed)}"
     if name.endswith("channel_mult"):
         return f"the file has channel multipliers {_listed(values.multipliers)}; you asked for {_listed(typed)}"
-    return f"the file has {name} {has}; you asked for {typed}"
+    text = f"the file has {name} {has}; you asked for {typed}"
+    return text + ", which --null_row True makes of it" if name == "num_classes" and typed == has - 1 else text
 
 
 def _listed(text: Any) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoint_files import BASE, CRITIC, filled
 
@@ -73,3 +74,71 @@ def test_mistakes_are_named(files: dict[str, str], tmp_path: Path, capsys: Any, 
     assert sample(files, tmp_path / "out", f"--steps 3 {flags}")[0] == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and re.search(message, error), error
+
+
+def arrays(folder: Path) -> list[np.ndarray]:
+    with np.load(next(folder.glob("*.npz"))) as found:
+        return [found[name] for name in found.files]
+
+
+def test_invert_finds_the_noise_of_images(files: dict[str, str], tmp_path: Path) -> None:
+    assert sample(files, tmp_path / "images", "--steps 40 --num_samples 3 --labels balanced")[0] == 0
+    images, _ = arrays(tmp_path / "images")
+    made = {}
+    for name, flags in {
+        "back": "--steps 40",
+        "one by one": "--steps 40 --batch_size 1",
+        "another class": "--steps 40 --classes 3",
+        "fast": "--steps 40 --sampler fast",
+        "repeated": "--steps 20 --num_samples 4",
+        "guided": "--steps 40 --classifier_path @critic --classifier_scale 3",
+    }.items():
+        words = [
+            "--model_path",
+            files["model"],
+            "--out",
+            str(tmp_path / name),
+            "--invert",
+            str(next((tmp_path / "images").glob("*.npz"))),
+        ]
+        words += [files.get(word.removeprefix("@"), word) for word in flags.split()]
+        assert main(["sample", *words]) == 0
+        made[name] = arrays(tmp_path / name)
+    assert made["back"][1].tolist() == [0, 1, 2] and made["another class"][1].tolist() == [3, 3, 3]
+    distance = {name: np.abs(pixels.astype(int)[:3] - images).mean() for name, (pixels, _) in made.items()}
+    assert distance["back"] < 7 and distance["fast"] < 7
+    assert distance["another class"] > 3 * distance["back"] and distance["guided"] > 3 * distance["back"]
+    assert np.abs(made["back"][0].astype(int) - made["one by one"][0]).max() <= 1
+    assert np.abs(made["repeated"][0][3].astype(int) - made["repeated"][0][0]).max() <= 1
+    assert (
+        len({json.loads((tmp_path / name / "sampling.json").read_text())["settings"]["inverted"] for name in made}) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--sampler ancestral draws fresh noise here, and a random chain has no inverse; give --sampler ddim"),
+        ("--steps 5 --eta 0.5", "--sampler ddim draws fresh noise here"),
+        ("--steps 5 --sampler sa", "--sampler sa draws fresh noise here"),
+        ("--steps 5 --sampler heun --churn 2", "--sampler heun draws fresh noise here"),
+        ("--steps 5 --requests FILE", "--requests and --invert do not go together"),
+        ("--steps 5 --classes 1", r"--invert .*images\.npz has the label 9; the networks know the classes 0 to 3"),
+    ],
+)
+def test_what_cannot_be_inverted(files: dict[str, str], tmp_path: Path, capsys: Any, flags: str, message: str) -> None:
+    np.savez(tmp_path / "images.npz", np.zeros((1, 8, 8, 3), np.uint8), np.array([9]))
+    assert sample(files, tmp_path / "out", f"--invert {tmp_path / 'images.npz'} {flags}")[0] == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_clipping_before_guidance_is_for_the_samplers_of_2021(files: dict[str, str], tmp_path: Path) -> None:
+    chosen = {
+        flags: sample(files, tmp_path / str(k), f"--classifier_path @critic {flags}")[1]
+        for k, flags in enumerate(
+            ("--timestep_respacing 4", "--steps 4", "--nodes 90,50,0", "--sampler fast --steps 4")
+        )
+    }
+    assert [each["clip"] for each in chosen.values()] == ["before", "before", "before", "after"]
+    assert [each["sampler"] for each in chosen.values()] == ["ancestral", "ddim", "ddim", "unipc"]
+    assert sample(files, tmp_path / "no", "--sampler fast --steps 4")[1]["clip"] == "before"  # as nothing guides

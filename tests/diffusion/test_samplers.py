@@ -11,7 +11,7 @@ import torch
 from gaussian_data import MEAN, SIGMA, exact_process, ideal, normal, sample_moments, seeded, uniform_process, whitened
 from torch import Tensor
 
-from guided_diffusion.diffusion import samplers
+from guided_diffusion.diffusion import grids, samplers
 from guided_diffusion.diffusion.denoiser import Denoised, Spread
 from guided_diffusion.diffusion.process import Process, add_noise
 
@@ -105,6 +105,10 @@ def test_inversion_and_back() -> None:
         errors.append((samplers.last(samplers.ddim(ideal(process), noise, process)) - x0).abs().max().item())
     assert errors[2] < 0.02 and errors[0] > 1.4 * errors[1] > 1.9 * errors[2]
     assert noise.std() > 0.8
+    grid = grids.log_snr(process, 300)  # between the steps of the process
+    inverse = samplers.last(samplers.ddim_invert(ideal(process), x0, process, grid))
+    for run in (samplers.ddim, samplers.unipc):
+        torch.testing.assert_close(samplers.last(run(ideal(process), inverse, process, grid)), x0, rtol=0, atol=0.05)
 
 
 def test_plms_of_order_1_is_ddim() -> None:

@@ -65,8 +65,9 @@ def test_scales_that_are_none_are_refused(scale: float) -> None:
     for make in (guidance.classifier, guidance.classifier_mean):
         with pytest.raises(ValueError, match="must be a finite number"):
             make(denoise, process, lambda x, time: x, scale)
-    with pytest.raises(ValueError, match="must be a finite number"):
-        guidance.classifier_free(denoise, denoise, scale)
+    for wrong in (scale, str(scale)):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            guidance.classifier_free(denoise, denoise, wrong)
     for options in ({"churn": scale}, {"noise_scale": scale}, {"rho": scale}):
         with pytest.raises(ValueError, match="must be"):
             samplers.last(samplers.heun(denoise, torch.zeros(1, 3, 4, 4), process, **options))

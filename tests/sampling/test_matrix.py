@@ -131,7 +131,7 @@ def test_calls_are_as_counted_and_none_outside_an_interval(networks: dict[str, A
     inside = sum(0.2 < sigma <= 2.0 for sigma in levels)
     assert 0 < inside < len(levels)
     guides = [guide(name, networks, gd.interval(2.0, 0.2, 2.0)) for name in ("classifier", "classifier_free")]
-    whole = guided(networks["model"], guides, mean=sampler == "ancestral")
+    whole = guided(networks["model"], guides, sampler=sampler)
     assert whole.calls(levels) == {"model": len(levels), "classifier_free": inside, "classifier": inside}
     assert counted(networks, chain, whole) == {"network 0": len(levels), "network 1": inside, "classifier": inside}
 
@@ -181,6 +181,23 @@ def test_recorded_steps_on_a_gpu(name: str) -> None:
         assert eager.std() > 5 and np.abs(eager.astype(int) - recorded).mean() < 1
 
 
+def test_guided_ddim_from_pure_noise_is_warned_of(networks: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Of a cosine schedule's first steps, where what clipping came before throws x0 far out."""
+    cosine = networks["plain"]
+    critic = replace(networks["classifier"], config=filled("classifier", {**CRITIC, "noise_schedule": "cosine"}).config)
+    towards = gd.classifier(critic)
+    for options in (
+        {"clip": "after"},
+        {"sampler": "unipc"},
+        {"sampler": "ancestral"},
+        {"sigma_max": 164.0, "grid": "respaced"},
+    ):
+        gd.make_pipeline(cosine, guidance=towards, **{"sampler": "ddim", "steps": 5, **options})
+    assert "DDIM ends far from images" not in caplog.text
+    gd.make_pipeline(cosine, guidance=towards, sampler="ddim", steps=5)
+    assert "DDIM ends far from images" in caplog.text
+
+
 def test_an_interval_without_steps_is_named(networks: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     whole = guided(networks["model"], guide("classifier", networks, gd.interval(2.0, 900.0, 1000.0)))
     pipeline_of(whole, make_chain(networks["model"].process, "ddim", steps=5))
@@ -202,6 +219,7 @@ MISTAKES = [
     ({"sampler": "heun", "order": 2}, "--order is of .*; --sampler heun has none"),
     ({"sampler": "ddim", "rho": 5.0}, "--rho is of --grid karras, and the grid here is respaced"),
     ({"sampler": "unipc", "order": 3, "steps": 2}, "order.3 needs at least 3 nodes"),
+    ({"sampler": "unipc", "order": 2.0}, "order=2.0 must be a whole number"),
     ({"sampler": "dpm_solver", "exact": True}, "exact"),
     ({"steps": 1}, "at least 2"),
     ({"steps": 0}, "at least 2"),
@@ -211,6 +229,7 @@ MISTAKES = [
     ({"clip": "before", "guidance": gd.threshold()}, "exclude each other"),
     ({"clip": "late"}, "clip is 'late'; it must be one of before, after, none"),
     ({"guidance": [gd.threshold(), gd.Guidance("clip")]}, "exclude each other"),
+    ({"guidance": gd.Guidance("autoguidance", 2.0, abs)}, "its network is .*; give a loaded one, as from gd.load"),
     ({"guidance": gd.Guidance("autoguidance", 2.0)}, "needs a weaker network; give --guide_path"),
     ({"guidance": gd.Guidance("classifier_free", 2.0)}, "has no label for no class; give --guide_path"),
     ({"guidance": gd.Guidance("classifier", 2.0)}, "needs a classifier; give --classifier_path"),

@@ -162,6 +162,9 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there are 64x64_diffusion" in capsys.readouterr().err
     assert main(["zoo", "show"]) == 2
     assert "zoo show needs a name" in capsys.readouterr().err
+    for action in ("list", "later"):
+        assert main(["zoo", action, "64x64_diffusion"]) == 2
+        assert f"zoo {action} takes no name" in capsys.readouterr().err
 
 
 def test_there_are_fifteen_and_each_has_an_address() -> None:
