@@ -86,8 +86,8 @@ _API = {
     "diffusion.process": ("Process", "at_nodes", "make_process", "respace", "space_timesteps"),
     "diffusion.samplers": (
         "SAMPLERS",
-        "adams", "ancestral", "ancestral_euler", "ddim", "deis", "dpm2", "dpm_sde", "dpm_solver", "dpm_solver_s", "euler",
-        "heun", "ipndm", "last", "plms", "restart", "sa", "sde_dpm_solver", "unipc",
+        "adams", "ancestral", "ancestral_euler", "ddim", "ddim_invert", "deis", "dpm2", "dpm_sde", "dpm_solver", "dpm_solver_s",
+        "euler", "heun", "ipndm", "last", "plms", "restart", "sa", "sde_dpm_solver", "unipc",
     ),
     "data.sources": ("SOURCES",),
     "diffusion.schedules": ("SCHEDULES",),

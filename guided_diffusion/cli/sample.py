@@ -104,7 +104,8 @@ def make_inverted(setup: making.Setup, options: Sampling, stop: Stop) -> None:
     count = options.num_samples if "num_samples" in options.typed else len(images)
     log.info("from the noise of %d images of %s (%s)", len(images), options.invert, images.about)
     request = Request("", count, options.seed, labels, conditions)
-    job = setup.job(request, "samples", inverted=images.identity())
+    inverted = {"images": images.identity(), "calls": len(setup.chain.nodes) - 1}
+    job = setup.job(request, "samples", inverted=inverted)
     setup.make([job], job.out, stop)
 
 

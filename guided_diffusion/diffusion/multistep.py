@@ -353,7 +353,7 @@ def check_eta(eta: float) -> None:
 
 def check_order(order: int, grid: Grid, highest: int, final_order: int) -> None:
     """ValueError unless there are rules of this order and nodes enough for it."""
-    if not isinstance(order, int) or not 1 <= order <= highest:
+    if not isinstance(order, (int, np.integer)) or not 1 <= order <= highest:
         raise ValueError(f"order={order} must be a whole number from 1 to {highest}")
     if final_order < 1 or final_order != int(final_order):
         raise ValueError(f"final_order={final_order} must be a whole number, at least 1")
