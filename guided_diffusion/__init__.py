@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .diffusion.samplers import ancestral as ancestral
     from .diffusion.samplers import ancestral_euler as ancestral_euler
     from .diffusion.samplers import ddim as ddim
+    from .diffusion.samplers import ddim_invert as ddim_invert
     from .diffusion.samplers import deis as deis
     from .diffusion.samplers import dpm2 as dpm2
     from .diffusion.samplers import dpm_sde as dpm_sde
