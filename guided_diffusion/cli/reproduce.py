@@ -15,29 +15,10 @@ from .arguments import Parser, int_or_auto
 
 
 def targets() -> dict[str, tuple[Preset, Recipe | Later]]:
-    """Short name -> model and way of sampling of each published score: imagenet256-guided, imagenet256-guided-ddim25, lsun-cat …
-
-    Two stages, such as imagenet512-stack-guided-250-ddim25, have the upsampler's; the steps are named where they are not 250.
-    Scores published later, such as imagenet64-churn, have the names of `LATER`.
-    """
-    named: dict[str, tuple[Preset, Recipe | Later]] = {}
-    for preset in PRESETS.values():
-        for recipe in preset.recipes:
-            if first := recipe.base:
-                both = f"-{first.respacing}-{recipe.respacing}" * (recipe.respacing != "250")
-                name = f"imagenet{preset.flags['large_size']}-stack-{'guided' if first.scale else 'unguided'}{both}"
-                named[name] = preset, recipe
-        if preset.kind != "diffusion":
-            continue
-        lsun = preset.name.startswith("lsun_")
-        plain = "-uncond" if preset.name.endswith("_uncond") else ""
-        base = preset.name.replace("_", "-") if lsun else f"imagenet{preset.flags['image_size']}{plain}"
-        for recipe in preset.recipes:
-            name = base if lsun else base + ("-guided" if recipe.scale else "-unguided")
-            steps = recipe.respacing
-            if steps and (lsun or steps != "250"):
-                name += f"-{steps}" if steps == "250" or steps.startswith("ddim") else "-sweep"
-            named[name] = preset, recipe
+    """Name -> model and way of sampling of each published score; those published later have the names of `LATER`."""
+    named: dict[str, tuple[Preset, Recipe | Later]] = {
+        preset.figure(recipe): (preset, recipe) for preset in PRESETS.values() for recipe in preset.recipes
+    }
     return named | {name: (get(later.model), later) for name, later in LATER.items() if later.flags}
 
 
@@ -75,7 +56,7 @@ def main(argv: Sequence[str], program: str) -> int:
     npz = finished_npz(str(stages[-1]))
     source, caveat = (recipe.source, recipe.caveat) if isinstance(recipe, Later) else (_PAPER, recipe.note)
     told = {"source": source, "caveat": caveat}
-    manifest = {"recipe": args.name, "model": preset.file, **told, **_manifest(flags, stages, npz)}
+    manifest = {"recipe": args.name, "model": preset.file, **told, **_manifest(flags, out, stages, npz)}
     if args.reference:
         evaluation = _evaluate(npz, out, args)
         if not evaluation:  # only the main process has the report
@@ -116,7 +97,7 @@ def _flags(preset: Preset, recipe: Recipe | Later, args: argparse.Namespace) -> 
     return flags
 
 
-def _manifest(flags: dict[str, Any], stages: Sequence[Path], npz: str) -> dict[str, Any]:
+def _manifest(flags: dict[str, Any], out: Path, stages: Sequence[Path], npz: str) -> dict[str, Any]:
     """Flags, receipt of each stage's folder (weights, seed, precision ...), label draw, quantisation, versions and hardware of this run."""
     import numpy
     import torch
@@ -124,12 +105,11 @@ def _manifest(flags: dict[str, Any], stages: Sequence[Path], npz: str) -> dict[s
     from ..runtime import storage
     from ..sampling.jobs import RECEIPT
 
-    # As in the folder of the run: sampling.json, or base/sampling.json and upsampled/sampling.json.
-    receipts = {RECEIPT if len(stages) == 1 else f"{stage.name}/{RECEIPT}": stage / RECEIPT for stage in stages}
+    receipts = [stage / RECEIPT for stage in stages]
     processor = platform.processor() or platform.machine()
     return {
         "flags": [word for flag, value in flags.items() for word in (f"--{flag}", str(value))],
-        "sampling": {name: json.loads(path.read_text(encoding="utf-8")) for name, path in receipts.items()},
+        "sampling": {str(path.relative_to(out)): json.loads(path.read_text(encoding="utf-8")) for path in receipts},
         "label_draw": "uniform over the classes, one draw per image from the image's own stream",
         "quantisation": "((x + 1) * 127.5) clamped to [0, 255] and truncated, as in 2021",
         "samples_sha256": storage.sha256_of(npz),
@@ -166,11 +146,11 @@ def _compare(recipe: Recipe | Later, evaluation: dict[str, Any]) -> list[dict[st
     """Rows: metric, published value, measured value, and the standard error of the latter, if any."""
     scores = {score["name"]: score for score in evaluation["sets"][0]["scores"]}
     expected = recipe.expected._asdict() if isinstance(recipe.expected, Scores) else recipe.expected or {}
-    return [
-        {"metric": metric, "published": published, "measured": found["value"], "error": found["error"]}
-        for metric, published in expected.items()
-        for found in [scores[_NAMES[metric]]]
-    ]
+    rows = []
+    for metric, published in expected.items():
+        found = scores[_NAMES[metric]]
+        rows.append({"metric": metric, "published": published, "measured": found["value"], "error": found["error"]})
+    return rows
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import WEIGHTS, WEIGHTS_HELP, relative_lengths
 from ..runtime import storage
-from ..weights.later import listing
-from ..weights.released import PRESETS, Preset, fetch, get
+from ..weights import later, released
 from . import runs
 from .arguments import Parser, str2bool
 
@@ -99,9 +98,8 @@ def convert(argv: Sequence[str], program: str) -> int:
 
     setup_messages()
     form = converting.form_of(args.target, args.to)
-    difference = converting.convert(
-        args.source, args.target, form, noise_schedule=args.noise_schedule, weights=args.weights
-    )
+    options = {"noise_schedule": args.noise_schedule, "weights": args.weights}
+    difference = converting.convert(args.source, args.target, form, **options)
     print(f"{args.source} -> {args.target} ({form}); largest output difference on the same input: {difference:.3g}")
     return 0
 
@@ -123,9 +121,8 @@ def ema(argv: Sequence[str], program: str) -> int:
 
     setup_messages()
     folder = storage.expand(args.run)
-    for path, error in reconstruct(
-        folder, lengths, storage.expand(args.out) or storage.join(folder, "ema"), step=args.step
-    ):
+    out = storage.expand(args.out) or storage.join(folder, "ema")
+    for path, error in reconstruct(folder, lengths, out, step=args.step):
         print(f"{path}: profile within {error:.2%}")
     return 0
 
@@ -162,58 +159,23 @@ def zoo(argv: Sequence[str], program: str) -> int:
     parser.add_argument("name", nargs="?", default="", help="a model's name, for show and get")
     parser.flag("cache", "", "folder of downloads (default: $GUIDED_DIFFUSION_CACHE or ~/.cache/guided_diffusion)")
     args = parser.parse_args(argv)
-    if args.action in ("list", "later"):
+    listings = {"list": released.listing, "later": later.listing}
+    if args.action in listings:
         if args.name:
             raise ValueError(
                 f"zoo {args.action} takes no name, and {args.name!r} is given; zoo show has one model's figures"
             )
-        print(table() if args.action == "list" else listing())
+        print(listings[args.action]())
         return 0
     if not args.name:
-        raise ValueError(f"zoo {args.action} needs a name; there are {', '.join(PRESETS)}")
-    preset = get(args.name)
+        raise ValueError(f"zoo {args.action} needs a name; there are {', '.join(released.PRESETS)}")
+    preset = released.get(args.name)
     if args.action == "show":
-        print(card(preset))
+        print(released.describe(preset))
         return 0
 
     from ..runtime.log import setup_messages
 
     setup_messages()
-    print(fetch(preset, args.cache or storage.cache_folder()))
+    print(released.fetch(preset, args.cache or storage.cache_folder()))
     return 0
-
-
-def table() -> str:
-    """The text of `zoo list`: one line per model and published way of sampling."""
-    lines = [f"{'name':26s} {'what':34s} {'classifier':20s} {'scale':>5s} {'steps':>15s}    FID   sFID  Prec   Rec"]
-    for preset in PRESETS.values():
-        named = f"{preset.name:26s} {preset.title:34s}"
-        lines += [] if preset.recipes else [named]
-        for recipe in preset.recipes:
-            steps = recipe.respacing or str(preset.flags["diffusion_steps"])
-            guided, by = recipe, preset
-            if recipe.base:  # of a stack the base is guided
-                guided, by, steps = recipe.base, get(recipe.small), f"{recipe.base.respacing} + {steps}"
-            classifier = by.classifier if guided.scale else "-"
-            scores = "".join(f" {value:{width}.2f}" for value, width in zip(recipe.expected or (), (6, 6, 5, 5)))
-            lines.append(f"{named} {classifier:20s} {guided.scale:5g} {steps:>15s}{scores}")
-    lines.append(f"files: {next(iter(PRESETS.values())).url.rpartition('/')[0]}/NAME.pt")
-    return "\n".join(lines)
-
-
-def card(preset: Preset) -> str:
-    """The text of `zoo show`: file, flags, ways of sampling and published scores of one model."""
-    lines = [f"{preset.name}: {preset.title} ({preset.kind})", f"file   {preset.url}"]
-    lines.append("flags  " + " ".join(f"--{name} {value}" for name, value in preset.flags.items()))
-    for recipe in preset.recipes:
-        how = f"{'DDIM, ' if recipe.use_ddim else ''}{recipe.respacing or preset.flags['diffusion_steps']} steps"
-        guide = f"{preset.classifier} at scale {recipe.scale:g}" if recipe.scale else "unguided"
-        if base := recipe.base:
-            small = get(recipe.small)
-            guide = f"of images by {small.name}, {'DDIM, ' if base.use_ddim else ''}{base.respacing} steps, "
-            guide += f"{small.classifier} at scale {base.scale:g}" if base.scale else "unguided"
-        scores, note = "no published figure", f" ({recipe.note})" if recipe.note else ""
-        if e := recipe.expected:
-            scores = f"FID {e.fid}, sFID {e.sfid}, precision {e.precision}, recall {e.recall}"
-        lines.append(f"recipe {how}, {guide}: {scores}{note}")
-    return "\n".join(lines)

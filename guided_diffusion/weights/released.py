@@ -56,6 +56,23 @@ class Preset:
     recipes: tuple[Recipe, ...] = ()
     title: str = ""
 
+    def figure(self, recipe: Recipe) -> str:
+        """The short name of a published score: imagenet256-guided, lsun-cat-sweep. Of 250 steps, which are the rule except for LSUN,
+        the name says nothing; of two stages it is imagenet512-stack-guided-250-ddim25."""
+        guided, steps = "guided" if (recipe.base or recipe).scale else "unguided", recipe.respacing
+        if recipe.base:
+            both = "" if steps == "250" else f"-{recipe.base.respacing}-{steps}"
+            return f"imagenet{self.flags['large_size']}-stack-{guided}{both}"
+        lsun = self.name.startswith("lsun_")
+        if not steps or (steps == "250" and not lsun):
+            end = ""
+        else:
+            end = "-sweep" if "," in steps else f"-{steps}"
+        if lsun:
+            return self.name.replace("_", "-") + end
+        plain = "" if self.flags["class_cond"] else "-uncond"
+        return f"imagenet{self.flags['image_size']}{plain}-{guided}{end}"
+
     @property
     def file(self) -> str:
         return f"{self.name}.pt"
@@ -206,6 +223,43 @@ def get(name: str) -> Preset:
     if preset is None:
         raise ValueError(f"no released model is called {name!r}; there are {', '.join(PRESETS)}")
     return preset
+
+
+def listing() -> str:
+    """The text of `zoo list`: one line per model and published way of sampling."""
+    lines = [f"{'name':26s} {'what':34s} {'classifier':20s} {'scale':>5s} {'steps':>15s}    FID   sFID  Prec   Rec"]
+    for preset in PRESETS.values():
+        named = f"{preset.name:26s} {preset.title:34s}"
+        lines += [] if preset.recipes else [named]
+        for recipe in preset.recipes:
+            steps = recipe.respacing or str(preset.flags["diffusion_steps"])
+            guided, by = recipe, preset
+            if recipe.base:  # of a stack the base is guided
+                guided, by, steps = recipe.base, get(recipe.small), f"{recipe.base.respacing} + {steps}"
+            classifier = by.classifier if guided.scale else "-"
+            scores = "".join(f" {value:{width}.2f}" for value, width in zip(recipe.expected or (), (6, 6, 5, 5)))
+            lines.append(f"{named} {classifier:20s} {guided.scale:5g} {steps:>15s}{scores}")
+    return "\n".join([*lines, f"files: {BASE_URL}NAME.pt"])
+
+
+def describe(preset: Preset) -> str:
+    """The text of `zoo show`: file, flags, ways of sampling and published scores of one model."""
+    lines = [f"{preset.name}: {preset.title} ({preset.kind})", f"file   {preset.url}"]
+    lines.append("flags  " + " ".join(f"--{name} {value}" for name, value in preset.flags.items()))
+    for recipe in preset.recipes:
+        scores, note = "no published figure", f" ({recipe.note})" if recipe.note else ""
+        if e := recipe.expected:
+            scores = f"FID {e.fid}, sFID {e.sfid}, precision {e.precision}, recall {e.recall}"
+        lines.append(f"recipe {_way(preset, recipe)}: {scores}{note}")
+    return "\n".join(lines)
+
+
+def _way(preset: Preset, recipe: Recipe) -> str:
+    """How a recipe samples: "DDIM, ddim25 steps, 256x256_classifier at scale 2.5"."""
+    steps = f"{'DDIM, ' if recipe.use_ddim else ''}{recipe.respacing or preset.flags['diffusion_steps']} steps"
+    if recipe.base:
+        return f"{steps}, of images by {recipe.small}, {_way(get(recipe.small), recipe.base)}"
+    return f"{steps}, {f'{preset.classifier} at scale {recipe.scale:g}' if recipe.scale else 'unguided'}"
 
 
 def fetch(preset: Preset, cache: str) -> str:
