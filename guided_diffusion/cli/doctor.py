@@ -81,12 +81,13 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     from ..training.memory import StepPlan, set_recompute
     from ..weights.continuing import with_classes, with_global_batch
     from ..weights.probe import forward_of
+    from . import training_run
 
     try:
         train.check_start(parsed, kind)
         folder, _ = runs.run_folder(parsed.flags["out"], kind)
         alone = World(device=world.device)  # of one process: no other rank takes part in reading the checkpoint
-        config, saved, start = train.configured(parsed, kind, alone, folder)
+        config, saved, start = training_run.configured(parsed, kind, alone, folder)
         config = with_global_batch(config, world.size)
         if config.train.compile == "on":
             require_compiler(world.device)
@@ -99,7 +100,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     if config.data.data_dir:
 
         def list_images() -> Records:
-            records, _ = train.list_images(config, saved, start)
+            records, _ = training_run.list_images(config, saved, start)
             with_classes(config, records.class_names, records.root)
             return records
 

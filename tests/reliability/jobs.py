@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Names that launchers set: a test that itself runs under one must not pass them on.
 _INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PRELOAD = (
-    "torch numpy PIL.Image guided_diffusion.build guided_diffusion.cli.train guided_diffusion.cli.sample "
+    "torch numpy PIL.Image guided_diffusion.build guided_diffusion.cli.training_run guided_diffusion.cli.sample "
     "guided_diffusion.training.trainer guided_diffusion.training.saver guided_diffusion.sampling.queue"
 ).split()
 
