@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, flag
 from ..config.fields import numbers
+from ..config.fields import options as parse_options
 from ..runtime import storage
 from . import arguments, runs
 
 if TYPE_CHECKING:
     from ..data.images import Size
     from ..data.samples import Images
+    from ..diffusion.guidance import Kind
     from ..runtime.signals import Stop
     from ..runtime.world import World
     from ..sampling.chains import Chain
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # Flags of the noise process in which a classifier and the model it guides must agree.
 _SHARED_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
+WHERE = ("timestep_respacing", "steps", "nodes")  # flags that say where steps are
+_OF_TWO = ("classifier_free", "autoguidance", "apg")  # guidances by a second network, of --guide_path
 M = TypeVar("M", bound="Making")
 
 log = logging.getLogger(__name__)
@@ -56,7 +60,7 @@ class Making(SampleConfig, arguments.Common):
     def of(cls: type[M], parsed: arguments.Parsed) -> M:
         """The options of a parsed command line. ValueError for an impossible value."""
         made = replace(cls.from_flags(parsed.flags), typed=parsed.typed)
-        where = [name for name in ("timestep_respacing", "steps", "nodes") if parsed.typed.get(name)]
+        where = [name for name in WHERE if parsed.typed.get(name)]
         if len(where) > 1:
             said = " and ".join(f"--{name} {parsed.typed[name]}" for name in where)
             raise ValueError(f"{said} are two ways to say where steps are; leave one of the two out")
@@ -99,26 +103,13 @@ class Setup:
         for guide in chosen.guides:
             by = f" ({guide.network.path})" if guide.network else ""
             log.info("guided by %s%s, scale %s", guide.name, by, guide.scale)
-        chain = make_chain(
-            chosen.model.process,
-            options.method,
-            steps=options.steps or None,
-            grid=options.grid or None,
-            options=options.chain_options,
-        )
+        where: dict[str, Any] = {"steps": options.steps or None, "grid": options.grid or None}
+        chain = make_chain(chosen.model.process, options.method, **where, options=options.chain_options)
         return cls(options, world, chosen, chain)
 
     @property
     def model(self) -> Loaded:
         return self.guided.model
-
-    @property
-    def num_classes(self) -> int:
-        return self.guided.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.guided.class_names
 
     def labels(self, options: Making | None = None, where: str = "--classes") -> LabelPlan:
         """How images get classes: those of `--classes` (empty = all), assigned as `--labels` says. ValueError beginning with `where`."""
@@ -126,7 +117,7 @@ class Setup:
         from ..sampling.jobs import LabelPlan
 
         options = options or self.options
-        classes = choose_classes(options.classes, self.num_classes, self.class_names, where)
+        classes = choose_classes(options.classes, self.guided.num_classes, self.guided.class_names, where)
         return LabelPlan(classes, options.labels == "balanced", options.seed)
 
     def images(self, flag: str, size: Size, *, own: bool = False) -> tuple[Images, LabelPlan, LabelPlan]:
@@ -135,7 +126,7 @@ class Setup:
         from ..data.samples import open_images
         from ..sampling.jobs import LabelPlan, class_names_beside
 
-        path, count = getattr(self.options, flag), self.num_classes
+        path, count = getattr(self.options, flag), self.guided.num_classes
         if not storage.exists(path):
             raise FileNotFoundError(f"--{flag} {path}: there is no such file or folder")
         plan = self.labels() if self.options.classes or not count else None
@@ -149,7 +140,7 @@ class Setup:
                 )
             if plan and not (own and count and images.records.labels is not None):
                 return images, plan, plan
-            numbers, note = images.labels_for(count, self.class_names, self.model.path)
+            numbers, note = images.labels_for(count, self.guided.class_names, self.model.path)
         except ValueError as error:
             raise ValueError(f"--{flag} {error}") from None
         if note:
@@ -171,27 +162,22 @@ class Setup:
         """
         from ..runtime.devices import describe_products
         from ..sampling.jobs import Job
-        from ..sampling.pipeline import DETERMINISTIC_BATCH, largest_batch
+        from ..sampling.pipeline import DETERMINISTIC_BATCH, batch_that_fits
         from ..sampling.receipts import receipt_of
 
         options, model, world = self.options, self.model, self.world
         out, chosen = world.broadcast_object(runs.run_folder(options.out, kind), name=f"folder of {kind}")
         batch_size = DETERMINISTIC_BATCH if options.deterministic else options.batch_size
-        if not batch_size:
-            limit = max(1, -(-request.num_samples // world.size))
-            fitting = largest_batch(self.guided, limit) if world.is_main else 0
-            batch_size = world.broadcast_object(fitting, name="images that fit")
-            if not batch_size:
-                raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
-            log.info("--batch_size auto: %d images at a time", batch_size)
+        batch_size = batch_size or batch_that_fits(self.guided, request.num_samples, world)
         (_, height, width), classes = model.shape, len(request.labels.classes)
-        what = f"{request.name}, " if request.name else ""
-        what += f"{request.num_samples} images of {height}x{width}, {self.chain.sampler}, {len(self.chain.nodes)} steps"
-        what += f", {classes} classes" if classes else ""
-        what += "" if request.name else f", seed {options.seed}"
-        log.info("%s, into %s (%s)", what, out, chosen)
-        not_stored = ("out", "device", "debug", "requests")  # where and how this command runs, not what it makes
-        typed = {name: value for name, value in options.typed.items() if name not in not_stored}
+        what = [request.name, f"{request.num_samples} images of {height}x{width}", self.chain.sampler]
+        what += [f"{len(self.chain.nodes)} steps", f"{classes} classes" if classes else ""]
+        what += ["" if request.name else f"seed {options.seed}"]
+        log.info("%s, into %s (%s)", ", ".join(filter(None, what)), out, chosen)
+        # Not stored: where and how this command runs, which is not what it makes.
+        typed = {
+            name: value for name, value in options.typed.items() if name not in ("out", "device", "debug", "requests")
+        }
         flags = {name: getattr(options, name) for name in SampleConfig.names()}
         return Job(
             request,
@@ -207,7 +193,7 @@ class Setup:
             },
             config={**flags, **typed},
             grid=options.picture,
-            class_names=self.class_names,
+            class_names=self.guided.class_names,
         )
 
     def make(self, jobs: Sequence[Job], folder: str, stop: Stop) -> Saving:
@@ -215,14 +201,12 @@ class Setup:
         from ..sampling.queue import generate_all
 
         pipeline = self.pipeline()
-        options: dict[str, Any] = {"world": self.world, "should_stop": lambda: stop.requested}
-        options |= {"after_batch": pipeline.execution.after_batch, "share": not self.options.deterministic}
-        return generate_all(pipeline, jobs, folder, **options)
+        hooks: dict[str, Any] = {"should_stop": lambda: stop.requested, "after_batch": pipeline.execution.after_batch}
+        return generate_all(pipeline, jobs, folder, world=self.world, share=not self.options.deterministic, **hooks)
 
 
 def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[Guidance]:
     """The guidances that the flags ask for, in any order. ValueError for flags that no guidance has, or that contradict each other."""
-    from ..config.fields import options as parse
     from ..diffusion.guidance import GUIDANCES, check_together, interval
     from ..sampling.guiding import Guidance
 
@@ -235,61 +219,70 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
         names.append("threshold")
     names = list(dict.fromkeys(names))
     check_together(names)
-    needs, stages = {GUIDANCES[name].needs for name in names}, {GUIDANCES[name].stage for name in names}
-    second = [name for name in names if GUIDANCES[name].needs == "weak" and name not in ("pag", "random_label")]
-    unused = {
-        "classifier_path": (options.classifier_path and "classifier" not in needs, "classifier"),
-        "guide_path": (options.guide_path and not second, "classifier_free, or autoguidance"),
-        "guidance_scale": (options.guidance_scale and 3 not in stages, "classifier_free"),
-        "guidance_interval": (options.guidance_interval and not stages & {3, 4}, "classifier"),
-    }
-    for flag_, (without_use, remedy) in unused.items():
-        if without_use:
-            raise ValueError(
-                f"--{flag_} is {getattr(options, flag_)!r}, and no guidance here uses it; add --guidance {remedy}"
-            )
-    more = parse(options.guidance_options, "guidance_options")
-    more |= {"entropy": True} if options.entropy_scale else {}
-    more |= {"rescale": options.rescale} if options.rescale else {}
-    if isinstance(more.get("layers"), str):
-        more["layers"] = tuple(more["layers"].split("+"))
-    has = {name: {**GUIDANCES[name].options, **GUIDANCES[name].source} for name in names}
-    for option in more:
-        if not any(option in each for each in has.values()):
-            having = [name for name, kind in GUIDANCES.items() if option in {**kind.options, **kind.source}]
-            if not having:
-                there = ", ".join(
-                    sorted(set().union(*({**kind.options, **kind.source} for kind in GUIDANCES.values())))
-                )
-                raise ValueError(f"--guidance_options has {option!r}, and no guidance has it; there are {there}")
-            flag = {"entropy": "--entropy_scale", "rescale": "--rescale"}.get(option, f"--guidance_options {option}")
-            raise ValueError(f"{flag} is of guidance {' and '.join(having)}; give --guidance {having[0]}")
+    kinds = {name: GUIDANCES[name] for name in names}
+    _require_used(options, kinds)
+    more = _guidance_options(options, kinds)
     between = _numbers(options, "guidance_interval", 2) if options.guidance_interval else ()
+    scales: dict[int, Any] = {  # by stage
+        2: _numbers(options, "epsilon_scale", 1, 2)[-1],
+        3: _numbers(options, "guidance_scale", 1)[0] if options.guidance_scale else None,
+        4: options.classifier_scale,
+        5: options.threshold or None,
+    }
     made = []
-    for name in names:
-        kind = GUIDANCES[name]
-        scale: Any = options.classifier_scale if kind.stage == 4 else None
-        if kind.stage == 3 and options.guidance_scale:
-            (scale,) = _numbers(options, "guidance_scale", 1)
-        if name == "epsilon_scaling":
-            *slope, scale = _numbers(options, "epsilon_scale", 1, 2)
-            more |= {"slope": slope[0]} if slope else {}
-        if name == "threshold":
-            scale = options.threshold or None
+    for name, kind in kinds.items():
+        scale, network = scales[kind.stage], None
+        if kind.needs == "classifier" and scale == 0:
+            log.info("--classifier_scale 0: the classifier is not read")
+            continue
         if between and kind.stage in (3, 4) and scale != kind.neutral:
             if scale is None:
                 raise ValueError("--guidance_interval is for a scale that is given; give --guidance_scale too")
             scale = interval(scale, *between)
-        network = None
-        if kind.needs == "classifier" and options.classifier_path and scale != 0:
+        if kind.needs == "classifier" and options.classifier_path:
             network = _load(options.classifier_path, "classifier", options, world, known)
-        elif name in second and options.guide_path:
+        elif name in _OF_TWO and options.guide_path:
             network = _load(options.guide_path, options.kind, options, world, known)
-        if kind.needs == "classifier" and scale == 0:
-            log.info("--classifier_scale 0: the classifier is not read")
-            continue
-        made.append(Guidance(name, scale, network, {n: v for n, v in more.items() if n in has[name]}))
+        made.append(Guidance(name, scale, network, {n: v for n, v in more.items() if n in kind.defaults}))
     return made
+
+
+def _require_used(options: Making, kinds: Mapping[str, Kind]) -> None:
+    """ValueError for a flag of a guidance that is not among `kinds`."""
+    stages = {kind.stage for kind in kinds.values()}
+    used = {
+        "classifier_path": (any(kind.needs == "classifier" for kind in kinds.values()), "classifier"),
+        "guide_path": (not kinds.keys().isdisjoint(_OF_TWO), "classifier_free, or autoguidance"),
+        "guidance_scale": (3 in stages, "classifier_free"),
+        "guidance_interval": (bool(stages & {3, 4}), "classifier"),
+    }
+    for name, (is_used, remedy) in used.items():
+        value = getattr(options, name)
+        if value and not is_used:
+            raise ValueError(f"--{name} is {value!r}, and no guidance here uses it; add --guidance {remedy}")
+
+
+def _guidance_options(options: Making, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """The further options of all guidances, by name. ValueError for one that none of `kinds` has."""
+    from ..diffusion.guidance import GUIDANCES
+
+    more = parse_options(options.guidance_options, "guidance_options")
+    if isinstance(more.get("layers"), str):
+        more["layers"] = tuple(more["layers"].split("+"))
+    if options.entropy_scale:
+        more["entropy"] = True
+    if options.rescale:
+        more["rescale"] = options.rescale
+    for option in more:
+        having = [name for name, kind in GUIDANCES.items() if option in kind.defaults]
+        if not having:
+            there = ", ".join(sorted({name for kind in GUIDANCES.values() for name in kind.defaults}))
+            raise ValueError(f"--guidance_options has {option!r}, and no guidance has it; there are {there}")
+        if kinds.keys().isdisjoint(having):
+            flag = {"entropy": "--entropy_scale", "rescale": "--rescale"}.get(option, f"--guidance_options {option}")
+            raise ValueError(f"{flag} is of guidance {' and '.join(having)}; give --guidance {having[0]}")
+    *slope, _ = _numbers(options, "epsilon_scale", 1, 2)
+    return {**more, "slope": slope[0]} if slope else more
 
 
 def _numbers(options: Making, name: str, *counts: int) -> tuple[float, ...]:

@@ -56,12 +56,6 @@ def main(argv: Sequence[str], program: str, *, script: bool = False, guided: boo
         raise ValueError(
             "--classifier_path is empty; give the weights of a classifier, or --classifier_scale 0 for none"
         )
-    run(options)
-    return 0
-
-
-def run(options: Sampling) -> None:
-    """Start the processes, and sample one set of images or all requests."""
     if options.requests and options.invert:
         raise ValueError("--requests and --invert do not go together; leave one of the two out")
     entries = read_requests(options.requests, options) if options.requests else ()
@@ -72,6 +66,7 @@ def run(options: Sampling) -> None:
             make_inverted(making.Setup.read(options, world), options, stop)
         else:
             make(making.Setup.read(options, world), stop)
+    return 0
 
 
 def make(setup: making.Setup, stop: Stop) -> tuple[str, int]:
@@ -98,8 +93,8 @@ def make_inverted(setup: making.Setup, options: Sampling, stop: Stop) -> None:
     images, labels, own = setup.images("invert", setup.model.shape[1:], own=True)
 
     def conditions(ids: Sequence[int]) -> dict[str, Tensor]:
-        classes = own.of(ids)
-        return dict(zip(INVERTED, [images.batch(ids), *([] if classes is None else [torch.from_numpy(classes)])]))
+        classes, given = own.of(ids), {INVERTED[0]: images.batch(ids)}
+        return given if classes is None else {**given, INVERTED[1]: torch.from_numpy(classes)}
 
     count = options.num_samples if "num_samples" in options.typed else len(images)
     log.info("from the noise of %d images of %s (%s)", len(images), options.invert, images.about)

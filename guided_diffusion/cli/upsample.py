@@ -75,7 +75,6 @@ class Cascade(making.Making):
 _SHARED = (
     "num_samples batch_size seed precision clip_denoised timestep_respacing steps picture device compile cuda_graphs tf32 deterministic"
 ).split()
-_WHERE = {"timestep_respacing", "steps", "nodes"}
 
 
 def cascade(argv: Sequence[str], program: str) -> int:
@@ -107,18 +106,17 @@ def _upsampling_options(options: Cascade) -> Upsampling:
     if any(word.startswith("--import") for word in words):
         raise ValueError("--upsampler_flags has --import; give it to cascade itself")
     own = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    flags = {name: options.typed[name] for name in _SHARED if name in options.typed}
-    if options.upsampler_timestep_respacing or own & _WHERE:  # the second stage has its own way to say where steps are
-        flags = {name: value for name, value in flags.items() if name not in _WHERE}
+    # A second stage that says itself where its steps are does not share those of the first.
+    left_out = making.WHERE if options.upsampler_timestep_respacing or own.intersection(making.WHERE) else ()
+    flags = {name: value for name, value in options.typed.items() if name in _SHARED and name not in left_out}
     flags |= {
         "model_path": options.upsampler_path,
         "use_ddim": options.upsampler_use_ddim,
         "classifier_path": options.upsampler_classifier_path,
         "classifier_scale": options.upsampler_classifier_scale,
-        "timestep_respacing": options.upsampler_timestep_respacing or flags.get("timestep_respacing", ""),
-        "batch_size": options.upsampler_batch_size or flags.get("batch_size", ""),
         "num_samples": options.num_samples,
     }
-    defaults = [f"--{name}={value}" for name, value in flags.items() if value != ""]
-    program = "guided-diffusion cascade --upsampler_flags"
-    return Upsampling.of(Upsampling.flags([*defaults, *words], program))
+    for name in ("timestep_respacing", "batch_size"):
+        flags[name] = getattr(options, f"upsampler_{name}") or flags.get(name, "")
+    shared = [f"--{name}={value}" for name, value in flags.items() if value != ""]
+    return Upsampling.of(Upsampling.flags([*shared, *words], "guided-diffusion cascade --upsampler_flags"))

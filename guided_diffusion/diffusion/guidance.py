@@ -81,6 +81,11 @@ class Kind:
     mean: Make | None = None
     state: str = ""
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """`options` and `source`."""
+        return {**self.options, **self.source}
+
 
 def _with_source(function: Callable[..., Denoiser]) -> Make:
     """Of a function (denoiser, process, source, scale)."""

@@ -61,8 +61,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         check_together([self.name])
-        kind = GUIDANCES[self.name]
-        known = {**kind.options, **kind.source}
+        known = GUIDANCES[self.name].defaults
         if unknown := sorted(set(self.options) - set(known)):
             raise ValueError(f"guidance {self.name} has no option {unknown[0]}; it has {', '.join(known) or 'none'}")
         for option, value in self.options.items():
@@ -77,7 +76,7 @@ class Guidance:
     def for_size(self, size: int) -> Guidance:
         """The same with every value set."""
         kind = GUIDANCES[self.name]
-        usual = {"scale": kind.scale, **kind.options, **kind.source, **kind.by_size.get(size, {})}
+        usual = {"scale": kind.scale, **kind.defaults, **kind.by_size.get(size, {})}
         scale = usual.pop("scale")
         if self.scale is None and scale == kind.neutral:
             raise ValueError(

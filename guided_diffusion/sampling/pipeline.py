@@ -25,6 +25,7 @@ from ..models.network import Network
 from ..runtime import compiler
 from ..runtime.devices import float32_products
 from ..runtime.streams import key_of
+from ..runtime.world import World
 from ..weights.load import Loaded
 from .chains import Chain, make_chain
 from .execution import Auto, Execution
@@ -249,6 +250,16 @@ def largest_batch(guided: Guided, limit: int) -> int:
         pipeline(noise, fresh_noise, cond)
 
     return largest_that_fits(attempt, min(limit, _LARGEST_TRIED))
+
+
+def batch_that_fits(guided: Guided, num_samples: int, world: World) -> int:
+    """`largest_batch` of `num_samples` divided among the processes, the same on all. ValueError if not even one image fits."""
+    limit = max(1, -(-num_samples // world.size))
+    fitting: int = world.broadcast_object(largest_batch(guided, limit) if world.is_main else 0, name="images that fit")
+    if not fitting:
+        raise ValueError("not even one image fits into the memory of this device; try --precision bf16")
+    _log.info("--batch_size auto: %d images at a time", fitting)
+    return fitting
 
 
 def largest_that_fits(attempt: Callable[[int], object], limit: int) -> int:
