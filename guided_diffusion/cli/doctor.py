@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, flag
@@ -52,21 +52,15 @@ def main(argv: Sequence[str], program: str = "guided-diffusion doctor") -> int:
     values = parsed.flags
     options = {name: values[name] for name in ("debug", "timeout_s", "tf32")}
     with runs.session(values["device"], **options) as world:
-        local = [doctor.check_device(world)]
+        found = world.all_gather_object(doctor.check_device(world), "doctor: devices")
+        if world.size > 1:
+            found = [device._replace(what=f"device {rank}") for rank, device in enumerate(found)]
+        all_reduce = doctor.check_all_reduce(world)
         if world.is_main:
-            local.insert(0, doctor.check_versions())
-        shared = [doctor.check_all_reduce(world)]
-        if world.is_main:
-            shared += _check_run(kind, parsed, world)
-        gathered = world.all_gather_object((local, shared), "doctor: findings")
-        findings = [
-            finding._replace(what=f"device {rank}") if world.size > 1 and finding.what == "device" else finding
-            for rank, (of_rank, _) in enumerate(gathered)
-            for finding in of_rank
-        ] + gathered[0][1]
-        if world.is_main:
-            print(doctor.report(findings), flush=True)
-        return int(any(finding.status == doctor.FAIL for finding in findings))
+            found = [doctor.check_versions(), *found, all_reduce, *_check_run(kind, parsed, world)]
+            print(doctor.report(found), flush=True)
+        found = world.broadcast_object(found, name="doctor: findings")
+        return int(any(finding.status == doctor.FAIL for finding in found))
 
 
 def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
@@ -153,20 +147,11 @@ def check_norms(device: torch.device, precision: str) -> list[Finding]:
 
 def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) -> tuple[Finding, StepPlan]:
     """Check the memory of a forward and backward pass on `images` images. net: on the meta device."""
-    from ..runtime.devices import available_memory, choose_precision, used_memory
+    from ..runtime.devices import choose_precision
     from ..training import checks
-    from ..training.memory import attempts, can_recompute, copied_bytes, kept_bytes, set_recompute
     from ..weights.probe import forward_of
 
-    options, on_gpu = config.train, world.device.type == "cuda"
-    free = available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))
-    if options.memory_limit_gb:
-        free = min(free, max(1, int(options.memory_limit_gb * 2**30) - used_memory(world.device)))
-    # torch.compile itself chooses what to recompute between norms.
-    possible = [choice for choice in can_recompute(net) if choice != "norms" or options.compile != "on"]
-    recompute = options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none")
-    auto = recompute == "auto"
-    shrink = options.microbatch == 0 and (on_gpu or auto)
+    options = config.train
     state = checks.state_bytes(
         sum(p.numel() for p in net.parameters()),
         averages=len(options.ema_rates) + len(options.ema_sigma_rels),
@@ -174,17 +159,15 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         shard_optimizer=options.shard_optimizer,
         shard_ema=options.shard_ema,
     )
-    copied = copied_bytes(net, choose_precision(options.precision, config.model.fp16, world.device))
-
-    def activations(choice: str) -> tuple[int, int]:
-        set_recompute(net, choice)
-        return kept_bytes(forward_of(config, net, world.device), net.parameters(), copied=copied)
-
     return checks.check_memory(
-        cache(activations),
-        attempts(possible if auto else [recompute], images, shrink=shrink),
-        possible,
+        net,
+        forward_of(config, net, world.device),
+        images,
+        world,
+        recompute=options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none"),
+        shrink=options.microbatch == 0,
+        compiled=options.compile == "on",
         state=state,
-        free=free,
-        precision=options.precision,
+        limit_gb=options.memory_limit_gb,
+        precision=choose_precision(options.precision, config.model.fp16, world.device),
     )

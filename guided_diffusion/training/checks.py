@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from ..data.listing import Records
 from ..data.loader import Batches
+from ..runtime import devices
 from ..runtime.doctor import FAIL, OK, WARN, Finding, format_bytes
 from ..runtime.world import World
-from .memory import StepPlan
+from .memory import StepPlan, attempts, can_recompute, copied_bytes, kept_bytes, set_recompute
 
 
 def check_data(list_them: Callable[[], Records]) -> tuple[Finding, Records | None]:
@@ -62,21 +64,38 @@ def state_bytes(
 
 
 def check_memory(
-    activations: Callable[[str], tuple[int, int]],
-    automatic: Sequence[StepPlan],
-    can: Sequence[str],
+    net: nn.Module,
+    forward: Callable[[int], Any],
+    images: int,
+    world: World,
     *,
+    recompute: str,
+    shrink: bool,
+    compiled: bool,
     state: int,
-    free: int,
-    precision: str = "fp32",
+    limit_gb: float,
+    precision: str,
 ) -> tuple[Finding, StepPlan]:
-    """Compare the bytes that a step needs with those `free` (0: unknown), and name flags that make it fit.
+    """Compare the bytes that a step on `images` images needs with those that are free, and name flags that make it fit.
 
-    `activations(recompute)`: (fixed bytes, bytes per image). `automatic`: the plans that training tries, the requested one
-    first. `can`: what --recompute may be for the network. `state`: bytes of weights, gradients, optimizer and EMA.
+    `forward(n)`: runs `net`, on the meta device, on n images. `recompute`: as --recompute; with "auto", and if `shrink`, the plans
+    are those that training tries. `state`: bytes of weights, gradients, optimizer and EMA.
     Returns (finding, the first plan that fits, or the requested one if none does).
     """
-    requested = automatic[0]
+    on_gpu, auto = world.device.type == "cuda", recompute == "auto"
+    free = devices.available_memory(world.device) // (1 if on_gpu else max(1, world.local_size))  # 0: unknown
+    if limit_gb:
+        free = min(free, max(1, int(limit_gb * 2**30) - devices.used_memory(world.device)))
+    # torch.compile itself chooses what to recompute between norms.
+    can = [way for way in can_recompute(net) if way != "norms" or not compiled]
+    plans = attempts(can if auto else [recompute], images, shrink=shrink and (on_gpu or auto))
+    requested, copied = plans[0], copied_bytes(net, precision)
+
+    @functools.cache
+    def activations(way: str) -> tuple[int, int]:
+        """(fixed bytes, bytes per image)"""
+        set_recompute(net, way)
+        return kept_bytes(forward, net.parameters(), copied=copied)
 
     def need(plan: StepPlan) -> int:
         fixed, per_image = activations(plan.recompute)
@@ -94,14 +113,14 @@ def check_memory(
     )
     if not free or needed <= free:
         return Finding(WARN if free and needed > 0.85 * free else OK, "memory", text), requested
-    for plan in automatic[1:]:
+    for plan in plans[1:]:
         if need(plan) <= free:
             fewer = plan.images < requested.images
             how = f"--microbatch auto will make it fit, {plan.images} images at a time" if fewer else ""
             return Finding(WARN, "memory", f"{text}. {how or '--recompute auto will make it fit'}"), plan
     # No automatic plan fits: name the first recompute that does (the fastest, as `can` is sorted) or the largest batch.
     remedies = [f"--recompute {way}" for way in can if most_images(way) >= requested.images][:1]
-    if most := most_images(automatic[-1].recompute):
+    if most := most_images(plans[-1].recompute):
         remedies.append(f"--microbatch {most}")
     elif not remedies and (most := most_images(can[-1])):
         remedies.append(f"--recompute {can[-1]} --microbatch {most}")
