@@ -14,23 +14,20 @@ def main(argv: Sequence[str], program: str) -> int:
     """Make the same images by every combination of samplers, numbers of steps and scales of guidance, and score them: sweep.json,
     a table, pictures. Other flags are those of `sample`. The same command again goes on where it stopped."""
     own = SweepConfig.names()
-    others = {
-        title: " ".join(name for name in names.split() if name not in own)
-        for title, names in arguments.SAMPLING.items()
-    }
+    groups = {"the sweep": " ".join(own)}
+    for title, names in arguments.SAMPLING.items():
+        groups[title] = " ".join(name for name in names.split() if name not in own)
     flags, typed = arguments.parse(
         argv,
         (SweepConfig, making.Making, ModelConfig, DiffusionConfig, ClassifierConfig),
         program=program,
         description=str(main.__doc__),
         defaults={"num_samples": 400},
-        groups={"the sweep": " ".join(own), **others},
+        groups=groups,
     )
     asked, out = SweepConfig.from_flags(flags), flags["out"]
-    options = {
-        setting: making.Making.of(arguments.Parsed(own, own_typed))
-        for setting, own, own_typed in each_setting(asked, flags, typed)
-    }
+    settings = each_setting(asked, flags, typed)
+    options = {setting: making.Making.of(arguments.Parsed(*of_setting)) for setting, *of_setting in settings}
 
     from evaluations import tradeoffs
     from evaluations.settings import Settings
@@ -38,9 +35,9 @@ def main(argv: Sequence[str], program: str) -> int:
     from ..sampling import sweeps
     from ..weights.load import load
 
-    reference, right, known = asked.reference, [], {}  # type: ignore[var-annotated]
+    reference, right, path = asked.reference, [], storage.join(out, "sweep.json")  # type: ignore[var-annotated]
     with making.session(next(iter(options.values()))) as (world, stop):
-        rows, makers = [], []
+        rows, makers, known = [], [], {}  # type: ignore[var-annotated]
         for setting, option in options.items():
             try:
                 setup = making.Setup.read(option, world, known)
@@ -48,20 +45,18 @@ def main(argv: Sequence[str], program: str) -> int:
             except ValueError as error:
                 raise ValueError(f"{setting.name}: {error}") from None
             makers.append(partial(sample.make, setup, stop))
-        sweeps.make(rows, makers, storage.join(out, "sweep.json"), world.is_main)
+        sweeps.make(rows, makers, path, world.is_main)
         sets = [row["samples"] for row in rows]
         if asked.data_dir and not reference and world.is_main:
             classifier = load(flags["classifier_path"], kind="classifier", device=world.device)
             reference, sets, right = sweeps.features_of(rows, classifier, asked.data_dir, out)
     features, device = "npz" if right else "inception", None if flags["device"] == "auto" else flags["device"]
-    settings = Settings(asked.inception or None, asked.allow_other_weights, features, device=device, errors=True)
-    report = tradeoffs.add_scores(rows, reference, sets, settings, right) if reference else None
+    how = Settings(asked.inception or None, asked.allow_other_weights, features, device=device, errors=True)
+    report = tradeoffs.add_scores(rows, reference, sets, how, right) if reference else None
     if world.is_main:
-        about = {
-            "reference": asked.reference or asked.data_dir,
-            "features": flags["classifier_path"] if right else features,
-        }
-        sweeps.write_rows(storage.join(out, "sweep.json"), rows, scored=about if report else None)
+        features = flags["classifier_path"] if right else features
+        about = {"reference": asked.reference or asked.data_dir, "features": features}
+        sweeps.write_rows(path, rows, scored=about if report else None)
         sweeps.write_pictures(rows, storage.join(out, "pictures.png"))
         print("\n".join(tradeoffs.conclude(rows, report, out)))
     return 0
@@ -98,8 +93,7 @@ def noise_levels(argv: Sequence[str], program: str) -> int:
             print(measuring.table(found))
             if args.out:
                 rows = [level._asdict() for level in found]
-                storage.write_json_atomic(
-                    storage.join(args.out, "noise_levels.json"), {**vars(args), "noise_levels": rows}
-                )
+                found_by = {**vars(args), "noise_levels": rows}
+                storage.write_json_atomic(storage.join(args.out, "noise_levels.json"), found_by)
                 draw_levels(rows, storage.join(args.out, "noise_levels.png"))
     return 0

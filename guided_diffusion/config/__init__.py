@@ -8,7 +8,6 @@ from .fields import SWITCH as SWITCH
 from .fields import Section as Section
 from .fields import flag as flag
 from .fields import flatten as flatten
-from .fields import numbers as numbers
 from .networks import NETWORKS as NETWORKS
 from .networks import UNET as UNET
 from .networks import ClassifierConfig as ClassifierConfig
@@ -16,10 +15,7 @@ from .networks import ModelConfig as ModelConfig
 from .networks import Network as Network
 from .networks import SuperResConfig as SuperResConfig
 from .networks import classes_of as classes_of
-from .networks import default_multipliers as default_multipliers
 from .networks import label_rows as label_rows
-from .runs import PRECISIONS as PRECISIONS
-from .runs import TF32_HELP as TF32_HELP
 from .runs import WEIGHTS as WEIGHTS
 from .runs import WEIGHTS_HELP as WEIGHTS_HELP
 from .runs import ClassifierTrainConfig as ClassifierTrainConfig
@@ -30,6 +26,7 @@ from .runs import TrainConfig as TrainConfig
 from .runs import changed as changed
 from .runs import laid_over as laid_over
 from .runs import relative_lengths as relative_lengths
+from .sampling import LikelihoodConfig as LikelihoodConfig
 from .sampling import SampleConfig as SampleConfig
 from .sweeps import SweepConfig as SweepConfig
 from .sweeps import each_setting as each_setting

@@ -1,4 +1,4 @@
-"""Configuration of sampling: networks, sampler, grid, guidance, and how fast."""
+"""Configuration of sampling (networks, sampler, grid, guidance, and how fast), and of measuring likelihoods."""
 
 from __future__ import annotations
 
@@ -146,3 +146,18 @@ class SampleConfig(Section):
             raise ValueError(
                 "--deterministic True computes without a compiler, and --compile is 'on'; leave one of the two out"
             )
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig(Section):
+    """How the bits per dimension of images are measured."""
+
+    model_path: str = flag("", "weights of the diffusion model: a file, or a run folder (its newest EMA is taken)")
+    weights: str = flag("", WEIGHTS_HELP, choices=WEIGHTS)
+    clip_denoised: bool = flag(True, "keep every predicted clean image within [-1, 1]")
+    num_samples: int = flag(1000, "how many images", low=1)
+    batch_size: int = flag(1, "images per pass and process", low=1)
+    seed: int = flag(0, "seed of the choice of images and of the noise", low=0)
+    precision: str = flag("", "arithmetic of the network; empty = by --use_fp16", choices=PRECISIONS)
+    tf32: bool = flag(True, TF32_HELP)
+    out: str = flag("", "folder for the bound's terms and the summary")
