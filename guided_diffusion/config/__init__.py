@@ -15,6 +15,7 @@ from .networks import ModelConfig as ModelConfig
 from .networks import Network as Network
 from .networks import SuperResConfig as SuperResConfig
 from .networks import classes_of as classes_of
+from .networks import default_multipliers as default_multipliers
 from .networks import label_rows as label_rows
 from .runs import WEIGHTS as WEIGHTS
 from .runs import WEIGHTS_HELP as WEIGHTS_HELP
