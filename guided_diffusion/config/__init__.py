@@ -8,6 +8,7 @@ from .fields import SWITCH as SWITCH
 from .fields import Section as Section
 from .fields import flag as flag
 from .fields import flatten as flatten
+from .fields import numbers as numbers
 from .networks import NETWORKS as NETWORKS
 from .networks import UNET as UNET
 from .networks import ClassifierConfig as ClassifierConfig
@@ -15,7 +16,6 @@ from .networks import ModelConfig as ModelConfig
 from .networks import Network as Network
 from .networks import SuperResConfig as SuperResConfig
 from .networks import classes_of as classes_of
-from .networks import default_multipliers as default_multipliers
 from .networks import label_rows as label_rows
 from .runs import WEIGHTS as WEIGHTS
 from .runs import WEIGHTS_HELP as WEIGHTS_HELP
