@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..data.listing import Records
     from ..runtime.doctor import Finding
     from ..runtime.world import World
     from ..training.memory import StepPlan
@@ -73,7 +72,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     from ..runtime.world import World
     from ..training import checks
     from ..training.memory import StepPlan, set_recompute
-    from ..weights.continuing import with_classes, with_global_batch
+    from ..weights.continuing import with_global_batch
     from ..weights.probe import forward_of
     from . import training_run
 
@@ -92,13 +91,7 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     options, batch_size = config.train, config.train.global_batch_size
     findings = [Finding(WARN, "data", "no --data_dir given: not checked")]
     if config.data.data_dir:
-
-        def list_images() -> Records:
-            records, _ = training_run.list_images(config, saved, start)
-            with_classes(config, records.class_names, records.root)
-            return records
-
-        finding, records = checks.check_data(list_images)
+        finding, records = checks.check_data(lambda: training_run.list_images(config, saved, start)[1])
         findings = [finding]
         if records is not None:
             make = partial(build_batches, records, config, batch_size=batch_size, size=world.size)
@@ -152,13 +145,6 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
     from ..weights.probe import forward_of
 
     options = config.train
-    state = checks.state_bytes(
-        sum(p.numel() for p in net.parameters()),
-        averages=len(options.ema_rates) + len(options.ema_sigma_rels),
-        processes=world.size,
-        shard_optimizer=options.shard_optimizer,
-        shard_ema=options.shard_ema,
-    )
     return checks.check_memory(
         net,
         forward_of(config, net, world.device),
@@ -167,7 +153,9 @@ def _check_memory(config: RunConfig, net: nn.Module, world: World, images: int) 
         recompute=options.recompute or ("all" if getattr(config.model, "use_checkpoint", False) else "none"),
         shrink=options.microbatch == 0,
         compiled=options.compile == "on",
-        state=state,
+        averages=len(options.ema_rates) + len(options.ema_sigma_rels),
+        shard_optimizer=options.shard_optimizer,
+        shard_ema=options.shard_ema,
         limit_gb=options.memory_limit_gb,
         precision=choose_precision(options.precision, config.model.fp16, world.device),
     )

@@ -86,8 +86,7 @@ def make_plan(parsed: Parsed, kind: str, world: World, folder: str, *, script: b
         devices.require_compiler(world.device)
     if not config.data.data_dir:
         raise ValueError("--data_dir is empty; give the folder of training images")
-    records, held_out = list_images(config, saved, start)
-    config = continuing.with_classes(config, records.class_names, records.root)
+    config, records, held_out = list_images(config, saved, start)
     names = records.class_names if records.labels is not None else ()
     if start and start.tensors is not None:  # only the weights are used, and training starts at step 0
         saved = None
@@ -112,23 +111,26 @@ def make_plan(parsed: Parsed, kind: str, world: World, folder: str, *, script: b
 
 def list_images(
     config: RunConfig, saved: SavedRun | None, start: continuing.Origin | None
-) -> tuple[Records, Records | None]:
-    """(training, validation) records, the latter for classifiers only. Class numbers are those of the checkpoint, if there is one."""
-    data, count = config.data, classes_of(config.model)
+) -> tuple[RunConfig, Records, Records | None]:
+    """(configuration with the number of classes, records for training, records for validation: for classifiers only).
+
+    Class numbers are those of the checkpoint, if there is one.
+    """
+    data, count, held_out = config.data, classes_of(config.model), None
     records = list_records(data.data_dir, labels=data.labels if count else "none")
-    if not count:
-        return records, None
-    records.require_labels()
-    if saved is not None and not (start and start.new_classes):
+    if count:
+        records.require_labels()
+    if count and saved is not None and not (start and start.new_classes):
         source = start.path if start else saved.directory
         remedy = "; or give --new_classes True" + ("" if start else f", another --out and --resume_checkpoint {source}")
         as_2021 = start is not None and start.as_2021
         records, note = renumber(records, saved.class_names, count, source, as_2021=as_2021, remedy=remedy)
         if note:
             _log.info(note)
-    if config.kind != "classifier":
-        return records, None
-    return hold_out(records, data.val_data_dir, data.labels, fraction=data.val_fraction, seed=config.train.seed)
+    if count and config.kind == "classifier":
+        fraction, seed = data.val_fraction, config.train.seed
+        records, held_out = hold_out(records, data.val_data_dir, data.labels, fraction=fraction, seed=seed)
+    return continuing.with_classes(config, records.class_names, records.root), records, held_out
 
 
 def run(plan: Plan, flags: Mapping[str, Any], stop: Stop, where: str) -> int:

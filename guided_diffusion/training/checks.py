@@ -54,15 +54,6 @@ def check_batches(make: Callable[[], Batches], records: Records, batch_size: int
     return Finding(OK, "batch", text)
 
 
-def state_bytes(
-    parameters: int, *, averages: int, processes: int, shard_optimizer: bool = False, shard_ema: bool = False
-) -> int:
-    """Bytes per process of float32 weights, gradients (which are the buckets of all-reduce), Adam's two moments and EMA copies."""
-    moments = 8 / (processes if shard_optimizer else 1)
-    copies = 4 * averages / (processes if shard_ema else 1)
-    return int(parameters * (8 + moments + copies))
-
-
 def check_memory(
     net: nn.Module,
     forward: Callable[[int], Any],
@@ -72,14 +63,16 @@ def check_memory(
     recompute: str,
     shrink: bool,
     compiled: bool,
-    state: int,
+    averages: int,
+    shard_optimizer: bool,
+    shard_ema: bool,
     limit_gb: float,
     precision: str,
 ) -> tuple[Finding, StepPlan]:
     """Compare the bytes that a step on `images` images needs with those that are free, and name flags that make it fit.
 
     `forward(n)`: runs `net`, on the meta device, on n images. `recompute`: as --recompute; with "auto", and if `shrink`, the plans
-    are those that training tries. `state`: bytes of weights, gradients, optimizer and EMA.
+    are those that training tries. `averages`: the copies of the EMA.
     Returns (finding, the first plan that fits, or the requested one if none does).
     """
     on_gpu, auto = world.device.type == "cuda", recompute == "auto"
@@ -90,6 +83,10 @@ def check_memory(
     can = [way for way in can_recompute(net) if way != "norms" or not compiled]
     plans = attempts(can if auto else [recompute], images, shrink=shrink and (on_gpu or auto))
     requested, copied = plans[0], copied_bytes(net, precision)
+    # Bytes per weight on this process: float32 weights, gradients (which are the buckets of all-reduce), Adam's moments, EMA copies.
+    moments = 8 / (world.size if shard_optimizer else 1)
+    copies = 4 * averages / (world.size if shard_ema else 1)
+    state = int(sum(p.numel() for p in net.parameters()) * (8 + moments + copies))
 
     @functools.cache
     def activations(way: str) -> tuple[int, int]:
