@@ -66,6 +66,12 @@ class Making(SampleConfig, arguments.Common):
             raise ValueError(f"{said} are two ways to say where steps are; leave one of the two out")
         return made
 
+    def require(self, **what: str) -> None:
+        """ValueError for the first of these flags that is empty, saying what to give."""
+        for name, needed in what.items():
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty; give {needed}")
+
 
 @contextmanager
 def session(options: Making) -> Iterator[tuple[World, Stop]]:
@@ -172,12 +178,11 @@ class Setup:
         (_, height, width), classes = model.shape, len(request.labels.classes)
         what = [request.name, f"{request.num_samples} images of {height}x{width}", self.chain.sampler]
         what += [f"{len(self.chain.nodes)} steps", f"{classes} classes" if classes else ""]
-        what += ["" if request.name else f"seed {options.seed}"]
+        what.append("" if request.name else f"seed {options.seed}")
         log.info("%s, into %s (%s)", ", ".join(filter(None, what)), out, chosen)
         # Not stored: where and how this command runs, which is not what it makes.
-        typed = {
-            name: value for name, value in options.typed.items() if name not in ("out", "device", "debug", "requests")
-        }
+        elsewhere = ("out", "device", "debug", "requests")
+        typed = {name: value for name, value in options.typed.items() if name not in elsewhere}
         flags = {name: getattr(options, name) for name in SampleConfig.names()}
         return Job(
             request,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime import storage
 from ..weights.later import LATER, Later
 from ..weights.released import PRESETS, Preset, Recipe, Scores, fetch, get
 from .arguments import Parser, int_or_auto
@@ -45,7 +46,6 @@ def main(argv: Sequence[str], program: str) -> int:
     preset, recipe = known[args.name]
     out = Path(args.out or f"runs/reproduce/{args.name}")
 
-    from ..runtime import storage
     from ..sampling.jobs import finished_npz
     from . import sample, upsample
 
@@ -73,8 +73,6 @@ def main(argv: Sequence[str], program: str) -> int:
 
 def _flags(preset: Preset, recipe: Recipe | Later, args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `sample`, or of `cascade`, for a published score. Downloads weights that are neither given nor in the cache."""
-    from ..runtime import storage
-
     cache = storage.cache_folder()
     if isinstance(recipe, Recipe) and recipe.base:
         second = {
@@ -102,7 +100,6 @@ def _manifest(flags: dict[str, Any], out: Path, stages: Sequence[Path], npz: str
     import numpy
     import torch
 
-    from ..runtime import storage
     from ..sampling.jobs import RECEIPT
 
     receipts = [stage / RECEIPT for stage in stages]

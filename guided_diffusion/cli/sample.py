@@ -50,12 +50,9 @@ class Entry(NamedTuple):
 def main(argv: Sequence[str], program: str, *, script: bool = False, guided: bool = False) -> int:
     """Sample as the flags say; returns the exit code. guided: a classifier is required unless its scale is 0."""
     options = Sampling.of(Sampling.flags(argv, program, script=script))
-    if not options.model_path:
-        raise ValueError("--model_path is empty; give the weights of a diffusion model, or the folder of a run")
-    if guided and options.classifier_scale and not options.classifier_path:
-        raise ValueError(
-            "--classifier_path is empty; give the weights of a classifier, or --classifier_scale 0 for none"
-        )
+    options.require(model_path="the weights of a diffusion model, or the folder of a run")
+    if guided and options.classifier_scale:
+        options.require(classifier_path="the weights of a classifier, or --classifier_scale 0 for none")
     if options.requests and options.invert:
         raise ValueError("--requests and --invert do not go together; leave one of the two out")
     entries = read_requests(options.requests, options) if options.requests else ()

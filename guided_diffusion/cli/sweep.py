@@ -35,7 +35,6 @@ def main(argv: Sequence[str], program: str) -> int:
     from ..sampling import sweeps
     from ..weights.load import load
 
-    reference, right, path = asked.reference, [], storage.join(out, "sweep.json")  # type: ignore[var-annotated]
     with making.session(next(iter(options.values()))) as (world, stop):
         rows, makers, known = [], [], {}  # type: ignore[var-annotated]
         for setting, option in options.items():
@@ -45,18 +44,19 @@ def main(argv: Sequence[str], program: str) -> int:
             except ValueError as error:
                 raise ValueError(f"{setting.name}: {error}") from None
             makers.append(partial(sample.make, setup, stop))
+        path = storage.join(out, "sweep.json")
         sweeps.make(rows, makers, path, world.is_main)
-        sets = [row["samples"] for row in rows]
-        if asked.data_dir and not reference and world.is_main:
+        reference, sets, right = asked.reference, [row["samples"] for row in rows], []  # type: ignore[var-annotated]
+        if asked.data_dir and not reference and world.is_main:  # by a classifier's features, on one process
             classifier = load(flags["classifier_path"], kind="classifier", device=world.device)
             reference, sets, right = sweeps.features_of(rows, classifier, asked.data_dir, out)
     features, device = "npz" if right else "inception", None if flags["device"] == "auto" else flags["device"]
     how = Settings(asked.inception or None, asked.allow_other_weights, features, device=device, errors=True)
     report = tradeoffs.add_scores(rows, reference, sets, how, right) if reference else None
     if world.is_main:
-        features = flags["classifier_path"] if right else features
-        about = {"reference": asked.reference or asked.data_dir, "features": features}
-        sweeps.write_rows(path, rows, scored=about if report else None)
+        by = flags["classifier_path"] if right else features
+        scored = {"reference": asked.reference or asked.data_dir, "features": by} if report else None
+        sweeps.write_rows(path, rows, scored=scored)
         sweeps.write_pictures(rows, storage.join(out, "pictures.png"))
         print("\n".join(tradeoffs.conclude(rows, report, out)))
     return 0

@@ -30,9 +30,7 @@ class Upsampling(making.Making):
 def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     """Enlarge as the flags say; returns the exit code."""
     options = Upsampling.of(Upsampling.flags(argv, program, script=script))
-    for name, what in (("model_path", "the weights of an upsampler"), ("base_samples", "the images to enlarge")):
-        if not getattr(options, name):
-            raise ValueError(f"--{name} is empty; give {what}")
+    options.require(model_path="the weights of an upsampler", base_samples="the images to enlarge")
     every = not script and "num_samples" not in options.typed  # scripts make 10000 as in 2021, repeating small images
     with making.session(options) as (world, stop):
         make(options, world, stop, every=every)
@@ -80,9 +78,8 @@ _SHARED = (
 def cascade(argv: Sequence[str], program: str) -> int:
     """Make small images, then enlarge them; returns the exit code."""
     options = Cascade.of(Cascade.flags(argv, program))
-    for name, what in (("model_path", "the base model"), ("upsampler_path", "the upsampler")):
-        if not getattr(options, name):
-            raise ValueError(f"--{name} is empty; give the weights of {what}, or the folder of its run")
+    weights = "the weights of the {}, or the folder of its run"
+    options.require(model_path=weights.format("base model"), upsampler_path=weights.format("upsampler"))
     second = _upsampling_options(options)  # raises ValueError now, not after the first stage
     out, _ = runs.run_folder(options.out, "cascade")
 
