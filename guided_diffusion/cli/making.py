@@ -127,32 +127,34 @@ class Setup:
         return LabelPlan(classes, options.labels == "balanced", options.seed)
 
     def images(self, flag: str, size: Size, *, own: bool = False) -> tuple[Images, LabelPlan, LabelPlan]:
-        """The images that a flag names, the classes of what is made of them (those of `--classes`, else their own), and their own
-        classes, which are the same where they have none, or are not asked for. ValueError if the networks cannot use them."""
+        """The images that a flag names, the classes of what is made of them, and their own classes.
+
+        What is made has the classes of `--classes`, else those of the images. The images' own are read where they are needed for that,
+        or `own` asks for them; elsewhere, and where images have none, they are said to be those of what is made.
+        ValueError if the networks cannot use them.
+        """
         from ..data.samples import open_images
         from ..sampling.jobs import LabelPlan, class_names_beside
 
         path, count = getattr(self.options, flag), self.guided.num_classes
         if not storage.exists(path):
             raise FileNotFoundError(f"--{flag} {path}: there is no such file or folder")
-        plan = self.labels() if self.options.classes or not count else None
+        chosen = self.labels() if self.options.classes or not count else None
         try:
-            labels, names = "auto" if own or not plan else "none", class_names_beside(path)
+            labels, names = "auto" if own or not chosen else "none", class_names_beside(path)
             images = open_images(path, size, self.model.shape[0], labels=labels, class_names=names)
-            if images.records.labels is None and not plan:
+            labelled = images.records.labels is not None
+            if not chosen and not labelled:
                 raise ValueError(
                     f"{images.records.root} has no labels (arr_1), and the networks need classes; "
                     f"give --classes with one or more of 0 to {count - 1}"
                 )
-            if plan and not (own and count and images.records.labels is not None):
-                return images, plan, plan
-            numbers, note = images.labels_for(count, self.guided.class_names, self.model.path)
+            if chosen and not (own and count and labelled):
+                return images, chosen, chosen
+            fixed = LabelPlan.fixed(images.labels_for(count, self.guided.class_names, self.model.path))
         except ValueError as error:
             raise ValueError(f"--{flag} {error}") from None
-        if note:
-            log.info(note)
-        fixed = LabelPlan.fixed(numbers)
-        return images, plan or fixed, fixed
+        return images, chosen or fixed, fixed
 
     def pipeline(self) -> ImagePipeline:
         """The sampler that the flags ask for."""

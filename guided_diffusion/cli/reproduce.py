@@ -97,9 +97,9 @@ def _flags(preset: Preset, recipe: Recipe | Later, args: argparse.Namespace) -> 
 
 def _manifest(flags: dict[str, Any], out: Path, stages: Sequence[Path], npz: str) -> dict[str, Any]:
     """Flags, receipt of each stage's folder (weights, seed, precision ...), label draw, quantisation, versions and hardware of this run."""
-    import numpy
     import torch
 
+    from ..runtime.devices import versions
     from ..sampling.jobs import RECEIPT
 
     receipts = [stage / RECEIPT for stage in stages]
@@ -110,7 +110,7 @@ def _manifest(flags: dict[str, Any], out: Path, stages: Sequence[Path], npz: str
         "label_draw": "uniform over the classes, one draw per image from the image's own stream",
         "quantisation": "((x + 1) * 127.5) clamped to [0, 255] and truncated, as in 2021",
         "samples_sha256": storage.sha256_of(npz),
-        "versions": {"torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
     }
 

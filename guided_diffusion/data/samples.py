@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from .classes import renumber
 from .images import Size, center_crop, height_width, to_float
 from .listing import Records, list_records
 from .sources import open_source
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,17 @@ class Images:
         content = "".join(hashlib.sha256(source.encoded(path)).hexdigest() for path in records.paths)
         return hashlib.sha256((content + records.digest()).encode()).hexdigest()
 
-    def labels_for(self, count: int, names: Sequence[str], whose: str) -> tuple[np.ndarray, str]:
-        """(labels as class numbers of a network of `count` classes called `names`, a note on what was done)."""
+    def labels_for(self, count: int, names: Sequence[str], whose: str) -> np.ndarray:
+        """The labels as class numbers of a network of `count` classes called `names`, as `renumber` finds them."""
         path, labels = self.records.root, self.records.labels
         assert labels is not None
         wrong = labels[(labels < 0) | (labels >= max(count, len(self.records.class_names)))]
         if len(wrong):
             raise ValueError(f"{path} has the label {int(wrong[0])}; the networks know the classes 0 to {count - 1}")
         records, note = renumber(self.records, names, count, whose)
-        return records.require_labels(), note
+        if note:
+            _log.info(note)
+        return records.require_labels()
 
 
 def open_images(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -164,6 +165,11 @@ def shared_gpu(rows: list[dict[str, str]]) -> str:
                 "`srun --ntasks-per-node=<GPUs> --gpus-per-task=1`; or use device=cpu"
             )
     return ""
+
+
+def versions() -> dict[str, str]:
+    """The versions on which numbers depend, for receipts."""
+    return {"torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()}
 
 
 def describe(device: torch.device) -> dict[str, str]:

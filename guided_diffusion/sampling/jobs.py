@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
+from ..runtime.devices import versions
 from ..runtime.streams import LABELS, key_of
 from . import writers
 
@@ -222,8 +223,6 @@ def _read_receipt(path: str) -> dict[str, Any]:
 
 
 def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
-    from platform import python_version
-
     receipt = {
         "format": FORMAT,
         "num_samples": job.request.num_samples,
@@ -232,7 +231,7 @@ def _write_receipt(job: Job, more: Mapping[str, Any]) -> None:
         "config": dict(job.config),
         "class_names": list(job.class_names),
         "uint8": "((x + 1) * 127.5).clamp(0, 255), truncated",
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": python_version()},
+        "versions": versions(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }

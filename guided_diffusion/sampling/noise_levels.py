@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,8 +16,6 @@ from ..diffusion.guidance import log_prob_gradient
 from ..diffusion.process import add_noise
 from ..runtime.streams import EVALUATE, Streams
 from ..weights.load import Loaded
-
-log = logging.getLogger(__name__)
 
 
 class Level(NamedTuple):
@@ -58,9 +55,7 @@ def measure(
     channels, size, _ = classifier.shape
     images = open_images(path, size, channels, labels=labels)
     images.records.require_labels()
-    classes, note = images.labels_for(classifier.num_classes, classifier.class_names, classifier.path)
-    if note:
-        log.info(note)
+    classes = images.labels_for(classifier.num_classes, classifier.class_names, classifier.path)
     process, net = classifier.process, classifier.net
     grid = grids.log_snr(process, levels)
     ids = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)).tolist()

@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import storage
+from ..runtime.devices import versions
 from .files import load_weights
 from .writing import begun, map_tensors, on_host, write_tensors
 
@@ -128,7 +128,7 @@ def save_run(
         "started_from": started_from,
         "state": _encode(dict(state or {})),
         "files": checksums,
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
     path = storage.join(directory, file_name("run", step))
     storage.write_json_atomic(path, run)
