@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, flag
-from ..config.fields import numbers
-from ..config.fields import options as parse_options
+from ..config import NETWORKS, SWITCH, ClassifierConfig, DiffusionConfig, SampleConfig, fields, flag
 from ..runtime import storage
 from . import arguments, runs
 
@@ -229,10 +227,10 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
     kinds = {name: GUIDANCES[name] for name in names}
     _require_used(options, kinds)
     more = _guidance_options(options, kinds)
-    between = _numbers(options, "guidance_interval", 2) if options.guidance_interval else ()
+    between = fields.numbers(options.guidance_interval, "guidance_interval", 2) if options.guidance_interval else ()
     scales: dict[int, Any] = {  # by stage
-        2: _numbers(options, "epsilon_scale", 1, 2)[-1],
-        3: _numbers(options, "guidance_scale", 1)[0] if options.guidance_scale else None,
+        2: fields.numbers(options.epsilon_scale, "epsilon_scale", 1, 2)[-1],
+        3: fields.numbers(options.guidance_scale, "guidance_scale", 1)[0] if options.guidance_scale else None,
         4: options.classifier_scale,
         5: options.threshold or None,
     }
@@ -273,7 +271,7 @@ def _guidance_options(options: Making, kinds: Mapping[str, Kind]) -> dict[str, A
     """The further options of all guidances, by name. ValueError for one that none of `kinds` has."""
     from ..diffusion.guidance import GUIDANCES
 
-    more = parse_options(options.guidance_options, "guidance_options")
+    more = fields.options(options.guidance_options, "guidance_options")
     if isinstance(more.get("layers"), str):
         more["layers"] = tuple(more["layers"].split("+"))
     if options.entropy_scale:
@@ -288,16 +286,8 @@ def _guidance_options(options: Making, kinds: Mapping[str, Kind]) -> dict[str, A
         if kinds.keys().isdisjoint(having):
             flag = {"entropy": "--entropy_scale", "rescale": "--rescale"}.get(option, f"--guidance_options {option}")
             raise ValueError(f"{flag} is of guidance {' and '.join(having)}; give --guidance {having[0]}")
-    *slope, _ = _numbers(options, "epsilon_scale", 1, 2)
+    *slope, _ = fields.numbers(options.epsilon_scale, "epsilon_scale", 1, 2)
     return {**more, "slope": slope[0]} if slope else more
-
-
-def _numbers(options: Making, name: str, *counts: int) -> tuple[float, ...]:
-    """The numbers of a flag; ValueError unless there are as many as one of `counts`."""
-    values = numbers(getattr(options, name), name)
-    if len(values) not in counts:
-        raise ValueError(f"--{name} is {getattr(options, name)!r}; it must be {' or '.join(map(str, counts))} numbers")
-    return values
 
 
 def _load(path: str, kind: str, options: Making, world: World, known: dict[str, Loaded]) -> Loaded:

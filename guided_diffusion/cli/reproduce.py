@@ -120,12 +120,8 @@ def _evaluate(npz: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     from evaluations.report import classic_lines, extra_lines
     from evaluations.scoring import Settings, evaluate
 
-    settings = Settings(
-        weights=args.inception or None,
-        allow_other_weights=args.allow_other_weights,
-        device=None if args.device == "auto" else args.device,
-        errors=True,
-    )
+    device = None if args.device == "auto" else args.device
+    settings = Settings(args.inception or None, args.allow_other_weights, device=device, errors=True)
     evaluation = evaluate(args.reference, npz, settings)
     if evaluation is None:
         return {}

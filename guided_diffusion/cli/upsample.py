@@ -37,8 +37,8 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     return 0
 
 
-def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) -> str:
-    """Enlarge and return the path of the npz. every: one image of each small one, not `num_samples`. Called on every process."""
+def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) -> None:
+    """Enlarge. every: one image of each small one, not `num_samples`. Called on every process."""
     from ..sampling.jobs import Request
     from ..sampling.pipeline import noise_seed
 
@@ -52,7 +52,6 @@ def make(options: Upsampling, world: World, stop: Stop, *, every: bool = False) 
     receipt = {"base_samples": small.identity(), "small_size": setup.model.small_size}
     job = setup.job(request, "upsampled", **receipt)
     setup.make([job], job.out, stop)
-    return job.npz
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,11 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
-def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
-    """ "0.5,1, 2" or a sequence -> (0.5, 1, 2); whole numbers come back as int. ValueError names the flag."""
+def numbers(text: str | Iterable[Any], flag: str, *counts: int) -> Numbers:
+    """ "0.5,1, 2" or a sequence -> (0.5, 1, 2); whole numbers come back as int.
+
+    ValueError naming the flag where they are no numbers, or not as many as one of `counts`, where any are given.
+    """
     parts = text.split(",") if isinstance(text, str) else list(text)
     try:
         values = [float(part) for part in parts if str(part).strip()]
@@ -51,6 +54,8 @@ def numbers(text: str | Iterable[Any], flag: str) -> Numbers:
             raise ValueError("not finite")
     except ValueError:
         raise ValueError(f"--{flag} is {text!r}; it must be numbers separated by commas, such as 32,16,8") from None
+    if counts and len(values) not in counts:
+        raise ValueError(f"--{flag} is {text!r}; it must be {' or '.join(map(str, counts))} numbers")
     return tuple(int(value) if value == int(value) else value for value in values)
 
 
