@@ -128,29 +128,39 @@ class Setup:
         """The images that a flag names, the classes of what is made of them, and their own classes.
 
         What is made has the classes of `--classes`, else those of the images. The images' own are read where they are needed for that,
-        or `own` asks for them; elsewhere, and where images have none, they are said to be those of what is made.
+        or `own` asks for them; elsewhere, and where images have none that the networks know, they are said to be those of what is made.
         ValueError if the networks cannot use them.
         """
         from ..data.samples import open_images
-        from ..sampling.jobs import LabelPlan, class_names_beside
+        from ..sampling.jobs import RECEIPT, LabelPlan, class_names_beside, finished_npz
 
         path, count = getattr(self.options, flag), self.guided.num_classes
         if not storage.exists(path):
             raise FileNotFoundError(f"--{flag} {path}: there is no such file or folder")
         chosen = self.labels() if self.options.classes or not count else None
+        if not chosen and self.options.labels != "random":
+            raise ValueError(
+                f"--labels {self.options.labels} assigns --classes, and none are given, so that images keep theirs; leave it out"
+            )
+        images = None
         try:
+            if storage.exists(storage.join(path, RECEIPT)):  # a folder of samples, whose picture is not meant
+                path = finished_npz(path)
             labels, names = "auto" if own or not chosen else "none", class_names_beside(path)
             images = open_images(path, size, self.model.shape[0], labels=labels, class_names=names)
             labelled = images.records.labels is not None
             if not chosen and not labelled:
                 raise ValueError(
-                    f"{images.records.root} has no labels (arr_1), and the networks need classes; "
+                    f"{images.records.root} has no labels{' (arr_1)' * (images.records.kind == 'npz')}, and the networks need classes; "
                     f"give --classes with one or more of 0 to {count - 1}"
                 )
             if chosen and not (own and count and labelled):
                 return images, chosen, chosen
             fixed = LabelPlan.fixed(images.labels_for(count, self.guided.class_names, self.model.path))
         except ValueError as error:
+            if chosen and images is not None:
+                log.info(f"--{flag} {error}; here they are taken as of --classes {self.options.classes}")
+                return images, chosen, chosen
             raise ValueError(f"--{flag} {error}") from None
         return images, chosen or fixed, fixed
 

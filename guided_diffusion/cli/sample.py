@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ class Sampling(making.Making):
 
     invert: str = flag(
         "",
-        "images (an npz of samples, or a folder): begin with the noise that they come from, by DDIM backwards and unguided",
+        "images (an npz of samples, or a folder): begin with the noise that they come from, by DDIM backwards and unguided; "
+        "one image of each, unless --num_samples says how many",
     )
     requests: str = flag("", f"JSON file of many small requests, made in shared batches; fields: {', '.join(FIELDS)}")
 
@@ -93,11 +95,17 @@ def make_inverted(setup: making.Setup, options: Sampling, stop: Stop) -> None:
         classes, given = own.of(ids), {INVERTED[0]: images.batch(ids)}
         return given if classes is None else {**given, INVERTED[1]: torch.from_numpy(classes)}
 
-    count = options.num_samples if "num_samples" in options.typed else len(images)
+    if "num_samples" not in options.typed:
+        setup = replace(setup, options=replace(options, num_samples=len(images)))
     log.info("from the noise of %d images of %s (%s)", len(images), options.invert, images.about)
-    request = Request("", count, options.seed, labels, conditions)
+    request = Request("", setup.options.num_samples, options.seed, labels, conditions)
     inverted = {"images": images.identity(), "calls": len(setup.chain.nodes) - 1}
     job = setup.job(request, "samples", inverted=inverted)
+    source = images.records.root
+    if storage.same_folder(source if storage.isdir(source) else os.path.dirname(source), job.out):
+        raise ValueError(
+            f"--out {job.out} holds the images of --invert; give another folder, as files there would be written over"
+        )
     setup.make([job], job.out, stop)
 
 

@@ -113,7 +113,10 @@ def _read_npz(path: str, size: Size, channels: int) -> tuple[np.ndarray, np.ndar
             images = _mapped(path) if isinstance(source, str) else None
             images = arrays["arr_0"] if images is None else images
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as an npz of samples ({error}); sample commands write one") from None
+        what = "it holds no plain arrays" if "pickle" in str(error) else error  # numpy's advice is to read it unsafely
+        raise ValueError(
+            f"{path} cannot be read as an npz of samples ({what}); give one as sample commands write it, or a folder of images"
+        ) from None
     shape = (*height_width(size), channels)
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
         wanted = f"the model takes uint8 images [N, {', '.join(map(str, shape))}]"

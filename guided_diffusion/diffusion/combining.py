@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def scale_at(scale: Scale, sigma: float, neutral: float) -> float | Tensor:
 
 def check_scale(scale: Scale) -> Scale:
     """`scale`, or ValueError where it is no finite number."""
-    if not callable(scale) and not isinstance(scale, Tensor) and not (isinstance(scale, Real) and math.isfinite(scale)):
+    if not callable(scale) and not isinstance(scale, Tensor) and (isinstance(scale, str) or not math.isfinite(scale)):
         raise ValueError(f"scale={scale!r} of the guidance must be a finite number; 0 is none")
     return scale
 

@@ -46,15 +46,11 @@ def _run(
     places, kept = on_device(grid.positions, process, x), max((len(row.terms) for row in rows), default=0)
     sigma, alpha = np.exp(-grid.lam).tolist(), grid.alpha.tolist()
 
-    past: list[Tensor] = []  # newest first
-
     def predict(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         x0 = at_level(denoise, sigma[n])(x, places[n]).x0
-        if form == "data":
-            return x0, x0.to(x.dtype)
-        oldest = past.pop() if len(past) == kept > 1 else None  # to be written over: new memory costs more
-        return x0, torch.add(x, x0, alpha=-alpha[n], out=oldest)
+        return x0, x0.to(x.dtype) if form == "data" else torch.add(x, x0, alpha=-alpha[n])
 
+    past: list[Tensor] = []  # newest first
     for n, position in enumerate(grid.positions.tolist()):
         x0, f = predict(x, n)
         if n == len(rows):
@@ -353,8 +349,8 @@ def check_eta(eta: float) -> None:
 
 def check_order(order: int, grid: Grid, highest: int, final_order: int) -> None:
     """ValueError unless there are rules of this order and nodes enough for it."""
-    if not isinstance(order, (int, np.integer)) or not 1 <= order <= highest:
-        raise ValueError(f"order={order} must be a whole number from 1 to {highest}")
+    if not hasattr(order, "__index__") or not 1 <= order <= highest:
+        raise ValueError(f"order={order!r} must be a whole number from 1 to {highest}")
     if final_order < 1 or final_order != int(final_order):
         raise ValueError(f"final_order={final_order} must be a whole number, at least 1")
     if 1 < len(grid) < order:

@@ -36,6 +36,8 @@ from .execution import Cond, Scales
 
 _log = logging.getLogger(__name__)
 BOUNDS = ("before", "after", "none")
+# Sampler -> guidances before which x0 is clipped unless told otherwise, as published. In large steps that can throw x0 far out.
+_CLIPPED_BEFORE = {"ancestral": ("classifier", "classifier_x0"), "ddim": ("classifier",)}
 _RANDOM_LABELS, _MEMORY = "y_random", "memory"  # names among the conditions of a batch
 _ALLOWED: dict[type, tuple[type, ...]] = {
     float: (float, int),
@@ -288,7 +290,7 @@ def guided(
 ) -> Guided:
     """The model with its guidances for a sampler, those left out that do nothing. ValueError where they do not go together.
 
-    clip  one of `BOUNDS`; True: "before" where nothing but classifiers guides, by a sampler of 2021, else "after"; False: "none"
+    clip  one of `BOUNDS`; True: "before" where nothing but what `_CLIPPED_BEFORE` names guides, else "after"; False: "none"
     """
     given = [guidance] if isinstance(guidance, Guidance) else list(guidance or ())
     check_together([guide.name for guide in given])
@@ -303,7 +305,8 @@ def guided(
     if isinstance(clip, str) and clip not in BOUNDS:
         raise ValueError(f"clip is {clip!r}; it must be one of {', '.join(BOUNDS)}")
     stages = {GUIDANCES[guide.name].stage for guide in guides}
-    late = stages & ({3, 5} if sampler in ("ancestral", "ddim") else {3, 4, 5})
+    early = _CLIPPED_BEFORE.get(sampler, ())
+    late = any(GUIDANCES[guide.name].stage > 2 and guide.name not in early for guide in guides)
     bound = clip if isinstance(clip, str) else "none" if not clip else "after" if late else "before"
     if 5 in stages and bound != "after":
         raise ValueError(
@@ -334,12 +337,12 @@ def _check(model: Loaded, guide: Guidance) -> None:
         raise ValueError(f"{name} needs a function of clean images, which only a program can give: network= in Python")
     if kind.needs == "classifier" and guide.network is None:
         raise ValueError(f"{name} needs a classifier; give --classifier_path (in Python network=)")
+    if kind.needs != "clean" and not isinstance(guide.network, Loaded | None):
+        raise ValueError(f"{name}: its network is a {type(guide.network).__name__}; give a loaded one, as from gd.load")
     if kind.needs == "classifier":
         check_pair(model, guide.network)
     if kind.needs != "weak" or "layers" in kind.source:
         return
-    if guide.network is not None and not isinstance(guide.network, Loaded):
-        raise ValueError(f"{name}: its network is {guide.network!r}; give a loaded one, as from gd.load")
     if guide.network is None:
         if guide.name == "autoguidance":
             raise ValueError(f"{name} needs a weaker network; give --guide_path (in Python network=)")

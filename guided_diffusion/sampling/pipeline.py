@@ -175,7 +175,7 @@ def pipeline_of(
                 f"guidance {name} is never applied: no step of this chain has a noise level in its interval; "
                 f"the levels go from {max(levels):.4g} to {min(levels):.4g}"
             )
-    early = [sigma for sigma in levels if sigma > SIGMA_MAX]
+    early = [sigma for sigma in levels if sigma > SIGMA_MAX and len(levels) > 1]
     if chain.sampler == "ddim" and guided.bound == "before" and guided.calls(early).get("classifier"):
         _log.warning(
             f"guided from sigma/alpha {max(early):.4g} on, after clipping as in 2021, DDIM ends far from images unless steps are many; "

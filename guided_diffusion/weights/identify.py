@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
 from ..config.fields import numbers
@@ -108,8 +108,9 @@ def flags_of(layout: Layout, flags: Mapping[str, Any], path: str) -> dict[str, A
         known[size_flag] = size
         known[f"{prefix}attention_resolutions"] = ",".join(str(size // ds) for ds in layout.attention_ds)
     if known.get("class_cond"):
-        rows: Any = known["num_classes"]
-        if rows == CLASSES_OF_2021 + 1 and "null_row" not in flags and flags.get("num_classes") != rows:
+        rows, classes = cast(int, known["num_classes"]), flags.get("num_classes")
+        open_ = classes == rows - 1 or (rows == CLASSES_OF_2021 + 1 and classes != rows)
+        if open_ and "null_row" not in flags:
             raise ValueError(
                 f"the label embedding of {path} has {rows} rows: {rows} classes, or {rows - 1} classes and a row for images without "
                 "a class? Nothing in the file tells. Give --null_row False for the former, --null_row True for the latter"
@@ -170,8 +171,7 @@ def _text(values: Any, name: str, has: Any, typed: Any) -> str:
         return f"the file has attention at {_listed(has)}; you asked for {_listed(typed)}"
     if name.endswith("channel_mult"):
         return f"the file has channel multipliers {_listed(values.multipliers)}; you asked for {_listed(typed)}"
-    text = f"the file has {name} {has}; you asked for {typed}"
-    return text + ", which --null_row True makes of it" if name == "num_classes" and typed == has - 1 else text
+    return f"the file has {name} {has}; you asked for {typed}"
 
 
 def _listed(text: Any) -> str:

@@ -82,42 +82,36 @@ def arrays(folder: Path) -> list[np.ndarray]:
 
 
 def test_invert_finds_the_noise_of_images(files: dict[str, str], tmp_path: Path) -> None:
+    def invert(name: str, flags: str, source: str = "images", code: int = 0) -> tuple[np.ndarray, list[int]]:
+        assert sample(files, tmp_path / name, f"--invert {tmp_path / source} --num_samples 3 {flags}")[0] == code
+        pixels, labels = arrays(tmp_path / name)
+        return pixels.astype(int), labels.tolist()
+
     assert sample(files, tmp_path / "images", "--steps 40 --num_samples 3 --labels balanced")[0] == 0
-    images, _ = arrays(tmp_path / "images")
-    made = {}
-    for name, flags in {
-        "back": "--steps 40 --num_samples 4",
-        "one by one": "--steps 40 --batch_size 1",
-        "another class": "--steps 40 --classes 3",
-        "fast": "--steps 40 --sampler fast",
-        "guided": "--steps 40 --classifier_path @critic --classifier_scale 3",
-    }.items():
-        words = [
-            "--model_path",
-            files["model"],
-            "--out",
-            str(tmp_path / name),
-            "--invert",
-            str(next((tmp_path / "images").glob("*.npz"))),
-        ]
-        words += [files.get(word.removeprefix("@"), word) for word in flags.split()]
-        assert main(["sample", *words]) == 0
-        made[name] = arrays(tmp_path / name)
-    assert made["back"][1].tolist() == [0, 1, 2, 0] and made["another class"][1].tolist() == [3, 3, 3]
-    distance = {name: np.abs(pixels.astype(int)[:3] - images).mean() for name, (pixels, _) in made.items()}
-    assert distance["back"] < 7 and distance["fast"] < 7
-    assert distance["another class"] > 3 * distance["back"] and distance["guided"] > 3 * distance["back"]
-    assert np.abs(made["back"][0][:3].astype(int) - made["one by one"][0]).max() <= 1
-    assert np.abs(made["back"][0][3].astype(int) - made["back"][0][0]).max() <= 1
-    assert (
-        len(
-            {
-                json.loads((tmp_path / name / "sampling.json").read_text())["settings"]["inverted"]["images"]
-                for name in made
-            }
-        )
-        == 1
-    )
+    images, _ = arrays(tmp_path / "images")  # a folder of samples stands for its npz, not for its picture
+    back, labels = invert("back", "--steps 40 --num_samples 4")
+    assert labels == [0, 1, 2, 0] and np.abs(back[:3] - images).mean() < 7 and np.abs(back[3] - back[0]).max() <= 1
+    assert np.abs(back[:3] - invert("one by one", "--steps 40 --batch_size 1")[0]).max() <= 1
+    assert np.abs(invert("fast", "--steps 40 --sampler fast")[0] - images).mean() < 7
+    other, labels = invert("other", "--steps 40 --classes 3")
+    assert labels == [3, 3, 3] and np.abs(other - images).mean() > 20
+    assert np.abs(invert("guided", "--steps 40 --classifier_path @critic")[0] - images).mean() > 20
+
+    # Without labels, or with unknown ones, images are taken as of the class that is made of them.
+    np.savez(tmp_path / "bare.npz", images)
+    np.savez(tmp_path / "unknown.npz", images, np.array([7, 8, 9]))
+    bare, unknown = (invert(name, "--steps 20 --classes 0", f"{name}.npz")[0] for name in ("bare", "unknown"))
+    assert np.abs(bare - unknown).max() == 0
+
+    # One folder: labels drawn from all classes are another job than the images' own.
+    one = invert("one", "--steps 4 --seed 1 --classes 0,1,2")
+    assert one[1] != [0, 1, 2] and invert("one", "--steps 4 --seed 1")[1] == [0, 1, 2]
+    words = ["sample", "--config", str(tmp_path / "one" / "sampling.json"), "--out", str(tmp_path / "again")]
+    assert main(words) == 0 and (arrays(tmp_path / "again")[0] == arrays(tmp_path / "one")[0]).all()
+    every = ["--model_path", files["model"], "--invert", str(tmp_path / "images"), "--steps", "2"]
+    assert main(["sample", *every, "--out", str(tmp_path / "every")]) == 0 and len(arrays(tmp_path / "every")[0]) == 3
+    words = ["sample", "--config", str(tmp_path / "every" / "sampling.json"), "--out", str(tmp_path / "all again")]
+    assert main(words) == 0 and len(arrays(tmp_path / "all again")[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -128,12 +122,16 @@ def test_invert_finds_the_noise_of_images(files: dict[str, str], tmp_path: Path)
         ("--steps 5 --sampler sa", "--sampler sa draws fresh noise here"),
         ("--steps 5 --sampler heun --churn 2", "--sampler heun draws fresh noise here"),
         ("--steps 5 --requests FILE", "--requests and --invert do not go together"),
-        ("--steps 5 --classes 1", r"--invert .*images\.npz has the label 9; the networks know the classes 0 to 3"),
+        ("--steps 5 --labels balanced", "--labels balanced assigns --classes, and none are given"),
+        ("--steps 5 --classes 1 --out {folder}", "holds the images of --invert; give another folder"),
+        ("--steps 5", r"--invert .*images\.npz has the label 9; the networks know the classes 0 to 3"),
     ],
 )
 def test_what_cannot_be_inverted(files: dict[str, str], tmp_path: Path, capsys: Any, flags: str, message: str) -> None:
     np.savez(tmp_path / "images.npz", np.zeros((1, 8, 8, 3), np.uint8), np.array([9]))
-    assert sample(files, tmp_path / "out", f"--invert {tmp_path / 'images.npz'} {flags}")[0] == 2
+    assert (
+        sample(files, tmp_path / "out", f"--invert {tmp_path / 'images.npz'} {flags.format(folder=tmp_path)}")[0] == 2
+    )
     assert re.search(message, capsys.readouterr().err)
 
 
