@@ -116,8 +116,8 @@ def _check_run(kind: str, parsed: Parsed, world: World) -> list[Finding]:
     if parsed.flags["measure"] and memory.status != FAIL:
         run = {"last_step": options.last_step, "own_batch": local_batch}
         findings.append(checks.check_speed(build_step, plan, world.device, **run))
-    # Bytes of a save: float32 weights, raw and of each EMA, and two moments of Adam.
-    one_save = 4 * count * (1 + len(options.ema_rates)) + 8 * count
+    # Bytes of a save: float32 weights, raw and of each average, and two moments of Adam.
+    one_save = 4 * count * (1 + len(options.ema_rates) + len(options.ema_sigma_rels)) + 8 * count
     saves = planned_saves(options.last_step, options.save_interval, options.keep_last, options.keep_every)
     return [*findings, check_disk(parsed.flags["out"] or os.getcwd(), one_save, saves)]
 

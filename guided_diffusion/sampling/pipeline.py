@@ -178,7 +178,7 @@ def pipeline_of(
     early = [sigma for sigma in levels if sigma > SIGMA_MAX and len(levels) > 1]
     if chain.sampler == "ddim" and guided.bound == "before" and guided.calls(early).get("classifier"):
         _log.warning(
-            f"guided from sigma/alpha {max(early):.4g} on, after clipping as in 2021, DDIM ends far from images unless steps are many; "
+            f"guided from sigma/alpha {max(early):.4g} on, after clipping as in 2021, DDIM ends far from images; "
             "give --clip after (in Python clip='after')"
         )
     make = guided.on(chain.process)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 from ..config import NETWORKS, DiffusionConfig, RunConfig, classes_of, flatten
 from ..config.fields import numbers
@@ -108,9 +108,8 @@ def flags_of(layout: Layout, flags: Mapping[str, Any], path: str) -> dict[str, A
         known[size_flag] = size
         known[f"{prefix}attention_resolutions"] = ",".join(str(size // ds) for ds in layout.attention_ds)
     if known.get("class_cond"):
-        rows, classes = cast(int, known["num_classes"]), flags.get("num_classes")
-        open_ = classes == rows - 1 or (rows == CLASSES_OF_2021 + 1 and classes != rows)
-        if open_ and "null_row" not in flags:
+        rows: Any = known["num_classes"]
+        if rows == CLASSES_OF_2021 + 1 and "null_row" not in flags and flags.get("num_classes") != rows:
             raise ValueError(
                 f"the label embedding of {path} has {rows} rows: {rows} classes, or {rows - 1} classes and a row for images without "
                 "a class? Nothing in the file tells. Give --null_row False for the former, --null_row True for the latter"

@@ -251,6 +251,16 @@ def test_a_scale_that_does_nothing_takes_labels(networks: dict[str, Any]) -> Non
     assert (gd.sample(plain, labels=[1, 3], steps=4, guidance=off) == none).all()
 
 
+def test_what_is_clipped_before_guidance(networks: dict[str, Any]) -> None:
+    """As published, and nothing else; without guidance there is no difference."""
+    of_clean = gd.Guidance("classifier_x0", 1.0, networks["classifier"].net)
+    for sampler, bounds in {"ancestral": "bbba", "ddim": "bbaa", "unipc": "baaa", "fast": "baaa"}.items():
+        for guide_, bound in zip(
+            ([], guide("classifier", networks), of_clean, guide("random_label", networks)), bounds
+        ):
+            assert guided(networks["model"], guide_, sampler=sampler).bound[0] == bound
+
+
 def test_second_networks_are_checked(networks: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="both are class-conditional; give one of each"):
         guided(networks["model"], gd.Guidance("classifier_free", 2.0, networks["model"]))
