@@ -57,11 +57,6 @@ def test_a_renamed_copy_with_other_heads_is_another_training(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("name", "flags", "words"),
     [
-        (
-            "128x128_diffusion",
-            {"num_classes": 999},
-            "1000 rows: 1000 classes, or 999 classes and a row for images without",
-        ),
         ("128x128_diffusion", {"num_heads": 2}, "the file has num_heads 4; you asked for 2"),
         ("256x256_diffusion", {"num_head_channels": 32}, "the file has num_head_channels 64; you asked for 32"),
         ("64x64_diffusion", {"noise_schedule": "linear"}, "the file has noise_schedule cosine; you asked for linear"),
