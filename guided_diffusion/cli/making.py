@@ -247,8 +247,10 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
     made = []
     for name, kind in kinds.items():
         scale, network = scales[kind.stage], None
-        if kind.needs == "classifier" and scale == 0:
-            log.info("--classifier_scale 0: the classifier is not read")
+        # Of the networks of classifier_free and apg either may be the one with classes, which samples: both are read.
+        either = bool(options.guide_path) and name in ("classifier_free", "apg")
+        if kind.needs and scale == kind.neutral and not either:
+            log.info("guidance %s: a scale of %g does nothing, and no network is read for it", name, scale)
             continue
         if between and kind.stage in (3, 4) and scale != kind.neutral:
             if scale is None:

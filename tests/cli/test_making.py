@@ -57,6 +57,24 @@ def test_a_guidance_named_twice_acts_once(files: dict[str, str], tmp_path: Path)
     assert usual["guidance"][0]["scale"] == 0.995
 
 
+def test_networks_of_guidance_that_does_nothing_are_not_read(
+    files: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    for k, flags in enumerate(
+        (
+            "--classifier_path gone --classifier_scale 0",
+            "--guidance autoguidance --guide_path gone --guidance_scale 1",
+            "--guidance pag --guidance_scale 0",
+            "--guidance random_label --guidance_scale 1",
+        )
+    ):
+        code, settings = sample(files, tmp_path / str(k), f"--steps 3 {flags}")
+        assert code == 0 and settings["guidance"] == [] and "does nothing" in capsys.readouterr().out
+    # Of these two either network may be the one with classes, which then samples.
+    flags = "--steps 3 --guidance classifier_free --guidance_scale 1 --guide_path @plain"
+    assert sample(files, tmp_path / "either", flags)[1]["guidance"] == []
+
+
 MISTAKES = [
     ("--guidance_options nothing=3 --threshold 0.9", "--guidance_options has 'nothing', and no guidance has it"),
     ("--guidance random_label --guidance_scale 2 --guide_path @plain", "--guide_path is .* no guidance here uses it"),
