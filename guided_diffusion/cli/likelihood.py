@@ -36,8 +36,8 @@ def main(argv: Sequence[str], program: str, *, script: bool = False) -> int:
     if not config.model_path or not data.data_dir:
         name = "data_dir" if config.model_path else "model_path"
         raise ValueError(f"--{name} is empty; give --model_path WEIGHTS and --data_dir FOLDER_OF_IMAGES")
-    of_network = {*ModelConfig.names(), *DiffusionConfig.names()}
-    typed = {name: value for name, value in parsed.typed.items() if name in of_network}
+    of_network = (*ModelConfig.names(), *DiffusionConfig.names())
+    typed = {name: parsed.typed[name] for name in of_network if name in parsed.typed}
     with runs.session(parsed.flags["device"], debug=parsed.flags["debug"], tf32=config.tf32) as world:
         _measure(config, data, typed, world)
     return 0

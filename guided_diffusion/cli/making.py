@@ -139,9 +139,7 @@ class Setup:
             raise FileNotFoundError(f"--{flag} {path}: there is no such file or folder")
         chosen = self.labels() if self.options.classes or not count else None
         if not chosen and self.options.labels != "random":
-            raise ValueError(
-                f"--labels {self.options.labels} assigns --classes, and none are given, so that images keep theirs; leave it out"
-            )
+            log.warning("--labels %s assigns --classes, and none are given: images keep their own", self.options.labels)
         images = None
         try:
             if storage.exists(storage.join(path, RECEIPT)):  # a folder of samples, whose picture is not meant
@@ -247,10 +245,9 @@ def _guidances(options: Making, world: World, known: dict[str, Loaded]) -> list[
     made = []
     for name, kind in kinds.items():
         scale, network = scales[kind.stage], None
-        # Of the networks of classifier_free and apg either may be the one with classes, which samples: both are read.
-        either = bool(options.guide_path) and name in ("classifier_free", "apg")
-        if kind.needs and scale == kind.neutral and not either:
-            log.info("guidance %s: a scale of %g does nothing, and no network is read for it", name, scale)
+        # Of two networks for classifier_free or apg either may be the one with classes, which samples: both are read.
+        if scale == kind.neutral and (kind.needs == "classifier" or name == "autoguidance"):
+            log.info("guidance %s has the scale %g, which does nothing: its network is not read", name, scale)
             continue
         if between and kind.stage in (3, 4) and scale != kind.neutral:
             if scale is None:

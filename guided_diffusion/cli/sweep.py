@@ -40,7 +40,7 @@ def main(argv: Sequence[str], program: str) -> int:
         for setting, option in options.items():
             try:
                 setup = making.Setup.read(option, world, known)
-                rows.append(sweeps.row_of(setting.name, setting._asdict(), setup.pipeline()))
+                rows.append(sweeps.row_of(setting.name, setting._asdict(), setup.guided, setup.chain))
             except ValueError as error:
                 raise ValueError(f"{setting.name}: {error}") from None
             makers.append(partial(sample.make, setup, stop))

@@ -45,7 +45,7 @@ def flag(
 def numbers(text: str | Iterable[Any], flag: str, *counts: int) -> Numbers:
     """ "0.5,1, 2" or a sequence -> (0.5, 1, 2); whole numbers come back as int.
 
-    ValueError naming the flag where they are no numbers, or not as many as one of `counts`, where any are given.
+    ValueError naming the flag where they are no numbers or, with `counts`, not as many as one of these.
     """
     parts = text.split(",") if isinstance(text, str) else list(text)
     try:

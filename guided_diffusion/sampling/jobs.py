@@ -242,9 +242,8 @@ def _settings(job: Job) -> dict[str, Any]:
     """Everything that an image depends on, as read from JSON; neither the number of images nor the batch size."""
     labels = job.request.labels
     drawn: dict[str, Any] = {"seed": job.request.seed, "classes": list(labels.classes), "balanced": labels.balanced}
-    if (
-        job.request.conditions and labels.classes and not labels.given
-    ):  # drawn, and not those of the images it begins with
+    # Where a job begins with images, whether labels are theirs, which may be of the same classes.
+    if job.request.conditions and labels.classes and not labels.given:
         drawn["labels"] = "of --classes"
     settings: dict[str, Any] = json.loads(storage.to_json({**job.receipt, **drawn, "shape": list(job.shape)}))
     return settings

@@ -11,16 +11,18 @@ import numpy as np
 
 from ..runtime import storage
 from ..weights.load import Loaded
+from .chains import Chain
 from .features import write_features
-from .pipeline import ImagePipeline
+from .guiding import Guided
 from .writers import write_grid
 
 Row = dict[str, Any]  # a setting and what is known of its images, as in sweep.json
 
 
-def row_of(name: str, setting: Mapping[str, Any], pipeline: ImagePipeline) -> Row:
-    """A row with the calls of classifiers, and of all other networks together, per image."""
-    calls = pipeline.guided.calls(pipeline.chain.levels())
+def row_of(name: str, setting: Mapping[str, Any], guided: Guided, chain: Chain) -> Row:
+    """A row with the calls of classifiers, and of all other networks together, per image. ValueError where no denoiser can be made."""
+    guided.on(chain.process)
+    calls = guided.calls(chain.levels())
     classifiers = calls.pop("classifier", 0) + calls.pop("classifier_x0", 0)
     return {"name": name, **setting, "calls": sum(calls.values()), "classifier_calls": classifiers}
 
