@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hide the machine's GPU from every test that is not marked for one, from its fixtures and from the processes it starts.
+    """Begin every test, with its fixtures, with the same random numbers, whatever ran before. Hide the machine's GPU from those that are
+    not marked for one, and from the processes they start.
 
     Commands take a GPU by themselves; what a test says of numbers holds where it was said of: on the CPU, everywhere.
     """
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("gpu"):
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
