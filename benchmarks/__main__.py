@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="a small network and few rounds: a look, not a measurement"
     )
     parser.add_argument("--device", default="cpu", help="cpu (one thread, process CPU time) or cuda")
-    parser.add_argument("--only", action="append", choices=(*PER_SHAPE, *ONCE), help="this part alone; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=(*PER_SHAPE, *ONCE, against.HOST), help="this part alone; may be repeated"
+    )
     parser.add_argument(
         "--against", default="", metavar="FOLDER", help="time the 2021 package in this folder and this one, in turns"
     )
@@ -76,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             against.check(args.against)
         except ValueError as error:
             parser.error(str(error))
+    elif against.HOST in names:
+        parser.error(f"--only {against.HOST} compares with the 2021 package; give its folder with --against")
 
     import torch
 
@@ -109,6 +113,9 @@ def tasks(names: Sequence[str], plan: Plan, folder: str = "") -> Iterator[Task]:
     """The measurements of the parts named; `folder`, if given, holds the package to compare with."""
     for first, some in ((True, plan.shapes[:FIRST]), (False, plan.shapes[FIRST:])):
         for name in names:
+            if name == against.HOST and first:
+                for work in ("forward", "training"):
+                    yield f"{name}, {work}", partial(against.measure, work, shapes.narrow(), plan, folder)
             if name in ONCE and first:
                 yield name, partial(ONCE[name], plan)
             for shape in some if name in PER_SHAPE else ():

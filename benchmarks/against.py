@@ -19,7 +19,9 @@ from .shapes import Shape
 from .timing import Plan, Row, alternate, as_rows
 
 HERE = Path(__file__).resolve().parents[1]
-WORKS = ("forward", "sampling", "training")
+HOST = "host"
+"""A forward pass and an update that take as long as the host needs to begin their operations."""
+WORKS = ("forward", "sampling", "training", HOST)
 ORIGINAL, AGAIN, OURS = "2021", "2021, a second copy", "this package"
 
 

@@ -211,6 +211,13 @@ def test_two_equal_packages_compute_the_same() -> None:
     assert again.note.startswith("differs 0.0e+00") and ours.note.startswith("differs 0.0e+00")
 
 
+def test_what_the_host_costs_is_measured_once_for_all_networks() -> None:
+    todo = dict(command.tasks(["host"], Plan(quick=True, rounds=1), str(ROOT)))
+    assert list(todo) == ["host, forward", "host, training"]
+    _, _, ours = todo["host, forward"]()
+    assert ours.note.startswith("differs 0.0e+00") and "64 px depth on 16 px" in ours.what
+
+
 def test_a_worker_trains_and_says_why_it_ends() -> None:
     order = {"work": "training", "device": "cpu", "steps": 2, "batch": 1, "folder": str(ROOT)}
     worker = against.Worker("2021", {**order, "model": dict(SHAPE.model), "classifier": {}})
@@ -232,6 +239,9 @@ def test_a_folder_without_the_package_is_refused(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         command.main(["--against", str(ROOT), "--only", "loader"])
     assert "--only loader has nothing to do with --against" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--only", "host"])
+    assert "give its folder with --against" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

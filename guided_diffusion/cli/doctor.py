@@ -130,7 +130,7 @@ def check_norms(device: torch.device, precision: str) -> list[Finding]:
 
     if device.type != "cuda":
         return []
-    if norm.works(device, DTYPES[precision]):
+    if norm.triton_kernels(device, DTYPES[precision]):
         return [Finding(OK, "norms", "fused, by Triton")]
     installed = norm.available()
     why = "it does not run on this GPU, as a warning says" if installed else "it is not installed: pip install triton"

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .kernels.layout import CHANNELS_LAST, recorded
+from .kernels.layout import CHANNELS_LAST, recorded, transformed
 
 
 class _Cast(NamedTuple):
@@ -73,11 +72,6 @@ class WeightCopies:
             return None
         weight, *rest = _Copied.apply(*given, *cast.copies)
         return weight, rest[0] if rest else None
-
-
-def transformed() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is active: autograd functions would need rules for them."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

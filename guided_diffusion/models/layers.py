@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .casts import WeightCopies
 from .kernels import norm as norm_kernels
@@ -117,16 +116,18 @@ def norm_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """`layers(x + offset)`, where `layers` are norm, SiLU, perhaps dropout, and a convolution; and its bias if that is still to be added.
 
-    x: [N, C, ...]. scale_shift: both [N, C, 1, ...]; silu(norm * (1 + scale) + shift) instead of silu(norm). offset: the bias that
-    an earlier call returned. resize: a layer before the convolution. recompute: backward computes again what lies between x and
-    the convolution.
+    x: [N, C, ...]. scale_shift: both [N, C]; silu(norm * (1 + scale) + shift) instead of silu(norm). offset: [C] or [N, C], such as
+    the bias that an earlier call returned. resize: a layer before the convolution. recompute: backward computes again what lies
+    between x and the convolution.
 
     Norm, scale, shift and SiLU are one fused operation, unless the user has replaced those layers or registered a hook on them,
     which must then run. On a GPU the bias is left to the next operation, see kernels/norm.py.
     """
-    kinds = [type(layer) for layer in layers.children()]
-    fused = type(layers) is nn.Sequential and kinds[:2] == [GroupNorm32, nn.SiLU] and len(kinds) > 2
-    if recorded() or not fused or not layers[0].fused or hooked(layers, layers[0], layers[1]):
+    parts: list[Any] = [
+        *layers._modules.values()
+    ]  # `children()` and indices are slow, and a small batch waits for the host
+    fused = type(layers) is nn.Sequential and [*map(type, parts[:2])] == [GroupNorm32, nn.SiLU] and len(parts) > 2
+    if recorded() or not fused or not parts[0].fused or hooked(layers, *parts[:2]):
 
         def one_by_one(x: Tensor, *scale_shift: Tensor) -> Tensor:
             if resize is not None:
@@ -137,18 +138,16 @@ def norm_conv(
         x = norm_kernels.shifted(x, offset)
         return in_turn([one_by_one], x, *scale_shift, recompute=recompute), None
 
-    norm, _, *between, conv = layers.children()
-    assert isinstance(norm, nn.GroupNorm)
+    norm, _, *between, conv = parts
     if resize is not None:
         between.append(resize)
-    keeps_inputs = recompute and all(map(_repeats, between))
-    keeps_inputs = keeps_inputs and norm_kernels.kernels_for(x, norm.weight, norm.bias, *scale_shift) is not None
+    keeps_inputs = recompute and all(map(_repeats, between)) and norm_kernels.kernels_for(x, *scale_shift) is not None
     apart = type(conv) is Conv2d and conv.bias is not None and not hooked(conv) and norm_kernels.takes_bias(x)
 
     def normalise(x: Tensor, *scale_shift: Tensor) -> Tensor:
         return norm_kernels.norm_silu(x, norm, scale_shift, offset)
 
-    last, bias = (conv.without_bias, conv.bias) if isinstance(conv, Conv2d) and apart else (conv, None)
+    last, bias = (conv.without_bias, conv.bias) if apart else (conv, None)
     h = in_turn([normalise, *between, last], x, *scale_shift, recompute=recompute, keeps_inputs=keeps_inputs)
     return h, bias
 
@@ -166,7 +165,7 @@ def in_turn(
     if not recompute:
         return _run(steps, *inputs)
     others = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if not keeps_inputs or others or not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+    if not keeps_inputs or others or not torch.is_grad_enabled() or transformed():
         return recomputed(partial(_run, steps), *inputs)
     y = steps[0](*inputs)
     compute = norm_kernels.again(y) or partial(steps[0], *inputs)
@@ -350,7 +349,7 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
     differentiation (which torch 2.11 cannot checkpoint) and inside a `torch.func` transform nothing is recomputed. Weights and
     hooks must be the same in backward as in forward; those that `torch.func.functional_call` sets are gone by then: no backward.
     """
-    if not torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0:
+    if not torch.is_grad_enabled() or transformed():
         return func(*inputs)
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 

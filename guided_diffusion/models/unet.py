@@ -115,12 +115,11 @@ class ResBlock(TimestepBlock):
         again = recomputes_norms(self)
         h, bias = norm_conv(self.in_layers, x, resize=self.h_upd if self.updown else None, recompute=again)
         emb_out = self.emb_layers(emb).to(h.dtype)
-        emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.dim() - 2))
         if self.use_scale_shift_norm:
             scale_shift = emb_out.chunk(2, dim=1)
             h, bias = norm_conv(self.out_layers, h, offset=bias, scale_shift=scale_shift, recompute=again)
         else:
-            h, bias = norm_conv(self.out_layers, h + emb_out, offset=bias, recompute=again)
+            h, bias = norm_conv(self.out_layers, h, offset=emb_out if bias is None else emb_out + bias, recompute=again)
         return residual_sum(self.skip_connection(self.x_upd(x)), h, bias)
 
 

@@ -225,7 +225,7 @@ def test_a_gpu_without_triton_keeps_more_unless_norms_are_recomputed(monkeypatch
     [(True, True, OK, "fused"), (False, True, WARN, "does not run"), (False, False, WARN, "pip install triton")],
 )
 def test_norms_that_a_gpu_cannot_fuse_are_reported(works, installed, status, words, monkeypatch):
-    monkeypatch.setattr(norm, "works", lambda device, dtype: works)
+    monkeypatch.setattr(norm, "triton_kernels", lambda device, dtype: norm if works else None)
     monkeypatch.setattr(norm, "available", lambda: installed)
     (finding,) = check_norms(torch.device("cuda"), "bf16")
     assert finding.status == status and words in finding.text

@@ -52,8 +52,11 @@ def forward(
 
 def backward(
     g: Tensor, x: Tensor, lines: Lines, mean: Tensor, rstd: Tensor, groups: int, silu: bool = True
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Gradients of x, a and b. g: the gradient of `forward`'s y; the other arguments are `forward`'s inputs and statistics."""
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Gradient of x, and those of the `lines` in each image: [N, C] or None.
+
+    g: the gradient of `forward`'s y; the other arguments are `forward`'s inputs and statistics.
+    """
     assert silu
     a, b = (line.expand(len(x), -1) for line in lines.factors(mean.dtype))
     dx, da, db = torch.empty_like(x), *a.new_empty(2, *a.shape)
@@ -69,7 +72,7 @@ def backward(
         m2 = _group_mean(a[few] * da[few], pixels, groups)[:, None]
         torch.addcmul(-rstd_ * m1, xhat, -rstd_ * m2, out=out).addcmul_(dv, rstd_ * a[few, None])
         _tokens(dx)[few] = out
-    return dx, da, db, None
+    return dx, lines.gradients(da, db)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -29,21 +29,18 @@ class Lines(NamedTuple):
         factor = 1 + self.scale.to(dtype)
         return a * factor, torch.addcmul(self.shift.to(dtype), b, factor)
 
-    def gradients(
-        self, wanted: Sequence[bool], da: Tensor, db: Tensor, doffset: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of those of the five that are `wanted`, from those of a, b and the offset of each image: [N, C]."""
-        factor: Tensor | float = 1.0 if self.scale is None else 1 + self.scale.to(da.dtype)
-        of_each = (
-            lambda: doffset,
-            lambda: da * factor,
-            lambda: db * factor,
-            lambda: self.weight * da + self.bias * db,
-            lambda: db,
-        )
+    def gradients(self, da: Tensor, db: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all but the offset in each image, from those of a and b: [N, C]."""
+        if self.scale is None:
+            return None, da, db, None, None
+        factor = 1 + self.scale.to(da.dtype)
+        return None, da * factor, db * factor, self.weight * da + self.bias * db, db
+
+    def summed(self, of_images: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Gradients in each image [N, C] -> those that are `wanted`: where images share a number, the sum."""
         return tuple(
-            gradient().sum_to_size(line.shape).to(line.dtype) if wants and line is not None else None  # type: ignore[union-attr]
-            for line, gradient, wants in zip(self, of_each, wanted)
+            part.sum_to_size(line.shape).to(line.dtype) if wants and line is not None and part is not None else None
+            for line, part, wants in zip(self, of_images, wanted)
         )
 
     def arguments(self) -> tuple[Any, ...]:

@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import cpu
 from .layout import channels_last, gradients, is_channels_last, recorded, transformed
 from .lines import Lines
 
 _MOST_IMAGES = 65535  # limit of the third axis of a CUDA grid, which counts images
+_MOST_NUMBERS = 2**31  # of an image, which the kernels count with 32 bits
 
 
 def norm_silu(
@@ -34,14 +36,13 @@ def norm_silu(
 ) -> Tensor:
     """silu(norm(x + offset) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout.
 
-    scale_shift: both [N or 1, C, 1, ...], or none. offset: [C] or [N, C].
+    scale_shift: both [N or 1, C], or none. offset: [C] or [N, C].
     """
-    kernels = kernels_for(x, norm.weight, norm.bias, *scale_shift)
+    kernels = kernels_for(x, *scale_shift)
     if offset is not None and (kernels is None or not on_gpu(x)):
         x, offset = shifted(x, offset), None
     if kernels is not None:
-        lines = Lines(offset, norm.weight, norm.bias, *(part.flatten(1) for part in scale_shift))
-        return FusedNorm.apply(x, kernels, norm.num_groups, norm.eps, True, *lines)
+        return _by(kernels, x, norm, True, Lines(offset, norm.weight, norm.bias, *scale_shift))
     y = group_norm(x, norm)
     return F.silu(modulated(y, *scale_shift) if scale_shift else y)
 
@@ -49,9 +50,7 @@ def norm_silu(
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """`norm` of x [N, C, ...] in the dtype and memory layout of x; statistics are accumulated in float32."""
     if fuses(x, norm):
-        return FusedNorm.apply(
-            x, kernels_for(x), norm.num_groups, norm.eps, False, *Lines(None, norm.weight, norm.bias)
-        )
+        return _by(kernels_for(x), x, norm, False, Lines(None, norm.weight, norm.bias))
     weight: Tensor = norm.weight
     bias: Tensor = norm.bias
     if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
@@ -59,7 +58,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     channels_were_last = is_channels_last(x)
     # torch's channels-last group norm on the CPU loses digits, and crashes (2.13) where weights need a gradient and x does not; in
     # forward mode there is no such kernel. The contiguous one has none of these faults. torch.compile generates its own.
-    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
+    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed():
         x = x.contiguous()
     y = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
     return channels_last(y) if channels_were_last else y  # some CUDA kernels return the contiguous layout
@@ -67,10 +66,10 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 def residual_sum(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """x + y, plus bias [C] if it is still to be added, of two [N, C, ...]."""
-    if bias is None:
-        return x + y
-    alike = x.shape == y.shape and x.dtype == y.dtype and is_channels_last(y)
-    return _FusedSum.apply(x, y, bias) if alike and takes_bias(x, y, bias) else x + shifted(y, bias)
+    alike = bias is not None and x.shape == y.shape and x.dtype == y.dtype and is_channels_last(y)
+    if not alike or not takes_bias(x):
+        return x + shifted(y, bias)
+    return _FusedSum.apply(x, y, bias) if torch.is_grad_enabled() else kernels_for(x).add(x, y, bias)
 
 
 def shifted(x: Tensor, offset: Tensor | None) -> Tensor:
@@ -80,17 +79,17 @@ def shifted(x: Tensor, offset: Tensor | None) -> Tensor:
 
 def fuses(x: Tensor, norm: Any) -> bool:
     """Whether `group_norm` of x by this layer is a `FusedNorm`: on a GPU, unless `Network.set_fused_norm` forbids it."""
-    return getattr(norm, "fused", False) and takes_bias(x, norm.weight, norm.bias)
+    return getattr(norm, "fused", False) and takes_bias(x)
 
 
-def takes_bias(x: Tensor, *others: Tensor) -> bool:
-    """Whether kernels of a GPU take images like x [N, C, H, W] with the `others`, and so can add a bias on the way."""
-    return on_gpu(x) and kernels_for(x, *others) is not None
+def takes_bias(x: Tensor) -> bool:
+    """Whether kernels of a GPU take images like x [N, C, H, W], and so can add a bias on the way."""
+    return on_gpu(x) and kernels_for(x) is not None
 
 
 def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """y * (1 + scale) + shift."""
-    return torch.addcmul(shift, y, 1 + scale)
+    """y * (1 + scale) + shift of y [N, C, ...]; scale and shift: [N or 1, C]."""
+    return torch.addcmul(_beside(y, shift), y, 1 + _beside(y, scale))
 
 
 def written_out(x: Tensor, groups: int, eps: float, silu: bool, *lines: Tensor | None) -> Tensor:
@@ -105,6 +104,13 @@ def written_out(x: Tensor, groups: int, eps: float, silu: bool, *lines: Tensor |
 def _beside(x: Tensor, line: Tensor) -> Tensor:
     """A number per channel, [C] or [N, C], in the dtype of x [N, C, ...] and as many dimensions."""
     return line.reshape(-1, line.shape[-1], *[1] * (x.dim() - 2)).to(x.dtype)
+
+
+def _by(kernels: Any, x: Tensor, norm: nn.GroupNorm, silu: bool, lines: Lines) -> Tensor:
+    options = norm.num_groups, norm.eps, silu
+    if torch.is_grad_enabled():
+        return FusedNorm.apply(x, kernels, *options, *lines)
+    return kernels.forward(x, lines, *options)[0]  # an autograd function would double the host's time for it
 
 
 class FusedNorm(torch.autograd.Function):
@@ -130,8 +136,8 @@ class FusedNorm(torch.autograd.Function):
             dx, *of_lines = gradients(y, (x, *lines), (ctx.needs_input_grad[0], *wanted), g.to(y.dtype))
         else:
             every = Lines(*lines)
-            dx, *sums = ctx.kernels.backward(channels_last(g), x, every, mean, rstd, groups, silu)
-            of_lines += every.gradients(wanted, *sums)
+            dx, of_images = ctx.kernels.backward(channels_last(g), x, every, mean, rstd, groups, silu)
+            of_lines += every.summed(of_images, wanted)
         return dx, None, None, None, None, *of_lines
 
 
@@ -165,27 +171,16 @@ class _FusedSum(torch.autograd.Function):
         return g, g, g.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtype) if wanted else None
 
 
-def kernels_for(x: Tensor, *others: Tensor) -> Any:
-    """The module with the kernels for x [N, C, ...] and the `others` (weight, bias, scale, shift); None = use torch's operators."""
-    if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *others):
+def kernels_for(x: Tensor, *scale_shift: Tensor) -> Any:
+    """The module with the kernels for x [N, C, ...] and scale and shift [N or 1, C], if any; None = use torch's operators."""
+    if recorded() or not x.numel() or not is_channels_last(x):
         return None
-    batch_sizes = {len(part) for part in others if part.dim() > 1}
-    if len(batch_sizes) > 1 or batch_sizes - {1, len(x)}:
-        return None  # the kernels need scale and shift of one shape, and do not broadcast one image to a batch as torch does
+    if scale_shift and not len(scale_shift[0]) == len(scale_shift[1]) in (1, len(x)):
+        return None  # the kernels need both of one shape, and do not broadcast one image to a batch as torch does
     if on_gpu(x):
-        # the kernels index the numbers of an image with 32 bits
-        fits = x.dim() == 4 and x[0].numel() < 2**31 and len(x) <= _MOST_IMAGES
-        supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not fits or not supported or not works(x.device, x.dtype):
-            return None
-        from . import norm_triton
-
-        return norm_triton
-    if x.device.type not in ("cpu", "meta"):  # cpu.py also serves the meta device, where memory is predicted
-        return None
-    from . import cpu
-
-    return cpu
+        fits = x.dim() == 4 and x.numel() < len(x) * _MOST_NUMBERS and len(x) <= _MOST_IMAGES
+        return triton_kernels(x.device, x.dtype) if fits else None
+    return cpu if x.device.type in ("cpu", "meta") else None  # on the meta device memory is predicted
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -200,10 +195,10 @@ def available() -> bool:
 
 
 @cache
-def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run on `device` in `dtype`, tried once: they need a C compiler and a recent enough GPU."""
-    if not available():
-        return False
+def triton_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """norm_triton.py if it runs on `device` in `dtype`, tried once: it needs a C compiler and a recent enough GPU. Else None."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not available():
+        return None
     try:
         from . import norm_triton
 
@@ -219,5 +214,5 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
             f"Triton's kernels do not run for {dtype} on {device}, norms take torch's slower ones: {reason}",
             stacklevel=2,
         )
-        return False
-    return True
+        return None
+    return norm_triton

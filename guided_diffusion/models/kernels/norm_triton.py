@@ -13,6 +13,7 @@ Everything is computed in float32, whatever the dtype of x. With mean and rstd p
     dv = dy * silu'(v),   db = sum over rows of dv,   da = sum over rows of dv * xhat        per image and channel
     m1 = mean over the group of a * dv,   m2 = mean over the group of a * dv * xhat
     dx = rstd * (a * dv - m1 - xhat * m2),   doffset = sum over rows of dx = rstd * (a * db - R * m1 - m2 * sum of xhat)
+    dweight = (1 + scale) * da,   dbias = (1 + scale) * db,   dscale = weight * da + bias * db,   dshift = db
 
 `lines` are `Lines.arguments()`. The offset of a channel only shifts its mean, so x itself is summed.
 """
@@ -23,6 +24,7 @@ Everything is computed in float32, whatever the dtype of x. With mean and rstd p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +55,11 @@ class _Plan(NamedTuple):
         return -(-self.size[0] // rows_each), -(-self.size[1] // self.tile["WIDTH"]), images
 
 
-def _plan(x: Tensor, groups: int) -> _Plan:
-    rows, channels = x.shape[2] * x.shape[3], x.shape[1]
-    whole = rows <= _WHOLE
+@cache
+def _plan(size: torch.Size, groups: int, largest: int) -> _Plan:
+    """For images of `size` [C, H, W]; those of at most `largest` rows are small."""
+    channels, rows = size[0], size[1] * size[2]
+    whole = rows <= largest
     width = channels // groups if whole else min(128, triton.next_power_of_2(channels))
     tile_rows = min(max(1, _TILE // triton.next_power_of_2(width)), triton.next_power_of_2(rows))
     tile = {"GROUPS": groups, "WIDTH": width, "ROWS": tile_rows, "CHANNELS": triton.next_power_of_2(width)}
@@ -71,7 +75,7 @@ def forward(
 
     x: [N, C, H, W] in channels-last memory, C a multiple of `groups`.
     """
-    plan, n, y, arguments = _plan(x, groups), len(x), torch.empty_like(x), lines.arguments()
+    plan, n, y, arguments = _plan(x.shape[1:], groups, _WHOLE), len(x), torch.empty_like(x), lines.arguments()
     mean, rstd = known or x.new_empty(2, n * groups, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if not plan.whole and not known:
@@ -89,22 +93,26 @@ def forward(
 
 def backward(
     g: Tensor, x: Tensor, lines: Lines, mean: Tensor, rstd: Tensor, groups: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx, da, db and, if there is an offset, doffset, all of it float32 [N, C] but dx. g: the gradient of `forward`'s y."""
-    plan, n, dx, saved = _plan(x, groups), len(x), torch.empty_like(x), (mean, rstd, lines.arguments())
-    count = 2 if lines.offset is None else 3
-    sums = (*x.new_empty(count, n, plan.size[1], dtype=torch.float32), None)[:3]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """dx, and gradients of the `lines` in each image, float32 [N, C]. g: the gradient of `forward`'s y."""
+    plan, n, dx, saved = (
+        _plan(x.shape[1:], groups, _WHOLE),
+        len(x),
+        torch.empty_like(x),
+        (mean, rstd, lines.arguments()),
+    )
+    of_lines = (*x.new_empty(3 if lines.scale is None else 5, n, plan.size[1], dtype=torch.float32), None, None)[:5]
     means = torch.empty_like(mean), torch.empty_like(mean)
     with torch.cuda.device_of(x):
         if not plan.whole:
             grid = plan.grid(plan.chunk_rows, n)
-            chunks = (*x.new_empty(count, n, grid[0], plan.size[1], dtype=torch.float32), None)[:3]
+            chunks = tuple(x.new_empty(3, n, grid[0], plan.size[1], dtype=torch.float32))
             _chunk_gradients[grid](g, x, *saved, chunks, *plan.size, plan.chunk_rows, SILU=silu, **plan.tile)
-            _group_gradients[(n * groups,)](chunks, *saved, sums, *means, *plan.size, grid[0], **plan.group)
+            _group_gradients[(n * groups,)](chunks, *saved, of_lines, *means, *plan.size, grid[0], **plan.group)
         _backward[plan.grid(plan.rows_each, n)](
-            g, x, dx, *saved, sums, *means, *plan.size, plan.rows_each, SILU=silu, WHOLE=plan.whole, **plan.tile
+            g, x, dx, *saved, of_lines, *means, *plan.size, plan.rows_each, SILU=silu, WHOLE=plan.whole, **plan.tile
         )
-    return dx, *sums
+    return dx, of_lines
 
 
 def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
@@ -131,13 +139,13 @@ def _load(pointer, at, mask):
 
 @triton.jit
 def _tile(lines, rows, channels, each, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """The part of a program in a grid (row pieces, channel tiles, N): where its image begins, rows begin..end; of its channels the
-    numbers, mask, indices in [N, C] and in [N, G], and `_of_channels`."""
+    """The part of a program in a grid (row pieces, channel tiles, N): where its image begins, rows begin..end, the image's number;
+    of its channels the numbers, mask, indices of their groups in [N, G], and `_of_channels`."""
     n, begin, lane = tl.program_id(2).to(tl.int64), tl.program_id(0) * each, tl.arange(0, CHANNELS)
     c = tl.program_id(1) * WIDTH + lane
     inside, group = (lane < WIDTH) & (c < channels), n * GROUPS + c // (channels // GROUPS)
     end = tl.minimum(begin + each, rows)
-    return n * rows * channels, begin, end, c, inside, n * channels + c, group, _of_channels(lines, n, c, inside)
+    return n * rows * channels, begin, end, n, c, inside, group, _of_channels(lines, n, c, inside)
 
 
 @triton.jit
@@ -222,19 +230,20 @@ def _sums(
 
 
 @triton.jit
-def _store(sums, at, inside, values):
-    """Store da, db and the third number, where sums has a place for it."""
-    tl.store(sums[0] + at, values[0], mask=inside)
-    tl.store(sums[1] + at, values[1], mask=inside)
-    if sums[2] is not None:
-        tl.store(sums[2] + at, values[2], mask=inside)
-
-
-@triton.jit
-def _store_gradients(sums, at, inside, da, db, xhats, rstd, a, rows, width):
-    """Store da, db and doffset of a group from its sums over all rows. Returns m1 and m2."""
+def _store_gradients(lines, of_lines, n, c, inside, da, db, xhats, rstd, rows, channels, width):
+    """Store the gradients of the lines in a group from its sums over all rows. Returns m1 and m2."""
+    _, a, _ = _of_channels(lines, n, c, inside)
     m1, m2 = tl.sum(a * db, axis=0) / (rows * width), tl.sum(a * da, axis=0) / (rows * width)
-    _store(sums, at, inside, (da, db, rstd * (a * db - rows * m1 - xhats * m2)))
+    at = n * channels + c
+    tl.store(of_lines[0] + at, rstd * (a * db - rows * m1 - xhats * m2), mask=inside)
+    factor = 1.0
+    if of_lines[3] is not None:
+        _, weight, bias, scale, _, _, stride = lines
+        factor += _load(scale, n * stride + c, inside)
+        tl.store(of_lines[3] + at, _load(weight, c, inside) * da + _load(bias, c, inside) * db, mask=inside)
+        tl.store(of_lines[4] + at, db, mask=inside)
+    tl.store(of_lines[1] + at, factor * da, mask=inside)
+    tl.store(of_lines[2] + at, factor * db, mask=inside)
     return m1, m2
 
 
@@ -244,7 +253,7 @@ def _forward(
     SILU: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y of a piece of rows; if that is a whole group (WHOLE), its statistics too. Grid: pieces, tiles, N."""
-    image, begin, end, c, inside, _, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    image, begin, end, _, c, inside, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
     offset, a, b = of_channels
     if WHOLE:
         means, squares = _moments(x + image, begin, end, c, inside, channels, ROWS, CHANNELS)
@@ -269,18 +278,18 @@ def _forward(
 
 @triton.jit
 def _backward(
-    g, x, dx, mean, rstd, lines, sums, m1, m2, rows, channels, each, GROUPS: tl.constexpr,
+    g, x, dx, mean, rstd, lines, of_lines, m1, m2, rows, channels, each, GROUPS: tl.constexpr,
     SILU: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx of a piece of rows; if that is a whole group (WHOLE), the sums too, else m1 and m2 are inputs. Grid: pieces, tiles, N."""
-    image, begin, end, c, inside, nc, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    image, begin, end, n, c, inside, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
     offset, a, b = of_channels
     mean_, rstd_ = _load(mean, group, inside) - offset, _load(rstd, group, inside)
     if WHOLE:
         da, db, xhats = _sums(
             g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a, b, SILU, ROWS, CHANNELS
         )
-        mean_1, mean_2 = _store_gradients(sums, nc, inside, da, db, xhats, rstd_, a, rows, WIDTH)
+        mean_1, mean_2 = _store_gradients(lines, of_lines, n, c, inside, da, db, xhats, rstd_, rows, channels, WIDTH)
         mean_1, mean_2 = tl.where(inside, mean_1, 0.0), tl.where(inside, mean_2, 0.0)
     else:
         mean_1, mean_2 = _load(m1, group, inside), _load(m2, group, inside)
@@ -299,7 +308,7 @@ def _chunk_moments(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances from it, per channel of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
-    image, begin, end, c, inside, _, _, _ = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    image, begin, end, _, c, inside, _, _ = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
     mean, square = _moments(x + image, begin, end, c, inside, channels, ROWS, CHANNELS)
     at = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * channels + c
     tl.store(means + at, mean, mask=inside)
@@ -330,27 +339,29 @@ def _chunk_gradients(
     SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """da, db and sum of xhat over the rows of a chunk: [N, chunks, C] each. Grid: chunks, tiles, N."""
-    image, begin, end, c, inside, _, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
+    image, begin, end, _, c, inside, group, of_channels = _tile(lines, rows, channels, each, GROUPS, WIDTH, CHANNELS)
     offset, a, b = of_channels
     mean_, rstd_ = _load(mean, group, inside) - offset, _load(rstd, group, inside)
-    values = _sums(g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a, b, SILU, ROWS, CHANNELS)
+    da, db, xhats = _sums(
+        g + image, x + image, begin, end, c, inside, channels, mean_, rstd_, a, b, SILU, ROWS, CHANNELS
+    )
     at = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    _store(sums, at, inside, values)
+    tl.store(sums[0] + at, da, mask=inside)
+    tl.store(sums[1] + at, db, mask=inside)
+    tl.store(sums[2] + at, xhats, mask=inside)
 
 
 @triton.jit
 def _group_gradients(
-    parts, mean, rstd, lines, sums, m1, m2, rows, channels, chunks,
+    sums, mean, rstd, lines, of_lines, m1, m2, rows, channels, chunks,
     GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sums over all rows, [N, C] each, and m1 and m2, [N, groups] each, from those of _chunk_gradients. Grid: N * groups."""
+    """Gradients of the lines, [N, C] each, and m1 and m2, [N, groups] each, from the sums of _chunk_gradients. Grid: N * groups."""
     index, n, c, inside, _, at, mask = _group(channels, chunks, GROUPS, CHUNKS, CHANNELS)
-    _, a, _ = _of_channels(lines, n, c, inside)
-    da, db, xhats = tl.sum(_load(parts[0], at, mask), axis=0), tl.sum(_load(parts[1], at, mask), axis=0), a
-    if parts[2] is not None:
-        xhats = tl.sum(_load(parts[2], at, mask), axis=0)
+    da, db = tl.sum(_load(sums[0], at, mask), axis=0), tl.sum(_load(sums[1], at, mask), axis=0)
+    xhats, rstd_ = tl.sum(_load(sums[2], at, mask), axis=0), tl.load(rstd + index)
     mean_1, mean_2 = _store_gradients(
-        sums, n * channels + c, inside, da, db, xhats, tl.load(rstd + index), a, rows, channels // GROUPS
+        lines, of_lines, n, c, inside, da, db, xhats, rstd_, rows, channels, channels // GROUPS
     )
     tl.store(m1 + index, mean_1)
     tl.store(m2 + index, mean_2)
