@@ -47,7 +47,7 @@ setup(
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*", "evaluations", "evaluations.*"]),
     package_data={"guided_diffusion": ["py.typed"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.7",
         "numpy>=1.24",
         "blobfile>=2.1",
         "mpi4py>=3.1",

@@ -31,7 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Those have neither a forward-mode nor a second derivative; where one is needed, `plain_attention` computes it.
     """
-    if transformed():
+    if transformed(q, k, v):
         return plain_attention(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v)
     if out.requires_grad and not recorded():

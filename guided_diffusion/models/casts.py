@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.layout import CHANNELS_LAST, recorded, transformed
+from .kernels.layout import CHANNELS_LAST, may_be_transformed, recorded
 
 
 class _Cast(NamedTuple):
@@ -60,7 +60,7 @@ class WeightCopies:
     def of(self, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the layer in `dtype`, differentiable; None where they must be cast, as no valid copy is there."""
         # In this order: a compiled graph must not depend on the block.
-        if recorded() or not self._inside or transformed():
+        if recorded() or not self._inside or may_be_transformed():
             return None
         weight, bias = layer.weight, layer.bias
         given, cast = (weight,) if bias is None else (weight, bias), self._casts.get(id(layer))

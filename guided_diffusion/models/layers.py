@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .casts import WeightCopies
 from .kernels import norm as norm_kernels
-from .kernels.layout import CHANNELS_LAST, channels_last, is_channels_last, plain_layout, recorded, transformed
+from .kernels.layout import CHANNELS_LAST, channels_last, is_channels_last, may_be_transformed, plain_layout, recorded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -123,9 +123,8 @@ def norm_conv(
     Norm, scale, shift and SiLU are one fused operation, unless the user has replaced those layers or registered a hook on them,
     which must then run. On a GPU the bias is left to the next operation, see kernels/norm.py.
     """
-    parts: list[Any] = [
-        *layers._modules.values()
-    ]  # `children()` and indices are slow, and a small batch waits for the host
+    # Not `children()` and indices, which are slow: with few images a GPU waits for the host.
+    parts: list[Any] = [*layers._modules.values()]
     fused = type(layers) is nn.Sequential and [*map(type, parts[:2])] == [GroupNorm32, nn.SiLU] and len(parts) > 2
     if recorded() or not fused or not parts[0].fused or hooked(layers, *parts[:2]):
 
@@ -141,7 +140,8 @@ def norm_conv(
     norm, _, *between, conv = parts
     if resize is not None:
         between.append(resize)
-    keeps_inputs = recompute and all(map(_repeats, between)) and norm_kernels.kernels_for(x, *scale_shift) is not None
+    keeps_inputs = recompute and all(map(_repeats, between))
+    keeps_inputs = keeps_inputs and norm_kernels.kernels_for(x, norm.weight, norm.bias, *scale_shift) is not None
     apart = type(conv) is Conv2d and conv.bias is not None and not hooked(conv) and norm_kernels.takes_bias(x)
 
     def normalise(x: Tensor, *scale_shift: Tensor) -> Tensor:
@@ -164,8 +164,11 @@ def in_turn(
     """
     if not recompute:
         return _run(steps, *inputs)
-    others = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if not keeps_inputs or others or not torch.is_grad_enabled() or transformed():
+    top_hooks = getattr(
+        torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown"
+    )  # torch 2.7 lacks it
+    others = top_hooks(True)
+    if not keeps_inputs or others or not torch.is_grad_enabled() or may_be_transformed():
         return recomputed(partial(_run, steps), *inputs)
     y = steps[0](*inputs)
     compute = norm_kernels.again(y) or partial(steps[0], *inputs)
@@ -349,7 +352,7 @@ def recomputed(func: Callable[..., Any], *inputs: Any) -> Any:
     differentiation (which torch 2.11 cannot checkpoint) and inside a `torch.func` transform nothing is recomputed. Weights and
     hooks must be the same in backward as in forward; those that `torch.func.functional_call` sets are gone by then: no backward.
     """
-    if not torch.is_grad_enabled() or transformed():
+    if not torch.is_grad_enabled() or may_be_transformed():
         return func(*inputs)
     return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
 

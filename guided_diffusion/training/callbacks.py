@@ -44,7 +44,7 @@ class Validation:
         batch = next(self._batches)
         streams = Streams(self._seed, EVALUATE, trainer.steps_done, ids=batch.positions, device=device)
         trainer.net.eval()
-        with _as_it_is(trainer.net):
+        with torch.no_grad():
             losses = self._loss_fn(trainer.net, batching.to_device(batch, device), streams)
         assert losses.i is not None
         quarter = losses.i * QUARTILES // losses.num_steps
@@ -69,7 +69,8 @@ class SampleGrid:
                 return
             net.eval()
             try:
-                with _as_it_is(net):
+                # For a few images compiling takes longer than it saves; and if it failed, this process would train uncompiled.
+                with compiler.uncompiled(net):
                     self._draw(net, path)
                 _log.info(f"wrote {path}{f' (EMA {decay})' if decay else ''}")
             except NotFinite as error:  # no reason to end training: `Trainer` checks the losses itself
@@ -99,20 +100,12 @@ def accuracy_by_noise(
         streams = Streams(seed, EVALUATE, number, ids=batch.positions, device=device)
         moved = batching.to_device(batch, device)
         for level in levels:
-            with _as_it_is(net):
+            with torch.no_grad():
                 hits[level] += loss_at(_ConstantTimesteps(level))(net, moved, streams).terms["train_acc@1"].tolist()
     accuracy = {level: sum(correct) / len(correct) for level, correct in hits.items()}
     words = ", ".join(f"step {level}: {share:.3f}" for level, share in accuracy.items())
     _log.info(f"held-out accuracy by noise level: {words}")
     return accuracy
-
-
-@contextlib.contextmanager
-def _as_it_is(net: nn.Module) -> Iterator[None]:
-    """Without gradients, and uncompiled: for so few images a graph of its own would take longer than it saves; and if compiling
-    failed, this process would train uncompiled."""
-    with compiler.uncompiled(net), torch.no_grad():
-        yield
 
 
 class _ConstantTimesteps:

@@ -114,8 +114,8 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Any], params: Sequence[
 
 
 def _unflattened(flat: Mapping[int, Mapping[str, Any]], params: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
-    out: dict[int, dict[str, Any]] = {}
     """Moments by parameter from the two flat tensors of a 2021 float16 run; see `load_state`."""
+    out: dict[int, dict[str, Any]] = {}
     vectors = [k for k, p in enumerate(params) if p.dim() <= 1]
     matrices = [k for k, p in enumerate(params) if p.dim() > 1]
     for entry, members in zip((flat[k] for k in sorted(flat)), (vectors, matrices)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_nothing_is_recomputed_in_forward_mode(again: str, monkeypatch: pytest.M
         out = torch.func.functional_call(net, dual, (x, t))
         assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
     assert not calls
+
+
+@pytest.mark.parametrize("again", ["nothing", "norms", "blocks"])
+def test_a_backward_pass_within_forward_mode_is_that_of_its_forward_pass(again: str) -> None:
+    """The layout that the forward pass had, and the kernels that it took, are those of the backward pass."""
+    net = unet(use_checkpoint=again == "blocks")
+    net.set_recompute_norms(again == "norms")
+    torch.nn.init.normal_(net.out[2].weight)
+    found = []
+    for level in (contextlib.nullcontext, torch.autograd.forward_ad.dual_level):
+        loss = net(images(1), times(1)).square().sum()
+        with level():
+            found.append(torch.autograd.grad(loss, list(net.parameters()), allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found))
 
 
 def gradients_of(net: Any, seed: int = 3) -> list[Tensor | None]:

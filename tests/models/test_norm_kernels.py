@@ -3,6 +3,7 @@ runs this file in a process of its own, because the interpreter is switched on b
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -248,12 +249,44 @@ def test_a_residual_sum_adds_the_bias_too(size: tuple[int, ...], dtype: str, mon
     bias, g = (like(size[1:2], 3) * 100).requires_grad_(), like(size, 4).to(DTYPES[dtype])
     found = norm.residual_sum(x, y, bias)
     assert type(found.grad_fn).__name__ == "_FusedSumBackward"
+    with torch.no_grad():
+        assert torch.equal(norm.residual_sum(x, y, bias), found)
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, y, bias)]
     want = leaves[0] + leaves[1] + leaves[2][:, None, None]
     step = torch.finfo(DTYPES[dtype]).eps  # the interpreter cuts digits off bfloat16 instead of rounding
     torch.testing.assert_close(found.double(), want, rtol=step, atol=100 * torch.finfo(torch.float32).eps)
     for ours, theirs in zip(torch.autograd.grad(found, [x, y, bias], g), torch.autograd.grad(want, leaves, g.double())):
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not TRITON, reason="of Triton's")
+@pytest.mark.parametrize("rows", [3, 1], ids=["each image", "one for all"])
+def test_offsets_of_images(rows: int, kernels: Any) -> None:
+    given, g = inputs((3, 64, 3, 2), "plain"), like((3, 64, 3, 2))
+    given[1] = like((rows, 64), 5).requires_grad_()
+    y, (want, exact) = answer(kernels, given), exactly(given)
+    torch.testing.assert_close(y, want.float(), rtol=2e-5, atol=2e-5)
+    for ours, theirs in zip(slopes(y, given, g), slopes(want, exact, g.double())):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=2e-5 * max(1.0, float(theirs.abs().max())))
+
+
+@pytest.mark.parametrize(("images", "offsets", "fits"), [(3, 2, False), (2, 3, False), (3, 3, True), (3, 1, True)])
+def test_offsets_of_other_images_are_refused(
+    images: int, offsets: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel would read beyond them, or leave some out."""
+    monkeypatch.setattr(norm, "on_gpu", lambda x: TRITON)
+    own, x, offset = GroupNorm32(32, 32), channels_last(like((images, 32, 2, 2))), like((offsets, 32), 1)
+    with torch.no_grad(), contextlib.nullcontext() if fits else pytest.raises(RuntimeError, match="must match"):
+        found = norm.norm_silu(x, own, (), offset)
+        torch.testing.assert_close(found, norm.norm_silu(norm.shifted(x, offset), own))
+
+
+def test_without_gradients_the_numbers_are_the_same(kernels: Any) -> None:
+    own, x, both = GroupNorm32(32, 64), channels_last(like((2, 64, 3, 2))), like((2, 128), 3)
+    want = _norm_silu(x, own, both, kernels)
+    with torch.no_grad():
+        assert torch.equal(_norm_silu(x, own, both, kernels), want)
 
 
 def test_where_no_kernel_fits_the_bias_is_added_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

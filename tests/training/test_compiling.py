@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ from guided_diffusion.diffusion.samplers import NotFinite
 from guided_diffusion.runtime import compiler
 from guided_diffusion.runtime.world import World
 from guided_diffusion.training import compiling
-from guided_diffusion.training.callbacks import SampleGrid, Validation, accuracy_by_noise
+from guided_diffusion.training.callbacks import SampleGrid
 from guided_diffusion.training.compiling import CompileWhenItPays, compile_training
 
-from .toys import ToyNet, batches, denoising, make, toy_net, weights_of
+from .toys import ToyNet, batches, make, toy_net, weights_of
 
 
 @pytest.fixture(autouse=True)
@@ -154,22 +153,3 @@ def test_pictures_are_drawn_uncompiled_and_training_goes_on_compiled(counter: An
     trainer.run(2)
     assert drawn == [True, True] and compiled is not None and trainer.net._compiled_call_impl is compiled
     assert counter.frame_count == 1
-
-
-def test_held_out_images_are_evaluated_uncompiled_and_training_goes_on_compiled(counter: Any) -> None:
-    """Without gradients and in eval mode the network would be compiled once more."""
-    columns: list[str] = []
-
-    def loss(net: Any, batch: Any, streams: Any) -> Any:
-        assert net._compiled_call_impl is None and not torch.is_grad_enabled()
-        losses = denoising(net, batch, streams)
-        return losses._replace(terms={"train_acc@1": losses.loss})
-
-    log: Any = SimpleNamespace(mean=lambda name, *_: columns.append(name))
-    trainer = make(callbacks=[(1, Validation(loss, batches, every=1, seed=0, log=log))])
-    compile_training(trainer, next(batches()))
-    compiled = trainer.net._compiled_call_impl
-    trainer.run(2)
-    assert columns.count("train_acc@1") == 2 and compiled is not None and trainer.net._compiled_call_impl is compiled
-    accuracy_by_noise(trainer.net, lambda _: loss, [next(batches())], 10, seed=0, device=trainer.device)
-    assert trainer.net._compiled_call_impl is compiled and counter.frame_count == 1

@@ -36,9 +36,9 @@ def norm_silu(
 ) -> Tensor:
     """silu(norm(x + offset) * (1 + scale) + shift) of x [N, C, ...], in its dtype and layout.
 
-    scale_shift: both [N or 1, C], or none. offset: [C] or [N, C].
+    scale_shift: both [N or 1, C], or none. offset: [C] or [N or 1, C].
     """
-    kernels = kernels_for(x, *scale_shift)
+    kernels = kernels_for(x, norm.weight, norm.bias, *scale_shift, *([] if offset is None else [offset]))
     if offset is not None and (kernels is None or not on_gpu(x)):
         x, offset = shifted(x, offset), None
     if kernels is not None:
@@ -58,7 +58,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     channels_were_last = is_channels_last(x)
     # torch's channels-last group norm on the CPU loses digits, and crashes (2.13) where weights need a gradient and x does not; in
     # forward mode there is no such kernel. The contiguous one has none of these faults. torch.compile generates its own.
-    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed():
+    if (x.device.type == "cpu" and not torch.compiler.is_compiling()) or transformed(x, weight, bias):
         x = x.contiguous()
     y = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
     return channels_last(y) if channels_were_last else y  # some CUDA kernels return the contiguous layout
@@ -66,8 +66,8 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 def residual_sum(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """x + y, plus bias [C] if it is still to be added, of two [N, C, ...]."""
-    alike = bias is not None and x.shape == y.shape and x.dtype == y.dtype and is_channels_last(y)
-    if not alike or not takes_bias(x):
+    alike = x.shape == y.shape and x.dtype == y.dtype and is_channels_last(y)
+    if bias is None or not alike or not takes_bias(x, y, bias):
         return x + shifted(y, bias)
     return _FusedSum.apply(x, y, bias) if torch.is_grad_enabled() else kernels_for(x).add(x, y, bias)
 
@@ -79,12 +79,12 @@ def shifted(x: Tensor, offset: Tensor | None) -> Tensor:
 
 def fuses(x: Tensor, norm: Any) -> bool:
     """Whether `group_norm` of x by this layer is a `FusedNorm`: on a GPU, unless `Network.set_fused_norm` forbids it."""
-    return getattr(norm, "fused", False) and takes_bias(x)
+    return getattr(norm, "fused", False) and takes_bias(x, norm.weight, norm.bias)
 
 
-def takes_bias(x: Tensor) -> bool:
-    """Whether kernels of a GPU take images like x [N, C, H, W], and so can add a bias on the way."""
-    return on_gpu(x) and kernels_for(x) is not None
+def takes_bias(x: Tensor, *others: Tensor) -> bool:
+    """Whether kernels of a GPU take images like x [N, C, H, W] with the `others`, and so can add a bias on the way."""
+    return on_gpu(x) and kernels_for(x, *others) is not None
 
 
 def modulated(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -171,12 +171,13 @@ class _FusedSum(torch.autograd.Function):
         return g, g, g.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtype) if wanted else None
 
 
-def kernels_for(x: Tensor, *scale_shift: Tensor) -> Any:
-    """The module with the kernels for x [N, C, ...] and scale and shift [N or 1, C], if any; None = use torch's operators."""
-    if recorded() or not x.numel() or not is_channels_last(x):
+def kernels_for(x: Tensor, *others: Tensor) -> Any:
+    """The module with the kernels for x [N, C, ...] and the `others`, [C] or [N or 1, C] each; None = use torch's operators."""
+    if recorded() or not x.numel() or not is_channels_last(x) or transformed(*others):
         return None
-    if scale_shift and not len(scale_shift[0]) == len(scale_shift[1]) in (1, len(x)):
-        return None  # the kernels need both of one shape, and do not broadcast one image to a batch as torch does
+    batch_sizes = {len(other) for other in others if other.dim() > 1}
+    if len(batch_sizes) > 1 or not batch_sizes <= {1, len(x)}:
+        return None  # the kernels need scale and shift of one shape, and do not broadcast one image to a batch as torch does
     if on_gpu(x):
         fits = x.dim() == 4 and x.numel() < len(x) * _MOST_NUMBERS and len(x) <= _MOST_IMAGES
         return triton_kernels(x.device, x.dtype) if fits else None

@@ -15,7 +15,8 @@ Everything is computed in float32, whatever the dtype of x. With mean and rstd p
     dx = rstd * (a * dv - m1 - xhat * m2),   doffset = sum over rows of dx = rstd * (a * db - R * m1 - m2 * sum of xhat)
     dweight = (1 + scale) * da,   dbias = (1 + scale) * db,   dscale = weight * da + bias * db,   dshift = db
 
-`lines` are `Lines.arguments()`. The offset of a channel only shifts its mean, so x itself is summed.
+`lines` are `Lines.arguments()`; `of_lines` are the gradients of offset, weight, bias, scale and shift (the last two perhaps None) in
+each image. The offset of a channel only shifts its mean, so x itself is summed.
 """
 
 # Triton interprets annotations of its kernels, so they have no ordinary types.
