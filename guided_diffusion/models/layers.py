@@ -164,10 +164,8 @@ def in_turn(
     """
     if not recompute:
         return _run(steps, *inputs)
-    top_hooks = getattr(
-        torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown"
-    )  # torch 2.7 lacks it
-    others = top_hooks(True)
+    # torch 2.7 cannot tell
+    others = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "perhaps")(True)
     if not keeps_inputs or others or not torch.is_grad_enabled() or may_be_transformed():
         return recomputed(partial(_run, steps), *inputs)
     y = steps[0](*inputs)

@@ -107,6 +107,7 @@ def _beside(x: Tensor, line: Tensor) -> Tensor:
 
 
 def _by(kernels: Any, x: Tensor, norm: nn.GroupNorm, silu: bool, lines: Lines) -> Tensor:
+    """`FusedNorm`, and without gradients what it computes."""
     options = norm.num_groups, norm.eps, silu
     if torch.is_grad_enabled():
         return FusedNorm.apply(x, kernels, *options, *lines)
