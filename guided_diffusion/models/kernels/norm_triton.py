@@ -168,15 +168,8 @@ def _group(channels, chunks, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNEL
     numbers, indices in [N, chunks, C] and mask."""
     index, lane, width = tl.program_id(0).to(tl.int64), tl.arange(0, CHANNELS), channels // GROUPS
     n, c, k = index // GROUPS, index % GROUPS * width + lane, tl.arange(0, CHUNKS)[:, None]
-    return (
-        index,
-        n,
-        c,
-        lane < width,
-        k,
-        (n * chunks + k) * channels + c[None, :],
-        (k < chunks) & (lane < width)[None, :],
-    )
+    inside, at = lane < width, (n * chunks + k) * channels + c[None, :]
+    return index, n, c, inside, k, at, (k < chunks) & inside[None, :]
 
 
 @triton.jit
