@@ -33,15 +33,8 @@ def tiny() -> Shape:
 def narrow() -> Shape:
     """The depth of the released 64 pixel network, on images so small that a pass takes the time that the host needs for it. No classifier
     of 2021 takes these."""
-    model = {
-        "image_size": 16,
-        "num_channels": 32,
-        "num_res_blocks": 3,
-        "num_head_channels": 32,
-        "channel_mult": "1,2,3,4",
-    }
-    model |= {"attention_resolutions": "8,4,2", "resblock_updown": True, "class_cond": True, "learn_sigma": True}
-    return Shape("64 px depth on 16 px", {**model, "use_scale_shift_norm": True}, {}, batch=1, train_batch=1)
+    deep = {"image_size": 16, "num_res_blocks": 3, "attention_resolutions": "8,4,2", "use_scale_shift_norm": True}
+    return Shape("64 px depth on 16 px", {**small(32).model, **deep}, {}, batch=1, train_batch=1)
 
 
 def released(size: int, batch: int, train_batch: int) -> Shape:

@@ -34,10 +34,8 @@ def test_update_ema_closed_form():
 
 def test_averages_of_moving_weights():
     """After weights w_1..w_n the average is rate^n w_0 + (1 - rate) sum rate^(n-k) w_k."""
-    net, values = (
-        nn.Linear(1, 1, bias=False),
-        [0.25, 2.0, -1.0, 5.0],
-    )  # whose averages are far from 0, so that digits count
+    net = nn.Linear(1, 1, bias=False)
+    values = [0.25, 2.0, -1.0, 5.0]  # their averages are far from 0, so that digits count
     nn.init.constant_(net.weight, values[0])
     rates = (0.5, 0.9)
     ema = EMA(net, rates)

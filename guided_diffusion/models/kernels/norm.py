@@ -42,7 +42,7 @@ def norm_silu(
     if offset is not None and (kernels is None or not on_gpu(x)):
         x, offset = shifted(x, offset), None
     if kernels is not None:
-        return _by(kernels, x, norm, True, Lines(offset, norm.weight, norm.bias, *scale_shift))
+        return _fused(kernels, x, norm, True, Lines(offset, norm.weight, norm.bias, *scale_shift))
     y = group_norm(x, norm)
     return F.silu(modulated(y, *scale_shift) if scale_shift else y)
 
@@ -50,7 +50,7 @@ def norm_silu(
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """`norm` of x [N, C, ...] in the dtype and memory layout of x; statistics are accumulated in float32."""
     if fuses(x, norm):
-        return _by(kernels_for(x), x, norm, False, Lines(None, norm.weight, norm.bias))
+        return _fused(kernels_for(x), x, norm, False, Lines(None, norm.weight, norm.bias))
     weight: Tensor = norm.weight
     bias: Tensor = norm.bias
     if weight.dtype != x.dtype and x.device.type != "cpu":  # the CPU kernel takes float32 parameters as they are
@@ -106,12 +106,12 @@ def _beside(x: Tensor, line: Tensor) -> Tensor:
     return line.reshape(-1, line.shape[-1], *[1] * (x.dim() - 2)).to(x.dtype)
 
 
-def _by(kernels: Any, x: Tensor, norm: nn.GroupNorm, silu: bool, lines: Lines) -> Tensor:
-    """`FusedNorm`, and without gradients what it computes."""
+def _fused(kernels: Any, x: Tensor, norm: nn.GroupNorm, silu: bool, lines: Lines) -> Tensor:
+    """`FusedNorm`; where no gradients are wanted, what it computes alone: an autograd function would double the host's time."""
     options = norm.num_groups, norm.eps, silu
     if torch.is_grad_enabled():
         return FusedNorm.apply(x, kernels, *options, *lines)
-    return kernels.forward(x, lines, *options)[0]  # an autograd function would double the host's time for it
+    return kernels.forward(x, lines, *options)[0]
 
 
 class FusedNorm(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _FusedSum(torch.autograd.Function):
 
 def kernels_for(x: Tensor, *others: Tensor) -> Any:
     """The module with the kernels for x [N, C, ...] and the `others`, [C] or [N or 1, C] each; None = use torch's operators."""
-    if recorded() or not x.numel() or not is_channels_last(x) or transformed(*others):
+    if recorded() or not x.numel() or not is_channels_last(x) or transformed(x, *others):
         return None
     batch_sizes = {len(other) for other in others if other.dim() > 1}
     if len(batch_sizes) > 1 or not batch_sizes <= {1, len(x)}:
