@@ -96,12 +96,8 @@ def backward(
     g: Tensor, x: Tensor, lines: Lines, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """dx, and gradients of the `lines` in each image, float32 [N, C]. g: the gradient of `forward`'s y."""
-    plan, n, dx, saved = (
-        _plan(x.shape[1:], groups, _WHOLE),
-        len(x),
-        torch.empty_like(x),
-        (mean, rstd, lines.arguments()),
-    )
+    plan, n, dx = _plan(x.shape[1:], groups, _WHOLE), len(x), torch.empty_like(x)
+    saved = mean, rstd, lines.arguments()
     of_lines = (*x.new_empty(3 if lines.scale is None else 5, n, plan.size[1], dtype=torch.float32), None, None)[:5]
     means = torch.empty_like(mean), torch.empty_like(mean)
     with torch.cuda.device_of(x):
